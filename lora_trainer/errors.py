@@ -1,0 +1,33 @@
+"""The errors that a person is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one message, never as a traceback.
+
+    ``message`` says what is wrong and names the file or value, ``field`` the setting it concerns (the tab shows
+    the message beside it), ``remedy`` what to do about it.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, remedy: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.field}: {self.message}" if self.field else self.message
+        return f"{text} {self.remedy}" if self.remedy else text
+
+
+class ConfigError(UserError):
+    """Every problem of a configuration at once; ``problems`` holds one ``UserError`` for each."""
+
+    def __init__(self, problems: list[UserError]):
+        if len(problems) == 1:
+            super().__init__(problems[0].message, field=problems[0].field, remedy=problems[0].remedy)
+        else:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            super().__init__(f"{len(problems)} settings need attention:\n{lines}")
+        self.problems = problems

@@ -1,0 +1,85 @@
+"""Writing files so that nobody ever sees half of one, and naming them safely."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_trainer.errors import UserError
+
+_WINDOWS_RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+_UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Lend a temporary path in the folder of ``path``; on success it replaces ``path``, on error it is removed.
+
+    The data is flushed to the disk before the rename, so that a power cut leaves either the old file or the new one.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror or error}.", remedy="Free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` with ``data`` (text as UTF-8) in one step. Raises ``UserError`` as ``atomic_path`` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def safe_name_problem(name: str) -> str | None:
+    """Why ``name`` cannot be a file's stem on every system, or None when it can. Any script is welcome."""
+    if not name.strip():
+        return "it is empty"
+    if bad := _UNSAFE.search(name):
+        return f"it contains {bad.group()!r}, which file names cannot"
+    if name != name.strip() or name.endswith(".") or name.startswith("."):
+        return "it starts or ends with a dot or a space"
+    if _WINDOWS_RESERVED.match(name):
+        return "Windows reserves it"
+    if len(name.encode("utf-8")) > 180:
+        return "it is longer than 180 bytes"
+    return None
+
+
+def _umask() -> int:
+    # The only portable way to read the mask is to set it; mkstemp's own mode (0600) would hide the file
+    # from a WebUI that runs as another user.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
