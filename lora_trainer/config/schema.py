@@ -1,0 +1,340 @@
+"""Every setting of a training run: its name, type, default, limits and meaning.
+
+The YAML file is flat: each field below is a key of it. The same words serve the tab, the command line and the
+README; the text under a field is what the tab shows as its explanation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
+LR_SCHEDULERS = ("constant", "cosine", "cosine_with_restarts", "linear", "polynomial")
+
+
+def setting(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    remedy: str | None = None,
+) -> Any:
+    """A dataclass field with limits: ``minimum <= value <= maximum`` and ``value > above``."""
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "remedy": remedy}
+    metadata = {name: value for name, value in limits.items() if value is not None}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    base_model: str = setting("")
+    """Checkpoint to train on: a .safetensors file or a diffusers folder. Inside a WebUI: its name in the list,
+    or empty for the one that is loaded."""
+
+    vae: str | None = setting(None)
+    """Another VAE file (.safetensors) to encode the pictures with; empty for the checkpoint's own."""
+
+    v_prediction: bool | None = setting(None)
+    """Whether the base model predicts v instead of noise; empty reads it off the checkpoint."""
+
+    device: str = setting("auto")
+    """Where to train: auto, cpu, cuda, cuda:1, mps …"""
+
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto")
+    """Number format of the computation. auto: bf16 where the GPU can, else fp16; on the CPU no (fp32)."""
+
+    gradient_checkpointing: bool = setting(False)
+    """Needs about half the activation memory and about a quarter more time."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    train_data_dir: str = setting("")
+    """Folder with the pictures; sub-folders count too."""
+
+    metadata_path: str | None = setting(None)
+    """metadata.csv or metadata.jsonl with the captions; empty looks for one in the folder."""
+
+    reg_data_dir: str | None = setting(None)
+    """Folder with regularization pictures: what the class looks like without your subject."""
+
+    prior_loss_weight: float = setting(1.0, minimum=0, maximum=10)
+    """How much a regularization picture counts compared with one of yours."""
+
+    resolution: str = setting("auto")
+    """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""
+
+    enable_bucket: bool = setting(True)
+    """Keep each picture's shape (grouped into buckets of like shape) instead of cropping all to one."""
+
+    min_bucket_resolution: int = setting(256, minimum=64, maximum=4096)
+    """Shortest side of a bucket in pixels."""
+
+    max_bucket_resolution: int = setting(2048, minimum=64, maximum=8192)
+    """Longest side of a bucket in pixels."""
+
+    bucket_step: int = setting(64, minimum=8, maximum=512)
+    """Sides of buckets are multiples of this many pixels; itself a multiple of 8."""
+
+    bucket_no_upscale: bool = setting(False)
+    """Train pictures that are smaller than the resolution at their own size."""
+
+    repeats: int = setting(1, minimum=1, maximum=10_000)
+    """How often each picture is seen in an epoch; a folder named 10_name sets its own."""
+
+    flip: bool = setting(False)
+    """Show pictures mirrored half of the time. Not for faces or text that must not be mirrored."""
+
+    random_crop: bool = setting(False)
+    """Crop at a random place instead of the center."""
+
+    use_masks: bool = setting(False)
+    """Learn only where <picture>.mask.png is white, or where a picture is not transparent."""
+
+    caption_extension: str = setting(".txt")
+    """Ending of caption files, tried first; .txt and .caption are found anyway."""
+
+    trigger_word: str = setting("")
+    """Word that calls the LoRA up later; put first in every caption that lacks it."""
+
+    shuffle_tags: bool = setting(False)
+    """Shuffle the comma-separated parts of captions; the kept ones stay first."""
+
+    keep_tokens: int = setting(0, minimum=0, maximum=75)
+    """Parts at the start of a caption that are not shuffled or dropped (the **bold** ones never are)."""
+
+    caption_dropout: float = setting(0.0, minimum=0, maximum=1)
+    """Share of steps that see a picture without its caption."""
+
+    tag_dropout: float = setting(0.0, minimum=0, maximum=1)
+    """Share of caption parts that are left out of a step; *mood* parts are left out twice as often."""
+
+    weighted_captions: bool = setting(False)
+    """Obey weights such as (red hat:1.2) in captions instead of removing them."""
+
+    max_token_length: Literal[75, 150, 225] = setting(225)
+    """Longest caption in tokens; longer ones are cut. More than 75 are read in chunks of 75."""
+
+    cache_dir: str | None = setting(None)
+    """Where encoded pictures and captions are kept; empty for <output_dir>/cache."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    adapter: Literal["lora", "loha", "lokr"] = setting("lora")
+    """Kind of network. lora is read by every tool."""
+
+    lora_rank: int = setting(16, minimum=1, maximum=1024)
+    """Capacity of the LoRA: 8–16 for a style, 12–32 for a character. Above 32 it tends to memorize."""
+
+    alpha: float | None = setting(None, above=0)
+    """Strength: the LoRA counts alpha/rank. Empty means equal to the rank."""
+
+    conv_rank: int = setting(0, minimum=0, maximum=1024)
+    """Rank for the 3×3 convolutions (LoCon); 0 leaves them alone."""
+
+    conv_alpha: float | None = setting(None, above=0)
+    """Alpha for the convolutions; empty means equal to conv_rank."""
+
+    dora: bool = setting(False)
+    """Learn magnitude and direction apart (DoRA): slower, a little more faithful at low rank."""
+
+    dropout: float = setting(0.0, minimum=0, maximum=0.95)
+    """Share of the LoRA's inputs switched off at random in training; 0.1–0.3 with few pictures."""
+
+    rank_dropout: float = setting(0.0, minimum=0, maximum=0.95)
+    """Share of the ranks switched off at random in training."""
+
+    lokr_factor: int = setting(-1, minimum=-1, maximum=1024)
+    """Size of the smaller Kronecker factor (lokr only); -1 splits as evenly as possible."""
+
+    target_modules: list[str] = setting(["attention", "feed_forward", "projection"])
+    """Layers of the UNet that learn: groups (attention, feed_forward, projection), names (to_q, q_proj, ff.net …)
+    or regular expressions written as /…/ ."""
+
+    train_text_encoder: bool = setting(False)
+    """Train the text encoders as well: helps with a new word, costs memory and flexibility."""
+
+    text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"])
+    """Layers of the text encoders that learn, if they are trained."""
+
+    block_ranks: list[int] | None = setting(None)
+    """25 ranks, one per UNet block (12 in, middle, 12 out, as kohya counts); 0 leaves a block out."""
+
+    block_lr_weights: list[float] | None = setting(None)
+    """25 factors on the learning rate, one per UNet block; 0 freezes a block."""
+
+    init_lora: str | None = setting(None)
+    """Continue from this LoRA file (.safetensors, ours or kohya's)."""
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    epochs: int = setting(10, minimum=1, maximum=100_000)
+    """How often every picture is seen."""
+
+    max_train_steps: int | None = setting(None, minimum=1)
+    """Stop after this many steps, whatever epochs says."""
+
+    batch_size: int = setting(1, minimum=1, maximum=256)
+    """Pictures per step."""
+
+    gradient_accumulation_steps: int = setting(1, minimum=1, maximum=1024)
+    """Batches whose gradients are added up before each step: a larger batch without its memory."""
+
+    learning_rate: float = setting(1e-4, above=0, maximum=10)
+    """Step size of the UNet's LoRA: 1e-4 to 2e-4 with AdamW; 1 with Prodigy."""
+
+    text_encoder_lr: float | None = setting(None, minimum=0, maximum=10)
+    """Learning rate of the text encoders; empty for half of learning_rate."""
+
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting("adamw")
+    """Update rule. adamw is safe; adamw8bit saves memory; prodigy finds its own learning rate."""
+
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, such as weight_decay: 0.01."""
+
+    lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = setting("cosine")
+    """How the learning rate falls."""
+
+    lr_warmup_steps: int = setting(0, minimum=0)
+    """Steps in which the learning rate rises from 0."""
+
+    lr_cycles: int = setting(1, minimum=1, maximum=1000)
+    """Restarts of cosine_with_restarts."""
+
+    lr_power: float = setting(1.0, above=0, maximum=10)
+    """Exponent of polynomial."""
+
+    max_grad_norm: float = setting(1.0, minimum=0)
+    """Longest gradient that is let through; 0 does not clip."""
+
+    ema_decay: float | None = setting(None, above=0, maximum=0.99999)
+    """Save an exponential moving average of the weights, with this decay (such as 0.99); empty: none."""
+
+    seed: int = setting(42, minimum=0, maximum=2**63 - 1)
+    """Same seed, same data, same settings: same LoRA."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    loss: Literal["mse", "huber", "smooth_l1"] = setting("mse")
+    """How errors are measured; huber bears outliers."""
+
+    huber_c: float = setting(0.1, above=0, maximum=10)
+    """Where huber and smooth_l1 change from square to straight."""
+
+    min_snr_gamma: float | None = setting(5.0, above=0, maximum=100)
+    """Balance early and late noise levels (min-SNR); 5 is usual, empty is off."""
+
+    debiased_estimation: bool = setting(False)
+    """Weight the loss by 1/√SNR instead of min-SNR."""
+
+    noise_offset: float = setting(0.0, minimum=0, maximum=1)
+    """Lets very dark and bright pictures be learned; 0.05 is usual."""
+
+    multires_noise_iterations: int = setting(0, minimum=0, maximum=10)
+    """Adds noise at several scales, for light and dark as well; 6 is usual."""
+
+    multires_noise_discount: float = setting(0.3, minimum=0, maximum=1)
+    """How fast the coarser scales fade."""
+
+    input_perturbation: float = setting(0.0, minimum=0, maximum=1)
+    """Disturbs what the model sees, not what it must answer; 0.1 is usual."""
+
+    zero_terminal_snr: bool | None = setting(None)
+    """Let the last noise level be pure noise, for v-prediction models made so; empty reads it off the model."""
+
+    min_timestep: int = setting(0, minimum=0, maximum=999)
+    """Lowest noise level that is trained."""
+
+    max_timestep: int = setting(999, minimum=0, maximum=999)
+    """Highest noise level that is trained."""
+
+    latent_sampling: Literal["sample", "mean"] = setting("sample")
+    """What of the VAE's answer is learned: a draw from it, or its mean."""
+
+    clip_skip: int = setting(1, minimum=1, maximum=12)
+    """Which layer of the text encoder is read, from the end (SD 1 and 2); 2 for anime models."""
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    output_dir: str = setting("./output")
+    """Folder of the results: the LoRA, logs, states, this configuration."""
+
+    output_name: str = setting("")
+    """Name of the LoRA, as it will stand in <lora:name:0.8>; empty for the last part of output_dir."""
+
+    overwrite: bool = setting(False)
+    """Replace a LoRA of this name if there is one."""
+
+    save_steps: int | None = setting(None, minimum=1)
+    """Save the LoRA and the training state every so many steps."""
+
+    save_epochs: int | None = setting(None, minimum=1)
+    """Save the LoRA and the training state every so many epochs."""
+
+    keep_checkpoints: int | None = setting(None, minimum=1)
+    """How many of the LoRAs saved on the way to keep; empty keeps all."""
+
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting("fp16")
+    """Number format of the saved LoRA."""
+
+    export_diffusers: bool = setting(True)
+    """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
+
+    merge_into_base: str | None = setting(None)
+    """Also write a full checkpoint with the LoRA merged in, under this path."""
+
+    resume: str = setting("auto")
+    """auto continues an interrupted run of the same settings, never starts over, a path continues that state."""
+
+    preview_prompts: list[str] = setting([])
+    """Pictures to draw along the way."""
+
+    preview_steps: int | None = setting(None, minimum=1)
+    """Draw the previews every so many steps; empty draws them when the LoRA is saved."""
+
+    description: str = setting("")
+    """A sentence about the LoRA for its card and its metadata."""
+
+    tensorboard: bool = setting(True)
+    """Write curves for TensorBoard under logs/ (if tensorboard is installed)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    OutputSettings, ObjectiveSettings, OptimizationSettings, AdapterSettings, DataSettings, ModelSettings
+):
+    """One training run. Frozen: what a run was started with is what is saved beside its result.
+
+    Build it with ``lora_trainer.config.load`` or ``lora_trainer.config.from_mapping``, which check it.
+    """
+
+    @property
+    def effective_alpha(self) -> float:
+        return float(self.lora_rank if self.alpha is None else self.alpha)
+
+    @property
+    def effective_conv_alpha(self) -> float:
+        return float(self.conv_rank if self.conv_alpha is None else self.conv_alpha)
+
+    @property
+    def effective_text_encoder_lr(self) -> float:
+        return self.learning_rate / 2 if self.text_encoder_lr is None else self.text_encoder_lr
+
+
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("model", ModelSettings),
+    ("data", DataSettings),
+    ("adapter", AdapterSettings),
+    ("optimization", OptimizationSettings),
+    ("objective", ObjectiveSettings),
+    ("output", OutputSettings),
+)
+"""The groups in the order in which a person meets them; the tab's Advanced sections and the saved YAML follow it."""

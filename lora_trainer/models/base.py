@@ -1,0 +1,184 @@
+"""What a model is to the rest of the package: who lends it, what it can compute, where a LoRA attaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model is lent. ``sha256`` is None until somebody pays for reading the file (``Lender.model_hash``)."""
+
+    family: str  # one of FAMILIES
+    prediction_type: str  # "epsilon" | "v_prediction"
+    name: str
+    path: Path | None = None
+    zero_terminal_snr: bool = False
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels that the family was trained at."""
+        if self.family == "sdxl":
+            return 1024
+        return 768 if self.family == "sd2" and self.prediction_type == "v_prediction" else 512
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process. ``alphas_cumprod``: (T,) fp32 on the CPU, T = 1000."""
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded captions.
+
+    context: (B, 77·chunks, D), what the UNet's cross-attention reads.
+    pooled: (B, P) for SDXL, else None.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def __getitem__(self, index: int) -> Prompts:
+        pooled = None if self.pooled is None else self.pooled[index : index + 1]
+        return Prompts(self.context[index : index + 1], pooled)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Prompts:
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Prompts(self.context.to(device, dtype), pooled)
+
+    @staticmethod
+    def stack(items: Sequence[Prompts], empty: Prompts) -> Prompts:
+        """One batch of ``items`` (each B = 1); shorter ones are filled up with the encoding of the empty prompt.
+
+        ``empty``: (1, 77, D), as the WebUI itself pads prompts of unequal length.
+        """
+        length = max(item.context.shape[1] for item in items)
+        rows = []
+        for item in items:
+            missing = (length - item.context.shape[1]) // empty.context.shape[1]
+            rows.append(torch.cat([item.context, *[empty.context.to(item.context)] * missing], dim=1))
+        pooled = None if items[0].pooled is None else torch.cat([item.pooled for item in items])
+        return Prompts(torch.cat(rows), pooled)
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """One layer of the lent model that an adapter can attach to.
+
+    kohya_name: key stem in the LoRA file, e.g. ``lora_unet_down_blocks_0_attentions_0_…_attn1_to_q``.
+    diffusers_name: dotted module path, e.g. ``unet.down_blocks.0.attentions.0.….attn1.to_q`` or
+        ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj`` (``text_encoder_2.…`` for SDXL's second).
+    checkpoint_name: key stem of the weight in the base's own file, e.g. ``model.diffusion_model.input_blocks.1.1.…``;
+        None where the file stores the layer in another shape (open_clip's fused q, k, v).
+    part: "unet" | "text_encoder" | "text_encoder_2".
+    group: "attention" | "feed_forward" | "projection" | "conv" (3×3) | "conv_linear" (a resnet's 1×1 conv and Linear).
+    block: 0…24, kohya's count of UNet blocks (12 in, middle, 12 out); None in text encoders.
+    """
+
+    kohya_name: str
+    diffusers_name: str
+    checkpoint_name: str | None
+    part: str
+    group: str
+    block: int | None
+    module: nn.Module
+
+
+class LentModel(Protocol):
+    """A lent Stable Diffusion: frozen weights that belong to the lender, and the computations on them.
+
+    All modules are in eval mode and need no gradient; gradients flow through them to what is attached.
+    """
+
+    info: ModelInfo
+    schedule: NoiseSchedule
+    device: torch.device
+    unet: nn.Module
+    text_encoders: list[nn.Module]
+    vae_key: str  # changes when the VAE's weights change; part of cache keys
+    text_key: str  # the same for the text encoders and clip_skip
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 8, H/8, W/8) fp32: mean and log-variance, unscaled."""
+        ...
+
+    def sample_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Moments (B, 8, h, w) -> scaled latents (B, 4, h, w) fp32; a draw with ``generator``, the mean without.
+
+        The noise is drawn on the CPU, so that every device gives the same.
+        """
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
+        ...
+
+    def encode_prompts(self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False) -> Prompts:
+        """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
+
+        Differentiable when text encoders carry adapters; wrap in ``torch.no_grad`` otherwise.
+        """
+        ...
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the caption by the (first) tokenizer, without BOS and EOS."""
+        ...
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Prompts, size_ids: Tensor | None) -> Tensor:
+        """The UNet's answer (B, 4, h, w) in fp32.
+
+        timesteps: (B,) int64. size_ids: (B, 6) for SDXL: original (h, w), crop (top, left), target (h, w) in pixels.
+        """
+        ...
+
+    def lora_targets(self) -> list[LoraTarget]:
+        """Every layer that an adapter can attach to, in the order of the file format (UNet, then text encoders)."""
+        ...
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None: ...
+
+    def release(self, *parts: str) -> None:
+        """"vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
+        ...
+
+
+class Lender(Protocol):
+    """Where a model comes from: a file, or a running WebUI."""
+
+    def describe(self) -> ModelInfo:
+        """Says what would be lent, without loading weights. Raises UserError when it cannot be trained."""
+        ...
+
+    def borrow(self) -> AbstractContextManager[LentModel]:
+        """Lends the model until the context ends; then everything lent is as it was, whatever happened inside."""
+        ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside, the device is ours and the weights are resident, pristine and bound; outside, the host may work.
+
+        Wraps one optimizer step or one batch of encoding. Does not nest.
+        """
+        ...
+
+    def model_hash(self) -> str | None:
+        """SHA-256 of the base checkpoint's file, if there is one."""
+        ...
