@@ -40,7 +40,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = None
     except OSError as error:
         raise UserError(
-            f"{path} could not be written: {error.strerror or error}.", remedy="Free some space or choose another folder."
+            f"{path} could not be written: {error.strerror or error}.",
+            remedy="Free some space or choose another folder.",
         ) from error
     finally:
         if temporary is not None:

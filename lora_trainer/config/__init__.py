@@ -1,0 +1,16 @@
+"""The settings of a run: ``schema`` names them, ``parse`` reads and checks them, ``docs`` explains them."""
+
+from lora_trainer.config.docs import field_docs
+from lora_trainer.config.parse import from_mapping, load, parse_resolution, parse_yaml, to_mapping, to_yaml
+from lora_trainer.config.schema import TrainConfig
+
+__all__ = [
+    "TrainConfig",
+    "field_docs",
+    "from_mapping",
+    "load",
+    "parse_resolution",
+    "parse_yaml",
+    "to_mapping",
+    "to_yaml",
+]

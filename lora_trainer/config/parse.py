@@ -1,0 +1,388 @@
+"""YAML and key=value pairs in, a checked ``TrainConfig`` out; and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_trainer.config.schema import GROUPS, TrainConfig
+from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.files import safe_name_problem
+
+ALIASES: dict[str, str] = {
+    # the articles' other spellings
+    "unet_target_modules": "target_modules",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    # kohya's and diffusers' names for the same thing
+    "pretrained_model_name_or_path": "base_model",
+    "network_dim": "lora_rank",
+    "rank": "lora_rank",
+    "network_alpha": "alpha",
+    "network_dropout": "dropout",
+    "network_weights": "init_lora",
+    "conv_dim": "conv_rank",
+    "train_batch_size": "batch_size",
+    "max_train_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "unet_lr": "learning_rate",
+    "save_every_n_steps": "save_steps",
+    "checkpointing_steps": "save_steps",
+    "save_every_n_epochs": "save_epochs",
+    "optimizer_type": "optimizer",
+    "snr_gamma": "min_snr_gamma",
+    "flip_aug": "flip",
+    "shuffle_caption": "shuffle_tags",
+    "caption_dropout_rate": "caption_dropout",
+    "caption_tag_dropout_rate": "tag_dropout",
+    "loss_type": "loss",
+    "bucket_reso_steps": "bucket_step",
+    "min_bucket_reso": "min_bucket_resolution",
+    "max_bucket_reso": "max_bucket_resolution",
+    "resume_from_checkpoint": "resume",
+    "sample_prompts": "preview_prompts",
+    "sample_every_n_steps": "preview_steps",
+}
+"""Other names that are understood, from the articles and from the trainers people come from."""
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, apply ``key=value`` overrides, check everything.
+
+    Raises:
+        ConfigError: with every problem found, each naming field, value and remedy.
+        UserError: the file cannot be read or is no YAML mapping.
+    """
+    values = read_yaml(Path(path))
+    return from_mapping({**values, **parse_overrides(overrides)})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when there is none."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration at {path}.", remedy="Check the path after --config.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", remedy="Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML file.") from None
+
+
+def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
+    """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        what = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(
+            f"{source} cannot be read as YAML{where}: {what}.",
+            remedy="Each line has the form 'name: value'; quote text with special characters.",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}, not settings.", remedy="Each line has the form 'name: value'."
+        )
+    return {str(key): value for key, value in values.items()}
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["epochs=3", "target_modules=[to_q]"]`` -> values as YAML would read them."""
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"'{pair}' is not a setting.", remedy="Write name=value, such as epochs=3.")
+        try:
+            values[name.strip().lstrip("-")] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[name.strip().lstrip("-")] = text
+    return values
+
+
+def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
+    """Check ``values`` and build the configuration. Raises ConfigError with every problem found."""
+    problems: list[UserError] = []
+    clean: dict[str, Any] = {}
+    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if name not in known:
+            problems.append(_unknown(given, known))
+            continue
+        if name in clean:
+            problems.append(UserError(f"'{given}' is a second name of '{name}', which is set too.", field=given,
+                                      remedy="Keep one of them."))  # fmt: skip
+            continue
+        try:
+            clean[name] = _check_limits(_convert(value, _types()[name]), known[name].metadata)
+        except ValueError as error:
+            remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
+            problems.append(UserError(f"{value!r} {error}.", field=given, remedy=remedy))
+    config = TrainConfig(**clean)
+    broken = {problem.field and ALIASES.get(problem.field, problem.field) for problem in problems}
+    problems += [problem for problem in _across_fields(config) if problem.field not in broken]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """Plain values by field name, every field named."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The effective configuration as YAML, grouped as the tab shows it; ``load`` reads it back to an equal one."""
+    values = to_mapping(config)
+    blocks = []
+    for title, group in GROUPS:
+        names = [field.name for field in dataclasses.fields(group)]
+        block = yaml.dump(
+            {name: values[name] for name in names}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+        )
+        blocks.append(f"# {title}\n{block}")
+    return "\n".join(blocks)
+
+
+def _across_fields(config: TrainConfig) -> list[UserError]:
+    """What is wrong between fields that are each fine alone."""
+    problems = []
+
+    def require(field: str, fine: bool, message: str, remedy: str) -> None:
+        if not fine:
+            problems.append(UserError(message, field=field, remedy=remedy))
+
+    for field in ("block_ranks", "block_lr_weights"):
+        blocks = getattr(config, field)
+        require(
+            field,
+            blocks is None or (len(blocks) == 25 and min(blocks) >= 0),
+            f"These are {len(blocks or [])} numbers, or one is below 0.",
+            "Give 25 numbers of 0 or more: 12 in, the middle, 12 out.",
+        )
+    for low, high in (("min_timestep", "max_timestep"), ("min_bucket_resolution", "max_bucket_resolution")):
+        require(
+            low,
+            getattr(config, low) <= getattr(config, high),
+            f"{getattr(config, low)} is above {high} ({getattr(config, high)}).",
+            "Make it the smaller one.",
+        )
+    require(
+        "target_modules",
+        bool(config.target_modules) or config.train_text_encoder,
+        "It names no layer.",
+        "Leave it out to train attention, feed_forward and projection.",
+    )
+    require(
+        "bucket_step",
+        config.bucket_step % 8 == 0,
+        f"{config.bucket_step} is not a multiple of 8.",
+        "Use 64, or 32 for less cropping.",
+    )
+    require(
+        "resolution",
+        parse_resolution(config.resolution) is not None,
+        f"{config.resolution!r} is no size.",
+        "Write 512, or 768x512 (width x height), each from 64 to 8192, or auto.",
+    )
+    require(
+        "debiased_estimation",
+        not (config.debiased_estimation and config.min_snr_gamma),
+        "It cannot be combined with min_snr_gamma.",
+        "Set min_snr_gamma: null to use it.",
+    )
+    require(
+        "dora",
+        not config.dora or config.adapter == "lora",
+        f"It does not exist for {config.adapter}.",
+        "Use adapter: lora, or dora: false.",
+    )
+    name_problem = safe_name_problem(config.output_name) if config.output_name else None
+    require(
+        "output_name",
+        name_problem is None,
+        f"{config.output_name!r} cannot be a file name: {name_problem}.",
+        "Choose another name.",
+    )
+    return problems
+
+
+def parse_resolution(text: str) -> tuple[int, int] | str | None:
+    """``"512"`` -> (512, 512); ``"768x512"`` -> (768, 512) (width, height); ``"auto"`` -> "auto"; else None."""
+    if text == "auto":
+        return "auto"
+    match = re.fullmatch(r"(\d+)(?:\s*[x×,*]\s*(\d+))?", text.strip().lower())
+    if not match:
+        return None
+    width = int(match[1])
+    height = int(match[2] or width)
+    return (width, height) if all(64 <= side <= 8192 for side in (width, height)) else None
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
+def _unknown(name: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known, *ALIASES], n=1, cutoff=0.5)
+    hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?" if near else "Remove it; the README lists all settings."
+    return UserError("There is no such setting.", field=name, remedy=hint)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; strings that spell it are accepted. Raises ValueError saying what is wrong."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)))
+    if origin is typing.Literal:
+        return _choice(value, options)
+    if origin is list:
+        parts = value if isinstance(value, list) else _split(value)
+        return [_convert(part, options[0]) for part in parts]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError("is not a mapping of names to values")
+        return {str(name): _convert_loose(part) for name, part in value.items()}
+    converters: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str}
+    return converters[kind](value)
+
+
+def _choice(value: Any, options: Sequence[Any]) -> Any:
+    if isinstance(value, bool):  # YAML 1.1 reads the bare word no as false
+        value = "no" if not value and "no" in options else value
+    text = str(value).strip().lower()
+    for option in options:
+        if text == str(option).lower():
+            return option
+    near = difflib.get_close_matches(text, [str(option) for option in options], n=1)
+    raise ValueError("is not one of the choices" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def _split(value: Any) -> list[str]:
+    if not isinstance(value, str):
+        raise ValueError("is not a list")
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _YES | _NO:
+        return text in _YES
+    raise ValueError("is neither true nor false")
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("is not a number")
+    if not math.isfinite(value):
+        raise ValueError("is not finite")
+    return float(value)
+
+
+def _int(value: Any) -> int:
+    number = value if isinstance(value, int) else _float(value)
+    if isinstance(value, bool) or number != int(number):
+        raise ValueError("is not a whole number")
+    return int(number)
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, (list, dict)) or value is None:
+        raise ValueError("is not text")
+    text = str(value)
+    if "\0" in text:
+        raise ValueError("contains a NUL character")
+    return text
+
+
+def _convert_loose(value: Any) -> Any:
+    """Arguments passed through to a library: only YAML 1.1's habit of reading 1e-4 as text is mended."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any]) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if "minimum" in limits and value < limits["minimum"]:
+            raise ValueError(f"is below {limits['minimum']}")
+        if "maximum" in limits and value > limits["maximum"]:
+            raise ValueError(f"is above {limits['maximum']}")
+        if "above" in limits and value <= limits["above"]:
+            raise ValueError(f"is not above {limits['above']}")
+    return value
+
+
+def _wanted(name: str) -> str:
+    kind = _types()[name]
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        text = "one of " + ", ".join(str(option) for option in typing.get_args(kind))
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        text = words.get(kind) or ("a list" if typing.get_origin(kind) is list else "a mapping")
+    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
+    limits = field.metadata
+    if "minimum" in limits:
+        text += f" from {limits['minimum']}" + (f" to {limits['maximum']}" if "maximum" in limits else "")
+    elif "above" in limits:
+        text += f" above {limits['above']}" + (f", at most {limits['maximum']}" if "maximum" in limits else "")
+    return text + (" (or empty)" if optional else "")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice (YAML would silently keep the last) and endless alias expansion."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key_node.value}' is set twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists in one line and floats so that YAML 1.1 readers see numbers (2.0e-04, not 2e-4)."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)

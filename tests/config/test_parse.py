@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, load, to_mapping, to_yaml
+from lora_trainer.config.parse import ALIASES, parse_overrides, parse_yaml
+from lora_trainer.errors import ConfigError, UserError
+
+ARTICLES = {
+    "one": """
+train_data_dir: "./data/style_train"
+metadata_path: "./data/style_train/metadata.csv"
+base_model: "./models/Stable-diffusion/v1-5-pruned.safetensors"
+lora_rank: 8
+unet_target_modules: ["q_proj", "v_proj"]
+batch_size: 4
+epochs: 10
+learning_rate: 2e-4
+output_dir: "./output/my_style_lora"
+save_steps: 100
+""",
+    "two": """
+train_data_dir: "./data/style_train"
+metadata_path: "./data/style_train/metadata.csv"
+base_model: "./models/Stable-diffusion/v1-5-pruned.safetensors"
+lora_rank: 8
+alpha: 16
+batch_size: 4
+epochs: 10
+learning_rate: 2e-4
+output_dir: "./output/my_style_lora"
+save_steps: 100
+""",
+    "three": """
+train_data_dir: "./data/style_train"
+metadata_path: "./data/style_train/metadata.csv"
+base_model: "./models/sd-v1-5-pruned.safetensors"
+lora_rank: 16
+target_modules: ["q_proj", "v_proj"]
+batch_size: 4
+epochs: 15
+learning_rate: 2e-4
+output_dir: "./output/cyberpunk_lora"
+""",
+}
+
+
+@pytest.mark.parametrize("text", ARTICLES.values(), ids=ARTICLES)
+def test_the_articles_files_load_as_they_stand(tmp_path, text):
+    path = tmp_path / "my_lora_config.yaml"
+    path.write_text(text, encoding="utf-8")
+    config = load(path)
+    assert config.learning_rate == 2e-4 and config.batch_size == 4
+    assert config.lora_rank in (8, 16)
+
+
+def test_article_values_reach_their_fields():
+    one, two = (from_mapping(parse_yaml(ARTICLES[name])) for name in ("one", "two"))
+    assert one.target_modules == ["q_proj", "v_proj"] and one.effective_alpha == 8
+    assert two.effective_alpha == 16 and two.save_steps == 100
+
+
+def test_every_field_is_explained():
+    assert set(field_docs()) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_aliases_lead_to_fields():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(ALIASES.values()) <= names and not set(ALIASES) & names
+
+
+def test_all_problems_are_reported_at_once_with_field_value_and_remedy():
+    with pytest.raises(ConfigError) as caught:
+        from_mapping({"lora_rnk": 8, "epochs": 0, "batch_size": "many", "optimizer": "adam", "resolution": "huge"})
+    text = str(caught.value)
+    assert len(caught.value.problems) == 5
+    assert "lora_rnk" in text and "'lora_rank'" in text
+    assert "epochs: 0 is below 1" in text
+    assert "batch_size: 'many' is not a number" in text
+    assert "adamw" in text and "resolution" in text
+
+
+@pytest.mark.parametrize("spelling", ["2e-4", 2e-4, "0.0002", "2.0e-04"])
+def test_numbers_in_every_spelling(spelling):
+    assert from_mapping({"learning_rate": spelling}).learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("value", [True, "nan", "inf", float("nan"), [1], {"a": 1}, "1,5", ""])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        from_mapping({"learning_rate": value})
+
+
+def test_a_bare_no_is_a_choice():
+    assert from_mapping({"mixed_precision": False}).mixed_precision == "no"
+
+
+def test_two_names_of_one_setting_are_refused():
+    with pytest.raises(ConfigError, match="second name"):
+        from_mapping({"lora_rank": 8, "network_dim": 4})
+
+
+def test_overrides_win_and_are_typed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 3\n", encoding="utf-8")
+    config = load(path, ["epochs=5", "target_modules=[to_q, to_v]", "learning_rate=1e-3", "trigger_word=zwx"])
+    assert (config.epochs, config.target_modules, config.learning_rate) == (5, ["to_q", "to_v"], 1e-3)
+    with pytest.raises(UserError, match="name=value"):
+        parse_overrides(["epochs"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "- 1\n- 2", "just text", "a: 1\na: 2", "? [x]\n: 1", "\x00", "a: !!python/object:os.system {}", "42"],
+)
+def test_malformed_yaml_is_one_message(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode())
+    with pytest.raises(UserError):
+        load(path)
+
+
+def test_missing_directory_and_binary_files_are_one_message(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match=str(path.name)):
+            load(path)
+    (tmp_path / "latin.yaml").write_bytes(b"description: \xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+def _values(field: dataclasses.Field) -> st.SearchStrategy:
+    kind = typing.get_type_hints(TrainConfig)[field.name]
+    options = [option for option in typing.get_args(kind) if option is not type(None)] or [kind]
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is dict:
+        return st.nothing()
+    low = field.metadata.get("minimum", field.metadata.get("above", 0) + 1e-6)
+    high = field.metadata.get("maximum", 1000)
+    base = {
+        bool: st.booleans(),
+        int: st.integers(int(max(low, 1)), int(min(high, 255))),
+        float: st.floats(low, high),
+        str: st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
+    }.get(options[0])
+    return st.nothing() if base is None else base
+
+
+DEPENDENT = {
+    "resolution", "output_name", "bucket_step", "min_bucket_resolution", "max_bucket_resolution",
+    "min_timestep", "max_timestep", "dora", "debiased_estimation", "adapter",
+}  # fmt: skip
+SIMPLE = [
+    field
+    for field in dataclasses.fields(TrainConfig)
+    if not _values(field).is_empty and field.name not in DEPENDENT
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_yaml_round_trip(data):
+    chosen = data.draw(st.lists(st.sampled_from(SIMPLE), max_size=12, unique_by=lambda field: field.name))
+    values = {field.name: data.draw(_values(field), label=field.name) for field in chosen}
+    none_words = {name for name, value in values.items() if str(value).strip().lower() in ("", "none", "null")}
+    config = from_mapping({name: value for name, value in values.items() if name not in none_words})
+    assert from_mapping(parse_yaml(to_yaml(config))) == config
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name for field in dataclasses.fields(TrainConfig)] + ["nonsense", "lr"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=5,
+        ),
+        max_size=6,
+    )
+)
+def test_any_values_are_accepted_or_refused_with_a_message(values):
+    try:
+        config = from_mapping(values)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert from_mapping(to_mapping(config)) == config
+
+
+def test_floats_are_numbers_for_every_yaml_reader():
+    assert yaml.safe_load(to_yaml(from_mapping({"learning_rate": "2e-4"})))["learning_rate"] == 2e-4
