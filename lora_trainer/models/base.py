@@ -161,6 +161,15 @@ class LentModel(Protocol):
         ...
 
 
+class ModelAwayError(Exception):
+    """Raised on entering ``Lender.turn``: the lender cannot give the model right now (the user switched checkpoint,
+    say). ``reason`` is a sentence for the user; whoever asked waits and asks again."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Lender(Protocol):
     """Where a model comes from: a file, or a running WebUI."""
 
@@ -175,7 +184,7 @@ class Lender(Protocol):
     def turn(self) -> AbstractContextManager[None]:
         """Inside, the device is ours and the weights are resident, pristine and bound; outside, the host may work.
 
-        Wraps one optimizer step or one batch of encoding. Does not nest.
+        Wraps one optimizer step or one batch of encoding. Does not nest. Raises ModelAwayError on entering.
         """
         ...
 

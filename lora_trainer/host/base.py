@@ -1,0 +1,141 @@
+"""What every host offers, whether it is AUTOMATIC1111, Forge or nothing but files.
+
+A host lends models, draws previews, publishes finished LoRAs and says what may be touched. It holds no training
+logic; nothing here names one host's habits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from lora_trainer.models.base import Lender
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One base model of the host's list. ``title`` is what the user sees and what ``Host.lender`` takes."""
+
+    title: str
+    path: Path | None
+    loaded: bool = False
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things live.
+
+    data: the trainer's own folder (datasets, jobs, states, logs); never under ``lora``.
+    lora: where the host looks for LoRAs; None when it has no such folder.
+    """
+
+    data: Path
+    lora: Path | None
+
+
+@dataclass(frozen=True)
+class AccessPolicy:
+    """What the host lets remote callers do.
+
+    api_credentials: user -> password that API calls must present; None when the API is open.
+    roots: folders (resolved) that paths given by a caller must lie in; None when any folder may be read, as for a
+        WebUI that listens to its own machine alone.
+    hide_paths: server folders must not be offered or accepted at all (the host's --hide-ui-dir-config).
+    """
+
+    api_credentials: dict[str, str] | None = None
+    roots: tuple[Path, ...] | None = None
+    hide_paths: bool = False
+
+
+@dataclass(frozen=True)
+class LenderOptions:
+    """How a run wants its model: the fields of the configuration that decide on the weights' form.
+
+    hold: keep the host to ourselves for the whole run instead of step by step.
+    wait_for_model: a checkpoint switch by the user waits until the run is over, instead of pausing the run.
+    """
+
+    clip_skip: int = 1
+    v_prediction: bool | None = None
+    zero_terminal_snr: bool | None = None
+    compute_dtype: torch.dtype = torch.float32
+    vae: str | None = None
+    hold: bool = False
+    wait_for_model: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a host's picker shows of a LoRA."""
+
+    activation_text: str = ""
+    preferred_weight: float = 0.8
+    description: str = ""
+    notes: str = ""
+    negative_text: str = ""
+    sd_version: str = ""  # "SD1", "SD2", "SDXL"
+    thumbnail: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class PreviewRequest:
+    """One picture to draw. Sizes in pixels; ``lora`` is the path of the weights to draw with, None for the base."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 1
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    cfg_scale: float = 7.0
+    lora: Path | None = None
+    lora_weight: float = 1.0
+
+
+class Host(Protocol):
+    """A place where the trainer runs."""
+
+    name: str  # "a1111", "forge", "standalone"
+
+    def folders(self) -> Folders: ...
+
+    def access(self) -> AccessPolicy: ...
+
+    def option(self, key: str, default: object) -> object:
+        """A setting the user made on the host's settings page; ``default`` where there is none."""
+        ...
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every base model in the host's list, the loaded one marked."""
+        ...
+
+    def device(self) -> torch.device:
+        """Where lent models compute."""
+        ...
+
+    def lender(self, checkpoint: str, options: LenderOptions) -> Lender:
+        """The lender of a checkpoint by title, path or stem; "" is the loaded one.
+
+        Raises UserError naming ``base_model`` when there is none or it cannot be trained.
+        """
+        ...
+
+    def draw(self, request: PreviewRequest) -> Image.Image:
+        """One picture by the host's own sampler. Called outside a turn; takes one itself."""
+        ...
+
+    def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
+        """Copy a finished LoRA into the host's LoRA folder with its card, and make the picker show it.
+
+        Returns the path there. Raises UserError naming ``output_name`` when the name is taken and not ``overwrite``.
+        """
+        ...
+
+    def forget(self, name: str) -> None:
+        """Drop what the host remembers of a LoRA's earlier weights."""
+        ...
