@@ -1,0 +1,72 @@
+"""``train``: one run from a YAML file, with a progress bar; Ctrl-C saves the state."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.config import TrainConfig, from_mapping, load
+from lora_trainer.config.parse import parse_overrides
+from lora_trainer.errors import UserError
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", help="train a LoRA", description="Train a LoRA as a YAML file says; settings given here win over it."
+    )
+    parser.add_argument("--config", type=Path, help="YAML file with the settings")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="single settings, such as epochs=3")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.config is None and not options.overrides:
+        raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
+    overrides = options.overrides
+    config = load(options.config, overrides) if options.config else from_mapping(parse_overrides(overrides))
+    return train_and_report(config)
+
+
+def train_and_report(config: TrainConfig) -> int:
+    """Train with a progress bar and print the summary; returns the exit code."""
+    from lora_trainer import run as engine  # torch is slow to import: not for --help
+    from lora_trainer.training.callbacks import TrainCommands
+
+    commands = TrainCommands()
+    progress = _progress()
+    with _interruptible(commands) as interrupted:
+        result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
+    progress.close()
+    print(engine.summary(result))
+    return 130 if interrupted and result.status != "finished" else 0
+
+
+def _progress() -> Any:
+    from lora_trainer.cli.progress import ProgressBar
+
+    return ProgressBar()
+
+
+@contextmanager
+def _interruptible(commands: Any) -> Iterator[list[float]]:
+    """The first Ctrl-C asks the training to save its state and stop; a second one within the wait ends it at once."""
+    presses: list[float] = []
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        if presses:
+            raise KeyboardInterrupt
+        presses.append(time.monotonic())
+        print("\nStopping after this step; the state is saved. Press Ctrl-C again to end at once.", file=sys.stderr)
+        commands.stop()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,80 @@
+"""Who may import whom; docs of the rule: README, "For developers"."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lora_trainer"
+LEAVES = {"config", "errors", "files", "__init__"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "config": {"errors", "files"},
+    "dataset": LEAVES,
+    "adapters": LEAVES,
+    "models": LEAVES,
+    "captioning": LEAVES,
+    "training": LEAVES | {"dataset", "adapters", "models", "captioning"},
+    "run": LEAVES | {"dataset", "adapters", "models", "captioning", "training"},
+    "host": LEAVES | {"models", "adapters", "training", "run"},
+    "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
+    "jobs": LEAVES | {"dataset", "captioning", "training", "models", "host", "run", "adapters"},
+}
+# cli, api and ui are the outside: they may know everything but each other.
+OUTSIDE = {"cli", "api", "ui"}
+INSIDE = set(MAY_IMPORT) | LEAVES
+HOST_ROOTS = {"modules", "backend", "modules_forge", "ldm_patched", "ldm", "sgm"}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module name, and whether the import stands at the top level of the file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
+            yield node.module or "", id(node) in top
+            if node.module == "lora_trainer":
+                yield from ((f"lora_trainer.{alias.name}", id(node) in top) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    part = part_of(path)
+    for name, top in imports(path):
+        root, *rest = name.split(".")
+        if root == "lora_trainer" and rest and part != "__main__":
+            allowed = MAY_IMPORT.get(part, INSIDE) | {part}
+            assert rest[0] in allowed or not (PACKAGE / rest[0]).exists() and not (PACKAGE / f"{rest[0]}.py").exists(), (
+                f"{path.name} ({part}) imports {name}"
+            )
+        if root in HOST_ROOTS:
+            assert path.parent.name == "host" and path.stem in {"a1111", "forge"}, f"{path} imports the host's {name}"
+            assert not top, f"{path} imports the host's {name} at the top of the file; it must be lazy"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_person_can_read_the_file_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_the_package_and_its_command_line_start_without_torch_or_a_host():
+    code = "import sys, lora_trainer.cli, lora_trainer.config; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
