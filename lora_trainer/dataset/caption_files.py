@@ -1,0 +1,124 @@
+"""The captions that somebody wrote: in metadata files and in text files beside the pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
+from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
+from lora_trainer.errors import UserError
+
+_SHOWN = 5  # how many files a message names
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """A caption that somebody wrote, and where. ``kind``: "metadata" or "file"; ``line`` for metadata only."""
+
+    text: str
+    kind: str
+    path: Path
+    line: int | None = None
+
+
+def read_captions(
+    root: Path,
+    metadata_path: str | Path | None = None,
+    caption_extension: str = ".txt",
+    *,
+    problems: list[CaptionProblem] | None = None,
+    listing: Listing | None = None,
+) -> dict[str, CaptionSource]:
+    """The captions that were written for the pictures of a folder, by key; pictures without one are not in it.
+
+    metadata_path: this file goes before every metadata file found in the folder (each counts for its own folder and
+        what is below, the nearest first). File names in it are relative to its folder or to ``root``.
+    problems: collects what is wrong instead of raising, for a report.
+
+    Raises:
+        UserError: a caption file cannot be read as UTF-8, CSV or JSONL (only without ``problems``).
+    """
+    listing = listing or list_folder(root)
+    found: list[CaptionProblem] = []
+    captions: dict[str, CaptionSource] = {}
+    names = NameIndex(listing)
+    for key in listing.pictures:
+        for path in _caption_files(listing, names, key, caption_extension):
+            text = read_text(path)
+            if isinstance(text, CaptionProblem):
+                found.append(text)
+                break
+            if text.strip():
+                captions[key] = CaptionSource(text.strip(), "file", path)
+                break
+            found.append(CaptionProblem(path, None, "is empty."))
+    for path in _metadata_files(listing, metadata_path, found):
+        captions.update(_read_metadata(path, listing, names, found))
+    if problems is not None:
+        problems.extend(found)
+    elif fatal := [problem for problem in found if problem.fatal]:
+        raise UserError(some([str(problem) for problem in fatal], "\n"), remedy="Put it right, or remove the file.")
+    return captions
+
+
+def some(items: Sequence[str], separator: str = ", ") -> str:
+    shown = separator.join(items[:_SHOWN])
+    return shown if len(items) <= _SHOWN else f"{shown}{separator}and {len(items) - _SHOWN} more"
+
+
+def _caption_files(listing: Listing, names: NameIndex, key: str, extension: str) -> list[Path]:
+    extension = extension if extension.startswith(".") else f".{extension}"
+    stem = str(PurePosixPath(key).with_suffix(""))
+    found = []
+    for ending in dict.fromkeys((extension, ".txt", ".caption")):
+        for name in (stem + ending, key + ending):
+            match = names.find(name)
+            if match is not None and listing.files[match] not in found:
+                found.append(listing.files[match])
+    return found
+
+
+def _metadata_files(
+    listing: Listing, metadata_path: str | Path | None, problems: list[CaptionProblem]
+) -> list[Path]:
+    """Metadata files, the one that counts most last."""
+    found: dict[str, list[Path]] = {}
+    for key, path in listing.files.items():
+        if path.name.casefold() in METADATA_NAMES:
+            found.setdefault(str(PurePosixPath(key).parent), []).append(path)
+    result = []
+    for _, paths in sorted(found.items(), key=lambda item: (len(PurePosixPath(item[0]).parts), item[0])):
+        chosen, *others = sorted(paths, key=lambda path: METADATA_NAMES.index(path.name.casefold()))
+        for other in others:
+            problems.append(CaptionProblem(other, None, f"is left out, because {chosen.name} is beside it."))
+        result.append(chosen)
+    if metadata_path:
+        path = Path(metadata_path)
+        if path.is_file():
+            result = [other for other in result if not os.path.samefile(other, path)]
+            result.append(path)
+        else:
+            problems.append(CaptionProblem(path, None, "there is no such file.", fatal=True))
+    return result
+
+
+def _read_metadata(
+    path: Path, listing: Listing, names: NameIndex, problems: list[CaptionProblem]
+) -> dict[str, CaptionSource]:
+    captions: dict[str, CaptionSource] = {}
+    base = os.path.relpath(os.path.realpath(path.parent), os.path.realpath(listing.root)).replace(os.sep, "/")
+    prefix = "" if base == "." or path_problem(base) else f"{base}/"
+    for row in read_rows(path, problems):
+        key = names.find(prefix + row.filename) or names.find(row.filename)
+        if key is None or key not in listing.pictures:
+            reason = "is not in the folder" if key is None else "is no picture that can be trained on"
+            problems.append(CaptionProblem(path, row.line, f"{row.filename} {reason}; the row is left out."))
+        elif key in captions:
+            message = f"names {row.filename} again; line {captions[key].line} counts."
+            problems.append(CaptionProblem(path, row.line, message))
+        else:
+            captions[key] = CaptionSource(row.caption, "metadata", path, row.line)
+    return captions

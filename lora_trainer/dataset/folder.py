@@ -1,0 +1,192 @@
+"""From a folder of pictures to the samples of a training run: which pictures, which captions, how often.
+
+Where a picture's caption comes from, first match wins:
+metadata.csv / metadata.jsonl > ``<image>`` + caption_extension > ``<image>.txt`` > ``<image>.caption`` >
+the class tokens of a kohya folder ``<repeats>_<class>`` > the trigger word > an error that names the picture.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.caption_files import CaptionSource, read_captions, some
+from lora_trainer.dataset.images import IMAGE_EXTENSIONS, measure, open_image
+from lora_trainer.dataset.listing import (
+    Listing,
+    Skipped,
+    folder_notes,
+    is_picture,
+    kohya_folder,
+    list_folder,
+    mask_of,
+)
+from lora_trainer.dataset.metadata import CaptionProblem
+from lora_trainer.errors import UserError
+
+__all__ = [
+    "CaptionProblem", "CaptionSource", "Dataset", "Listing", "Sample", "Skipped", "is_picture", "kohya_folder",
+    "list_folder", "mask_of", "read_captions", "scan",
+]  # fmt: skip
+
+REGULARIZATION_PREFIX = "reg:"
+"""Starts the keys of regularization samples, so that they differ from those of the training folder."""
+
+_MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
+_KINDS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the training set.
+
+    key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
+    caption: as written, with its marks; the class tokens or the trigger word where there was none.
+    size: (width, height) in pixels, after EXIF rotation.
+    digest: SHA-256 of the file's bytes, hexadecimal.
+    """
+
+    path: Path
+    key: str
+    caption: str
+    size: tuple[int, int]
+    digest: str
+    repeats: int = 1
+    is_regularization: bool = False
+    mask_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training samples first, then the regularization samples; both in the order of their keys."""
+
+    root: Path
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def scan(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """The training set of a configuration. Every picture is decoded once, so that damaged ones are found now.
+
+    progress: called with (pictures done, pictures in all).
+
+    Raises:
+        UserError: no folder, no usable picture, an unreadable caption file, or a picture without any caption.
+    """
+    if not config.train_data_dir:
+        raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
+    others = [path for path in (config.reg_data_dir, config.output_dir, config.cache_dir) if path]
+    training = _scan_root(config, Path(config.train_data_dir), others, False, progress)
+    if not config.reg_data_dir:
+        return training
+    regularization = _scan_root(config, Path(config.reg_data_dir), [config.train_data_dir, *others[1:]], True, progress)
+    return Dataset(
+        training.root,
+        training.samples + regularization.samples,
+        training.skipped + regularization.skipped,
+        training.warnings + regularization.warnings,
+    )
+
+
+def _scan_root(
+    config: TrainConfig,
+    root: Path,
+    exclude: Sequence[str],
+    is_regularization: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Dataset:
+    setting = "reg_data_dir" if is_regularization else "train_data_dir"
+    try:
+        listing = list_folder(root, [Path(path) for path in exclude])
+    except UserError as error:
+        raise UserError(error.message, field=setting, remedy=error.remedy) from None
+    problems: list[CaptionProblem] = []
+    metadata_path = None if is_regularization else config.metadata_path
+    captions = read_captions(root, metadata_path, config.caption_extension, problems=problems, listing=listing)
+    if fatal := [problem for problem in problems if problem.fatal]:
+        setting = "metadata_path" if metadata_path and str(fatal[0].path) == str(metadata_path) else setting
+        raise UserError(some([str(problem) for problem in fatal], "\n"), field=setting)
+    notes = [*listing.warnings, *map(str, problems), *folder_notes(listing)]
+
+    skipped = list(listing.skipped)
+    samples: list[Sample] = []
+    without_caption: list[Path] = []
+    for key, found in zip(listing.pictures, _measure_all(listing, config.use_masks, progress)):
+        path = listing.pictures[key]
+        folder = kohya_folder(root, key)
+        repeats, class_tokens = folder or (config.repeats, "")
+        if isinstance(found, str):
+            skipped.append(Skipped(path, found))
+            continue
+        if repeats == 0:
+            skipped.append(Skipped(path, "its folder's name says 0 repeats"))
+            continue
+        source = captions.get(key)
+        caption = source.text if source else class_tokens or ("" if is_regularization else config.trigger_word.strip())
+        if not caption:
+            without_caption.append(path)
+            continue
+        size, digest = found
+        name = REGULARIZATION_PREFIX + key if is_regularization else key
+        samples.append(Sample(path, name, caption, size, digest, repeats, is_regularization, mask_of(listing, key)))
+    if without_caption:
+        raise UserError(
+            f"{len(without_caption)} of {len(listing.pictures)} pictures have no caption: "
+            f"{some([str(path) for path in without_caption])}.",
+            field=setting,
+            remedy="Write <picture>.txt beside each, add rows to metadata.csv, name the folder 1_<class>"
+            + (" (such as 1_dog)." if is_regularization else ", set trigger_word, or let the caption command do it."),
+        )
+    if not samples:
+        raise _nothing_found(listing, skipped, setting)
+    missing = [key for key in listing.pictures if key not in captions]
+    if captions and missing:
+        notes.append(f"{len(missing)} pictures have no caption of their own: {some(missing)}.")
+    return Dataset(root, tuple(samples), tuple(skipped), tuple(notes))
+
+
+def _measure_all(
+    listing: Listing, use_masks: bool, progress: Callable[[int, int], None] | None
+) -> list[tuple[tuple[int, int], str] | str]:
+    """(size, digest) of every picture, or the reason why it cannot be used."""
+
+    def examine(key: str) -> tuple[tuple[int, int], str] | str:
+        try:
+            mask = mask_of(listing, key) if use_masks else None
+            if mask is not None:
+                open_image(mask)
+            return measure(listing.pictures[key])
+        except UserError as error:
+            return error.message
+
+    results = []
+    with warnings.catch_warnings():
+        # What Pillow warns of (odd EXIF data, large pictures) is either harmless or found by ``measure``.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
+            for result in pool.map(examine, listing.pictures):
+                results.append(result)
+                if progress is not None:
+                    progress(len(results), len(listing.pictures))
+    return results
+
+
+def _nothing_found(listing: Listing, skipped: Sequence[Skipped], setting: str) -> UserError:
+    if skipped:
+        reasons = some([f"{item.path}: {item.reason}" for item in skipped], "\n")
+        return UserError(f"No picture in {listing.root} can be used:\n{reasons}", field=setting)
+    kinds = Counter(path.suffix.casefold() or "no ending" for path in listing.files.values())
+    there = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common(_KINDS_SHOWN)) or "nothing"
+    return UserError(
+        f"No pictures in {listing.root}: looked there and in its sub-folders for {', '.join(IMAGE_EXTENSIONS)}; "
+        f"found {there}.",
+        field=setting,
+        remedy="Put pictures in the folder, or name the folder that holds them.",
+    )

@@ -1,0 +1,159 @@
+"""What lies in a data folder: pictures, their masks, other files; and what kohya's folder names say."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lora_trainer.dataset.images import IMAGE_EXTENSIONS
+from lora_trainer.errors import UserError
+
+MASK_SUFFIX = ".mask.png"
+
+_UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".cr2", ".nef", ".arw", ".dng")
+_IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information")
+_KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
+_MAX_REPEATS = 10_000
+_SURPRISING_REPEATS = 200
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is not trained on, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a data folder. Keys are posix paths relative to ``root``, in sorted order.
+
+    files: every visible regular file. pictures: those of them that are samples (no masks).
+    """
+
+    root: Path
+    files: Mapping[str, Path]
+    pictures: Mapping[str, Path]
+    skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
+    """Everything in ``root`` and its sub-folders, without hidden files, caches and the folders in ``exclude``.
+
+    Links to folders outside are followed once each, so loops end.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(
+            f"There is no folder {root}." if not root.exists() else f"{root} is a file, not a folder.",
+            remedy="Name the folder that holds the pictures.",
+        )
+    real_root = os.path.realpath(root)
+    excluded = {os.path.realpath(path) for path in exclude} - {real_root}
+    followed: set[str] = set()
+    files: dict[str, Path] = {}
+    skipped: list[Skipped] = []
+    notes: list[str] = []
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            notes.append(f"{folder} cannot be opened ({error.strerror or error}); it is left out.")
+            continue
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_FOLDERS:
+                continue
+            if entry.is_dir():
+                real = os.path.realpath(path)
+                if real in excluded:
+                    continue
+                if entry.is_symlink():
+                    if real in followed or _is_within(real_root, real) or _is_within(real, real_root):
+                        notes.append(f"{path} links to {real}, which is read already; the link is left out.")
+                        continue
+                    followed.add(real)
+                pending.append(path)
+            elif not _is_utf8(entry.name):
+                skipped.append(Skipped(path, "its name is not UTF-8; rename it"))
+            elif entry.is_file():  # no pipes or devices, which would block
+                files[path.relative_to(root).as_posix()] = path
+    files = dict(sorted(files.items()))
+    pictures = {key: path for key, path in files.items() if is_picture(key)}
+    for path in files.values():
+        if path.suffix.casefold() in _UNREADABLE_EXTENSIONS:
+            skipped.append(Skipped(path, f"{path.suffix} pictures cannot be read; convert it to PNG or JPEG"))
+    return Listing(root, files, pictures, tuple(skipped), tuple(notes))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is a training picture (masks are not)."""
+    name = name.casefold()
+    return name.endswith(IMAGE_EXTENSIONS) and not name.endswith(MASK_SUFFIX)
+
+
+def kohya_folder(root: Path, key: str) -> tuple[int, str] | None:
+    """(repeats, class tokens) of the nearest folder named ``<repeats>_<class>`` above a picture, ``root`` included."""
+    for name in (*reversed(PurePosixPath(key).parts[:-1]), root.resolve().name):
+        match = _KOHYA_FOLDER.fullmatch(name)
+        if match and len(match[1]) <= len(str(_MAX_REPEATS)) and int(match[1]) <= _MAX_REPEATS:
+            return int(match[1]), match[2].strip()
+    return None
+
+
+def mask_of(listing: Listing, key: str) -> Path | None:
+    """``<image>.mask.png`` beside a picture: with or without the picture's own ending."""
+    stem = str(PurePosixPath(key).with_suffix(""))
+    return listing.files.get(stem + MASK_SUFFIX) or listing.files.get(key + MASK_SUFFIX)
+
+
+def folder_notes(listing: Listing) -> list[str]:
+    notes = []
+    folders = sorted({str(PurePosixPath(key).parent) for key in listing.pictures})
+    names = sorted({part for folder in folders for part in PurePosixPath(folder).parts} | {listing.root.resolve().name})
+    for name in names:
+        match = _KOHYA_FOLDER.fullmatch(name)
+        if match and (len(match[1]) > len(str(_MAX_REPEATS)) or int(match[1]) > _MAX_REPEATS):
+            notes.append(f"The folder {name} is read as a plain folder: {match[1]} cannot be a number of repeats.")
+        elif match and int(match[1]) > _SURPRISING_REPEATS:
+            repeats = int(match[1])
+            notes.append(f"The folder {name} means {repeats} repeats of each picture per epoch; rename it if not meant.")
+    return notes
+
+
+class NameIndex:
+    """Finds files of a listing by a name that a person typed: in any case, any Unicode form, with either slash."""
+
+    def __init__(self, listing: Listing):
+        self._files = listing.files
+        self._folded: dict[str, str] = {}
+        for key in listing.files:
+            self._folded.setdefault(_fold(key), key)
+
+    def find(self, name: str) -> str | None:
+        if name in self._files:
+            return name
+        return self._folded.get(_fold(str(PurePosixPath(name.replace("\\", "/")))))
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _is_within(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
