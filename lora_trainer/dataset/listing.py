@@ -128,7 +128,7 @@ def folder_notes(listing: Listing) -> list[str]:
             notes.append(f"The folder {name} is read as a plain folder: {match[1]} cannot be a number of repeats.")
         elif match and int(match[1]) > _SURPRISING_REPEATS:
             repeats = int(match[1])
-            notes.append(f"The folder {name} means {repeats} repeats of each picture per epoch; rename it if not meant.")
+            notes.append(f"The folder {name} means {repeats} repeats of each picture; rename it if that is not meant.")
     return notes
 
 

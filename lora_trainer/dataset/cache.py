@@ -1,0 +1,137 @@
+"""Encoded pictures and captions on disk, named by everything that changes them.
+
+A cache never decides the result: a file that is missing, cut off or damaged is made again, and what cannot be written
+(a full disk, a folder without permission) is kept in memory for this run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.dataset.buckets import Item
+from lora_trainer.dataset.folder import Sample
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIXELS_VERSION = 1
+"""Raised whenever ``images.load_pixels`` gives other pixels for the same picture."""
+
+_SUFFIX = ".cache"  # not .safetensors: a WebUI that scans the folder must not take it for a model
+_log = logging.getLogger(__name__)
+
+
+class TensorCache:
+    """Tensors by key in ``<directory>/<first 2 digits>/<key>.cache``; the bytes are those of a safetensors file.
+
+    Safe for several writers, also of several processes: files appear whole, and equal keys mean equal content.
+    on_warning: told once when the cache cannot be written.
+    """
+
+    def __init__(self, directory: Path, on_warning: Callable[[str], None] = _log.warning):
+        self.directory = Path(directory)
+        self._on_warning = on_warning
+        self._unwritten: dict[str, dict[str, Tensor]] = {}
+        self._writable = True
+
+    def path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}{_SUFFIX}"
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a key (on the CPU), or None if there is no intact file of it."""
+        import safetensors.torch
+
+        if key in self._unwritten:
+            return dict(self._unwritten[key])
+        try:
+            data = self.path(key).read_bytes()
+            header, payload = _split(data)
+            if header.pop("__metadata__", None) != {"sha256": _checksum(key, header, payload)}:
+                return None
+            return safetensors.torch.load(data)
+        # Whatever is wrong with the file, its content can be made again.
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+            return None
+
+    def __contains__(self, key: str) -> bool:
+        """Whether ``get`` would answer: a damaged file is not contained."""
+        return self.get(key) is not None
+
+    contains = __contains__
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors`` under ``key``; on disk if it can be written, else in memory."""
+        import safetensors.torch
+
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        if self._writable:
+            header, payload = _split(safetensors.torch.save(copies))
+            header.pop("__metadata__", None)
+            header["__metadata__"] = {"sha256": _checksum(key, header, payload)}
+            try:
+                atomic_write(self.path(key), _join(header, payload))
+                return
+            except UserError as error:
+                self._writable = False
+                self._on_warning(f"The cache is kept in memory from now on: {error}")
+        self._unwritten[key] = copies
+
+
+def cache_key(**parts: Any) -> str:
+    """SHA-256 (64 hexadecimal digits) of the canonical JSON of ``parts``: name everything that changes the result.
+
+    Raises:
+        TypeError: a part is nothing that JSON can write; ValueError: a part is not finite.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def latent_key(sample: Sample, item: Item, vae_key: str) -> str:
+    """The key of a picture's latents in one view: its content, size, crop, mirroring, and the VAE that encodes it."""
+    return cache_key(
+        kind="latents",
+        version=PIXELS_VERSION,
+        image=sample.digest,
+        scaled=item.scaled,
+        bucket=item.bucket,
+        crop=item.crop,
+        flip=item.flip,
+        vae=vae_key,
+    )
+
+
+def prompt_key(text: str, text_key: str, max_tokens: int, weighted: bool) -> str:
+    """The key of an encoded caption: its text, the text encoders (and clip_skip), and how it is read."""
+    return cache_key(kind="prompt", text=text, text_encoders=text_key, max_tokens=max_tokens, weighted=weighted)
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Safetensors bytes -> (header, tensor data). Raises ValueError or TypeError when they are none."""
+    if len(data) < 8:
+        raise ValueError("shorter than a header")
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise TypeError("the header is not an object")
+    return header, data[8 + length :]
+
+
+def _join(header: Mapping[str, Any], payload: bytes) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)  # tensor data start at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def _checksum(key: str, header: Mapping[str, Any], payload: bytes) -> str:
+    digest = hashlib.sha256(f"{key}\n{json.dumps(header, sort_keys=True)}\n".encode("ascii"))
+    digest.update(payload)
+    return digest.hexdigest()
