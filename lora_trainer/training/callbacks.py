@@ -1,0 +1,112 @@
+"""What a run tells (``TrainCallbacks``) and what it can be told (``TrainCommands``, polled between two steps)."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.
+
+    loss: mean over the step's batches; None when the step was skipped because something was not finite.
+    lr: of the first parameter group (Prodigy: times its own estimate). seconds: of this step. images: in this step.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    epochs: int
+    loss: float | None
+    lr: float
+    seconds: float
+    images: int
+
+
+class TrainCallbacks:
+    """Override what you want to hear. Called in the training thread, so be quick."""
+
+    def on_phase(self, name: str, done: int, total: int) -> None:
+        """Progress of what comes before the steps: "latents", "captions" …"""
+
+    def on_step(self, report: StepReport) -> None:
+        """After every optimizer step."""
+
+    def on_saved(self, path: Path, step: int, kind: str) -> None:
+        """A file is in place; kind: "lora" or "state"."""
+
+    def on_preview(self, path: Path, step: int, prompt: str) -> None:
+        """A preview picture is in place."""
+
+    def on_warning(self, text: str) -> None:
+        """Something that a person should read; the run goes on."""
+
+
+class TrainCommands:
+    """Thread-safe wishes of a person to a run."""
+
+    def __init__(self) -> None:
+        self._running = threading.Event()
+        self._running.set()
+        self._stop = threading.Event()
+        self._save_before_stop = threading.Event()
+        self._save = threading.Event()
+        self._preview = threading.Event()
+
+    def pause(self) -> None:
+        """Wait after this step, with the device free, until ``resume`` or a stop."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+    def stop(self) -> None:
+        """End after this step; what was saved before stays."""
+        self._stop.set()
+        self._running.set()
+
+    def stop_and_save(self) -> None:
+        """End after this step, with the LoRA and the state saved."""
+        self._save_before_stop.set()
+        self.stop()
+
+    def save_now(self) -> None:
+        """Save the LoRA and the state after this step."""
+        self._save.set()
+
+    def preview_now(self) -> None:
+        """Draw the previews after this step."""
+        self._preview.set()
+
+    # -- for the run
+
+    @property
+    def paused(self) -> bool:
+        return not self._running.is_set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def saves_before_stop(self) -> bool:
+        return self._save_before_stop.is_set()
+
+    def wait_while_paused(self) -> None:
+        self._running.wait()
+
+    def take_save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        return _take(self._save)
+
+    def take_preview(self) -> bool:
+        """Whether previews were asked for since the last call."""
+        return _take(self._preview)
+
+
+def _take(event: threading.Event) -> bool:
+    wanted = event.is_set()
+    event.clear()
+    return wanted

@@ -1,0 +1,108 @@
+"""Curves of a run: ``metrics.jsonl``, one object per optimizer step, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from lora_trainer.files import atomic_write
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of ``metrics.jsonl``.
+
+    step: counted from 1; epoch: counted from 1. loss: mean over the step's batches, null for a skipped step.
+    lr: of the first parameter group. seconds: wall time of the step. images: how many pictures this step saw.
+    """
+
+    step: int
+    epoch: int
+    loss: float | None
+    lr: float
+    seconds: float
+    images: int
+
+
+class MetricsLog:
+    """Writes the curves into ``directory``; a context manager that closes what it opened.
+
+    step: optimizer steps done before; lines of later ones (written by a run that was killed) are removed. At 0 the
+    metrics of an earlier run are kept as ``metrics-1.jsonl``, ``metrics-2.jsonl`` ….
+    """
+
+    def __init__(self, directory: Path, step: int, tensorboard: bool, on_warning: Callable[[str], None]):
+        self.path = Path(directory) / METRICS_FILE
+        self._step = step
+        self._tensorboard = tensorboard
+        self._on_warning = on_warning
+        self._file: TextIO | None = None
+        self._writer: Any = None
+
+    def __enter__(self) -> MetricsLog:
+        if self._step == 0:
+            self._put_aside()
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= self._step]
+        atomic_write(self.path, "".join(kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        if self._tensorboard:
+            self._writer = self._open_tensorboard()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for sink in (self._file, self._writer):
+            if sink is not None:
+                sink.close()
+
+    def write(self, metrics: StepMetrics, learning_rates: Mapping[str, float]) -> None:
+        """Add a step. ``learning_rates``: of every parameter group by name, for TensorBoard."""
+        assert self._file is not None, "use it as a context manager"
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            if metrics.loss is not None:
+                self._writer.add_scalar("train/loss", metrics.loss, metrics.step)
+            for name, value in learning_rates.items():
+                self._writer.add_scalar(f"lr/{name}", value, metrics.step)
+
+    def _put_aside(self) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            number = 1
+            while (aside := self.path.with_name(f"metrics-{number}.jsonl")).exists():
+                number += 1
+            self.path.rename(aside)
+
+    def _open_tensorboard(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter(str(self.path.parent), purge_step=self._step + 1)
+        # A host's protobuf often does not fit its tensorboard, which shows as a TypeError or AttributeError on import.
+        except (ImportError, TypeError, AttributeError) as error:
+            self._on_warning(f"No TensorBoard curves ({error}). Install tensorboard, or set tensorboard: false.")
+            return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line that was cut off by a kill is left out."""
+    lines = []
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            lines.append(entry)
+    return lines

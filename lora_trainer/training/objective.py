@@ -1,0 +1,188 @@
+"""What a training step asks of the model: noise in, a target out, and how the error is weighed.
+
+All random numbers come from private generators on the CPU (``generator_for``), so every device sees the same noise
+and nothing that runs beside us can disturb it. x0, ε, v, ᾱ and SNR are the papers' names:
+x_t = √ᾱ·x0 + √(1−ᾱ)·ε (Ho et al. 2020, eq. 4), v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, app. D),
+SNR = ᾱ / (1−ᾱ) (Kingma et al. 2021).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.models.base import NoiseSchedule
+from lora_trainer.models.schedule import rescale_zero_terminal_snr
+
+
+def generator_for(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator of its own for each (seed, purpose, step …); the same ones in every process and version."""
+    digest = hashlib.sha256(repr((int(seed), *parts)).encode("utf-8")).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------
+
+
+def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """ε + strength·N(0, 1) per picture and channel, (B, C, H, W) (Guttenberg 2023, "Diffusion with offset noise")."""
+    return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+
+
+def multires_noise(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
+    """ε plus coarser noise, each scale 2–4 times the last, scaled back to unit variance.
+
+    (B, C, H, W). Whitaker 2023, "Multi-resolution noise for diffusion model training"; kohya's ``pyramid_noise_like``.
+    """
+    height, width = noise.shape[-2:]
+    total = noise
+    for level in range(iterations):
+        ratio = (2 + 2 * torch.rand((), generator=generator).item()) ** level
+        h, w = max(1, int(height / ratio)), max(1, int(width / ratio))
+        coarse = torch.randn(*noise.shape[:2], h, w, generator=generator)
+        total = total + discount**level * F.interpolate(coarse, size=(height, width), mode="bilinear")
+        if h == 1 or w == 1:
+            break
+    return total / total.std()
+
+
+# ---- weights of timesteps -------------------------------------------------------------------------------------
+
+
+def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
+    """SNR = ᾱ / (1−ᾱ) per timestep, (T,)."""
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, (T,) (Hang et al. 2023, "Min-SNR", §3.4)."""
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return gamma / snr.clamp(min=gamma)  # the same as min(SNR, γ)/SNR, and 1 where SNR = 0
+
+
+def debiased_weight(snr: Tensor, prediction_type: str) -> Tensor:
+    """1/√SNR for ε (Yu et al. 2023, "Debias the training of diffusion models"); 1/(SNR + 1) for v, as kohya. (T,).
+
+    SNR is capped at 1000, as kohya does.
+    """
+    snr = snr.clamp(max=1000)
+    return 1 / (snr + 1) if prediction_type == "v_prediction" else snr.rsqrt()
+
+
+# ---- element-wise errors --------------------------------------------------------------------------------------
+
+
+def huber_threshold(alphas_cumprod: Tensor, c: float) -> Tensor:
+    """c_t = (1−c)/(1+σ)² + c with σ = √((1−ᾱ)/ᾱ), (T,): kohya's "snr" schedule (Khrapov et al. 2024, §4)."""
+    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    return (1 - c) / (1 + sigma) ** 2 + c
+
+
+def huber(difference: Tensor, c: Tensor) -> Tensor:
+    """2c·(√(d² + c²) − c): pseudo-Huber, the square for small d, straight beyond c."""
+    return 2 * c * ((difference**2 + c**2).sqrt() - c)
+
+
+def smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
+    """2·(√(d² + c²) − c): pseudo-Huber divided by c."""
+    return 2 * ((difference**2 + c**2).sqrt() - c)
+
+
+class Objective:
+    """One run's objective: its noise, its targets and its loss. Tables live on ``device``, (T,) fp32 each.
+
+    Raises:
+        UserError: settings that do not go together.
+    """
+
+    def __init__(self, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, zero_terminal_snr: bool):
+        self.config = config
+        self.prediction_type = schedule.prediction_type
+        self.min_timestep, self.max_timestep = config.min_timestep, min(config.max_timestep, len(schedule) - 1)
+        if self.min_timestep > self.max_timestep:
+            raise UserError(
+                f"{self.min_timestep} lies above max_timestep ({self.max_timestep}).",
+                field="min_timestep",
+                remedy="Lower it, or raise max_timestep.",
+            )
+        # Before any table is made: every one of them depends on it.
+        alphas_cumprod = schedule.alphas_cumprod
+        if zero_terminal_snr:  # leaves a schedule alone that ends at 0 already
+            alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
+        if config.debiased_estimation and self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
+            raise UserError(
+                "the last noise level would weigh infinitely much under zero terminal SNR.",
+                field="debiased_estimation",
+                remedy="Switch one of the two off; zero_terminal_snr is for v-prediction models.",
+            )
+        self.alphas_cumprod = alphas_cumprod.double()
+        self._signal = self.alphas_cumprod.sqrt().float().to(device)
+        self._noise = (1 - self.alphas_cumprod).sqrt().float().to(device)
+        self._weight = self._timestep_weights().float().to(device)
+        self._huber_c = huber_threshold(self.alphas_cumprod, config.huber_c).float().to(device)
+
+    def _timestep_weights(self) -> Tensor:
+        snr = signal_to_noise(self.alphas_cumprod)
+        if self.config.debiased_estimation:
+            return debiased_weight(snr, self.prediction_type)
+        if self.config.min_snr_gamma is not None:
+            return min_snr_weight(snr, self.config.min_snr_gamma, self.prediction_type)
+        return torch.ones_like(snr)
+
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """ε, (B, C, H, W) fp32 on the CPU."""
+        noise = torch.randn(shape, generator=generator)
+        if self.config.noise_offset:
+            noise = offset_noise(noise, self.config.noise_offset, generator)
+        if self.config.multires_noise_iterations:
+            iterations, discount = self.config.multires_noise_iterations, self.config.multires_noise_discount
+            noise = multires_noise(noise, iterations, discount, generator)
+        return noise
+
+    def perturb(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise that the model sees, where the target keeps ε (Ning et al. 2023, "Input perturbation", alg. 1)."""
+        if not self.config.input_perturbation:
+            return noise
+        return noise + self.config.input_perturbation * torch.randn(noise.shape, generator=generator)
+
+    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
+        """(B,) int64 on the CPU, uniform from min_timestep to max_timestep, both included."""
+        return torch.randint(self.min_timestep, self.max_timestep + 1, (batch,), generator=generator)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, (B, C, H, W)."""
+        return self._signal[timesteps].view(-1, 1, 1, 1) * latents + self._noise[timesteps].view(-1, 1, 1, 1) * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model is to answer: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0, (B, C, H, W)."""
+        if self.prediction_type == "v_prediction":
+            signal, sigma = self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
+            return signal * noise - sigma * latents
+        return noise
+
+    def loss(
+        self, model_pred: Tensor, target: Tensor, timesteps: Tensor, weights: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The mean over the batch, a scalar.
+
+        Order: element-wise error in fp32 -> × mask (B, 1, H, W) -> mean over C, H, W -> × weight of the sample (B,)
+        -> × weight of the timestep -> mean over the batch.
+        """
+        difference = model_pred.float() - target.float()
+        loss = self._elementwise(difference, timesteps)
+        if mask is not None:
+            loss = loss * mask
+        loss = loss.mean(dim=(1, 2, 3)) * weights * self._weight[timesteps]  # (B,)
+        return loss.mean()
+
+    def _elementwise(self, difference: Tensor, timesteps: Tensor) -> Tensor:
+        if self.config.loss == "mse":
+            return difference**2
+        error = {"huber": huber, "smooth_l1": smooth_l1}[self.config.loss]
+        return error(difference, self._huber_c[timesteps].view(-1, 1, 1, 1))

@@ -1,0 +1,82 @@
+"""Which device, and which number formats on it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """weight_dtype: of the frozen base. autocast_dtype: of the computation; None computes in fp32."""
+
+    device: torch.device
+    weight_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def name(self) -> str:
+        """As in ``mixed_precision``: "no", "fp16" or "bf16"."""
+        return {None: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.autocast_dtype]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def create_scaler(self) -> Any | None:
+        """A GradScaler for fp16, else None. torch < 2.3 has it under torch.cuda.amp only."""
+        if self.autocast_dtype != torch.float16:
+            return None
+        if hasattr(torch.amp, "GradScaler"):
+            return torch.amp.GradScaler(self.device.type)
+        return torch.cuda.amp.GradScaler()
+
+
+def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
+    """Settle "auto": the GPU if there is one; bf16 where it computes in it, else fp16; fp32 elsewhere.
+
+    Raises:
+        UserError: the device does not exist, or cannot compute in the format asked for.
+    """
+    device = _device(device)
+    if mixed_precision == "auto":
+        mixed_precision = ("bf16" if _has_bf16(device) else "fp16") if device.type == "cuda" else "no"
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"fp16 training needs an NVIDIA or AMD GPU; this run is on {device.type}.",
+            field="mixed_precision",
+            remedy="Use auto or no.",
+        )
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return Precision(device, dtype or torch.float32, dtype)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{name!r} is no device.", field="device", remedy="Use auto, cpu, cuda, cuda:1 or mps.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("there is no CUDA GPU here.", field="device", remedy="Use auto or cpu.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            last = torch.cuda.device_count() - 1
+            raise UserError(f"there is no GPU {device.index}.", field="device", remedy=f"The last one is cuda:{last}.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("there is no Apple GPU here.", field="device", remedy="Use auto or cpu.")
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    # torch.cuda.is_bf16_supported() says yes to emulation as well, which is slower than fp16.
+    return torch.cuda.get_device_capability(device)[0] >= 8
