@@ -40,6 +40,7 @@ REGULARIZATION_PREFIX = "reg:"
 
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _KINDS_SHOWN = 5
+_NOTES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,16 @@ class Dataset:
     warnings: tuple[str, ...] = ()
 
 
-def scan(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> Dataset:
+def scan(
+    config: TrainConfig,
+    progress: Callable[[int, int], None] | None = None,
+    measure: Callable[[Path], tuple[tuple[int, int], str]] = measure,
+) -> Dataset:
     """The training set of a configuration. Every picture is decoded once, so that damaged ones are found now.
 
     progress: called with (pictures done, pictures in all).
+    measure: what tells a picture's (width, height) and digest or raises ``UserError``; the dataset checks, which have
+        looked at every picture already, give what they know.
 
     Raises:
         UserError: no folder, no usable picture, an unreadable caption file, or a picture without any caption.
@@ -83,10 +90,11 @@ def scan(config: TrainConfig, progress: Callable[[int, int], None] | None = None
     if not config.train_data_dir:
         raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
     others = [path for path in (config.reg_data_dir, config.output_dir, config.cache_dir) if path]
-    training = _scan_root(config, Path(config.train_data_dir), others, False, progress)
+    training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure)
     if not config.reg_data_dir:
         return training
-    regularization = _scan_root(config, Path(config.reg_data_dir), [config.train_data_dir, *others[1:]], True, progress)
+    others = [config.train_data_dir, *others[1:]]
+    regularization = _scan_root(config, Path(config.reg_data_dir), others, True, progress, measure)
     return Dataset(
         training.root,
         training.samples + regularization.samples,
@@ -101,6 +109,7 @@ def _scan_root(
     exclude: Sequence[str],
     is_regularization: bool,
     progress: Callable[[int, int], None] | None,
+    measure: Callable[[Path], tuple[tuple[int, int], str]],
 ) -> Dataset:
     setting = "reg_data_dir" if is_regularization else "train_data_dir"
     try:
@@ -113,12 +122,16 @@ def _scan_root(
     if fatal := [problem for problem in problems if problem.fatal]:
         setting = "metadata_path" if metadata_path and str(fatal[0].path) == str(metadata_path) else setting
         raise UserError(some([str(problem) for problem in fatal], "\n"), field=setting)
-    notes = [*listing.warnings, *map(str, problems), *folder_notes(listing)]
+    row_notes = [str(problem) for problem in problems[:_NOTES_SHOWN]]
+    if len(problems) > _NOTES_SHOWN:
+        more = len(problems) - _NOTES_SHOWN
+        row_notes.append(f"{more} more captions or rows have problems; check the folder to see all.")
+    notes = [*listing.warnings, *row_notes, *folder_notes(listing)]
 
     skipped = list(listing.skipped)
     samples: list[Sample] = []
     without_caption: list[Path] = []
-    for key, found in zip(listing.pictures, _measure_all(listing, config.use_masks, progress)):
+    for key, found in zip(listing.pictures, _measure_all(listing, config.use_masks, progress, measure)):
         path = listing.pictures[key]
         folder = kohya_folder(root, key)
         repeats, class_tokens = folder or (config.repeats, "")
@@ -139,7 +152,7 @@ def _scan_root(
     if without_caption:
         raise UserError(
             f"{len(without_caption)} of {len(listing.pictures)} pictures have no caption: "
-            f"{some([str(path) for path in without_caption])}.",
+            f"{some([str(path) for path in without_caption])}." + "".join(f"\n{note}" for note in row_notes[:3]),
             field=setting,
             remedy="Write <picture>.txt beside each, add rows to metadata.csv, name the folder 1_<class>"
             + (" (such as 1_dog)." if is_regularization else ", set trigger_word, or let the caption command do it."),
@@ -153,7 +166,10 @@ def _scan_root(
 
 
 def _measure_all(
-    listing: Listing, use_masks: bool, progress: Callable[[int, int], None] | None
+    listing: Listing,
+    use_masks: bool,
+    progress: Callable[[int, int], None] | None,
+    measure: Callable[[Path], tuple[tuple[int, int], str]],
 ) -> list[tuple[tuple[int, int], str] | str]:
     """(size, digest) of every picture, or the reason why it cannot be used."""
 

@@ -37,6 +37,7 @@ MAX_ASPECT = 16
 """Longest side by shortest side; beyond it a crop shows next to nothing of the picture."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+_SRGB_PROFILES = ("sRGB IEC61966-2.1", "sRGB built-in", "sRGB")  # nothing to convert
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,11 +57,9 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         UserError: the file cannot be read as a picture; the message names it and says why.
     """
-    data = _read(path)
-    with _decoding(path), _refusing_truncation():
-        image = _open(path, data)
+    with reading(path) as (image, _):
         image.load()
-        return _to_srgb(_rotate(image), image.format)
+        return to_srgb(_rotate(image), image.format)
 
 
 def measure(path: Path) -> tuple[tuple[int, int], str]:
@@ -72,21 +71,34 @@ def measure(path: Path) -> tuple[tuple[int, int], str]:
     Raises:
         UserError: the picture is damaged, too small, too long or too large to train on.
     """
-    data = _read(path)
-    with _decoding(path), _refusing_truncation():
-        image = _open(path, data)
+    with reading(path) as (image, data):
         size = image.size
         drafted = image.format in ("JPEG", "MPO") and image.draft("L", (1, 1)) is not None
         image.load()
         width, height = size if drafted else image.size
-        if _orientation(image) >= 5:
+        if exif_orientation(image) >= 5:
             width, height = height, width
-    short, long = sorted((width, height))
+    check_size(path, (width, height))
+    return (width, height), hashlib.sha256(data).hexdigest()
+
+
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Raises ``UserError`` for a picture that is too small or too long to train on; ``size`` is (width, height)."""
+    width, height = size
+    short, long = sorted(size)
     if short < MIN_SIDE:
         raise UserError(f"{path} is too small: {width}×{height} pixels; the shorter side needs {MIN_SIDE} or more.")
     if long > MAX_ASPECT * short:
         raise UserError(f"{path} has too extreme an aspect ratio: {width}×{height} pixels, more than {MAX_ASPECT}:1.")
-    return (width, height), hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[tuple[Image.Image, bytes]]:
+    """(the opened, not yet decoded picture; the file's bytes). Inside, truncated data are refused, and whatever a
+    decoder stumbles over becomes a ``UserError`` that names the file."""
+    data = _read(path)
+    with _decoding(path), _refusing_truncation():
+        yield _open(path, data), data
 
 
 def flatten(image: Image.Image, color: int = 255) -> Image.Image:
@@ -177,6 +189,8 @@ def _open(path: Path, data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if data[4:12] in (b"ftypavif", b"ftypavis"):
             reason = "is an AVIF picture, which this Pillow cannot read; install pillow 11.3 or pillow-avif-plugin"
+        elif data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"):
+            reason = "is a HEIC picture, which cannot be read; convert it to PNG or JPEG"
         else:
             reason = "is no picture that can be read (damaged, or another kind of file)"
         raise UserError(f"{path} {reason}.") from None
@@ -234,7 +248,7 @@ def _refusing_truncation() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _truncation_before
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """EXIF orientation 1…8 of a loaded image; 1 where the data are missing or damaged."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
@@ -244,7 +258,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rotate(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     if orientation == 1:
         return image
     rotated = image.transpose(_TRANSPOSES[orientation])
@@ -252,7 +266,7 @@ def _rotate(image: Image.Image) -> Image.Image:
     return rotated
 
 
-def _to_srgb(image: Image.Image, file_format: str | None) -> Image.Image:
+def to_srgb(image: Image.Image, file_format: str | None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scale_depth(image, file_format).convert("RGB")
@@ -276,7 +290,7 @@ def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "sRGB" not in ImageCms.getProfileDescription(source):
+            if ImageCms.getProfileDescription(source).strip() not in _SRGB_PROFILES:
                 return ImageCms.profileToProfile(image, source, _srgb(), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass  # a damaged profile, or one of another color model: the plain numbers are the best there is
