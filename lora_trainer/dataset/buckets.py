@@ -98,7 +98,8 @@ class BatchPlan:
         """The plan of a run; ``default_resolution`` (pixels) is the base model's, for ``resolution: auto``."""
         resolution = parse_resolution(config.resolution)
         if resolution is None:
-            raise UserError(f"{config.resolution!r} is no size.", field="resolution", remedy="Write auto, 512 or 768x512.")
+            message = f"{config.resolution!r} is no size."
+            raise UserError(message, field="resolution", remedy="Write auto, 512 or 768x512.")
         return cls(
             dataset,
             (default_resolution, default_resolution) if isinstance(resolution, str) else resolution,

@@ -75,20 +75,22 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_FOLDERS:
                 continue
-            if entry.is_dir():
+            if path.is_dir():
                 real = os.path.realpath(path)
                 if real in excluded:
                     continue
                 if entry.is_symlink():
-                    if real in followed or _is_within(real_root, real) or _is_within(real, real_root):
+                    if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
                         notes.append(f"{path} links to {real}, which is read already; the link is left out.")
                         continue
                     followed.add(real)
                 pending.append(path)
             elif not _is_utf8(entry.name):
                 skipped.append(Skipped(path, "its name is not UTF-8; rename it"))
-            elif entry.is_file():  # no pipes or devices, which would block
+            elif path.is_file():  # no pipes or devices, which would block
                 files[path.relative_to(root).as_posix()] = path
+            elif entry.is_symlink() and is_picture(entry.name):
+                skipped.append(Skipped(path, "it is a link to a file that is not there"))
     files = dict(sorted(files.items()))
     pictures = {key: path for key, path in files.items() if is_picture(key)}
     for path in files.values():

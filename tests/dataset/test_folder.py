@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.folder import list_folder, read_captions, scan
+from lora_trainer.dataset.metadata import CaptionProblem, read_rows
+from lora_trainer.errors import UserError
+
+
+def picture(path: Path, size: tuple[int, int] = (32, 24), color: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path, "PNG")
+    return path
+
+
+def scan_folder(root: Path, **settings):
+    return scan(TrainConfig(train_data_dir=str(root), output_dir=str(root.parent / "output"), **settings))
+
+
+def captions(dataset) -> dict[str, str]:
+    return {sample.key: sample.caption for sample in dataset.samples}
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return path
+
+
+# --- which pictures ---------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_all_sub_folders_with_every_ending_and_name(tmp_path):
+    names = ["a.png", "B.JPG", "中文 图片 1.webp", "sub/deep/ö.bmp", "x y/#1, 'q'.gif", "wrong.tiff", "t.tif", "j.jpeg"]
+    for name in names:
+        picture(tmp_path / name)
+    dataset = scan_folder(tmp_path, trigger_word="sks")
+    assert list(captions(dataset)) == sorted(names)
+    assert all(sample.size == (32, 24) and len(sample.digest) == 64 for sample in dataset.samples)
+    assert not dataset.skipped
+
+
+def test_hidden_files_caches_masks_and_outputs_are_no_samples(tmp_path):
+    for name in (
+        "a.png", "a.mask.png", "._a.png", ".cache/b.png", "__MACOSX/c.png", "@eaDir/d.png", "out/preview.png",
+        "reg/1_dog/e.png", "latents/f.png",
+    ):  # fmt: skip
+        picture(tmp_path / name)
+    config = TrainConfig(
+        train_data_dir=str(tmp_path),
+        output_dir=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "latents"),
+        reg_data_dir=str(tmp_path / "reg"),
+        trigger_word="sks",
+    )
+    samples = scan(config).samples
+    assert [(sample.key, sample.caption, sample.is_regularization) for sample in samples] == [
+        ("a.png", "sks", False),
+        ("reg:1_dog/e.png", "dog", True),
+    ]
+    assert samples[0].mask_path == tmp_path / "a.mask.png" and samples[1].mask_path is None
+
+
+def test_the_output_folder_may_be_the_data_folder_itself(tmp_path):
+    picture(tmp_path / "a.png")
+    assert scan(TrainConfig(train_data_dir=str(tmp_path), output_dir=str(tmp_path), trigger_word="x")).samples
+
+
+def test_kohya_folders_nested_and_as_the_root(tmp_path):
+    root = tmp_path / "3_sks dog"
+    for name in ("a.png", "5_a b_c/b.png", "5_a b_c/plain/c.png", "10_x/2_y/d.png"):
+        picture(root / name)
+    dataset = scan_folder(root, repeats=7, trigger_word="trigger")
+    found = {sample.key: (sample.repeats, sample.caption) for sample in dataset.samples}
+    assert found == {
+        "a.png": (3, "sks dog"),
+        "5_a b_c/b.png": (5, "a b_c"),
+        "5_a b_c/plain/c.png": (5, "a b_c"),
+        "10_x/2_y/d.png": (2, "y"),
+    }
+
+
+def test_folder_names_that_are_dates_or_zero(tmp_path):
+    picture(tmp_path / "20240131_party" / "a.png")
+    picture(tmp_path / "2024_trip" / "b.png")
+    picture(tmp_path / "0_off" / "c.png")
+    dataset = scan_folder(tmp_path, trigger_word="sks", repeats=4)
+    assert [(sample.key, sample.repeats) for sample in dataset.samples] == [
+        ("20240131_party/a.png", 4),
+        ("2024_trip/b.png", 2024),
+    ]
+    assert [item.reason for item in dataset.skipped] == ["its folder's name says 0 repeats"]
+    assert any("20240131_party" in text for text in dataset.warnings)
+    assert any("2024 repeats" in text for text in dataset.warnings)
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    picture(root / "a.png")
+    picture(elsewhere / "b.png")
+    (elsewhere / "again").symlink_to(elsewhere)
+    (elsewhere / "home").symlink_to(root)
+    (root / "linked").symlink_to(elsewhere)
+    (root / "loop").symlink_to(root)
+    (root / "up").symlink_to(tmp_path)
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "c.png").symlink_to(elsewhere / "b.png")
+    os.mkfifo(root / "pipe.png")  # reading it would block for ever
+    dataset = scan_folder(root, trigger_word="sks")
+    assert sorted(captions(dataset)) == ["a.png", "c.png", "linked/b.png"]
+    assert {item.path.name for item in dataset.skipped} == {"self.png", "gone.png"}
+    assert sum("the link is left out" in text for text in dataset.warnings) == 4
+
+
+def test_unusable_pictures_are_skipped_with_their_reason(tmp_path):
+    picture(tmp_path / "good.png")
+    write(tmp_path / "empty.png", b"")
+    write(tmp_path / "text.jpg", "not a picture")
+    picture(tmp_path / "1x1.png", (1, 1))
+    picture(tmp_path / "long.png", (20000, 20))
+    write(tmp_path / "cut.png", (tmp_path / "good.png").read_bytes()[:55])
+    write(tmp_path / "phone.heic", b"\0\0\0\x18ftypheic")
+    dataset = scan_folder(tmp_path, trigger_word="sks")
+    assert list(captions(dataset)) == ["good.png"]
+    reasons = {item.path.name: item.reason for item in dataset.skipped}
+    assert set(reasons) == {"empty.png", "text.jpg", "1x1.png", "long.png", "cut.png", "phone.heic"}
+    assert "0 bytes" in reasons["empty.png"]
+    assert "no picture" in reasons["text.jpg"]
+    assert "too small" in reasons["1x1.png"]
+    assert "aspect ratio" in reasons["long.png"]
+    assert "damaged" in reasons["cut.png"]
+    assert "HEIC" not in reasons["phone.heic"] and ".heic" in reasons["phone.heic"]
+
+
+def test_a_name_that_is_not_utf8_is_skipped(tmp_path):
+    picture(tmp_path / "good.png")
+    os.link(tmp_path / "good.png", os.path.join(os.fsencode(tmp_path), b"\xff.png"))
+    dataset = scan_folder(tmp_path, trigger_word="sks")
+    assert list(captions(dataset)) == ["good.png"]
+    assert "UTF-8" in dataset.skipped[0].reason
+
+
+def test_no_usable_picture_left_lists_the_reasons(tmp_path):
+    write(tmp_path / "a.png", b"")
+    with pytest.raises(UserError, match=r"a\.png is empty") as caught:
+        scan_folder(tmp_path, trigger_word="sks")
+    assert caught.value.field == "train_data_dir"
+
+
+def test_no_pictures_says_what_was_looked_for_and_found(tmp_path):
+    write(tmp_path / "archive.zip", b"PK")
+    with pytest.raises(UserError, match=r"\.png, \.jpg.*found 1 × \.zip"):
+        scan_folder(tmp_path)
+    with pytest.raises(UserError, match=r"train_data_dir: There is no folder .*missing"):
+        scan_folder(tmp_path / "missing")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        scan_folder(tmp_path / "archive.zip")
+    with pytest.raises(UserError, match="train_data_dir: is empty"):
+        scan(TrainConfig())
+
+
+def test_a_broken_mask_matters_only_when_masks_are_used(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "a.mask.png", b"broken")
+    assert len(scan_folder(tmp_path, trigger_word="sks").samples) == 2
+    dataset = scan_folder(tmp_path, trigger_word="sks", use_masks=True)
+    assert list(captions(dataset)) == ["b.png"]
+    assert "a.mask.png" in dataset.skipped[0].reason
+
+
+def test_progress_counts_every_picture(tmp_path):
+    for index in range(3):
+        picture(tmp_path / f"{index}.png")
+    seen = []
+    config = TrainConfig(train_data_dir=str(tmp_path), trigger_word="x")
+    scan(config, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- which caption ----------------------------------------------------------------------------------------------
+
+
+def test_precedence_of_captions_step_by_step(tmp_path):
+    folder = tmp_path / "2_class tokens"
+    key = "2_class tokens/a.png"
+    picture(tmp_path / key)
+
+    def caption(**settings) -> str:
+        return captions(scan_folder(tmp_path, trigger_word="trigger", caption_extension=".tags", **settings))[key]
+
+    assert caption() == "class tokens"
+    write(folder / "a.caption", "from caption")
+    assert caption() == "from caption"
+    write(folder / "a.txt", "from txt")
+    assert caption() == "from txt"
+    write(folder / "a.tags", "from tags")
+    assert caption() == "from tags"
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": key, "text": "from jsonl"}))
+    assert caption() == "from jsonl"
+    write(tmp_path / "metadata.csv", f"filename,prompt\n{key},from csv\n")
+    assert caption() == "from csv"
+    write(folder / "metadata.csv", "filename,prompt\na.png,from the nearer csv\n")
+    assert caption() == "from the nearer csv"
+    named = write(tmp_path.parent / "named.csv", f"filename,prompt\n{key},from the named csv\n")
+    assert caption(metadata_path=str(named)) == "from the named csv"
+
+
+def test_caption_files_beside_the_full_name_and_in_capitals(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "a.png.txt", "one")
+    write(tmp_path / "B.TXT", "\ufefftwo\r\nlines\r\n")
+    assert captions(scan_folder(tmp_path)) == {"a.png": "one", "b.png": "two\r\nlines"}
+
+
+def test_an_empty_caption_file_counts_as_none(tmp_path):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "a.txt", " \n")
+    dataset = scan_folder(tmp_path, trigger_word="sks")
+    assert captions(dataset) == {"a.png": "sks"}
+    assert any("a.txt: is empty" in text for text in dataset.warnings)
+
+
+def test_a_picture_without_caption_is_named(tmp_path):
+    for index in range(8):
+        picture(tmp_path / f"p{index}.png")
+    write(tmp_path / "p0.txt", "a caption")
+    with pytest.raises(UserError, match=r"7 of 8 pictures have no caption.*p1\.png.*and 2 more") as caught:
+        scan_folder(tmp_path)
+    assert "p0.png" not in str(caught.value) and caught.value.remedy
+    # The reason is shown as well, when rows were meant for them.
+    write(tmp_path / "metadata.csv", "filename,prompt\nelse/p1.png,x\n")
+    with pytest.raises(UserError, match=r"line 2: else/p1\.png is not in the folder"):
+        scan_folder(tmp_path)
+
+
+def test_a_regularization_picture_does_not_take_the_trigger_word(tmp_path):
+    picture(tmp_path / "data" / "a.png")
+    picture(tmp_path / "reg" / "b.png")
+    with pytest.raises(UserError, match=r"reg_data_dir: .*b\.png"):
+        scan_folder(tmp_path / "data", reg_data_dir=str(tmp_path / "reg"), trigger_word="sks")
+
+
+def test_partial_metadata_is_mentioned(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "metadata.csv", "filename,prompt\na.png,x\n")
+    dataset = scan_folder(tmp_path, trigger_word="sks")
+    assert dataset.warnings == ("1 pictures have no caption of their own: b.png.",)
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ("一张照片".encode("gb18030"), r"a\.txt, line 1: is not UTF-8: byte 0xd5 at position 2"),
+        (b"\xef\xbb\xbfok\nbad \xff", r"a\.txt, line 2: is not UTF-8: byte 0xff at position 10"),
+        ("photo".encode("utf-16"), r"a\.txt: is UTF-16"),
+        (b"a\0b", r"a\.txt, line 1: holds a NUL byte"),
+    ],
+)
+def test_captions_that_are_not_utf8_name_file_and_byte(tmp_path, data, where):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "a.txt", data)
+    with pytest.raises(UserError, match=where):
+        scan_folder(tmp_path, trigger_word="sks")
+    with pytest.raises(UserError, match=where):
+        read_captions(tmp_path)
+    problems: list[CaptionProblem] = []
+    assert read_captions(tmp_path, problems=problems) == {}
+    assert [problem.fatal for problem in problems] == [True]
+
+
+# --- metadata files ---------------------------------------------------------------------------------------------
+
+
+def rows_of(tmp_path: Path, name: str, data: str | bytes) -> tuple[list[tuple[int, str, str]], list[CaptionProblem]]:
+    problems: list[CaptionProblem] = []
+    rows = read_rows(write(tmp_path / name, data), problems)
+    assert all(problem.path == tmp_path / name for problem in problems)
+    return [(row.line, row.filename, row.caption) for row in rows], problems
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("filename,prompt\na.png,x\n", [(2, "a.png", "x")]),
+        ("a.png,x\nb.png,y", [(1, "a.png", "x"), (2, "b.png", "y")]),
+        ("file_name,text\r\na.png,x\r\n", [(2, "a.png", "x")]),
+        ("Caption,extra,Image\nx,1,a.png\n", [(2, "a.png", "x")]),
+        ("\ufefffilename,prompt\n\n\na.png,x\n", [(4, "a.png", "x")]),
+        ('filename,prompt\na.png,"a ""b"", c\nd"\nb.png,y\n', [(2, "a.png", 'a "b", c\nd'), (4, "b.png", "y")]),
+        ('"中文 图.png","**主体**，光"\n', [(1, "中文 图.png", "**主体**，光")]),
+        ("filename;prompt\na.png;x, y\n", [(2, "a.png", "x, y")]),
+        ("", []),
+        ("filename,prompt\n", []),
+    ],
+)
+def test_csv_as_rfc_4180_has_it(tmp_path, text, expected):
+    assert rows_of(tmp_path, "metadata.csv", text) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message", "fatal"),
+    [
+        ("filename,prompt\na.png\n", 2, "1 of 2 fields", False),
+        ("filename,prompt\n,x\n", 2, "names no picture", False),
+        ("filename,prompt\na.png,\n", 2, "no caption", False),
+        ("filename,prompt\n/etc/a.png,x\n", 2, "absolute path", False),
+        ("filename,prompt\nC:\\a.png,x\n", 2, "absolute path", False),
+        ("filename,prompt\nb/../../a.png,x\n", 2, "'..'", False),
+        ("filename,prompt\n..\\a.png,x\n", 2, "'..'", False),
+        ("filename,label\na.png,x\n", 1, "needs a column", True),
+        ('filename,prompt\na.png,"x\nb.png,y\n', 2, "not valid CSV", True),
+        ('filename,prompt\na.png,"x" y\n', 2, "not valid CSV", True),
+        ("filename,prompt\na.png,x\0y\n", 2, "NUL", True),
+        (b"filename,prompt\na.png,x\xe9\n", 2, "0xe9", True),
+    ],
+)
+def test_a_malformed_csv_names_file_and_line(tmp_path, text, line, message, fatal):
+    rows, problems = rows_of(tmp_path, "metadata.csv", text)
+    assert rows == []
+    assert [(problem.line, problem.fatal) for problem in problems] == [(line, fatal)]
+    assert message in problems[0].message and "metadata.csv" in str(problems[0])
+
+
+def test_a_caption_with_unquoted_commas_is_kept_whole(tmp_path):
+    rows, problems = rows_of(tmp_path, "metadata.csv", "filename,prompt\na.png,a cat, sitting, 4k\n")
+    assert rows == [(2, "a.png", "a cat, sitting, 4k")]
+    assert problems[0].line == 2 and "quotes" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "fatal"),
+    [
+        ('{"filename": "a.png"', 1, True),
+        ('\n["a.png", "x"]', 2, True),
+        ("[" * 100_000, 1, True),
+        ("1" * 5000, 1, True),
+        ('{"filename": 1, "prompt": "x"}', 1, False),
+        ('{"filename": "a.png", "prompt": ["x"]}', 1, False),
+        ('{"filename": "a.png", "prompt": "\\ud800"}', 1, False),
+        ('{"filename": "a\\u0000.png", "prompt": "x"}', 1, False),
+        ('{"filename": "a.png", "label": "x"}', 1, False),
+        ("{}", 1, False),
+    ],
+)
+def test_malformed_jsonl_names_file_and_line(tmp_path, text, line, fatal):
+    rows, problems = rows_of(tmp_path, "metadata.jsonl", text)
+    assert rows == []
+    assert [(problem.line, problem.fatal) for problem in problems] == [(line, fatal)]
+
+
+def test_jsonl_with_aliases_and_more_fields(tmp_path):
+    text = '\ufeff{"image": "a.png", "caption": " x\\ny ", "score": 3}\r\n\r\n{"file_name": "b.png", "text": "z"}\r\n'
+    assert rows_of(tmp_path, "metadata.jsonl", text) == ([(1, "a.png", "x\ny"), (3, "b.png", "z")], [])
+
+
+def test_rows_are_matched_as_people_write_names(tmp_path):
+    for name in ("Sub/Ä b.PNG", "c.png", "中.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "metadata.csv", "filename,prompt\nsub\\A\u0308 B.png,x\n./c.png,y\n中.png,z\n")
+    assert captions(scan_folder(tmp_path)) == {"Sub/Ä b.PNG": "x", "c.png": "y", "中.png": "z"}
+
+
+def test_missing_duplicate_and_non_picture_rows_warn_with_file_and_line(tmp_path):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "notes.md", "x")
+    write(tmp_path / "metadata.csv", "filename,prompt\na.png,first\nb.png,x\na.png,second\nnotes.md,x\n")
+    dataset = scan_folder(tmp_path)
+    assert captions(dataset) == {"a.png": "first"}
+    messages = [text.replace(str(tmp_path) + "/", "") for text in dataset.warnings]
+    assert messages == [
+        "metadata.csv, line 3: b.png is not in the folder; the row is left out.",
+        "metadata.csv, line 4: names a.png again; line 2 counts.",
+        "metadata.csv, line 5: notes.md is no picture that can be trained on; the row is left out.",
+    ]
+
+
+def test_csv_goes_before_jsonl_and_says_so(tmp_path):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "metadata.csv", "a.png,csv")
+    write(tmp_path / "metadata.jsonl", '{"filename": "a.png", "prompt": "jsonl"}')
+    dataset = scan_folder(tmp_path)
+    assert captions(dataset) == {"a.png": "csv"}
+    assert any("metadata.jsonl" in text and "left out" in text for text in dataset.warnings)
+
+
+def test_a_named_metadata_file_must_exist_and_be_of_a_known_kind(tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"metadata_path: .*gone\.csv: there is no such file"):
+        scan_folder(tmp_path, metadata_path=str(tmp_path / "gone.csv"), trigger_word="x")
+    other = write(tmp_path / "labels.xlsx", b"PK")
+    with pytest.raises(UserError, match=r"labels\.xlsx: is neither"):
+        scan_folder(tmp_path, metadata_path=str(other), trigger_word="x")
+
+
+def test_a_caption_source_says_where_it_came_from(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    write(tmp_path / "metadata.csv", "filename,prompt\na.png,x\n")
+    write(tmp_path / "b.txt", "y")
+    found = read_captions(tmp_path)
+    assert (found["a.png"].kind, found["a.png"].line, found["a.png"].path.name) == ("metadata", 2, "metadata.csv")
+    assert (found["b.png"].kind, found["b.png"].line, found["b.png"].path.name) == ("file", None, "b.txt")
+
+
+def test_hundreds_of_damaged_metadata_files_end_in_rows_or_named_problems(tmp_path):
+    good = {
+        "metadata.csv": 'filename,prompt\na.png,"one, ""two"""\n中 文.png,三\nsub/b.png,x\n'.encode(),
+        "metadata.jsonl": '{"filename": "a.png", "prompt": "one"}\n{"file_name": "中.png", "text": "二"}\n'.encode(),
+    }
+    rng = random.Random(0)
+    spice = [b'"', b",", b"\n", b"\r", b"\0", b"\xff", b"{", b"}", b"[", b"\\", b"\\ud800", b"../", b"\xef\xbb\xbf", b";"]
+    outcomes = set()
+    for _ in range(400):
+        for name, data in good.items():
+            damaged = bytearray(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
+            for _ in range(rng.randrange(1, 6)):
+                position = rng.randrange(len(damaged) + 1)
+                damaged[position : position + rng.randrange(3)] = rng.choice(spice)
+            rows, problems = rows_of(tmp_path, name, bytes(damaged))
+            outcomes.add((bool(rows), bool(problems)))
+            for _, filename, caption in rows:
+                assert filename and caption and ".." not in filename.split("/")
+                (filename + caption).encode("utf-8")
+    assert outcomes >= {(True, False), (True, True), (False, True)}
+
+
+def test_listing_an_unreadable_metadata_folder_does_not_recurse_for_ever(tmp_path):
+    folder = tmp_path
+    for index in range(30):
+        folder = folder / f"d{index}"
+    picture(folder / "a.png")
+    write(tmp_path / "metadata.csv" / "inner.txt", "a folder, not a file")
+    listing = list_folder(tmp_path)
+    assert len(listing.pictures) == 1 and read_captions(tmp_path) == {}
