@@ -45,14 +45,14 @@ composed = st.builds(
 )
 
 
-@settings(QUICK, max_examples=5000)
+@settings(QUICK, max_examples=8000)
 @given(sources)
 def test_reading_what_was_written_gives_the_same_caption(source):
     caption = parse(source)
     assert parse(format(caption)) == caption
 
 
-@settings(QUICK, max_examples=5000)
+@settings(QUICK, max_examples=2000)
 @given(composed)
 def test_writing_what_was_composed_gives_the_same_caption(caption):
     assert parse(format(caption)) == caption
@@ -114,7 +114,7 @@ def spans(source: str) -> list[tuple[str, bool, bool]]:
 )
 def test_spans(source, expected):
     assert spans(source) == expected
-    assert parse(source).warnings == (() if source.isascii() or "。" in source else parse(source).warnings)
+    assert not [text for text in parse(source).warnings if "Chinese" not in text]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_is_never_closed_is_text(source):
 
 def test_separators_and_shields():
     assert plain_texts(parse("a, b，c、d\ne,, ,")) == ["a", "b", "c", "d", "e"]
-    assert len(parse("(a, b:1.2), [c, d], {e, f|g}, h (i").items) == 5
+    assert len(parse("(a, b:1.2), [c, d], {e, f|g}, h (i").items) == 4
     assert len(parse(r"1\,000 lights").items) == 1
     assert plain_texts(parse("cat :(, dog, happy :)")) == ["cat :(", "dog", "happy :)"]
 
@@ -189,7 +189,7 @@ REAL_PROMPTS = [
 @pytest.mark.parametrize(("source", "expected"), REAL_PROMPTS)
 def test_real_prompts_survive(source, expected):
     caption = parse(source)
-    assert train_text(caption) == expected
+    assert ", ".join(plain_texts(caption)) == expected
     assert format(parse(format(caption))) == format(caption)
     written = format(caption).replace(",", " ").split()
     assert written == source.replace("，", " ").replace("、", " ").replace(",", " ").split()
@@ -336,7 +336,7 @@ def test_mapping_files(tmp_path, name, text):
         ("m.yaml", b"a: [1\n", "not YAML"),
         ("m.yaml", b"a: {b: c}\n", "'a'"),
         ("m.csv", b"a,b\nlonely\n", "line 2"),
-        ("m.csv", "猫,cat".encode("gbk"), "UTF-8"),
+        ("m.csv", "赛博,cyber".encode("gbk"), "UTF-8"),
         ("m.txt", b"a: b", "neither"),
         (None, b"", "does not exist"),
     ],
