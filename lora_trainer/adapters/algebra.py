@@ -1,0 +1,96 @@
+"""What each kind of network adds to a weight matrix, as pure functions of the stored tensors.
+
+Shapes: W is (out, in) for a Linear and (out, in, kh, kw) for a convolution; r is the rank. The formulas are those by
+which A1111, Forge, ComfyUI and LyCORIS read the files, so a change here is a change of the file format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def low_rank_delta(down: Tensor, up: Tensor) -> Tensor:
+    """LoRA and LoCon: ``up · down``. down (r, in[, kh, kw]), up (out, r[, 1, 1]) -> (out, in[, kh, kw])."""
+    return (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+
+
+def tucker_delta(down: Tensor, mid: Tensor, up: Tensor) -> Tensor:
+    """LoCon with a core: down (r, in, 1, 1), mid (r, r, kh, kw), up (out, r, 1, 1) -> (out, in, kh, kw)."""
+    return torch.einsum("n m k l, i n, m j -> i j k l", mid, up.flatten(1), down.flatten(1))
+
+
+def tucker_core_delta(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """LoHa's and LoKr's form of the same: core (r, r, kh, kw), a (r, out), b (r, in) -> (out, in, kh, kw)."""
+    return torch.einsum("i j k l, i p, j q -> p q k l", core, a, b)
+
+
+def hadamard_delta(w1: Tensor, w2: Tensor, shape: Sequence[int]) -> Tensor:
+    """LoHa (FedPara, arXiv:2108.06098): the element-wise product of two low-rank matrices, seen as ``shape``."""
+    return (w1 * w2).view(*shape)
+
+
+def kronecker_delta(w1: Tensor, w2: Tensor, shape: Sequence[int]) -> Tensor:
+    """LoKr: ``w1 ⊗ w2``. w1 (a, c); w2 (b, d), (b, d, kh, kw) or (b, d·kh·kw) -> (a·b, c·d[, kh, kw])."""
+    if w2.dim() == 4:
+        w1 = w1[:, :, None, None]
+    return torch.kron(w1, w2.contiguous()).view(*shape)
+
+
+def factorize(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Split ``dimension`` into (smaller, larger), as evenly as possible; a positive ``factor`` bounds the smaller.
+
+    The same choice as LyCORIS makes, so that its files and ours have the same shapes.
+    """
+    if factor > 0 and dimension % factor == 0:
+        return min(factor, dimension // factor), max(factor, dimension // factor)
+    limit = math.isqrt(dimension) if factor <= 0 else min(factor, math.isqrt(dimension))
+    smaller = next(divisor for divisor in range(limit, 0, -1) if dimension % divisor == 0)
+    return smaller, dimension // smaller
+
+
+def column_norm(weight: Tensor) -> Tensor:
+    """Length of W's columns: (out, in[, kh, kw]) -> (1, in[, 1, 1]); one number for each *input*."""
+    return torch.linalg.vector_norm(weight, dim=(0, *range(2, weight.dim())), keepdim=True)
+
+
+def dora_gain(weight: Tensor, delta: Tensor, dora_scale: Tensor) -> Tensor:
+    """DoRA (arXiv:2402.09353) per input column: ``dora_scale / ‖W + ΔW‖``, (1, in[, 1, 1]).
+
+    The smallest float keeps a column of zeros (a layer that starts at zero) from becoming NaN.
+    """
+    norm = column_norm(weight + delta)
+    return dora_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def decompose(weight: Tensor, delta: Tensor, dora_scale: Tensor) -> Tensor:
+    """W with the change and DoRA's magnitudes: ``(W + ΔW) · dora_scale / ‖W + ΔW‖``, what A1111 puts in W's place."""
+    return (weight + delta) * dora_gain(weight, delta, dora_scale)
+
+
+def truncated_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of ``delta`` (out, in) of this rank (Eckart–Young), as (down (r, in), up (out, r)).
+
+    r is at most ``rank`` and at most the number of singular values that are not zero. Both factors get the square
+    root of the singular values.
+    """
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return _split(u, s, vh, rank)
+
+
+def truncated_product(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``truncated_factors(up @ down, rank)`` without ever forming the product: QR of the factors, SVD of r × r."""
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    return _split(q_up @ u, s, vh @ q_down.T, rank)
+
+
+def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    threshold = s[:1].sum() * torch.finfo(s.dtype).eps * max(len(u), vh.shape[1])
+    keep = min(rank, int((s > threshold).sum()))
+    root = s[:keep].sqrt()
+    return root[:, None] * vh[:keep], u[:, :keep] * root

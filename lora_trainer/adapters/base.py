@@ -1,0 +1,182 @@
+"""An adapter is its algebra: one frozen layer, the tensors that change it, and the change as a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.adapters.algebra import column_norm, decompose
+
+
+class Target(Protocol):
+    """The attributes of ``models.base.LoraTarget`` that the adapters use."""
+
+    kohya_name: str
+    diffusers_name: str
+    checkpoint_name: str | None
+    part: str
+    group: str
+    block: int | None
+    module: nn.Module
+
+
+def seed_from(*parts: object) -> int:
+    """63 bits that depend on all of ``parts`` and on nothing else (no process, no platform, no global state)."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """``kaiming_uniform_(a=√5)`` from a private generator: uniform within ±1/√fan_in, fp32 on the CPU.
+
+    torch's own function has no ``generator`` before 2.2, and a WebUI may have switched it off while it loads.
+    """
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """(out, in) or (out, in, kh, kw), read off the layer's description: its weight may be stored in another shape."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return layer.out_features, layer.in_features
+
+
+class Adapter(nn.Module):
+    """The trained change of one frozen layer. Parameters are fp32 on the layer's device, whatever the layer's dtype.
+
+    ``forward(x)`` is the adapted layer: it is put in the place of the layer's own forward, which stays reachable as
+    ``base``. The layer is no submodule: its weights are not ours to move, save or train.
+
+    multiplier: strength at which the change is applied; 1 in training, and never part of what is saved.
+    active: False gives the bare layer.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        name: str = "",
+        seed: int = 0,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        dora: bool = False,
+    ):
+        super().__init__()
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"{name}: adapters of grouped convolutions are not defined.")
+        object.__setattr__(self, "layer", layer)
+        self.base: Callable[[Tensor], Tensor] = layer.forward
+        self.name = name
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.multiplier = 1.0
+        self.active = True
+        self.dropout = dropout
+        self.rank_dropout = rank_dropout
+        self.dropout_seed: int | None = None
+        self.shape = weight_shape(layer)
+        self.generator = torch.Generator().manual_seed(seed_from(seed, "adapter", name))
+        self.dora_scale = self.parameter(column_norm(self.base_weight())) if dora else None
+
+    def parameter(self, value: Tensor) -> nn.Parameter:
+        """``value`` as a trainable fp32 parameter where the layer's weight is."""
+        return nn.Parameter(value.detach().to(self.layer.weight.device, torch.float32, copy=True))
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight in fp32, in the layer's own shape; no copy if it is so already."""
+        return self.layer.weight.detach().float().view(self.shape)
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, by which the change is multiplied."""
+        return self.alpha / self.rank
+
+    def delta_weight(self) -> Tensor:
+        """The change, in W's shape, fp32, with ``scale`` and without ``multiplier`` or DoRA's magnitudes."""
+        raise NotImplementedError
+
+    def merged_weight(self) -> Tensor:
+        """The weight with which the bare layer computes what the adapted one does (dropout aside), fp32."""
+        weight, delta = self.base_weight(), self.delta_weight()
+        if self.dora_scale is None:
+            return weight + self.multiplier * delta
+        return weight + self.multiplier * (decompose(weight, delta, self.dora_scale) - weight)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The trained tensors by the suffix that they have in a LoRA file, without alpha and dora_scale."""
+        raise NotImplementedError
+
+    def export(self) -> dict[str, Tensor]:
+        """Everything that stands for this layer in a LoRA file, by suffix, fp32."""
+        tensors = {suffix: tensor.detach() for suffix, tensor in self.factors().items()}
+        tensors["alpha"] = torch.tensor(self.alpha)
+        if self.dora_scale is not None:
+            tensors["dora_scale"] = self.dora_scale.detach()
+        return tensors
+
+    def is_neutral(self) -> bool:
+        """Whether the adapted layer is still the bare one."""
+        if self.dora_scale is not None:
+            return torch.equal(self.merged_weight().to(self.layer.weight.dtype), self.layer.weight.view(self.shape))
+        return not bool(self.delta_weight().any())
+
+    def keep_mask(self, shape: Sequence[int], probability: float, purpose: str, device: torch.device) -> Tensor:
+        """0 with ``probability``, else 1, fp32. The same for the same step, however often it is asked.
+
+        Gradient checkpointing runs a layer twice and must meet the same mask, and a resumed run must as well: so the
+        mask depends on the step's seed and the layer's name, never on how much was drawn before.
+        """
+        if self.dropout_seed is None:
+            raise RuntimeError("Dropout needs AdapterSet.begin_step before each step.")
+        generator = torch.Generator(device).manual_seed(seed_from(self.dropout_seed, purpose, self.name))
+        return (torch.rand(*shape, generator=generator, device=device) >= probability).float()
+
+
+class WeightAdapter(Adapter):
+    """An adapter whose change is no shortcut through few channels: the layer computes once, with the changed weight.
+
+    dropout and rank_dropout switch off rows of the change (outputs), as LyCORIS does; what is left is scaled up so
+    that the change keeps its mean.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return self.base(x)
+        weight, delta = self.base_weight(), self.delta_weight()
+        dropped = 1 - (1 - self.dropout) * (1 - self.rank_dropout)
+        if self.training and dropped:
+            keep = self.keep_mask((self.shape[0],), dropped, "rows", delta.device)
+            delta = delta * (keep / (1 - dropped)).view(-1, *[1] * (delta.dim() - 1))
+        if self.dora_scale is None:
+            changed = torch.add(weight, delta, alpha=self.multiplier)
+        else:
+            changed = torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)
+        bias = self.layer.bias
+        if autocast_dtype(x.device) is None:
+            x = x.to(getattr(self.layer, "compute_dtype", x.dtype))
+            changed = changed.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
+        if isinstance(self.layer, nn.Conv2d):
+            layer = self.layer
+            return nn.functional.conv2d(x, changed, bias, layer.stride, layer.padding, layer.dilation)
+        return nn.functional.linear(x, changed, bias)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on this kind of device; None where autocast is off."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    # torch before 2.4 has one pair of functions for the CPU and one for everything else.
+    if device.type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None

@@ -1,0 +1,208 @@
+"""All adapters of one run: chosen, built, put into the model and taken out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_trainer.adapters.base import Adapter, Target, seed_from
+from lora_trainer.adapters.loha import LohaAdapter
+from lora_trainer.adapters.lokr import LokrAdapter
+from lora_trainer.adapters.lora import LoraAdapter
+from lora_trainer.adapters.targets import select_targets
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+
+BLOCKS = 25
+_KINDS: dict[str, Callable[..., Adapter]] = {"lora": LoraAdapter, "loha": LohaAdapter, "lokr": LokrAdapter}
+
+
+class AdapterSet(nn.Module):
+    """The adapters of a model, by their name in the LoRA file (``kohya_name``).
+
+    ``attach`` puts each adapter's forward in the place of its layer's, on the instance; ``detach`` undoes it. As a
+    context manager the set is attached inside and detached afterwards, whatever happens. The state dict holds the
+    trained tensors only: ``<kohya_name>.<tensor>``.
+    """
+
+    def __init__(self, targets: Sequence[Target], adapters: Sequence[Adapter], seed: int = 0):
+        super().__init__()
+        self.targets = tuple(targets)
+        self.seed = seed
+        self._replaced: list[tuple[nn.Module, Any]] | None = None
+        for target, adapter in zip(targets, adapters):
+            self.add_module(target.kohya_name, adapter)
+
+    @classmethod
+    def build(cls, targets: Sequence[Target], config: TrainConfig) -> AdapterSet:
+        """New adapters for the layers that ``config`` selects among ``targets``; they change nothing yet.
+
+        Text encoders take part if ``train_text_encoder`` is set and their learning rate is not 0. Initial weights
+        depend on (seed, name of the layer) alone.
+
+        Raises:
+            UserError: nothing or something unknown is selected, or block_ranks does not fit.
+        """
+        for field in ("block_ranks", "block_lr_weights"):
+            values = getattr(config, field)
+            if values is not None and len(values) != BLOCKS:
+                raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
+        unet = [target for target in targets if target.part == "unet"]
+        text = [target for target in targets if target.part != "unet"]
+        chosen = select_targets(unet, config.target_modules, config.conv_rank)
+        if config.train_text_encoder and config.effective_text_encoder_lr > 0 and text:
+            patterns = config.text_encoder_target_modules
+            chosen += select_targets(text, patterns, field="text_encoder_target_modules")
+        kept, adapters = [], []
+        for target in chosen:
+            rank, alpha = rank_and_alpha(target, config)
+            if rank:
+                kept.append(target)
+                adapters.append(_build_one(target, rank, alpha, config))
+        if not kept:
+            raise UserError("every block has rank 0: nothing would learn.", field="block_ranks")
+        built = cls(kept, adapters, config.seed)
+        for target, adapter in built.items():
+            adapter.requires_grad_(_lr_weight(target, config) > 0)
+        return built
+
+    def items(self) -> Iterator[tuple[Target, Adapter]]:
+        """Each target with its adapter, in the order of the file."""
+        for target in self.targets:
+            yield target, self._modules[target.kohya_name]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    # -- in the model ------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Put the adapters into the model. Attaching twice is an error of the program."""
+        if self._replaced is not None:
+            raise RuntimeError("This adapter set is attached already.")
+        self._replaced = []
+        for target, adapter in self.items():
+            self._replaced.append((target.module, vars(target.module).get("forward")))
+            adapter.base = target.module.forward
+            target.module.forward = adapter.forward
+
+    def detach(self) -> None:
+        """Take the adapters out; every layer has its own forward again. Harmless when nothing is attached."""
+        for module, own_forward in reversed(self._replaced or []):
+            if own_forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own_forward
+        self._replaced = None
+
+    def __enter__(self) -> AdapterSet:
+        self.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def enabled(self, active: bool = True) -> Iterator[None]:
+        """Inside, the adapters count (or, with False, do not: the bare model, for baselines)."""
+        before = [adapter.active for _, adapter in self.items()]
+        try:
+            for _, adapter in self.items():
+                adapter.active = active
+            yield
+        finally:
+            for (_, adapter), was in zip(self.items(), before):
+                adapter.active = was
+
+    @property
+    def multiplier(self) -> float:
+        """Strength of the whole set, 1 in training; what ``<lora:name:0.7>`` sets in a WebUI."""
+        return next(adapter.multiplier for _, adapter in self.items())
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        for _, adapter in self.items():
+            adapter.multiplier = float(value)
+
+    def begin_step(self, step: int, micro_step: int = 0) -> None:
+        """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else."""
+        seed = seed_from(self.seed, "dropout", step, micro_step)
+        for _, adapter in self.items():
+            adapter.dropout_seed = seed
+
+    # -- to the optimizer and to the file ----------------------------------------------------------------------
+
+    def param_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """What learns, as the optimizer takes it: ``params``, ``lr`` and ``name`` of each group.
+
+        Names: ``unet``, or ``unet_block_00`` … ``unet_block_24`` with block_lr_weights; ``text_encoder``,
+        ``text_encoder_2``.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        for target, adapter in self.items():
+            trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+            if not trained:
+                continue
+            name, lr = target.part, config.effective_text_encoder_lr
+            if target.part == "unet":
+                lr = config.learning_rate * _lr_weight(target, config)
+                if config.block_lr_weights is not None and target.block is not None:
+                    name = f"unet_block_{target.block:02d}"
+            groups.setdefault(name, {"params": [], "lr": lr, "name": name})["params"].extend(trained)
+        if not groups:
+            raise UserError("every block is frozen: nothing would learn.", field="block_lr_weights")
+        return [groups[name] for name in sorted(groups, key=lambda name: (not name.startswith("unet"), name))]
+
+    def export(self) -> dict[str, Tensor]:
+        """Every tensor of the LoRA file by its kohya key, fp32. Frozen adapters that change nothing are left out."""
+        tensors = {}
+        for target, adapter in self.items():
+            learns = any(parameter.requires_grad for parameter in adapter.parameters())
+            if learns or not adapter.is_neutral():
+                tensors.update({f"{target.kohya_name}.{suffix}": value for suffix, value in adapter.export().items()})
+        return tensors
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {target.kohya_name: adapter.rank for target, adapter in self.items()}
+
+
+def rank_and_alpha(target: Target, config: TrainConfig) -> tuple[int, float]:
+    """Rank and alpha of one layer; rank 0 leaves it out.
+
+    conv_rank counts for 3×3 convolutions only. A block's rank counts for its other layers; its alpha is ``alpha``
+    where that is given (as kohya does), else the block's rank. A block with rank 0 has no adapters at all.
+    """
+    block_rank = None
+    if config.block_ranks is not None and target.block is not None:
+        block_rank = config.block_ranks[target.block]
+        if block_rank == 0:
+            return 0, 0.0
+    if target.group == "conv":
+        return config.conv_rank, config.effective_conv_alpha
+    rank = config.lora_rank if block_rank is None else block_rank
+    return rank, float(rank if config.alpha is None else config.alpha)
+
+
+def _lr_weight(target: Target, config: TrainConfig) -> float:
+    if config.block_lr_weights is None or target.block is None:
+        return 1.0
+    return config.block_lr_weights[target.block]
+
+
+def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig) -> Adapter:
+    options: dict[str, Any] = {"factor": config.lokr_factor} if config.adapter == "lokr" else {}
+    return _KINDS[config.adapter](
+        target.module,
+        rank,
+        alpha,
+        name=target.kohya_name,
+        seed=config.seed,
+        dropout=config.dropout,
+        rank_dropout=config.rank_dropout,
+        dora=config.dora,
+        **options,
+    )

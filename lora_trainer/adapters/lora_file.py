@@ -1,0 +1,264 @@
+"""Reading LoRA files: kohya's, ours, LyCORIS's, and diffusers'/PEFT's layouts, as one thing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_trainer.adapters import algebra
+from lora_trainer.adapters.base import Target
+from lora_trainer.adapters.tensor_file import open_tensors, specs_of
+from lora_trainer.errors import UserError
+
+_DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+_SUFFIX = re.compile(
+    r"^(?P<module>.+?)\.(?P<suffix>lora_(?:down|up|mid)\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight"
+    r"|lora_[AB](?:\.default)?\.weight|alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]"
+    r"|lokr_w[12](?:_[ab])?|lokr_t2)$"
+)
+_KINDS = {"lora": "lora_down.weight, lora_up.weight", "loha": "hada_…", "lokr": "lokr_…"}
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """What a file holds for one layer. ``tensors``: by kohya's or LyCORIS's suffix, in the file's number format."""
+
+    name: str
+    kind: str  # "lora" | "loha" | "lokr"
+    tensors: dict[str, Tensor]
+    alpha: float | None
+
+    @property
+    def rank(self) -> int | None:
+        """None for a LoKr of two whole matrices, which has none."""
+        tensors = self.tensors
+        if self.kind == "lora":
+            return tensors[_DOWN].shape[0]
+        for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if name in tensors:
+                return tensors[name].shape[0]
+        return None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; 1 where the file gives no alpha or the layer has no rank, as every reader takes it."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @property
+    def dora_scale(self) -> Tensor | None:
+        """(1, in[, 1, 1]) fp32, for DoRA."""
+        scale = self.tensors.get("dora_scale")
+        return None if scale is None else scale.float()
+
+    def delta(self, shape: Sequence[int]) -> Tensor:
+        """ΔW in fp32, as ``shape``; without DoRA's magnitudes. Raises ValueError when it does not fit that shape."""
+        t = {name: tensor.float() for name, tensor in self.tensors.items()}
+        if self.kind == "lora":
+            down, up = t[_DOWN], t[_UP]
+            product = algebra.tucker_delta(down, t[_MID], up) if _MID in t else algebra.low_rank_delta(down, up)
+        elif self.kind == "loha":
+            w1, w2 = (_matrix(t, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
+            product = algebra.hadamard_delta(w1, w2, w1.shape)
+        else:
+            w1, w2 = _matrix(t, "lokr_w1", ""), _matrix(t, "lokr_w2", "lokr_t2")
+            full = (w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], *w2.shape[2:])
+            product = algebra.kronecker_delta(w1, w2, full)
+        if product.numel() != torch.Size(shape).numel() or product.shape[0] != shape[0]:
+            raise ValueError(f"{tuple(product.shape)} does not fit {tuple(shape)}")
+        return product.reshape(*shape) * self.scale
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What is added to ``weight`` (fp32) at full strength: ΔW, and with DoRA what becomes of it.
+
+        Raises ValueError when it does not fit.
+        """
+        delta = self.delta(weight.shape)
+        if self.dora_scale is None:
+            return delta
+        if self.dora_scale.numel() != weight.shape[1]:
+            raise ValueError(f"dora_scale has {self.dora_scale.numel()} values for {weight.shape[1]} inputs")
+        dora_scale = self.dora_scale.reshape(1, -1, *[1] * (weight.dim() - 2))
+        return algebra.decompose(weight, delta, dora_scale) - weight
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor.float()).all()) for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file in memory. ``modules`` by the name in the file: a kohya name, or a dotted diffusers path.
+
+    unsupported: names of tensors that belong to no kind of network that is known here.
+    """
+
+    path: Path
+    modules: dict[str, ModuleWeights]
+    metadata: dict[str, str]
+    unsupported: tuple[str, ...] = ()
+
+    def match(self, targets: Iterable[Target]) -> tuple[dict[str, ModuleWeights], list[str]]:
+        """Whose layers are whose: weights by the target's kohya name, and the file's names that fit no target."""
+        known = {alias: target.kohya_name for target in targets for alias in _aliases(target)}
+        matched = {known[name]: weights for name, weights in self.modules.items() if name in known}
+        return matched, [name for name in self.modules if name not in known]
+
+    def __repr__(self) -> str:
+        return f"LoraFile({str(self.path)!r}, {len(self.modules)} modules)"
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """Read a LoRA file (.safetensors), or the one in a folder that diffusers or PEFT has saved.
+
+    Raises:
+        UserError: missing, damaged, no LoRA, or tensors of a layer that do not belong together.
+    """
+    path = _lora_path(Path(path))
+    groups: dict[str, dict[str, Tensor]] = {}
+    unsupported = []
+    with open_tensors(path) as handle:
+        metadata = dict(handle.metadata() or {})
+        names = [spec.name for spec in specs_of(handle, path)]
+        for name in names:
+            # diffusers before 0.22 kept attention's LoRA in the processor: …attn1.processor.to_q_lora.down.weight
+            new_name = name.replace(".processor.to_out_lora.", ".to_out.0.lora.").replace("_lora.", ".lora.")
+            found = _SUFFIX.match(new_name)
+            if found is None:
+                unsupported.append(name)
+                continue
+            module = found["module"].replace(".processor.", ".").removeprefix("base_model.model.")
+            # A copy: the file's pages must not be needed any more when somebody replaces it.
+            groups.setdefault(module, {})[_canonical(found["suffix"])] = handle.get_tensor(name).clone()
+    if not any(set(tensors) - {"alpha"} for tensors in groups.values()):
+        what = "a whole checkpoint" if any(name.startswith("model.diffusion_model.") for name in names) else "no LoRA"
+        raise UserError(f"{path} is {what}: it holds no layers of a LoRA.", remedy="Choose a LoRA file.")
+    alphas = _peft_alphas(path, metadata)
+    modules = {name: _module(path, name, tensors, alphas) for name, tensors in groups.items()}
+    return LoraFile(path, modules, metadata, tuple(unsupported))
+
+
+def _lora_path(path: Path) -> Path:
+    if path.is_dir():
+        for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"The folder {path} holds no pytorch_lora_weights.safetensors.")
+    if path.is_file() and path.suffix.lower() in {".pt", ".pth", ".ckpt", ".bin"}:
+        raise UserError(f"{path} is no .safetensors file.", remedy="Convert it first: such files can carry programs.")
+    return path
+
+
+def _canonical(suffix: str) -> str:
+    if suffix.startswith(("lora_A", "lora.down", "lora_linear_layer.down")):
+        return _DOWN
+    if suffix.startswith(("lora_B", "lora.up", "lora_linear_layer.up")):
+        return _UP
+    return suffix
+
+
+def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict[str, dict]) -> ModuleWeights:
+    def problem(what: str) -> UserError:
+        return UserError(f"{path}: the tensors of {name} {what}.", remedy="The file is damaged or of an unknown kind.")
+
+    alpha_tensor = tensors.pop("alpha", None)
+    if alpha_tensor is not None and alpha_tensor.numel() != 1:
+        raise problem("have an alpha that is not one number")
+    if any(not tensor.is_floating_point() or not tensor.numel() for tensor in tensors.values()):
+        raise problem("are empty or no fractional numbers")
+    kinds = {"lora" if key.startswith("lora_") else "loha" if key.startswith("hada") else "lokr"
+             for key in tensors if key != "dora_scale"}
+    if len(kinds) != 1:
+        raise problem("are incomplete or of several kinds")
+    kind = kinds.pop()
+    if not _consistent(kind, {key: tuple(tensor.shape) for key, tensor in tensors.items()}):
+        raise problem(f"do not belong together ({_KINDS[kind]})")
+    dora_scale = tensors.get("dora_scale")
+    if dora_scale is not None and dora_scale.numel() != dora_scale.shape[min(1, dora_scale.dim() - 1)]:
+        raise UserError(f"{path}: {name} stores DoRA per output; A1111 and Forge read it per input, and so does this.")
+    weights = ModuleWeights(name, kind, tensors, None if alpha_tensor is None else float(alpha_tensor))
+    if alpha_tensor is None and weights.rank and (config := peft_alphas.get(name.split(".")[0], peft_alphas.get(""))):
+        alpha = next(
+            (value for key, value in config.get("alpha_pattern", {}).items() if name.endswith(key)),
+            config.get("lora_alpha", weights.rank),
+        )
+        weights = ModuleWeights(name, kind, tensors, alpha * (weights.rank**0.5 if config.get("use_rslora") else 1.0))
+    return weights
+
+
+def _consistent(kind: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the factors are all there and their inner dimensions agree."""
+    if kind == "lora":
+        down, up, mid = shapes.get(_DOWN, ()), shapes.get(_UP, ()), shapes.get(_MID)
+        if len(down) not in (2, 4) or len(up) not in (2, 4) or any(side != 1 for side in up[2:]):
+            return False
+        if mid is not None:
+            return len(mid) == 4 and mid[:2] == (up[1], down[0]) and all(side == 1 for side in down[2:])
+        return up[1] == down[0]
+    if kind == "loha":
+        sizes = [_matrix_shape(shapes, f"hada_w{i}", f"hada_t{i}") for i in (1, 2)]
+        return sizes[0] is not None and sizes[0] == sizes[1]
+    first, second = _matrix_shape(shapes, "lokr_w1", ""), _matrix_shape(shapes, "lokr_w2", "lokr_t2")
+    return first is not None and second is not None and len(first) == 2
+
+
+def _matrix_shape(shapes: dict[str, tuple[int, ...]], name: str, core_name: str) -> tuple[int, ...] | None:
+    """Shape of a factor that is stored whole, as a product of two, or with a core; None if it is not there."""
+    if name in shapes:
+        return shapes[name] if len(shapes[name]) in (2, 4) else None
+    a, b, core = shapes.get(f"{name}_a", ()), shapes.get(f"{name}_b", ()), shapes.get(core_name)
+    if len(a) != 2 or len(b) != 2:
+        return None
+    if core is not None:
+        return (a[1], b[1], *core[2:]) if len(core) == 4 and core[:2] == (a[0], b[0]) else None
+    return (a[0], b[1]) if a[1] == b[0] else None
+
+
+def _matrix(tensors: dict[str, Tensor], name: str, core_name: str) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    return algebra.tucker_core_delta(tensors[core_name], a, b) if core_name in tensors else a @ b
+
+
+def _peft_alphas(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """Settings of PEFT by part of the model ("" for all): alpha is there, not among the tensors.
+
+    diffusers writes them into the metadata (``lora_adapter_metadata``), PEFT beside the file (adapter_config.json).
+    """
+    source = path.with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" in metadata:
+            parts: dict[str, dict] = {}
+            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+                part, _, setting = key.partition(".")
+                parts.setdefault(part, {})[setting] = value
+            return {part: _checked_peft(config) for part, config in parts.items()}
+        if path.name == "adapter_model.safetensors" and source.is_file():
+            return {"": _checked_peft(json.loads(source.read_text("utf-8")))}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: PEFT's settings cannot be read ({error}).") from error
+    return {}
+
+
+def _checked_peft(config: dict) -> dict:
+    pattern = {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    checked = {"alpha_pattern": pattern, "use_rslora": bool(config.get("use_rslora"))}
+    if config.get("lora_alpha") is not None:
+        checked["lora_alpha"] = float(config["lora_alpha"])
+    return checked
+
+
+def _aliases(target: Target) -> list[str]:
+    """The names under which other tools store this layer."""
+    part, _, path = target.diffusers_name.partition(".")
+    # transformers 5.6 took text_model out of CLIPTextModel's names.
+    paths = [path, path.removeprefix("text_model.")]
+    prefixes = {"unet": ["lora_unet"], "text_encoder": ["lora_te", "lora_te1"]}.get(target.part, ["lora_te2"])
+    names = [target.kohya_name, *(f"{part}.{path}" for path in paths)]
+    names += [f"{prefix}_{path.replace('.', '_')}" for prefix in prefixes for path in paths]
+    return [*names, path] if target.part == "unet" else names

@@ -1,0 +1,151 @@
+"""A LoRA made part of a checkpoint: the same file with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_trainer.adapters.base import Target, weight_shape
+from lora_trainer.adapters.lora_file import LoraFile, ModuleWeights, read_lora
+from lora_trainer.adapters.tensor_file import open_tensors, specs_of, write_tensors
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_path
+
+_FUSED = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """merged: how many layers were changed. unmatched: names in the LoRA that the base has no layer for."""
+
+    path: Path
+    merged: int
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A LoRA module and the rows of the stored weight that it changes; shape is that of those rows."""
+
+    weights: ModuleWeights
+    shape: tuple[int, ...]
+    rows: slice
+
+
+def merge(
+    base: str | Path,
+    lora: str | Path | LoraFile,
+    weight: float,
+    output: str | Path,
+    *,
+    targets: Sequence[Target],
+    family: str | None = None,
+    overwrite: bool = False,
+) -> MergeResult:
+    """Write ``base`` with ``weight`` × the LoRA's change to ``output``: same keys, number formats and metadata.
+
+    targets: the layers of the base model (``lora_targets()``), which say where the file keeps them. A layer without
+        ``checkpoint_name`` is a third of open_clip's fused ``in_proj_weight`` (q, k, v from top to bottom).
+    family: of the base ("sd1", "sd2", "sdxl"), to be compared with what the LoRA says it was made for.
+
+    Raises:
+        UserError: not a single .safetensors file, nothing of the LoRA fits, it was made for another family, weights
+            are not finite, or ``output`` exists and ``overwrite`` was not given, or is one of the inputs.
+    """
+    base, output = Path(base), Path(output)
+    lora = lora if isinstance(lora, LoraFile) else read_lora(lora)
+    _check_paths(base, lora.path, output, overwrite)
+    _check_family(lora, family)
+    matched, unmatched = lora.match(targets)
+    plan = _plan(matched, targets)
+    with open_tensors(base) as handle:
+        specs = {spec.name: spec for spec in specs_of(handle, base)}
+        absent = [part.weights.name for key, parts in plan.items() if key not in specs for part in parts]
+        plan = {key: parts for key, parts in plan.items() if key in specs}
+        if not plan:
+            raise UserError(
+                f"{lora.path} holds no layer of {base}.", remedy="They are of different kinds of model, or not a base."
+            )
+
+        def load(name: str) -> Tensor:
+            stored = handle.get_tensor(name)
+            return _changed(stored, plan[name], weight, lora.path) if name in plan else stored
+
+        with atomic_path(output) as temporary, open(temporary, "wb") as file:
+            write_tensors(file, specs.values(), load, handle.metadata())
+    return MergeResult(output, sum(map(len, plan.values())), (*unmatched, *absent, *lora.unsupported))
+
+
+def _check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
+    if base.is_dir() or (base.is_file() and base.suffix.lower() != ".safetensors"):
+        raise UserError(f"{base} is not a single .safetensors file.", remedy="Merge into such a file.")
+    if not base.is_file():
+        raise UserError(f"{base} does not exist.")
+    if output.suffix.lower() != ".safetensors":
+        raise UserError(f"{output} does not end in .safetensors.")
+    if output.exists():
+        if output.is_dir() or any(output.samefile(source) for source in (base, lora)):
+            raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
+        if not overwrite:
+            remedy = "Choose another name or set overwrite."
+            raise UserError(f"{output} exists already.", field="overwrite", remedy=remedy)
+
+
+def _check_family(lora: LoraFile, family: str | None) -> None:
+    made_for = family_of(lora.metadata)
+    if family is not None and made_for is not None and made_for != family:
+        raise UserError(f"{lora.path} was made for {made_for}, the base is {family}.", remedy="Choose a LoRA for it.")
+
+
+def family_of(metadata: dict[str, str]) -> str | None:
+    """"sd1", "sd2" or "sdxl" by a LoRA's ``ss_base_model_version``; None if it does not say, "other" for others."""
+    version = metadata.get("ss_base_model_version", "")
+    if not version:
+        return None
+    for prefix, family in (("sdxl_", "sdxl"), ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sd_1.5", "sd1")):
+        if version.startswith(prefix):
+            return family
+    return "other"
+
+
+def _plan(matched: dict[str, ModuleWeights], targets: Sequence[Target]) -> dict[str, list[_Part]]:
+    """What happens to which tensor of the base's file."""
+    outer = {target.diffusers_name: target.checkpoint_name for target in targets}
+    plan: dict[str, list[_Part]] = {}
+    for target in targets:
+        weights = matched.get(target.kohya_name)
+        if weights is None:
+            continue
+        shape = weight_shape(target.module)
+        rows, key = slice(0, shape[0]), f"{target.checkpoint_name}.weight"
+        if target.checkpoint_name is None:
+            stem, _, name = target.diffusers_name.rpartition(".")
+            sibling = outer.get(f"{stem}.out_proj")
+            if name not in _FUSED or sibling is None:
+                raise ValueError(f"{target.diffusers_name}: where the base's file keeps it is not known.")
+            start = _FUSED.index(name) * shape[0]
+            rows, key = slice(start, start + shape[0]), f"{sibling.removesuffix('.out_proj')}.in_proj_weight"
+        plan.setdefault(key, []).append(_Part(weights, shape, rows))
+    return plan
+
+
+def _changed(stored: Tensor, parts: list[_Part], weight: float, lora: Path) -> Tensor:
+    result = stored.clone()
+    for part in parts:
+        if not part.weights.is_finite():
+            raise UserError(f"{lora}: {part.weights.name} holds values that are not numbers.")
+        rows = stored[part.rows].float()
+        try:
+            change = part.weights.change(rows.reshape(part.shape))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{lora} does not fit the base: {part.weights.name}: {error}.",
+                remedy="It was made for another kind of model.",
+            ) from error
+        merged = torch.add(rows, change.reshape(rows.shape), alpha=weight)
+        result[part.rows] = merged.to(stored.dtype)
+    return result
