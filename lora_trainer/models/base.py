@@ -157,7 +157,7 @@ class LentModel(Protocol):
     def set_gradient_checkpointing(self, enabled: bool) -> None: ...
 
     def release(self, *parts: str) -> None:
-        """"vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
+        """ "vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
         ...
 
 

@@ -1,0 +1,79 @@
+"""What a Stable Diffusion is made of, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """channels, layers, depths, heads: one value per level, from the highest resolution down.
+
+    layers: resnets on the way down. depths: transformer blocks per attention, 0 for a level without attention.
+    added_channels: width of the vector of pooled text and sizes (SDXL), else None.
+    """
+
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    depths: tuple[int, ...]
+    mid_depth: int
+    heads: tuple[int, ...]
+    context_dim: int
+    linear_projection: bool
+    added_channels: int | None = None
+
+
+@dataclass(frozen=True)
+class VAEShape:
+    """channels: per level. layers: resnets per level of the encoder. scaling_factor: latents = scaling · VAE output."""
+
+    channels: tuple[int, ...]
+    layers: int
+    scaling_factor: float
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """One text encoder.
+
+    prefix: what its tensors' names start with in the single file. layout: "transformers" or "open_clip".
+    layers: how many are run (SD 2 never uses the last one of its file). projection: width of the pooled output, or
+    None where there is none. pad: "eos" or "zero", what fills a chunk after its end token.
+    """
+
+    prefix: str
+    layout: str
+    width: int
+    layers: int
+    hidden: int
+    heads: int
+    activation: str
+    vocabulary: int
+    positions: int
+    projection: int | None
+    pad: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A whole model. ``vae`` is None where the tensors have none (a VAE file of its own must then be given)."""
+
+    family: str
+    unet: UNetShape
+    vae: VAEShape | None
+    text_encoders: tuple[TextShape, ...]
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What shapes do not tell: from the file's metadata, a .yaml beside it, or a folder's configuration files.
+
+    num_heads (one value, or one per level) or head_dim of the UNet's attention, text_heads one value per text encoder;
+    prediction_type "epsilon" or "v_prediction". None where nobody says.
+    """
+
+    num_heads: int | tuple[int, ...] | None = None
+    head_dim: int | None = None
+    text_heads: tuple[int, ...] | None = None
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None

@@ -1,0 +1,290 @@
+"""A lender's tensors, assembled into a model that computes: the ``LentModel`` of SD 1, SD 2 and SDXL."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.architecture import Architecture
+from lora_trainer.models.base import LoraTarget, ModelInfo, NoiseSchedule, Prompts
+from lora_trainer.models.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
+from lora_trainer.models.casting import cast_layers
+from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
+from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
+from lora_trainer.models.targets import text_targets, unet_targets
+from lora_trainer.models.tokenizer import Tokenizer
+
+VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
+
+
+def assemble(
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    *,
+    info: ModelInfo,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    clip_skip: int = 1,
+    alphas_cumprod: Tensor | None = None,
+) -> DiffusionModel:
+    """Build the modules and bind ``tensors`` to them without copying.
+
+    tensors: by their single-file names (``model.diffusion_model.…``, ``first_stage_model.…``, ``cond_stage_model.…``
+        or ``conditioner.embedders.…``), in any mix of floating-point formats. On ``device`` they are aliased; from
+        elsewhere they are moved, one by one. Nothing writes to them.
+    compute_dtype: number format of UNet and text encoders; a weight of another format is cast when its layer runs.
+    clip_skip: SD 1 reads the text encoder's layer this far from the end; SD 2 and XL are fixed to the last but one.
+    alphas_cumprod: the lender's own noise schedule, used as it is; by default the one of Stable Diffusion,
+        rescaled when ``info.zero_terminal_snr``.
+
+    Raises:
+        UserError: a tensor is missing or has an unexpected shape.
+    """
+    if architecture.vae is None:
+        raise UserError(f"{info.name} has no VAE.", field="vae", remedy="Name a VAE file.")
+    if alphas_cumprod is None:
+        alphas_cumprod = scaled_linear_alphas_cumprod()
+        if info.zero_terminal_snr:
+            alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
+    schedule = NoiseSchedule(alphas_cumprod.detach().float().cpu().clone(), info.prediction_type)
+    return DiffusionModel(
+        tensors, architecture, tokenizer, info, torch.device(device), compute_dtype, clip_skip, schedule
+    )
+
+
+class DiffusionModel:
+    """See ``LentModel``. ``architecture`` says how it is built; ``vae`` is None once released."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        architecture: Architecture,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        clip_skip: int,
+        schedule: NoiseSchedule,
+    ):
+        self.info = info
+        self.schedule = schedule
+        self.device = device
+        self.architecture = architecture
+        self.compute_dtype = compute_dtype
+        self.clip_skip = clip_skip
+        self._tokenizer = tokenizer
+        self.unet, self._unet_bindings = build_unet(architecture.unet)
+        self.vae, self._vae_bindings = build_vae(architecture.vae)
+        built = [build_text_encoder(shape) for shape in architecture.text_encoders]
+        self.text_encoders = [encoder for encoder, _ in built]
+        self._text_bindings = [binding for _, bindings in built for binding in bindings]
+        self._input_grad_hooks: list = []
+        for module in (self.unet, *self.text_encoders):
+            cast_layers(module, compute_dtype)
+        cast_layers(self.vae, VAE_DTYPE)
+        for module in (self.unet, self.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+        self.bind(tensors)
+        for encoder in self.text_encoders:
+            for name, buffer in encoder.named_buffers():
+                if buffer.is_meta:
+                    raise RuntimeError(f"the buffer {name} was left on meta")
+            encoder.to(device)  # buffers only: the parameters are there already
+        self.vae_key = fingerprint(self._vae_bindings, f"{architecture.family} vae")
+        self.text_key = fingerprint(self._text_bindings, f"{architecture.family} text clip_skip={clip_skip}")
+
+    # Weights ------------------------------------------------------------------------------------------------------
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Bind all weights again, after the lender moved them. What was released is not asked for.
+
+        Parts of the model stay the same module objects, so that attached adapters stay attached.
+        """
+        for binding in self._bindings():
+            binding.bind(tensors, self.device)
+
+    def bound(self) -> dict[str, Tensor]:
+        """Diffusers or transformers name -> the parameter bound to it."""
+        modules = {"unet": self.unet, "vae": self.vae}
+        modules.update(zip(("text_encoder", "text_encoder_2"), self.text_encoders))
+        return {
+            f"{part}.{name}": parameter
+            for part, module in modules.items()
+            if module is not None
+            for name, parameter in module.named_parameters()
+        }
+
+    def release(self, *parts: str) -> None:
+        """Drop "vae", "text_encoders" or, in the end, "unet": their weights are let go and cannot be used any more."""
+        for part in parts:
+            if part == "vae":
+                released, self._vae_bindings, self.vae = self._vae_bindings, [], None
+            elif part == "text_encoders":
+                released, self._text_bindings, self.text_encoders = self._text_bindings, [], []
+            elif part == "unet":
+                released, self._unet_bindings = self._unet_bindings, []
+            else:
+                raise ValueError(f"no part is called {part!r}")
+            for binding in released:
+                binding.unbind()
+
+    def _bindings(self) -> list[Binding]:
+        return [*self._unet_bindings, *self._vae_bindings, *self._text_bindings]
+
+    # Pictures -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 8, H/8, W/8) fp32: mean and log-variance, unscaled."""
+        vae = self._needed(self.vae, "vae")
+        with torch.autocast(self.device.type, enabled=False):
+            x = vae.encoder.conv_in(pixels.to(self.device, VAE_DTYPE))
+            for block in vae.encoder.down_blocks:
+                x = block(x)
+            x = vae.encoder.mid_block(x)
+            x = vae.encoder.conv_out(vae.encoder.conv_act(vae.encoder.conv_norm_out(x)))
+            return vae.quant_conv(x)
+
+    def sample_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Moments (B, 8, h, w) -> scaled latents (B, 4, h, w) fp32; a draw with ``generator``, the mean without.
+
+        The noise is drawn on the CPU, so that every device gives the same.
+        """
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            mean = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
+        return mean * self.architecture.vae.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
+        vae = self._needed(self.vae, "vae")
+        # The decoder's own forward would cast to the dtype of its weights.
+        with torch.autocast(self.device.type, enabled=False):
+            latents = latents.to(self.device, VAE_DTYPE) / self.architecture.vae.scaling_factor
+            x = vae.decoder.mid_block(vae.decoder.conv_in(vae.post_quant_conv(latents)))
+            for block in vae.decoder.up_blocks:
+                x = block(x)
+            x = vae.decoder.conv_out(vae.decoder.conv_act(vae.decoder.conv_norm_out(x)))
+            return x.clamp(-1, 1)
+
+    # Captions -----------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False) -> Prompts:
+        """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
+
+        SDXL's D is that of both encoders side by side, and ``pooled`` (B, P) comes from the second one's first chunk.
+        """
+        encoders = self._needed(self.text_encoders, "text_encoders")
+        cut = [chunks_of(caption, self._tokenizer, max_tokens, weighted) for caption in captions]
+        count = max(map(len, cut))
+        chunks = [chunk for row in cut for chunk in [*row, *[Chunk()] * (count - len(row))]]  # B·count
+        weights = token_weights(chunks).to(self.device)
+        contexts, pooled = [], None
+        for encoder, shape in zip(encoders, self.architecture.text_encoders):
+            pad = 0 if shape.pad == "zero" else self._tokenizer.eos
+            ids = token_ids(chunks, self._tokenizer, pad).to(self.device)
+            output = encoder(input_ids=ids, output_hidden_states=True)
+            hidden = self._hidden(encoder, output)  # (B·count, 77, D)
+            if weighted:
+                hidden = weigh(hidden, weights)
+            contexts.append(hidden.reshape(len(captions), -1, hidden.shape[-1]))
+            if shape.projection is not None:
+                ends = (ids[::count] == self._tokenizer.eos).int().argmax(dim=1)
+                last = output.last_hidden_state[::count]  # first chunks, after the final LayerNorm
+                pooled = encoder.text_projection(last[torch.arange(len(captions), device=self.device), ends])
+        return Prompts(torch.cat(contexts, dim=-1), pooled)
+
+    def _hidden(self, encoder: nn.Module, output) -> Tensor:
+        if self.info.family == "sdxl":
+            return output.hidden_states[-2]
+        # SD 2's encoder is built without its last layer, so that its end is the last layer but one of the file.
+        if self.info.family == "sd2" or self.clip_skip <= 1:
+            return output.last_hidden_state
+        return text_body(encoder).final_layer_norm(output.hidden_states[-self.clip_skip])
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of the caption, without start and end token."""
+        return len(self._tokenizer.ids(caption))
+
+    # The UNet -----------------------------------------------------------------------------------------------------
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Prompts, size_ids: Tensor | None) -> Tensor:
+        """The UNet's answer (B, 4, h, w) in fp32.
+
+        timesteps: (B,) int64. size_ids: (B, 6) for SDXL: original (h, w), crop (top, left), target (h, w) in pixels.
+        """
+        prompts = prompts.to(self.device, self.compute_dtype)
+        conditions = None
+        if self.architecture.unet.added_channels is not None:
+            if size_ids is None or prompts.pooled is None:
+                raise ValueError("SDXL needs size_ids and pooled prompts")
+            conditions = {"text_embeds": prompts.pooled, "time_ids": size_ids.to(self.device, torch.float32)}
+        return self.unet(
+            noisy_latents.to(self.device, self.compute_dtype),
+            timesteps.to(self.device),
+            encoder_hidden_states=prompts.context,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0].float()
+
+    def lora_targets(self) -> list[LoraTarget]:
+        """Every layer that an adapter can attach to: the UNet's, then those of the text encoders not released."""
+        targets = unet_targets(self.unet, self.architecture)
+        for index, (encoder, shape) in enumerate(zip(self.text_encoders, self.architecture.text_encoders)):
+            targets += text_targets(text_body(encoder), shape, self.info.family, index)
+        return targets
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them, in the UNet and the text encoders."""
+        for hook in self._input_grad_hooks:
+            hook.remove()
+        self._input_grad_hooks.clear()
+        (self.unet.enable_gradient_checkpointing if enabled else self.unet.disable_gradient_checkpointing)()
+        for encoder in self.text_encoders:
+            if not enabled:
+                encoder.gradient_checkpointing_disable()
+                continue
+            enable = encoder.gradient_checkpointing_enable
+            takes_options = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
+            enable(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if takes_options else {}))
+            if not takes_options:
+                # Before transformers 4.35 only the reentrant kind exists, which needs an input with a gradient.
+                hook = text_body(encoder).embeddings.register_forward_hook(_require_grad)
+                self._input_grad_hooks.append(hook)
+        # Libraries checkpoint only what is in training mode. Set on the very modules that checkpoint, and on nothing
+        # below them, it changes nothing else: no dropout or batch statistics are involved.
+        for module in (self.unet, *self.text_encoders):
+            for part in module.modules():
+                if hasattr(part, "gradient_checkpointing"):
+                    part.training = enabled
+
+    def _needed(self, part, name: str):
+        if not part:
+            raise RuntimeError(f"{name} was released")
+        return part
+
+
+def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+@torch.no_grad()
+def fingerprint(bindings: Sequence[Binding], salt: str) -> str:
+    """SHA-256 over names, shapes and up to 32 values of every bound tensor: cheap, and other weights give another."""
+    digest = hashlib.sha256(salt.encode())
+    samples = []
+    for binding in bindings:
+        tensor = binding.owner._parameters[binding.name]
+        digest.update(f"{binding.source} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // 32)][:32].float())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""What a file's surroundings say about it: metadata, marker tensors, the .yaml beside it, a folder's configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.architecture import Hints
+
+HINTS_KEY = "lora_trainer.architecture"  # metadata: a JSON object with fields of ``Hints``
+
+
+def file_hints(path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Hints:
+    """Hints for a single file. The .yaml beside it decides over the metadata, and that over marker tensors.
+
+    Raises:
+        UserError: the .yaml is not YAML.
+    """
+    hints = Hints()
+    # NoobAI and others ship empty tensors with these names; Forge and ComfyUI obey them.
+    names = set(names)
+    if "v_pred" in names:
+        hints = replace(hints, prediction_type="v_prediction")
+    if "ztsnr" in names:
+        hints = replace(hints, zero_terminal_snr=True)
+    hints = merged(hints, _metadata_hints(metadata))
+    config = Path(path).with_suffix(".yaml")
+    return merged(hints, _yaml_hints(config)) if config.is_file() else hints
+
+
+def folder_hints(folder: Path) -> Hints:
+    """Hints from the configuration files of a diffusers folder."""
+    unet = read_json(folder / "unet" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    text = [read_json(folder / name / "config.json") for name in ("text_encoder", "text_encoder_2")]
+    # diffusers' "attention_head_dim" is the number of heads in every Stable Diffusion.
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
+    text_heads = tuple(config["num_attention_heads"] for config in text if _is_count(config.get("num_attention_heads")))
+    prediction = scheduler.get("prediction_type")
+    return Hints(
+        num_heads=_heads(heads),
+        text_heads=text_heads or None,
+        prediction_type=prediction if prediction in ("epsilon", "v_prediction") else None,
+        zero_terminal_snr=True if scheduler.get("rescale_betas_zero_snr") is True else None,
+    )
+
+
+def merged(base: Hints, over: Hints) -> Hints:
+    """``base`` with everything that ``over`` says."""
+    values = {field.name: getattr(over, field.name) for field in fields(Hints)}
+    return replace(base, **{name: value for name, value in values.items() if value is not None})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one when the file is missing. Raises ``UserError`` when it is malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return value
+
+
+def _metadata_hints(metadata: Mapping[str, str]) -> Hints:
+    prediction = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    hints = Hints(prediction_type=prediction.get(metadata.get("modelspec.prediction_type", "").lower()))
+    if hints.prediction_type is None and metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v":
+        hints = replace(hints, prediction_type="v_prediction")
+    try:
+        ours = json.loads(metadata.get(HINTS_KEY, "{}"))
+    except ValueError:
+        return hints  # metadata is advice; somebody else's text under our key is none
+    if not isinstance(ours, dict):
+        return hints
+    text_heads = ours.get("text_heads")
+    return merged(
+        hints,
+        Hints(
+            num_heads=_heads(ours.get("num_heads")),
+            head_dim=_count(ours.get("head_dim")),
+            text_heads=tuple(text_heads) if isinstance(text_heads, list) and all(map(_is_count, text_heads)) else None,
+            prediction_type=prediction.get(str(ours.get("prediction_type"))),
+        ),
+    )
+
+
+def _yaml_hints(path: Path) -> Hints:
+    """The configuration that A1111 reads beside a checkpoint (ldm's and sgm's format)."""
+    try:
+        root = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}, which describes the checkpoint beside it, cannot be read: {error}.") from error
+    params = _dig(root, "model", "params")
+    network = _dig(params, "unet_config", "params") or _dig(params, "network_config", "params")
+    encoders = [_dig(params, "cond_stage_config"), *(_dig(params, "conditioner_config", "params", "emb_models") or [])]
+    text_heads = [heads for encoder in encoders if (heads := _text_heads(_dig(encoder, "params"), path)) is not None]
+    scaling = str(_dig(params, "denoiser_config", "params", "scaling_config", "target") or "")
+    if _dig(params, "parameterization") == "v" or scaling.rpartition(".")[2].startswith("VScaling"):
+        prediction = "v_prediction"
+    elif _dig(params, "parameterization") == "eps" or scaling.endswith("EpsScaling"):
+        prediction = "epsilon"
+    else:
+        prediction = None
+    return Hints(
+        num_heads=_count(_dig(network, "num_heads")),
+        head_dim=_count(_dig(network, "num_head_channels")),
+        text_heads=tuple(text_heads) or None,
+        prediction_type=prediction,
+        zero_terminal_snr=True if _dig(params, "zero_terminal_snr") is True else None,
+    )
+
+
+def _text_heads(params: Any, path: Path) -> int | None:
+    """Heads of a text encoder that a .yaml names by a transformers folder or an open_clip architecture."""
+    arch, version = _dig(params, "arch"), _dig(params, "version")
+    spec = importlib.util.find_spec("open_clip") if isinstance(arch, str) else None
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        return _count(_dig(read_json(Path(folder) / "model_configs" / f"{Path(arch).name}.json"), "text_cfg", "heads"))
+    if isinstance(version, str) and arch is None:
+        # A folder is named relative to that of the WebUI, which is some parent of the checkpoint's.
+        for parent in path.resolve().parents:
+            if (config := parent / version / "config.json").is_file():
+                return _count(read_json(config).get("num_attention_heads"))
+    return None
+
+
+def _dig(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _count(value: Any) -> int | None:
+    return value if _is_count(value) else None
+
+
+def _heads(value: Any) -> int | tuple[int, ...] | None:
+    if isinstance(value, list) and value and all(map(_is_count, value)):
+        return tuple(value)
+    return _count(value)

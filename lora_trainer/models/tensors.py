@@ -1,0 +1,177 @@
+"""Tensors of a file, handed out one by one: mapped from the disk where they can be used as they are, else converted."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.header import DTYPES, read_header
+
+_RECENT = 4  # fused tensors are asked for once for each of their parts; no more than these are remembered
+
+
+class Source(Protocol):
+    """A file's tensors. ``dtypes``: the safetensors names of their number formats."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor: ...
+
+
+class SafetensorsSource:
+    """A .safetensors file."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._header = read_header(self.path)
+        self.shapes, self.dtypes = self._header.shapes, self._header.dtypes
+        self.metadata = self._header.metadata
+        self._map = None
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """The tensor; on the CPU and without a change of format it is the file itself, mapped into memory."""
+        entry = self._header.entries[name]
+        stored = DTYPES.get(entry.dtype)
+        if stored is None:
+            raise UserError(f"{self.path}: {name} has the number format {entry.dtype}, which cannot be trained on.")
+        if not stored.is_floating_point:
+            dtype = None
+        if device.type == "cpu" and dtype in (None, stored):
+            return self._mapped(name)
+        # Read instead of mapped: converting a mapped file would keep its pages in memory next to the converted copy.
+        data = bytearray(entry.stop - entry.start)
+        try:
+            with open(self.path, "rb") as handle:
+                handle.seek(entry.start)
+                if handle.readinto(data) != len(data):
+                    raise UserError(f"{self.path} became shorter while it was read.")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        if not data:
+            return torch.empty(entry.shape, dtype=dtype or stored, device=device)
+        return torch.frombuffer(data, dtype=stored).reshape(entry.shape).to(device, dtype or stored)
+
+    def _mapped(self, name: str) -> Tensor:
+        try:
+            if self._map is None:
+                self._map = safe_open(str(self.path), framework="pt", device="cpu")
+            return self._map.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path} cannot be read: {error}.") from error
+
+
+class PickleSource:
+    """A .ckpt, .pt or .bin file, read with ``weights_only`` so that it cannot run code."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._tensors = self._load()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        self.dtypes = {name: names.get(tensor.dtype, str(tensor.dtype)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            # From torch.serialization, because WebUIs replace torch.load with one that returns None when it refuses.
+            content = torch.serialization.load(
+                str(self.path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} does not exist.") from error
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{self.path} holds more than weights and is refused, because opening it could run code.",
+                remedy="Convert it to .safetensors, or choose the .safetensors version of this model.",
+            ) from error
+        except Exception as error:
+            raise UserError(
+                f"{self.path} is damaged or is not a PyTorch checkpoint ({type(error).__name__}).",
+                remedy="Choose the .safetensors version of this model.",
+            ) from error
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path} holds no table of tensors.", remedy="Choose a base model.")
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if not tensors:
+            # Textual inversions keep their tensor inside a table of their own.
+            raise UserError(
+                f"{self.path} is not a base model"
+                + (" but a textual inversion" if "string_to_param" in content else "")
+                + ".",
+                remedy="Choose a base model.",
+            )
+        return tensors
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors of one or more files under the names that ``assemble`` knows.
+
+    Each is read when it is asked for, onto ``device`` and in ``dtype`` (None: as stored).
+    """
+
+    def __init__(self) -> None:
+        self._where: dict[str, tuple[Source, str]] = {}
+        self._recent: OrderedDict[str, Tensor] = OrderedDict()
+        self.device = torch.device("cpu")
+        self.dtype: torch.dtype | None = None
+
+    def add(self, name: str, source: Source, stored_name: str) -> None:
+        self._where[name] = (source, stored_name)
+
+    def discard(self, prefix: str) -> None:
+        """Forget every name that starts with ``prefix``."""
+        self._where = {name: where for name, where in self._where.items() if not name.startswith(prefix)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: source.shapes[stored] for name, (source, stored) in self._where.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: source.dtypes[stored] for name, (source, stored) in self._where.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._recent:
+            return self._recent[name]
+        source, stored = self._where[name]
+        tensor = source.read(stored, self.device, self.dtype)
+        self._recent[name] = tensor
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+def open_source(path: Path) -> Source:
+    """The tensors of a file, by its ending. Raises ``UserError`` when it cannot be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file.", remedy="Check the path.")
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        return PickleSource(path)
+    return SafetensorsSource(path)
