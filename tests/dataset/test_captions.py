@@ -30,9 +30,9 @@ from lora_trainer.dataset.captions import (
 from lora_trainer.errors import UserError
 
 FRAGMENTS = [
-    "*", "**", "***", "****", "\\", "\\*", "\\,", "\\(", "\\)", "(", ")", "[", "]", "{", "}", "|", "|||", ",", "，", "、", "\n",
-    " ", ":", ":1.2)", ":)", ":(", "^_^", "a", "red star", "星空", "。", "_", "#", "`", "BREAK", "AND", "<lora:x:0.8>",
-    "[a:b:0.5]", "é", "e\u0301", "\u3000", "\r", "😀", "1girl",
+    "*", "**", "***", "****", "\\", "\\*", "\\,", "\\(", "\\)", "(", ")", "[", "]", "{", "}", "|", "|||",
+    ",", "，", "、", "\n", "\r", " ", "\u3000", ":", ":1.2)", ":)", ":(", "^_^", "a", "red star", "1girl", "星空", "。",
+    "_", "#", "`", "BREAK", "AND", "<lora:x:0.8>", "[a:b:0.5]", "é", "e\u0301", "😀",
 ]  # fmt: skip
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 sources = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
@@ -152,7 +152,8 @@ def test_separators_and_shields():
 
 
 def test_parsing_pathological_text_is_quick():
-    for source in ("*a" * 20_000, "(" * 50_000, "[(" * 20_000 + ")]" * 20_000, "\\" * 99_999, "|" * 50_000, "[a|" * 20_000):
+    brackets = ("(" * 50_000, "[(" * 20_000 + ")]" * 20_000, "[a|" * 20_000)
+    for source in (*brackets, "*a" * 20_000, "\\" * 99_999, "|" * 50_000):
         assert parse(format(parse(source))) == parse(source)
 
 
@@ -167,8 +168,8 @@ REAL_PROMPTS = [
         r"hatsune miku (vocaloid), saber (fate\/stay night), twintails",
     ),
     ("hatsune miku (vocaloid), twintails", "hatsune miku (vocaloid), twintails"),
-    ("(photorealistic:1.4), (skin texture, film grain:0.9), RAW photo", "photorealistic, skin texture, film grain, RAW photo"),
-    ("1girl, ^_^, :), >_<, ;), smile, \\(^o^)/, o_o, (o)_(o), +_+", "1girl, ^_^, :), >_<, ;), smile, (^o^)/, o_o, (o)_(o), +_+"),
+    ("(photorealistic:1.4), (skin texture, grain:0.9), RAW photo", "photorealistic, skin texture, grain, RAW photo"),
+    ("1girl, ^_^, :), >_<, ;), \\(^o^)/, o_o, (o)_(o), +_+", "1girl, ^_^, :), >_<, ;), (^o^)/, o_o, (o)_(o), +_+"),
     ("杰作，最佳画质、**一个女孩**\n长发，(微笑:1.1)", "杰作, 最佳画质, 一个女孩, 长发, 微笑"),
     ("a cat\nsitting on a sofa,\n\nsoft light", "a cat, sitting on a sofa, soft light"),
     ("city at night BREAK neon signs, rain", "city at night, neon signs, rain"),
@@ -176,13 +177,13 @@ REAL_PROMPTS = [
     ("{masterpiece}, {{best quality}}, [[lowres]]", "masterpiece, best quality, lowres"),
     ("((((ultra detailed)))), (((best shadow)))", "ultra detailed, best shadow"),
     ("(masterpiece, (best quality:1.2), ultra-detailed:1.1), 8k", "masterpiece, best quality, ultra-detailed, 8k"),
-    ("portrait of a woman, f/1.8, 85mm, 16:9, 50% grey, $5 & more", "portrait of a woman, f/1.8, 85mm, 16:9, 50% grey, $5 & more"),
+    ("a portrait, f/1.8, 85mm, 16:9, 50% grey, $5 & more", "a portrait, f/1.8, 85mm, 16:9, 50% grey, $5 & more"),
     ("[cat|dog] in a field, [red:blue:0.4] hat", "[cat|dog] in a field, [red:blue:0.4] hat"),
     ("__animal__ in {the forest|the city}", "__animal__ in {the forest|the city}"),
     ("score_9, score_8_up, source_anime, 1boy", "score_9, score_8_up, source_anime, 1boy"),
     ("wearing (a hat", "wearing (a hat"),
     ("ends with a comma, ", "ends with a comma"),
-    ("**cyberpunk city at night**, neon signs, *cinematic lighting*", "cyberpunk city at night, neon signs, cinematic lighting"),
+    ("**cyberpunk city**, neon signs, *cinematic lighting*", "cyberpunk city, neon signs, cinematic lighting"),
 ]  # fmt: skip
 
 
@@ -304,7 +305,8 @@ def test_items_can_be_moved_without_pairing_brackets_across_them():
     assert compose([make_item("star", core=True)]).items[0].spans == (Span("star", core=True),)
 
 
-MAPPING = {"赛博朋克": "cyberpunk", "城市": "city", "夜晚": "night (dark)", "霓虹": "neon, lights", "猫": "cat", "grey": "gray"}
+MAPPING = {"赛博朋克": "cyberpunk", "城市": "city", "夜晚": "night (dark)", "霓虹": "neon, lights", "猫": "cat"}
+MAPPING["grey"] = "gray"
 
 
 def test_translation_keeps_marks_weights_and_words_apart():
