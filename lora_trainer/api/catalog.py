@@ -1,0 +1,68 @@
+"""Routes of what there is to choose from: presets, base models, settings; and what a choice would take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Query
+
+from lora_trainer.api import schemas
+from lora_trainer.api.context import Context
+from lora_trainer.api.route import guarded
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
+from lora_trainer.config.schema import GROUPS
+from lora_trainer.jobs.estimate import estimate
+from lora_trainer.jobs.presets import PRESETS, preset
+from lora_trainer.jobs.submitting import read_settings
+
+
+def routes(context: Context) -> APIRouter:
+    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: catalog"])
+
+    @router.get("/presets", response_model=schemas.PresetListModel)
+    def list_presets(
+        pictures: int | None = Query(None, ge=0, le=10_000_000), family: str | None = Query(None, max_length=20)
+    ) -> dict[str, Any]:
+        """Settings to begin with, adapted to so many pictures and a model of this family (sd1, sd2, sdxl)."""
+        return {
+            "presets": [
+                {"kind": kind, "title": one.title, "hint": one.hint, "settings": preset(kind, pictures, family)}
+                for kind, one in PRESETS.items()
+            ]
+        }
+
+    @router.get("/checkpoints", response_model=schemas.CheckpointListModel)
+    def list_checkpoints() -> dict[str, Any]:
+        """The host's base models; a job names one by its title in ``base_model``, or none for the loaded one."""
+        found = context.host.checkpoints()
+        return {"checkpoints": [{"title": context.plain(one.title), "loaded": one.loaded} for one in found]}
+
+    @router.get("/settings", response_model=schemas.SettingListModel)
+    def list_settings() -> dict[str, Any]:
+        """Every setting with its default and explanation, in the order in which the tab shows them."""
+        docs, defaults = field_docs(), to_mapping(TrainConfig())
+        rows = [
+            {"name": field.name, "group": group, "default": defaults[field.name], "explanation": docs[field.name]}
+            for group, kind in GROUPS
+            for field in dataclasses.fields(kind)
+        ]
+        return {"settings": rows}
+
+    @router.post("/settings/check", response_model=schemas.ConfigModel)
+    def check(new: schemas.NewJobModel) -> dict[str, Any]:
+        """Settings or YAML -> every setting named, and the same as YAML; errors name each field."""
+        config = from_mapping(read_settings(new.given()))
+        return {"settings": to_mapping(config), "yaml": to_yaml(config)}
+
+    @router.post("/estimate", response_model=schemas.EstimateModel)
+    def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:
+        """Pictures accepted and refused, buckets, steps, minutes and memory of a run with these settings."""
+        facts = estimate(new.given(), context.host, context.manager.store)
+        facts["refused"] = [
+            {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
+        ]
+        facts["warnings"] = [context.plain(text) for text in facts["warnings"]]
+        return facts
+
+    return router

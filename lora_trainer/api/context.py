@@ -1,0 +1,70 @@
+"""What the routes share: the manager, its host, and what of it may be shown."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lora_trainer.jobs.job import Event, Job, Problem
+from lora_trainer.jobs.library import DatasetLibrary
+from lora_trainer.jobs.paths import redact
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import Host
+    from lora_trainer.jobs.worker import JobManager
+
+_INTERNAL = {"folder", "config", "effective_config", "result", "warnings", "error"}
+
+Text = TypeVar("Text", str, "str | None")
+
+
+class Context:
+    """``manager.host`` is asked anew each time: "Reload UI" exchanges it."""
+
+    def __init__(self, manager: JobManager):
+        self.manager = manager
+        self.library = DatasetLibrary(manager.folders.data)
+
+    @property
+    def host(self) -> Host:
+        return self.manager.host
+
+    def plain(self, text: Text) -> Text:
+        """Text as it may be sent: valid Unicode, without the server's folders where those are hidden."""
+        if text is None:
+            return None
+        if self.host.access().hide_paths:
+            text = redact(text, self.manager.folders.data, self.host.folders().lora)
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+    def problem(self, problem: Problem | None) -> dict[str, Any] | None:
+        return {key: self.plain(text) for key, text in problem.to_dict().items()} if problem else None
+
+    def job(self, job: Job, *, detailed: bool = False) -> dict[str, Any]:
+        """A job as the API shows it; ``detailed`` with its configurations."""
+        values = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in _INTERNAL}
+        published = job.result.get("published")
+        values |= {
+            "dataset": self.place(job.dataset),
+            "phase": self.plain(job.phase),
+            "error": self.problem(job.error),
+            "warnings": [self.problem(warning) for warning in job.warnings],
+            "lora": job.result.get("lora"),
+            "diffusers": job.result.get("diffusers"),
+            "thumbnail": job.result.get("thumbnail"),
+            "published": Path(published).stem if published else None,
+            "verified": job.result.get("verified"),
+        }
+        if detailed:
+            values |= {"config": self.plain(job.config), "effective_config": self.plain(job.effective_config)}
+        return values
+
+    def event(self, event: Event) -> dict[str, Any]:
+        values = {field.name: getattr(event, field.name) for field in fields(event)}
+        return {**values, "text": self.plain(event.text)}
+
+    def place(self, folder: str) -> str:
+        """A folder with pictures as callers name it: a dataset of the library by its name, another by its path."""
+        path = Path(folder)
+        return path.name if path.parent == self.library.root.resolve() else self.plain(folder)

@@ -1,0 +1,85 @@
+"""Routes of the uploaded pictures and their captions."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+from lora_trainer.api import schemas
+from lora_trainer.api.context import Context
+from lora_trainer.api.files import send
+from lora_trainer.api.route import MAX_UPLOAD, guarded
+from lora_trainer.errors import UserError
+
+
+def routes(context: Context) -> APIRouter:
+    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: datasets"])
+    uploads = APIRouter(route_class=guarded(context, MAX_UPLOAD), tags=["LoRA trainer: datasets"])
+    library = context.library
+
+    @router.get("/datasets", response_model=schemas.DatasetListModel)
+    def list_datasets() -> dict[str, Any]:
+        """Every dataset, the one changed last first. A job names it in ``train_data_dir``."""
+        found = library.list()
+        return {"datasets": [{"name": one.name, "pictures": one.pictures, "changed": one.changed} for one in found]}
+
+    @router.post("/datasets", response_model=schemas.PictureListModel, status_code=201)
+    def create(new: schemas.NewDatasetModel) -> dict[str, Any]:
+        library.create(new.name)
+        return {"name": new.name, "pictures": []}
+
+    @router.get("/datasets/{name}", response_model=schemas.PictureListModel)
+    def get_dataset(name: str) -> dict[str, Any]:
+        """Every picture with its caption."""
+        pictures = library.pictures(name)
+        rows = [{"file": one.file, "caption": context.plain(one.caption), "size": one.size} for one in pictures]
+        return {"name": name, "pictures": rows}
+
+    @router.get("/datasets/{name}/pictures/{file:path}", response_class=FileResponse)
+    def get_picture(name: str, file: str) -> FileResponse:
+        return send(library.picture(name, file))
+
+    @router.get("/datasets/{name}/thumbnails/{file:path}", response_class=FileResponse)
+    def get_thumbnail(name: str, file: str) -> FileResponse:
+        """The picture as a JPEG of at most 256 pixels a side."""
+        return send(library.thumbnail(library.picture(name, file)))
+
+    @router.post("/datasets/{name}/captions", response_model=schemas.CaptionsModel)
+    def write_captions(name: str, new: schemas.CaptionsModel) -> dict[str, Any]:
+        """Replace the captions of these pictures."""
+        library.write_captions(name, new.captions)
+        return {"captions": new.captions}
+
+    @uploads.post("/datasets/{name}/pictures", response_model=schemas.UploadedModel)
+    def upload(name: str, new: schemas.UploadsModel) -> dict[str, Any]:
+        """Add pictures. One that cannot be used is refused with the reason; the others are added."""
+        library.folder(name)
+        added: list[str] = []
+        refused: list[dict[str, Any]] = []
+        for picture in new.pictures:
+            try:
+                added.append(library.add_picture(name, picture.name, _decode(picture), picture.caption))
+            except UserError as error:
+                refused.append(
+                    {"message": context.plain(error.message), "field": picture.name[:200], "remedy": error.remedy}
+                )
+        return {"added": added, "refused": refused}
+
+    router.include_router(uploads)
+    return router
+
+
+def _decode(picture: schemas.UploadModel) -> bytes:
+    encoded = picture.data
+    if encoded.startswith("data:"):
+        encoded = encoded.partition(",")[2]
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(
+            f"{picture.name[:80]} is not base64.", field="pictures", remedy="Send the file's bytes in base64."
+        ) from None

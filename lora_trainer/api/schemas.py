@@ -1,0 +1,282 @@
+"""What goes in and comes out, for the reader of ``/docs``. Written so that pydantic 1 and 2 understand it alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from lora_trainer.errors import UserError
+
+
+class ProblemModel(BaseModel):
+    """What is wrong, the setting it concerns, and what to do about it."""
+
+    message: str
+    field: str | None = None
+    remedy: str | None = None
+
+
+class ErrorModel(ProblemModel):
+    """The answer to a request that failed; ``problems`` has each of several by itself."""
+
+    problems: list[ProblemModel] = []
+
+
+class JobModel(BaseModel):
+    """One job. Times are seconds since 1970; files are paths for ``/jobs/{id}/files/``."""
+
+    id: int
+    name: str
+    status: str
+    active: bool
+    attempt: int
+    position: float
+    dataset: str
+    base_model: str
+    family: str
+    host: str
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    step: int
+    total_steps: int
+    epoch: int
+    phase: str
+    phase_done: int
+    phase_total: int
+    loss: float | None = None
+    speed: float | None = None
+    seconds_left: float | None = None
+    memory: int | None = None
+    seconds: float
+    error: ProblemModel | None = None
+    warnings: list[ProblemModel] = []
+    lora: str | None = None
+    diffusers: str | None = None
+    thumbnail: str | None = None
+    published: str | None = None
+    verified: bool | None = None
+    revision: int
+
+
+class JobDetailModel(JobModel):
+    """A job with its settings as YAML: as they were given, and as they ran."""
+
+    config: str
+    effective_config: str
+
+
+class JobListModel(BaseModel):
+    jobs: list[JobModel]
+    counts: dict[str, int]
+
+
+class NewJobModel(BaseModel):
+    """Settings as a mapping, or as YAML text; exactly one of them. ``held`` jobs wait for ``start``."""
+
+    settings: dict[str, Any] | None = None
+    yaml: str | None = None
+    held: bool = False
+
+    def given(self) -> dict[str, Any] | str:
+        """Whichever was sent. Raises UserError for both or none."""
+        if self.settings is None and self.yaml is not None:
+            return self.yaml
+        if self.settings is None or self.yaml is not None:
+            raise UserError("Give settings or yaml.", field="settings", remedy="Send exactly one of them.")
+        return self.settings
+
+
+class ChangesModel(BaseModel):
+    """Settings that differ from the job's."""
+
+    changes: dict[str, Any] = {}
+    held: bool = False
+
+
+class OrderModel(BaseModel):
+    """Queued jobs that go first, in this order."""
+
+    jobs: list[int]
+
+
+class ConfirmModel(BaseModel):
+    confirm: bool = False
+
+
+class PublishModel(BaseModel):
+    """``name``: another name than the job's, where that is taken."""
+
+    name: str | None = None
+    overwrite: bool = False
+
+
+class EventModel(BaseModel):
+    id: int
+    job_id: int
+    time: float
+    kind: str
+    text: str
+    data: dict[str, Any]
+
+
+class EventListModel(BaseModel):
+    events: list[EventModel]
+
+
+class MetricsModel(BaseModel):
+    """points: one per step (step, epoch, loss, lr, …). offset: for the next request. follow: whether earlier points
+    are still valid; false begins the curve anew."""
+
+    points: list[dict[str, Any]]
+    offset: int
+    follow: bool
+
+
+class StatusModel(BaseModel):
+    """Everything a page shows. Send ``cursor`` back as ``since``; ``unchanged`` says that nothing differs.
+
+    running: the job in hand. queue: jobs that wait. changed: jobs over that changed since. points: new points of the
+    curve of ``metrics_job``; ``points_follow`` is false when the curve begins anew with them.
+    """
+
+    cursor: str
+    unchanged: bool
+    running: JobModel | None = None
+    queue: list[JobModel] = []
+    changed: list[JobModel] = []
+    metrics_job: int | None = None
+    points: list[dict[str, Any]] = []
+    points_follow: bool = True
+    events: list[EventModel] = []
+    counts: dict[str, int] = {}
+    trouble: ProblemModel | None = None
+
+
+class LogModel(BaseModel):
+    """The end of a job's log. ``truncated``: there is more before it."""
+
+    text: str
+    truncated: bool
+
+
+class FileModel(BaseModel):
+    path: str
+    size: int
+    changed: float
+
+
+class FileListModel(BaseModel):
+    files: list[FileModel]
+
+
+class DatasetModel(BaseModel):
+    name: str
+    pictures: int
+    changed: float
+
+
+class DatasetListModel(BaseModel):
+    datasets: list[DatasetModel]
+
+
+class NewDatasetModel(BaseModel):
+    name: str
+
+
+class PictureModel(BaseModel):
+    file: str
+    caption: str
+    size: int
+
+
+class PictureListModel(BaseModel):
+    name: str
+    pictures: list[PictureModel]
+
+
+class UploadModel(BaseModel):
+    """One picture: ``data`` is its file in base64 (a data: URL is understood)."""
+
+    name: str
+    data: str
+    caption: str = ""
+
+
+class UploadsModel(BaseModel):
+    pictures: list[UploadModel]
+
+
+class UploadedModel(BaseModel):
+    """added: the names the pictures have now. refused: those that are not there, and why."""
+
+    added: list[str]
+    refused: list[ProblemModel]
+
+
+class CaptionsModel(BaseModel):
+    """Caption by picture."""
+
+    captions: dict[str, str]
+
+
+class PresetModel(BaseModel):
+    kind: str
+    title: str
+    hint: str
+    settings: dict[str, Any]
+
+
+class PresetListModel(BaseModel):
+    presets: list[PresetModel]
+
+
+class CheckpointModel(BaseModel):
+    title: str
+    loaded: bool
+
+
+class CheckpointListModel(BaseModel):
+    checkpoints: list[CheckpointModel]
+
+
+class SettingModel(BaseModel):
+    name: str
+    group: str
+    default: Any = None
+    explanation: str
+
+
+class SettingListModel(BaseModel):
+    settings: list[SettingModel]
+
+
+class ConfigModel(BaseModel):
+    """A checked configuration, every setting named, and as YAML."""
+
+    settings: dict[str, Any]
+    yaml: str
+
+
+class RefusedPictureModel(BaseModel):
+    file: str
+    reason: str
+
+
+class EstimateModel(BaseModel):
+    """minutes and memory (bytes) are as job ``basis`` took them; null while nothing comparable was trained here."""
+
+    pictures: int
+    regularization_pictures: int
+    refused: list[RefusedPictureModel]
+    warnings: list[str]
+    buckets: list[dict[str, Any]]
+    steps_per_epoch: int
+    steps: int
+    base_model: str
+    family: str
+    resolution: str
+    minutes: float | None = None
+    memory: int | None = None
+    basis: int | None = None

@@ -1,0 +1,94 @@
+"""What a run will take, told before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.config import TrainConfig, parse_resolution
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.job import Job
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.jobs.submitting import check_settings, stored_config
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import Host
+    from lora_trainer.models.base import ModelInfo
+
+_RECENT = 50  # finished jobs that are looked at for one that is comparable
+_MIN_STEPS = 5  # a shorter run says nothing about speed
+
+
+def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
+    """Pictures that would be used and refused, buckets, steps; minutes and memory as a comparable job took them.
+
+    Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
+    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``minutes`` and ``memory`` (bytes) with
+    ``basis`` (id of the job they were measured on), None as long as nothing comparable was trained here.
+
+    Raises:
+        UserError, ConfigError: what would stop the run, naming the field.
+    """
+    from lora_trainer.dataset.buckets import BatchPlan
+    from lora_trainer.dataset.folder import scan
+    from lora_trainer.jobs.execution import lender_options
+
+    config = check_settings(settings, host)
+    info = host.lender(config.base_model, lender_options(host, config)).describe()
+    dataset = scan(config)
+    plan = BatchPlan.from_config(dataset, config, info.default_resolution)
+    steps = total_steps(config, plan.steps_per_epoch)
+    regularization = sum(sample.is_regularization for sample in dataset.samples)
+    return {
+        "pictures": len(dataset.samples) - regularization,
+        "regularization_pictures": regularization,
+        "refused": [{"file": str(item.path), "reason": item.reason} for item in dataset.skipped],
+        "warnings": list(dataset.warnings),
+        "buckets": plan.table(),
+        "steps_per_epoch": math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps),
+        "steps": steps,
+        "base_model": info.name,
+        "family": info.family,
+        "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
+        **_cost(config, info, steps, host, store),
+    }
+
+
+def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
+    """Optimizer steps of the run; the last ones of an epoch may add up fewer batches than the others."""
+    steps = math.ceil(batches_per_epoch / config.gradient_accumulation_steps) * config.epochs
+    return min(steps, config.max_train_steps or steps)
+
+
+def _cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: JobStore) -> dict[str, Any]:
+    """Minutes and memory by the newest comparable job: the same kind of model and memory-saving settings."""
+    unknown = {"minutes": None, "memory": None, "basis": None}
+    for job in store.list(("finished",), limit=_RECENT):
+        if job.host != host.name or job.family != info.family or job.step < _MIN_STEPS or not job.speed:
+            continue
+        before = _stored(store, job)
+        if before is None or _kind(before) != _kind(config):
+            continue
+        work, work_before = _pixels_per_step(config, info), _pixels_per_step(before, info)
+        seconds = steps / job.speed * work / work_before
+        same_memory = config.batch_size == before.batch_size and work == work_before
+        return {"minutes": seconds / 60, "memory": job.memory if same_memory else None, "basis": job.id}
+    return unknown
+
+
+def _kind(config: TrainConfig) -> tuple[Any, ...]:
+    return config.device, config.mixed_precision, config.gradient_checkpointing, config.train_text_encoder
+
+
+def _pixels_per_step(config: TrainConfig, info: ModelInfo) -> int:
+    size = parse_resolution(config.resolution)
+    width, height = size if isinstance(size, tuple) else (info.default_resolution, info.default_resolution)
+    return width * height * config.batch_size * config.gradient_accumulation_steps
+
+
+def _stored(store: JobStore, job: Job) -> TrainConfig | None:
+    try:
+        return stored_config(store.get(job.id))
+    except UserError:
+        return None  # deleted in between, or written by an older release with settings that are gone

@@ -1,0 +1,156 @@
+"""One attempt at one job: model, training, publishing; and what is said when it fails."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.jobs import submitting
+from lora_trainer.jobs.folders import JobFolders
+from lora_trainer.jobs.job import Job, Problem
+from lora_trainer.jobs.publishing import publish
+from lora_trainer.jobs.reporting import JobReporter, job_log
+from lora_trainer.jobs.store import JobStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lora_trainer.host.base import Host, LenderOptions
+    from lora_trainer.training.callbacks import TrainCommands
+
+HOLD_OPTION = "lora_trainer_hold_model"
+WAIT_OPTION = "lora_trainer_switch_waits"
+
+log = logging.getLogger(__name__)
+
+
+def execute(
+    host: Host,
+    store: JobStore,
+    folders: JobFolders,
+    job: Job,
+    reporter: JobReporter,
+    commands: TrainCommands,
+    train: Callable[..., Any] | None,
+) -> dict[str, Any]:
+    """Train and publish; returns the columns that say how it ended. Raises nothing that a run can cause."""
+    log_path = folders.log(job)
+    with job_log(log_path, threading.get_ident()):
+        try:
+            folders.create(job.id, job.name)  # somebody may have tidied up
+            config = submitting.run_config(job, folders)
+            result = _train(host, store, job, config, reporter, commands, train)
+        except UserError as error:
+            log.error("%s", error)
+            return _failed(reporter, Problem.of(error))
+        except BaseException as error:
+            # Whatever happens in a job must neither end the worker nor vanish: it stays with the job, in words.
+            log.exception("Job %s failed", job.id)
+            return _failed(reporter, _unexpected(error, log_path))
+        reporter.flush()
+        ending = {"status": result.status, "error": None}
+        ending["result"] = _files(result, reporter, folders.of(job), job)
+        if result.lora is not None and (result.status == "finished" or commands.saves_before_stop):
+            ending["result"] |= _publish(host, store, job, config, Path(result.lora), reporter)
+        return ending
+
+
+def _train(
+    host: Host,
+    store: JobStore,
+    job: Job,
+    config: TrainConfig,
+    reporter: JobReporter,
+    commands: TrainCommands,
+    train: Callable[..., Any] | None,
+) -> Any:
+    if train is None:
+        from lora_trainer.run import train  # torch is slow to import: not before the first job
+
+    lender = host.lender(config.base_model, lender_options(host, config))
+    info = lender.describe()
+    store.update(job.id, base_model=info.name, family=info.family, host=host.name)
+    log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
+    return train(config, lender, callbacks=reporter, commands=commands, previewer=None)
+
+
+def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
+    """How a run with this configuration wants its model. Raises UserError for a precision the device lacks."""
+    import torch
+
+    from lora_trainer.host.base import LenderOptions
+    from lora_trainer.training.precision import resolve
+
+    device = host.device() if config.device == "auto" else config.device
+    precision = resolve(device, config.mixed_precision)
+    return LenderOptions(
+        clip_skip=config.clip_skip,
+        v_prediction=config.v_prediction,
+        zero_terminal_snr=config.zero_terminal_snr,
+        compute_dtype=precision.autocast_dtype or torch.float32,
+        vae=config.vae,
+        hold=bool(host.option(HOLD_OPTION, False)),
+        wait_for_model=bool(host.option(WAIT_OPTION, False)),
+    )
+
+
+def _files(result: Any, reporter: JobReporter, folder: Path, job: Job) -> dict[str, Any]:
+    """What the job made, as paths inside its folder."""
+    made = {"lora": result.lora, "diffusers": result.diffusers, "thumbnail": reporter.last_preview}
+    files = dict(job.result)
+    for kind, path in made.items():
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            files[kind] = Path(path).resolve().relative_to(folder.resolve()).as_posix()
+    return files
+
+
+def _publish(
+    host: Host, store: JobStore, job: Job, config: TrainConfig, lora: Path, reporter: JobReporter
+) -> dict[str, Any]:
+    """Publish the LoRA if the host has a place for it. A failure is a warning: what was trained is not lost."""
+    if host.folders().lora is None:
+        return {}
+    job = store.get(job.id)
+    overwrite = submitting.stored_config(job).overwrite
+    try:
+        facts = publish(host, job, config, lora, job.name, reporter.last_preview, overwrite=overwrite)
+    except UserError as error:
+        remedy = f"{error.remedy or ''} The LoRA is safe in the job; publish it from there.".strip()
+        reporter.warn(Problem(error.message, error.field, remedy))
+        return {}
+    except Exception as error:  # the host's code; the job itself is done
+        log.exception("Publishing failed")
+        problem = Problem(
+            f"The LoRA could not be published: {type(error).__name__}: {error}",
+            remedy="It is safe in the job; publish it from there. The job's log has the details.",
+        )
+        reporter.warn(problem)
+        return {}
+    if facts.get("verdict"):
+        reporter.warn(Problem(facts["verdict"]))
+    return facts
+
+
+def _failed(reporter: JobReporter, problem: Problem) -> dict[str, Any]:
+    reporter.fail(problem)
+    return {"status": "failed", "error": problem}
+
+
+def _unexpected(error: BaseException, log_path: Path) -> Problem:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+        return Problem(
+            "There is not enough memory for this run.",
+            "batch_size",
+            "Set batch_size: 1, gradient_accumulation_steps: 4, gradient_checkpointing: true and lora_rank: 4 or 8,"
+            " or a smaller resolution; then start it again.",
+        )
+    return Problem(
+        f"Something unexpected happened: {type(error).__name__}: {error}",
+        remedy=f"The job can be started again and goes on from its last state. Details are in {log_path}.",
+    )

@@ -1,0 +1,73 @@
+"""The folder that each job has to itself: ``<data>/jobs/<id>-<name>/``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.job import Job
+
+_MARK = ".lora-trainer-job"
+
+
+class JobFolders:
+    """Makes, finds and removes job folders. Inside: config.yaml, output/ (LoRA, logs, state, previews), job.log."""
+
+    def __init__(self, data: Path):
+        self.data = Path(data)
+        self.jobs = self.data / "jobs"
+        self.cache = self.data / "cache"  # shared: encoded pictures are found again by the next run on the same ones
+        self.datasets = self.data / "datasets"
+
+    def create(self, job_id: int, name: str) -> Path:
+        """A new folder, marked as ours with the job's number, so that nothing else is ever deleted."""
+        path = self.jobs / f"{job_id:05d}-{_plain(name)}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / _MARK).write_text(str(job_id), encoding="ascii")
+        except OSError as error:
+            raise UserError(
+                f"The job's folder {path} cannot be made: {error.strerror}.",
+                remedy="Free some space, or choose another folder with --lora-trainer-dir.",
+            ) from error
+        return path
+
+    def of(self, job: Job) -> Path:
+        return self.jobs / job.folder
+
+    def output(self, job: Job) -> Path:
+        return self.of(job) / "output"
+
+    def log(self, job: Job) -> Path:
+        return self.of(job) / "job.log"
+
+    def metrics(self, job: Job) -> Path:
+        return self.output(job) / "logs" / "metrics.jsonl"
+
+    def remove(self, job: Job) -> None:
+        """Delete the job's own folder: never anything that a link leads to, never a folder without our mark."""
+        path = self.of(job)
+        if not job.folder or path.is_symlink() or path.resolve().parent != self.jobs.resolve() or not path.is_dir():
+            return
+        try:
+            marked = (path / _MARK).read_text(encoding="ascii").strip() == str(job.id)
+        except (OSError, UnicodeDecodeError):
+            marked = False
+        if not marked:
+            raise UserError(
+                f"{path} does not look like the folder of job {job.id}; nothing was deleted.",
+                remedy="Look into it, and delete it yourself if nothing in it is needed.",
+            )
+        try:
+            shutil.rmtree(path)  # does not follow links
+        except OSError as error:
+            raise UserError(
+                f"{path} could not be deleted completely: {error.strerror}.", remedy="Close what uses it, try again."
+            ) from error
+
+
+def _plain(name: str) -> str:
+    """A short form of ``name`` for a folder; the number before it makes it unique."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:60] or "lora"

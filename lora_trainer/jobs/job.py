@@ -1,0 +1,104 @@
+"""A job as the queue knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_trainer.errors import ConfigError, UserError
+
+WAITING_TO_START = ("queued",)
+ACTIVE = ("running", "paused", "waiting", "stopping")
+OVER = ("finished", "stopped", "failed", "interrupted")
+STATUSES = (*WAITING_TO_START, *ACTIVE, *OVER)
+
+
+class UnknownJobError(UserError):
+    """There is no job of this number (any more)."""
+
+    def __init__(self, job_id: object):
+        super().__init__(f"There is no job {job_id}.", remedy="It may have been deleted; reload the list.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something a person should read: why a job failed, or what went less well. As in ``UserError``."""
+
+    message: str
+    field: str | None = None
+    remedy: str | None = None
+
+    @classmethod
+    def of(cls, error: UserError) -> Problem:
+        return cls(error.message, error.field, error.remedy)
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {"message": self.message, "field": self.field, "remedy": self.remedy}
+
+
+def problems_of(error: UserError) -> list[Problem]:
+    """Each problem of ``error`` by itself, so that the tab can put it beside its field."""
+    problems = error.problems if isinstance(error, ConfigError) else [error]
+    return [Problem.of(problem) for problem in problems]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the queue.
+
+    active: a worker has it in hand; still true after a crash, which is how an interrupted job is recognized.
+    attempt: how often it was started; a new attempt rewrites the metrics from the step it resumes at.
+    position: place in the queue; the lowest queued one is next. Times are seconds since 1970.
+    config: YAML as it was submitted; effective_config: YAML as it ran, every setting named.
+    folder: name of its folder under ``<data>/jobs``. result: ``lora``, ``diffusers`` and ``thumbnail`` (paths inside
+    that folder), ``published`` (path in the host's LoRA folder) and ``verified`` (bool), as far as they exist.
+    speed: optimizer steps per second. memory: peak bytes on the device. revision: grows with every change of any job.
+    """
+
+    id: int
+    name: str
+    status: str
+    active: bool
+    attempt: int
+    position: float
+    config: str
+    effective_config: str
+    folder: str
+    dataset: str
+    base_model: str
+    family: str
+    host: str
+    created: float
+    started: float | None
+    finished: float | None
+    step: int
+    total_steps: int
+    epoch: int
+    phase: str
+    phase_done: int
+    phase_total: int
+    loss: float | None
+    speed: float | None
+    seconds_left: float | None
+    memory: int | None
+    seconds: float
+    error: Problem | None
+    warnings: tuple[Problem, ...]
+    result: dict[str, Any]
+    revision: int
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in OVER
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a job's history. kind: status, phase, saved, preview, warning, error."""
+
+    id: int
+    job_id: int
+    time: float
+    kind: str
+    text: str
+    data: dict[str, Any]

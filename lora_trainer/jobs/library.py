@@ -1,0 +1,215 @@
+"""The pictures that were uploaded: one folder per dataset under ``<data>/datasets``, captions as text files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_path, atomic_write, safe_name_problem
+from lora_trainer.jobs.paths import check_name, confined
+
+MAX_PICTURE_BYTES = 64 << 20
+MAX_CAPTION_CHARACTERS = 20_000
+THUMBNAIL_SIDE = 256
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """name: of its folder. pictures: how many. changed: seconds since 1970."""
+
+    name: str
+    pictures: int
+    changed: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """file: posix path inside the dataset. caption: as written, empty when there is none. size: bytes."""
+
+    file: str
+    caption: str
+    size: int
+
+
+class DatasetLibrary:
+    """Adds pictures and captions; overwrites a caption when asked, never a picture, and deletes nothing."""
+
+    def __init__(self, data: Path):
+        self.root = Path(data) / "datasets"
+        self._thumbnails = Path(data) / "cache" / "thumbnails"
+
+    def folder(self, name: str) -> Path:
+        """The folder of a dataset. Raises UserError for a name that cannot be one, or that does not exist."""
+        check_name(name, "dataset")
+        path = confined(self.root, name)
+        if not path.is_dir():
+            raise UserError(f"There is no dataset {name}.", field="dataset", remedy="Reload the list of datasets.")
+        return path
+
+    def list(self) -> list[DatasetSummary]:
+        """Every dataset, the one changed last first."""
+        from lora_trainer.dataset.listing import is_picture
+
+        found = []
+        for entry in _entries(self.root):
+            if entry.is_dir() and safe_name_problem(entry.name) is None:
+                pictures = sum(is_picture(name) for _, _, names in os.walk(entry.path) for name in names)
+                found.append(DatasetSummary(entry.name, pictures, entry.stat().st_mtime))
+        return sorted(found, key=lambda dataset: -dataset.changed)
+
+    def create(self, name: str) -> Path:
+        """A new, empty dataset. Raises UserError when there is one of this name."""
+        path = self.root / check_name(name, "name")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(
+                f"There is a dataset {name} already.", field="name", remedy="Add to it, or choose another name."
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"The dataset {name} cannot be made: {error.strerror}.", field="name", remedy="Free some space."
+            ) from error
+        return path
+
+    def pictures(self, name: str) -> list[Picture]:
+        """Every picture with its caption, in order of its file name."""
+        from lora_trainer.dataset.folder import list_folder, read_captions
+
+        root = self.folder(name)
+        listing = list_folder(root)
+        captions = read_captions(root, problems=[], listing=listing)
+        return [
+            Picture(key, captions[key].text if key in captions else "", path.stat().st_size)
+            for key, path in listing.pictures.items()
+            if path.exists()
+        ]
+
+    def picture(self, name: str, file: str) -> Path:
+        """The path of one picture. Raises UserError when it is not a picture inside the dataset."""
+        from lora_trainer.dataset.listing import is_picture
+
+        path = confined(self.folder(name), file)
+        if not path.is_file() or not is_picture(path.name):
+            raise UserError(f"There is no picture {file!r} in {name}.", remedy="Reload the dataset.")
+        return path
+
+    def add_picture(self, name: str, file: str, data: bytes, caption: str = "") -> str:
+        """Add a picture that can be trained on; a name that is taken gets a number. Returns the name it has now.
+
+        Raises:
+            UserError: naming the file: too large, not a picture, or not a name.
+        """
+        from lora_trainer.dataset.images import measure
+        from lora_trainer.dataset.listing import is_picture
+
+        root = self.folder(name)
+        check_name(file, "pictures")
+        if not is_picture(file):
+            raise UserError(f"{file} is not a kind of picture that can be read.", field="pictures",
+                            remedy="Convert it to PNG, JPEG or WebP.")  # fmt: skip
+        if len(data) > MAX_PICTURE_BYTES:
+            raise UserError(f"{file} has {len(data) >> 20} MB; up to {MAX_PICTURE_BYTES >> 20} MB are accepted.",
+                            field="pictures", remedy="Make it smaller; training scales it down anyway.")  # fmt: skip
+        target = _free(root, file, data)
+        if not target.exists():
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(data)
+                try:
+                    measure(temporary)
+                except UserError as error:
+                    message = error.message.replace(str(temporary), file)
+                    raise UserError(message, field="pictures", remedy=error.remedy) from None
+        if caption.strip():
+            self.write_captions(name, {target.name: caption})
+        return target.name
+
+    def write_captions(self, name: str, captions: Mapping[str, str]) -> None:
+        """Replace captions by picture, where they were read from: metadata.csv or the text file beside the picture.
+
+        Raises:
+            UserError: a picture that is not there, or a caption that cannot be written. Nothing is written then.
+        """
+        from lora_trainer.dataset.folder import read_captions
+
+        root = self.folder(name)
+        for file, text in captions.items():
+            self.picture(name, file)
+            if len(text) > MAX_CAPTION_CHARACTERS or "\0" in text:
+                raise UserError(
+                    f"The caption of {file} is longer than {MAX_CAPTION_CHARACTERS} characters, or holds a NUL.",
+                    field="captions",
+                    remedy="Shorten it; 225 tokens are read at most.",
+                )
+        sources = read_captions(root, problems=[])
+        tabled = {file for file, source in sources.items() if source.kind == "metadata"}
+        in_table = {file: text for file, text in captions.items() if file in tabled}
+        tables = {sources[file].path for file in in_table}
+        if tables - {root / "metadata.csv"}:
+            raise UserError(
+                f"These captions stand in {next(iter(tables)).name}, which is only read.",
+                field="captions",
+                remedy="Edit that file, or save it as metadata.csv in the dataset's own folder.",
+            )
+        if in_table:
+            kept = {file: source.text for file, source in sources.items() if source.path in tables}
+            atomic_write(root / "metadata.csv", _csv({**kept, **in_table}))
+        for file, text in captions.items():
+            if file not in in_table:
+                source = sources.get(file)
+                path = source.path if source is not None else (root / file).with_suffix(".txt")
+                atomic_write(confined(root, path.relative_to(root).as_posix()), text.strip() + "\n")
+
+    def thumbnail(self, picture: Path) -> Path:
+        """A JPEG of at most 256 pixels a side, made once for each version of the picture. Raises UserError."""
+        from lora_trainer.dataset.images import flatten, open_image
+
+        facts = picture.stat()
+        key = hashlib.sha256(f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}".encode("utf-8", "replace")).hexdigest()
+        path = self._thumbnails / key[:2] / f"{key}.jpg"
+        if not path.exists():
+            image = flatten(open_image(picture))
+            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            with atomic_path(path) as temporary:
+                image.save(temporary, format="JPEG", quality=85)
+        return path
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _free(root: Path, file: str, data: bytes) -> Path:
+    """``root/file``; with a number when another picture, or another's caption, has the name. The same picture again
+    is itself."""
+    stem, suffix = os.path.splitext(file)
+    stem = re.sub(r"\.mask$", "_mask", stem)
+    number = 1
+    while True:
+        path = root / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+            return path
+        if not path.exists() and not any(
+            other.stem.casefold() == path.stem.casefold() for other in root.iterdir() if not other.name.startswith(".")
+        ):
+            return path
+        number += 1
+
+
+def _csv(captions: Mapping[str, str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("filename", "prompt"))
+    writer.writerows(sorted(captions.items()))
+    return text.getvalue()

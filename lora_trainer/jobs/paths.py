@@ -1,0 +1,138 @@
+"""Which files and folders a remote caller may name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.files import safe_name_problem
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import AccessPolicy
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_DRIVE = re.compile(r"^[A-Za-z]:")
+
+READ_FIELDS = ("metadata_path", "reg_data_dir", "init_lora", "vae")
+"""Settings that name a file or folder to read, besides ``train_data_dir``, ``base_model`` and ``resume``."""
+
+_REFUSED = "This path may not be used here."
+
+
+def confined(root: Path, relative: str) -> Path:
+    """The file ``relative`` names inside ``root``, links resolved. Need not exist.
+
+    Refused are absolute paths of any system, drives, backslashes, ``..``, control characters, and links that lead out
+    of ``root``.
+
+    Raises:
+        UserError: whatever the reason, with the same words, so that nobody learns what exists outside.
+    """
+    refused = UserError(_REFUSED, remedy="Name a file inside the folder, such as pictures/01.png.")
+    parts = relative.split("/")
+    if not relative or _CONTROL.search(relative) or "\\" in relative or _DRIVE.match(relative) or ".." in parts:
+        raise refused
+    if relative.startswith(("/", "~")) or any(not part or part == "." for part in parts):
+        raise refused
+    try:
+        path = (root / relative).resolve()
+        inside = _is_inside(path, root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a name too long, a circle of links, a lone surrogate
+        raise refused from None
+    if not inside:
+        raise refused
+    return path
+
+
+def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = None) -> Path:
+    """A path of this machine as a caller gave it, resolved, when the host lets callers name it.
+
+    The trainer's own folder is always allowed; with ``hide_paths`` nothing else is.
+
+    Raises:
+        UserError: naming ``field``.
+    """
+    refused = UserError(
+        f"{text!r} may not be used here." if not access.hide_paths else "Folders of the server may not be named here.",
+        field=field,
+        remedy="Upload the pictures, or ask whoever runs this WebUI to allow the folder.",
+    )
+    if not text or _CONTROL.search(text):
+        raise refused
+    try:
+        path = Path(text).expanduser().resolve()
+        own = _is_inside(path, data.resolve())
+    except (OSError, RuntimeError, ValueError):
+        raise refused from None
+    if own:
+        return path
+    if access.hide_paths or (
+        access.roots is not None and not any(_is_inside(path, root.resolve()) for root in access.roots)
+    ):
+        raise refused
+    return path
+
+
+def check_name(name: str, field: str) -> str:
+    """``name`` when it can be a file's name everywhere. Raises UserError naming ``field``."""
+    problem = safe_name_problem(name)
+    if problem:
+        raise UserError(f"{name[:80]!r} cannot be a name: {problem}.", field=field, remedy="Choose another name.")
+    return name
+
+
+def confine_config(
+    config: TrainConfig, data: Path, access: AccessPolicy, known_models: Collection[str] = ()
+) -> TrainConfig:
+    """``config`` with every path resolved and checked; a dataset of the library may be given by its name, a base
+    model as one of ``known_models`` (the host's list).
+
+    Raises:
+        ConfigError: with every path that may not be used, each naming its field.
+    """
+    problems: list[UserError] = []
+    values: dict[str, str] = {}
+
+    def check(field: str, text: str) -> None:
+        try:
+            values[field] = str(allowed(text, data, access, field))
+        except UserError as error:
+            problems.append(error)
+
+    folder = config.train_data_dir
+    if folder and safe_name_problem(folder) is None and (data / "datasets" / folder).is_dir():
+        folder = str(data / "datasets" / folder)
+    if folder:
+        check("train_data_dir", folder)
+    for field in READ_FIELDS:
+        text = getattr(config, field)
+        # A VAE may be named as in the host's list, without a folder.
+        if text and not (field == "vae" and safe_name_problem(text) is None):
+            check(field, text)
+    if config.base_model and config.base_model not in known_models:
+        check("base_model", config.base_model)
+    if config.resume not in ("auto", "never", ""):
+        check("resume", config.resume)
+    if config.merge_into_base:
+        check("merge_into_base", config.merge_into_base)
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(config, **values)
+
+
+def redact(text: str, data: Path, lora: Path | None) -> str:
+    """``text`` without the server's folders, for callers who are not to see them."""
+    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (Path.home(), "~")):
+        if folder is not None:
+            for form in {str(folder), str(folder.resolve())} - {"/"}:
+                text = text.replace(form, word)
+    return text
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents

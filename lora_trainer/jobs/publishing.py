@@ -1,0 +1,120 @@
+"""From a finished LoRA to its card in the host's picker."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.job import Job
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lora_trainer.host.base import Card, Host
+
+SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+PREFERRED_WEIGHT = 0.8
+THUMBNAIL_SIDE = 512
+_MAX_CORE_ITEMS = 8
+
+log = logging.getLogger(__name__)
+
+
+def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
+    """The card of a finished job. ``picture``: the last preview; without one the first training picture is shown."""
+    from lora_trainer.host.base import Card
+
+    captions, first = _captions(config)
+    return Card(
+        activation_text=activation_text(config.trigger_word, captions),
+        preferred_weight=PREFERRED_WEIGHT,
+        description=config.description,
+        notes=notes(job, config, len(captions)),
+        sd_version=SD_VERSIONS.get(job.family, ""),
+        thumbnail=_thumbnail(picture) or _thumbnail(first),
+    )
+
+
+def activation_text(trigger_word: str, captions: list[str]) -> str:
+    """The trigger word, then the core (**bold**) items that at least half of the captions share, as a prompt."""
+    from lora_trainer.dataset.captions import core_items, escape_brackets, parse, plain_text
+
+    counts = Counter(
+        text for caption in captions for text in dict.fromkeys(map(plain_text, core_items(parse(caption)))) if text
+    )
+    trigger = trigger_word.strip()
+    shared = [text for text, count in counts.most_common() if 2 * count >= len(captions)]
+    words = [trigger, *(text for text in shared if text.casefold() != trigger.casefold())][: _MAX_CORE_ITEMS + 1]
+    return ", ".join(escape_brackets(word) for word in words if word)
+
+
+def notes(job: Job, config: TrainConfig, pictures: int) -> str:
+    """How it was made, in a few lines that a person reads beside the LoRA."""
+    rank = f"rank {config.lora_rank}, alpha {config.effective_alpha:g}"
+    batch = f"{config.batch_size} × {config.gradient_accumulation_steps}"
+    lines = [
+        f"Trained on {job.base_model or config.base_model or 'the loaded model'} with {pictures} pictures.",
+        f"{job.step} steps, batch {batch}, {config.adapter}, {rank}.",
+        f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler}, seed {config.seed}.",
+    ]
+    if job.loss is not None:
+        lines.append(f"Last loss {job.loss:.4f}.")
+    return "\n".join(lines)
+
+
+def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, picture: Path | None, *,
+            overwrite: bool) -> dict[str, Any]:  # fmt: skip
+    """Hand the LoRA to the host and, where the host can, have it checked there.
+
+    Returns what to remember: ``published`` (path) and, where it was checked, ``verified`` and ``verdict``.
+
+    Raises:
+        UserError: the name is taken, the disk is full; the LoRA stays where it is.
+    """
+    try:
+        path = host.publish(lora, name, make_card(job, config, picture), overwrite=overwrite)
+    except OSError as error:
+        raise UserError(
+            f"{name} could not be copied into the LoRA folder: {error.strerror or error}.",
+            field="output_name",
+            remedy="Free some space or mend the folder's permissions, then publish it again from the job.",
+        ) from error
+    facts: dict[str, Any] = {"published": str(path)}
+    verify = getattr(host, "verify", None)
+    if verify is not None:
+        verdict = verify(path, config.trigger_word or job.name)
+        facts |= {"verified": verdict is None, "verdict": verdict or ""}
+    return facts
+
+
+def _captions(config: TrainConfig) -> tuple[list[str], Path | None]:
+    """Every picture's caption as far as it has one, and the first picture. Nothing here may fail a finished job."""
+    from lora_trainer.dataset.folder import list_folder, read_captions
+
+    try:
+        root = Path(config.train_data_dir)
+        listing = list_folder(root)
+        found = read_captions(root, config.metadata_path, config.caption_extension, problems=[], listing=listing)
+    except UserError as error:
+        log.warning("The pictures' captions could not be read for the card: %s", error)
+        return [], None
+    first = next(iter(listing.pictures.values()), None)
+    return [found[key].text if key in found else "" for key in listing.pictures], first
+
+
+def _thumbnail(path: Path | None) -> Image.Image | None:
+    from lora_trainer.dataset.images import flatten, open_image
+
+    if path is None:
+        return None
+    try:
+        picture = flatten(open_image(path))
+    except UserError as error:
+        log.warning("No thumbnail from %s: %s", path.name, error)
+        return None
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return picture

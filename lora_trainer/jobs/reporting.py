@@ -1,0 +1,182 @@
+"""What a run says, written to the queue: cheaply, and so that nothing of it is lost."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.jobs.job import Problem
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.training.callbacks import StepReport, TrainCallbacks
+
+MIN_INTERVAL = 0.25
+"""Seconds between two writes of a job's progress: four a second are more than an eye follows."""
+
+_SMOOTHING = 0.1  # weight of the newest step in the speed
+
+log = logging.getLogger(__name__)
+
+
+class JobReporter(TrainCallbacks):
+    """Callbacks of one run. Progress is throttled; events are written as they come.
+
+    A write that fails (the disk is full, say) is logged and does not end the training.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        job_id: int,
+        output: Path,
+        status: Callable[[bool], str],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """``status(waiting)`` says which status a run has that is (not) waiting for its model."""
+        self._store, self._job_id, self._output, self._status, self._clock = store, job_id, output, status, clock
+        self._values: dict[str, Any] = {}
+        self._written = float("-inf")
+        self._phase = ""
+        self._last_step: float | None = None
+        self._speed: float | None = None
+        self.waiting = False
+        self.last_preview: Path | None = None
+
+    def on_phase(self, name: str, done: int, total: int) -> None:
+        self._proceed()
+        new = name != self._phase
+        self._phase = name
+        self._last_step = None
+        self._note(new or done == total, phase=name, phase_done=done, phase_total=total)
+        if new:
+            self._event("phase", name, {"total": total})
+
+    def on_step(self, report: StepReport) -> None:
+        self._proceed()
+        now = self._clock()
+        # The time between two steps counts, not the step's own: it holds the turns that others took.
+        seconds = report.seconds if self._last_step is None else now - self._last_step
+        self._last_step = now
+        if seconds > 0:
+            newest = 1 / seconds
+            self._speed = newest if self._speed is None else self._speed + _SMOOTHING * (newest - self._speed)
+        left = (report.total_steps - report.step) / self._speed if self._speed else None
+        values: dict[str, Any] = {
+            "step": report.step, "total_steps": report.total_steps, "epoch": report.epoch, "speed": self._speed,
+            "seconds_left": left,
+        }  # fmt: skip
+        if report.loss is not None:
+            values["loss"] = float(report.loss)
+        if self._phase != "training":
+            self._phase = "training"
+            values |= {"phase": "training", "phase_done": 0, "phase_total": 0}
+            self._event("phase", "training", {"total": report.total_steps})
+        self._note(report.step >= report.total_steps, **values)
+
+    def on_saved(self, path: Path, step: int, kind: str) -> None:
+        self._event("saved", Path(path).name, {"step": step, "kind": kind, "path": self._inside(path)})
+
+    def on_preview(self, path: Path, step: int, prompt: str) -> None:
+        self.last_preview = Path(path)
+        self._event("preview", prompt, {"step": step, "path": self._inside(path)})
+
+    def on_warning(self, text: str) -> None:
+        self.warn(Problem(text))
+
+    def on_waiting(self, reason: str) -> None:
+        """The model is away; called again and again until it is back."""
+        if not self.waiting:
+            self.waiting = True
+            self._last_step = None
+            self._event("waiting", reason, {})
+            self._note(True, status=self._status(True), phase=reason)
+
+    def warn(self, problem: Problem) -> None:
+        """A warning with its remedy; it stays with the job."""
+        log.warning("%s", problem.message)
+        self._write(self._store.add_warning, self._job_id, problem)
+
+    def fail(self, problem: Problem) -> None:
+        """The event that says why the job failed."""
+        self._event("error", problem.message, problem.to_dict())
+
+    def flush(self) -> None:
+        """Write what the throttle held back."""
+        if self._values:
+            self._note(True)
+
+    def refresh_status(self) -> None:
+        """Somebody paused, resumed or stopped the run: the next step is timed anew."""
+        self._last_step = None
+
+    def _proceed(self) -> None:
+        if self.waiting:
+            self.waiting = False
+            self._event("waiting", "The model is back.", {})
+            self._phase = ""
+            self._note(True, status=self._status(False))
+
+    def _note(self, now: bool, **values: Any) -> None:
+        self._values |= values
+        time_now = self._clock()
+        if now or time_now - self._written >= MIN_INTERVAL:
+            self._written = time_now
+            values, self._values = self._values | {"memory": memory_in_use()}, {}
+            status = values.pop("status", None)
+            if status is not None:
+                self._write(self._store.set_status, self._job_id, status, **values)
+            else:
+                self._write(self._store.update, self._job_id, **values)
+
+    def _event(self, kind: str, text: str, data: dict[str, Any]) -> None:
+        self._write(self._store.add_event, self._job_id, kind, text, data)
+
+    def _write(self, function: Callable[..., Any], *args: Any, **values: Any) -> None:
+        try:
+            function(*args, **values)
+        except sqlite3.Error as error:
+            log.warning("Progress of job %s could not be written: %s", self._job_id, error)
+
+    def _inside(self, path: Path) -> str:
+        """``path`` relative to the job's folder, as the API names it; its name alone when it lies elsewhere."""
+        try:
+            return Path(path).resolve().relative_to(self._output.parent.resolve()).as_posix()
+        except ValueError:
+            return Path(path).name
+
+
+def memory_in_use() -> int | None:
+    """Bytes in use on the GPU by everybody, or by this process on the CPU; None where it cannot be told."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * 4096
+
+
+@contextmanager
+def job_log(path: Path, thread: int) -> Iterator[None]:
+    """Everything that the trainer logs in ``thread`` goes to ``path`` as well."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(lambda record: record.thread == thread)
+    logger = logging.getLogger("lora_trainer")
+    previous = logger.level
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(previous)
+        handler.close()

@@ -1,0 +1,119 @@
+"""Everything that a page needs to know, in one cheap look: only what changed since the last one."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from lora_trainer.jobs.job import Event, Job, Problem, UnknownJobError
+from lora_trainer.jobs.metrics import Points, read_points, size
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.jobs.worker import JobManager
+
+_CURSOR = re.compile(r"([0-9a-z]{1,20})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})")
+_RECENT_CHANGES = 100
+_EVENTS = 100
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a page is: the server's process, revision of the queue, last event, and place in the running job's curve.
+
+    A page shows it again with the next request and never looks inside.
+    """
+
+    server: str = ""
+    revision: int = 0
+    event: int = 0
+    job: int = 0
+    attempt: int = 0
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.server}-{self.revision}-{self.event}-{self.job}-{self.attempt}-{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Cursor:
+        """A cursor as it was given out; anything else is the beginning."""
+        match = _CURSOR.fullmatch(text or "")
+        return cls(match[1], *(int(part) for part in match.groups()[1:])) if match else cls()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """cursor: to be shown with the next request. unchanged: nothing below differs from the last answer (all empty).
+    running: the job in hand, if any; queue: those that wait, in order; changed: jobs over that changed since.
+    metrics: new points of ``metrics_job``'s curve. events: since the last look. trouble: why nothing trains here.
+    """
+
+    cursor: str
+    unchanged: bool
+    running: Job | None = None
+    queue: tuple[Job, ...] = ()
+    changed: tuple[Job, ...] = ()
+    metrics: Points | None = None
+    metrics_job: int | None = None
+    events: tuple[Event, ...] = ()
+    counts: dict[str, int] | None = None
+    trouble: Problem | None = None
+
+
+def look(manager: JobManager, since: str | None = None) -> Snapshot:
+    """What changed since the cursor ``since``. When nothing did, one row of the database and one file size are read."""
+    store = manager.store
+    server = _server(manager.trouble)
+    last = Cursor.parse(since)
+    if last.server != server:
+        last = Cursor(server)
+    revision = store.revision()
+    curve = manager.curve_of(last.job) if last.job else None
+    if since and revision == last.revision and (curve is None or size(curve) == last.offset):
+        return Snapshot(str(last), True)
+    known = last.revision if last.revision <= revision else 0  # the database was replaced
+    here = store.list(("running", "paused", "waiting", "stopping", "queued"))
+    running = next((job for job in here if job.active), None)
+    changed = store.list(("finished", "stopped", "failed", "interrupted"), since=known, limit=_RECENT_CHANGES)
+    # The first look shows the newest job that is over, so that a page opened late has its curve.
+    shown = running or (_shown(store, last.job) if last.job else next(iter(changed), None))
+    points = None
+    offset = 0
+    if shown is not None:
+        same = (shown.id, shown.attempt) == (last.job, last.attempt)
+        points = read_points(manager.folders.metrics(shown), last.offset if same else 0)
+        if not same:
+            points = Points(points.points, points.offset, False)
+        offset = points.offset
+    events = store.events(since=last.event if known else 0, limit=_EVENTS)
+    cursor = Cursor(
+        server,
+        revision,
+        events[-1].id if events else last.event,
+        shown.id if shown else 0,
+        shown.attempt if shown else 0,
+        offset,
+    )
+    return Snapshot(
+        str(cursor),
+        False,
+        running,
+        tuple(job for job in here if not job.active),
+        tuple(changed),
+        points,
+        shown.id if shown else None,
+        tuple(events),
+        store.counts(),
+        manager.trouble,
+    )
+
+
+def _server(trouble: Problem | None) -> str:
+    # A restarted server, or one that has become the owner of the queue, tells everything anew.
+    return f"{os.getpid():x}{'x' if trouble else ''}"
+
+
+def _shown(store: JobStore, job_id: int) -> Job | None:
+    try:
+        return store.get(job_id)
+    except UnknownJobError:
+        return None

@@ -1,0 +1,138 @@
+"""From what a person entered to a job in the queue: checked, confined, named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, to_yaml
+from lora_trainer.config.parse import ALIASES
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_write, safe_name_problem
+from lora_trainer.jobs.folders import JobFolders
+from lora_trainer.jobs.job import ACTIVE, WAITING_TO_START, Job
+from lora_trainer.jobs.paths import check_name, confine_config
+from lora_trainer.jobs.store import JobStore
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import Host
+
+
+def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Settings as a mapping or as YAML text -> a mapping."""
+    return parse_yaml(settings) if isinstance(settings, str) else dict(settings)
+
+
+def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:
+    """A configuration that may run on this host. Raises ConfigError with every problem, each naming its field."""
+    config = from_mapping(read_settings(settings))
+    if not config.train_data_dir:
+        raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
+    return confine_config(config, host.folders().data, host.access(), known_models(host))
+
+
+def known_models(host: Host) -> set[str]:
+    """Every way in which the host's list names a base model: title, path, file name and stem."""
+    names: set[str] = set()
+    for checkpoint in host.checkpoints():
+        names.add(checkpoint.title)
+        if checkpoint.path is not None:
+            path = Path(checkpoint.path)
+            names |= {str(path), path.name, path.stem}
+    return names
+
+
+def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[str, Any] | str, *,
+            held: bool = False) -> Job:  # fmt: skip
+    """Append a checked job to the queue, with its folder. Raises UserError."""
+    values = read_settings(settings)
+    config = check_settings(values, host)
+    given = config.output_name or _last_part(config.output_dir)
+    if given:
+        name = check_name(given, "output_name")
+        if not config.overwrite and (reason := name_taken(store, host, name)):
+            raise UserError(reason, field="output_name", remedy="Choose another name, or allow overwriting it.")
+    else:
+        name = free_name(store, host, _plain_stem(config.train_data_dir))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+
+    def prepare(job_id: int) -> dict[str, Any]:
+        folder = folders.create(job_id, name)
+        atomic_write(folder / "config.yaml", text)
+        effective = dataclasses.replace(
+            config, output_dir=str(folder / "output"), output_name=name, cache_dir=str(folders.cache)
+        )
+        return {"folder": folder.name, "effective_config": to_yaml(effective)}
+
+    return store.add(
+        name,
+        text,
+        prepare,
+        status="paused" if held else "queued",
+        dataset=config.train_data_dir,
+        base_model=config.base_model,
+        host=host.name,
+    )
+
+
+def name_taken(store: JobStore, host: Host, name: str) -> str | None:
+    """Why a LoRA cannot be called ``name``: there is one, or a job that will make one. None when it can."""
+    lora = host.folders().lora
+    if lora is not None and (Path(lora) / f"{name}.safetensors").exists():
+        return f"There is a LoRA named {name} already."
+    if any(job.name.casefold() == name.casefold() for job in store.list((*WAITING_TO_START, *ACTIVE))):
+        return f"Another job in the queue makes a LoRA named {name}."
+    return None
+
+
+def free_name(store: JobStore, host: Host, name: str) -> str:
+    """``name``, or with the first number behind it that makes it free."""
+    stem, _, number = name.rpartition("_")
+    base, count = (stem, int(number)) if stem and number.isdecimal() and len(number) < 4 else (name, 1)
+    taken = {job.name.casefold() for job in store.list(limit=100_000)}
+    candidate = name
+    while candidate.casefold() in taken or name_taken(store, host, candidate):
+        count += 1
+        candidate = f"{base}_{count}"
+    return candidate
+
+
+def stored_config(job: Job) -> TrainConfig:
+    """The checked configuration as it was submitted, with the job's own folder and name."""
+    return from_mapping(parse_yaml(job.effective_config))
+
+
+def run_config(job: Job, folders: JobFolders) -> TrainConfig:
+    """The configuration for the next attempt at ``job``: its own folder, continued where a state was left there."""
+    config = stored_config(job)
+    left_off = job.attempt > 1 and any(folders.output(job).glob("state/*.state"))
+    given = config.resume not in ("auto", "never", "")
+    # The folder is the job's alone, so what lies there may be replaced; overwrite is about the published file.
+    return dataclasses.replace(
+        config,
+        output_dir=str(folders.output(job)),
+        overwrite=True,
+        resume=config.resume if given and not left_off else "auto",
+    )
+
+
+def merged(job: Job, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's settings with ``changes``; a changed setting may have been written under another of its names."""
+    replaced = {ALIASES.get(name, name) for name in changes}
+    kept = {name: value for name, value in parse_yaml(job.config).items() if ALIASES.get(name, name) not in replaced}
+    return {**kept, **changes}
+
+
+def _last_part(output_dir: str) -> str:
+    """The LoRA's name where only output_dir says it, as on the command line ("./output/my_style_lora")."""
+    name = Path(output_dir.replace("\\", "/")).name
+    return "" if output_dir == TrainConfig().output_dir else name
+
+
+def _plain_stem(folder: str) -> str:
+    name = Path(folder).name
+    return name if safe_name_problem(name) is None else "lora"

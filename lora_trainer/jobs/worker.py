@@ -1,0 +1,313 @@
+"""The server's jobs: one thread trains them in turn, any thread may command them.
+
+The manager lives in the package, not in the WebUI's scripts: "Reload UI" runs those again and finds the manager, with
+its thread in the middle of a step, where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.jobs import submitting
+from lora_trainer.jobs.execution import execute
+from lora_trainer.jobs.folders import JobFolders
+from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError
+from lora_trainer.jobs.lease import WorkerLease
+from lora_trainer.jobs.paths import check_name
+from lora_trainer.jobs.publishing import publish
+from lora_trainer.jobs.reporting import JobReporter
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.training.callbacks import TrainCommands
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import Host
+
+Train = Callable[..., Any]
+"""``run.train`` or what stands for it in a test."""
+
+_TAKE_OVER_SECONDS = 2.0  # between two looks whether another server has gone, or the disk has room again
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Running:
+    """The job that the worker has in hand."""
+
+    job_id: int
+    commands: TrainCommands
+    reporter: JobReporter | None = None
+
+    def status(self, waiting: bool) -> str:
+        if self.commands.stopping:
+            return "stopping"
+        if self.commands.paused:
+            return "paused"
+        return "waiting" if waiting else "running"
+
+
+class JobManager:
+    """The queue with its worker. All methods may be called from any thread; they raise UserError with a remedy."""
+
+    def __init__(self, host: Host, data_dir: Path | None = None, train: Train | None = None):
+        """Opens (or makes) the queue under ``data_dir``; nothing runs before ``start_worker``."""
+        self.host = host
+        self.folders = JobFolders(Path(data_dir or host.folders().data))
+        self.store = JobStore(self.folders.data / "jobs.sqlite")
+        self.lease = WorkerLease(self.folders.data / "worker.lock")
+        self._train = train
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._running: _Running | None = None
+        self._curves: dict[int, Path] = {}
+        self.trouble: Problem | None = None  # why nothing can be trained here, for the tab
+
+    # -- the worker
+
+    def start_worker(self) -> None:
+        """Start the thread unless it runs. It is a daemon: a WebUI that ends does not wait for it."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._closing.clear()
+                self._thread = threading.Thread(target=self._work, name="lora-trainer-jobs", daemon=True)
+                self._thread.start()
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Stop after the current step and let go of the queue; the job in hand is offered for resuming later."""
+        self._closing.set()
+        with self._lock:
+            if self._running is not None:
+                self._running.commands.stop()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        self.lease.release()
+        self.store.close()
+
+    def _work(self) -> None:
+        recovered = False
+        while not self._closing.is_set():
+            self._wake.clear()
+            try:
+                if not self._own_queue():
+                    self._wake.wait(_TAKE_OVER_SECONDS)
+                    continue
+                if not recovered:
+                    self.store.mark_interrupted()
+                    recovered = True
+                job = self.store.next_queued()
+                job = self.store.claim(job.id) if job else None
+                if job is None:
+                    self._wake.wait(_TAKE_OVER_SECONDS)  # a second server may have added one
+                else:
+                    self._run(job)
+            except Exception:  # the disk is full, say: the queue outlives it
+                log.exception("The job queue has trouble; trying again")
+                self._wake.wait(_TAKE_OVER_SECONDS)
+
+    def _own_queue(self) -> bool:
+        try:
+            held = self.lease.acquire()
+        except UserError as error:
+            self.trouble = Problem.of(error)
+            return False
+        self.trouble = None if held else self._elsewhere()
+        return held
+
+    def _elsewhere(self) -> Problem:
+        owner = self.lease.owner()
+        who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another server"
+        return Problem(
+            f"Another WebUI ({who}) trains the jobs of this folder.",
+            remedy="Use that one, or give each its own --lora-trainer-dir. Jobs added here wait in the same queue.",
+        )
+
+    def _run(self, job: Job) -> None:
+        running = _Running(job.id, TrainCommands())
+        output = self.folders.output(job)
+        running.reporter = reporter = JobReporter(self.store, job.id, output, running.status)
+        with self._lock:
+            self._running = running
+            if self._closing.is_set():
+                running.commands.stop()
+        started = time.monotonic()
+        try:
+            ending = execute(self.host, self.store, self.folders, job, reporter, running.commands, self._train)
+        finally:
+            with self._lock:
+                self._running = None
+        if self._closing.is_set() and ending["status"] == "stopped":
+            ending["status"] = "interrupted"
+        reporter.flush()
+        ending |= {"finished": time.time(), "seconds": job.seconds + time.monotonic() - started}
+        self._settle(job.id, {**ending, "active": False, "seconds_left": None, "phase": ""})
+
+    def _settle(self, job_id: int, values: dict[str, Any]) -> None:
+        """Write how a job ended, however long the disk stays full."""
+        status = values.pop("status")
+        while True:
+            try:
+                self.store.set_status(job_id, status, **values)
+                return
+            except sqlite3.Error as error:
+                log.error("The end of job %s could not be written: %s", job_id, error)
+                if self._closing.wait(_TAKE_OVER_SECONDS):
+                    return
+
+    # -- what a person can ask for
+
+    def submit(self, settings: Mapping[str, Any] | str, *, held: bool = False) -> Job:
+        """Check settings (a mapping or YAML) and append the job; ``held`` jobs wait for ``start``."""
+        job = submitting.add_job(self.store, self.folders, self.host, settings, held=held)
+        self._wake.set()
+        return job
+
+    def start(self, job_id: int) -> Job:
+        """Put a job that waits, was stopped, failed or was interrupted into the queue; it goes on where it was."""
+        job = self.store.get(job_id)
+        if job.status == "finished":
+            raise UserError(
+                f"{job.name} is finished.", remedy="Run it again with changes, or continue from its LoRA."
+            )
+        if not job.active:
+            self.store.set_status(job_id, "queued", unless=("queued", "running", "waiting", "stopping"), finished=None)
+            self._wake.set()
+        elif job.status == "paused":
+            return self.resume(job_id)
+        return self.store.get(job_id)
+
+    def pause(self, job_id: int) -> Job:
+        """Wait after this step, or hold a queued job back."""
+        return self._command(job_id, "pause", idle={"queued": "paused"})
+
+    def resume(self, job_id: int) -> Job:
+        """Go on after a pause; an interrupted, stopped or failed job goes to the front of the queue."""
+        job = self.store.get(job_id)
+        if job.active:
+            return self._command(job_id, "resume", idle={})
+        job = self.start(job_id)
+        if job.status == "queued":
+            with contextlib.suppress(UserError):  # the worker was faster
+                self.store.reorder([job_id])
+        return self.store.get(job_id)
+
+    def stop(self, job_id: int) -> Job:
+        """End after this step; what was saved before stays."""
+        return self._command(job_id, "stop", idle={"queued": "stopped", "paused": "stopped"})
+
+    def stop_and_save(self, job_id: int) -> Job:
+        """End after this step with the LoRA saved; it is published like a finished one."""
+        return self._command(job_id, "stop_and_save", idle={})
+
+    def save_now(self, job_id: int) -> Job:
+        return self._command(job_id, "save_now", idle={})
+
+    def preview_now(self, job_id: int) -> Job:
+        return self._command(job_id, "preview_now", idle={})
+
+    def reorder(self, job_ids: Sequence[int]) -> list[Job]:
+        """Put these queued jobs first, in this order; returns the queue."""
+        self.store.reorder(job_ids)
+        return self.store.list(("queued",))
+
+    def duplicate(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
+        """The same settings again, with changes and a name that is free."""
+        job = self.store.get(job_id)
+        changes = dict(changes or {})
+        changes.setdefault("output_name", submitting.free_name(self.store, self.host, job.name))
+        return self.submit(submitting.merged(job, changes), held=held)
+
+    def continue_from(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
+        """A new job that starts from the LoRA this one made."""
+        lora = self.result_file(job_id, "lora")
+        return self.duplicate(job_id, {"init_lora": str(lora), "resume": "auto", **(changes or {})}, held=held)
+
+    def delete(self, job_id: int, *, confirm: bool = False) -> None:
+        """Forget a job and delete its own folder. The published LoRA and the pictures stay."""
+        job = self.store.get(job_id)
+        if not confirm:
+            raise UserError(
+                f"Deleting {job.name} removes its settings, states, previews and logs.",
+                remedy="Confirm it (confirm: true). The published LoRA and the pictures stay.",
+            )
+        if job.active:
+            raise UserError(f"{job.name} is being trained.", remedy="Stop it first.")
+        # From here on no worker can take it.
+        if not self.store.set_status(job_id, "stopped", unless=("running", "waiting", "stopping")):
+            raise UserError(f"{job.name} has just been started.", remedy="Stop it first.")
+        self.folders.remove(job)
+        self.store.delete(job_id)
+
+    def publish(self, job_id: int, name: str | None = None, *, overwrite: bool = False) -> Job:
+        """Copy a job's LoRA into the host's LoRA folder, under another name if need be."""
+        job = self.store.get(job_id)
+        name = check_name(name or job.name, "output_name")
+        lora = self.result_file(job_id, "lora")
+        config = self.effective_config(job)
+        facts = publish(self.host, job, config, lora, name, self._picture(job), overwrite=overwrite)
+        self.store.update(job_id, result={**job.result, **facts})
+        self.store.add_event(job_id, "published", name, {})
+        return self.store.get(job_id)
+
+    # -- what a person can look at
+
+    def result_file(self, job_id: int, kind: str) -> Path:
+        """A file that the job made (``lora``, ``diffusers``). Raises UserError when there is none."""
+        job = self.store.get(job_id)
+        inside = job.result.get(kind)
+        path = self.folders.of(job) / inside if inside else None
+        if path is None or not path.is_file():
+            raise UserError(f"{job.name} has not made a LoRA yet.", remedy="Let it finish, or choose stop and save.")
+        return path
+
+    def curve_of(self, job_id: int) -> Path | None:
+        """The job's metrics file, without a look into the database after the first time."""
+        path = self._curves.get(job_id)
+        if path is None:
+            with contextlib.suppress(UnknownJobError):
+                path = self._curves[job_id] = self.folders.metrics(self.store.get(job_id))
+        return path
+
+    def effective_config(self, job: Job) -> TrainConfig:
+        if not job.effective_config:
+            job = self.store.get(job.id)  # lists leave the configuration out
+        return submitting.stored_config(job)
+
+    def _picture(self, job: Job) -> Path | None:
+        inside = job.result.get("thumbnail")
+        return self.folders.of(job) / inside if inside else None
+
+    def _command(self, job_id: int, name: str, idle: Mapping[str, str]) -> Job:
+        """Pass a command to the job in hand, or change the status of one that is not (``idle``: from -> to)."""
+        with self._lock:
+            running = self._running
+            if running is not None and running.job_id == job_id:
+                getattr(running.commands, name)()
+                if name in ("pause", "resume", "stop", "stop_and_save") and running.reporter is not None:
+                    running.reporter.refresh_status()
+                    self.store.set_status(job_id, running.status(running.reporter.waiting))
+                return self.store.get(job_id)
+        job = self.store.get(job_id)
+        if job.active and not self.lease.held:
+            problem = self._elsewhere()
+            raise UserError(problem.message, remedy=problem.remedy)
+        if not job.active and job.status in idle:
+            others = {"queued", "paused", *ACTIVE} - {job.status}
+            self.store.set_status(job_id, idle[job.status], unless=others)
+            return self.store.get(job_id)
+        words = name.replace("_", " ")
+        raise UserError(
+            f"{job.name} is {job.status}, so there is nothing to {words}.", remedy="Reload the page to see where it is."
+        )
