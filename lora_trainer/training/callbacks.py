@@ -94,8 +94,9 @@ class TrainCommands:
     def saves_before_stop(self) -> bool:
         return self._save_before_stop.is_set()
 
-    def wait_while_paused(self) -> None:
-        self._running.wait()
+    def wait_while_paused(self, timeout: float | None = None) -> None:
+        """Return when ``resume`` or a stop is said, or after ``timeout`` seconds."""
+        self._running.wait(timeout)
 
     def take_save(self) -> bool:
         """Whether a save was asked for since the last call."""

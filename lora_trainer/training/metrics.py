@@ -50,7 +50,7 @@ class MetricsLog:
             self._put_aside()
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= self._step]
         atomic_write(self.path, "".join(kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._file = open(self.path, "a", encoding="utf-8")
         if self._tensorboard:
             self._writer = self._open_tensorboard()
         return self

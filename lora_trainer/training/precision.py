@@ -65,7 +65,8 @@ def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{name!r} is no device.", field="device", remedy="Use auto, cpu, cuda, cuda:1 or mps.") from error
+        remedy = "Use auto, cpu, cuda, cuda:1 or mps."
+        raise UserError(f"{name!r} is no device.", field="device", remedy=remedy) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA GPU here.", field="device", remedy="Use auto or cpu.")

@@ -1,0 +1,345 @@
+"""What the steps are fed with: latents and captions, encoded once and kept on disk, put together batch by batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.buckets import BatchPlan, Item
+from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
+from lora_trainer.dataset.captions import parse, train_text
+from lora_trainer.dataset.folder import Dataset
+from lora_trainer.dataset.images import load_item, load_mask
+from lora_trainer.errors import UserError
+from lora_trainer.files import sha256_file
+from lora_trainer.models.base import LentModel, Prompts
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.precision import Precision
+
+ENCODED_PIXELS = 8 * 512 * 512  # per encoding batch on a GPU
+CAPTIONS_PER_TURN = 16
+
+Turn = Callable[[], AbstractContextManager[None]]
+Argument = TypeVar("Argument")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one bucket.
+
+    moments: (B, 8, h, w) fp32, the VAE's mean and log-variance. captions: the texts that the step trains with.
+    prompts: their encoding, or None when the step encodes them. size_ids: (B, 6) int64 for SDXL, else None.
+    mask: (B, 1, h, w) fp32 in [0, 1] or None. weights: (B,) fp32, of each picture in the loss.
+    """
+
+    moments: Tensor
+    captions: tuple[str, ...]
+    prompts: Prompts | None
+    size_ids: Tensor | None
+    mask: Tensor | None
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to(self, device: torch.device) -> Batch:
+        """On ``device``, copied without waiting for it."""
+        return Batch(
+            to_device(self.moments, device),
+            self.captions,
+            self.prompts
+            and Prompts(to_device(self.prompts.context, device), to_device(self.prompts.pooled, device)),
+            to_device(self.size_ids, device),
+            to_device(self.mask, device),
+            to_device(self.weights, device),
+        )
+
+
+def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Copy without making the CPU wait for the GPU (which takes pinned memory)."""
+    if tensor is None or device.type == "cpu":
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:
+    """``map`` whose next value is computed in a thread while the caller works on the current one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="lora-trainer-input") as pool:
+        current = None
+        for argument in arguments:
+            following = pool.submit(function, argument)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
+
+
+class BatchSource:
+    """The inputs of every step; a pure function of (settings, data, epoch, position).
+
+    ``prepare`` encodes everything that does not change from epoch to epoch; ``prepare_epoch`` the rest, which is
+    only random crops. ``group`` then reads what one optimizer step needs, without touching the device.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LentModel,
+        dataset: Dataset,
+        plan: BatchPlan,
+        cache: TensorCache,
+        precision: Precision,
+        keep_model_parts: bool = False,
+    ):
+        self.config = config
+        self.model = model
+        self.dataset = dataset
+        self.plan = plan
+        self.cache = cache
+        self.precision = precision
+        self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
+        captions_vary = config.shuffle_tags or config.tag_dropout > 0
+        self.caches_prompts = not captions_vary and not config.train_text_encoder
+        self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
+        self._mask_digest = lru_cache(maxsize=None)(sha256_file)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; the last of an epoch may hold fewer batches than the others."""
+        return -(-self.plan.steps_per_epoch // self.config.gradient_accumulation_steps)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.max_train_steps or self.config.epochs * self.steps_per_epoch
+
+    # -- encoding -----------------------------------------------------------------------------------------------
+
+    def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        """Encode what the whole run reads, each batch in a turn of its own, and release what encoded it.
+
+        Returns False when it was stopped on the way. What was encoded stays in the cache.
+
+        Raises:
+            UserError: a picture cannot be read, or not even one fits into the device's memory.
+        """
+        if not self.config.random_crop:
+            if not self._encode_latents(self._views(), turn, callbacks, commands):
+                return False
+            if not self.keep_model_parts:
+                self.model.release("vae")
+        if self.caches_prompts:
+            if not self._encode_captions(turn, callbacks, commands):
+                return False
+            if not self.keep_model_parts:
+                self.model.release("text_encoders")
+        return True
+
+    def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        """Encode the random crops of an epoch; nothing to do without them. Returns False when stopped."""
+        if not self.config.random_crop:
+            return True
+        items = [item for batch in self._epoch_batches(epoch) for item in batch]
+        return self._encode_latents(items, turn, callbacks, commands)
+
+    def _views(self) -> list[Item]:
+        """Each picture as it is ever shown. Not every epoch visits every regularization picture, so look at more."""
+        views: dict[tuple[int, bool], Item] = {}
+        everything = range(len(self.dataset.samples))
+        for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
+            for item in (item for batch in self.plan.epoch(epoch) for item in batch):
+                for flip in (False, True) if self.config.flip else (item.flip,):
+                    views.setdefault((item.sample, flip), replace(item, flip=flip))
+            if {sample for sample, _ in views}.issuperset(everything):
+                break
+        return list(views.values())
+
+    def _encode_latents(
+        self, items: Sequence[Item], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
+    ) -> bool:
+        total = len(items)
+        missing = {self._latent_key(item): item for item in items}
+        missing = {key: item for key, item in missing.items() if key not in self.cache}
+        done = total - len(missing)
+        callbacks.on_phase("latents", done, total)
+        for keys, pixels in ahead(self._load_pixels, _chunks(missing, self._encoding_batch_size)):
+            commands.wait_while_paused()
+            if commands.stopping:
+                return False
+            for key, moments in zip(keys, self._encode(pixels, turn)):
+                self.cache.put(key, {"moments": moments})
+            done += len(keys)
+            callbacks.on_phase("latents", done, total)
+        return True
+
+    def _load_pixels(self, chunk: Sequence[tuple[str, Item]]) -> tuple[list[str], Tensor]:
+        pixels = [load_item(self.dataset.samples[item.sample], item) for _, item in chunk]
+        return [key for key, _ in chunk], torch.stack(pixels)  # (B, 3, H, W)
+
+    def _encoding_batch_size(self, item: Item) -> int:
+        # On the CPU one at a time, always: results depend on the batch's size in the last bit, and a run that was
+        # interrupted while encoding must not differ from one that was not.
+        if self.model.device.type == "cpu":
+            return 1
+        return max(1, ENCODED_PIXELS // (item.bucket[0] * item.bucket[1]))
+
+    def _encode(self, pixels: Tensor, turn: Turn) -> Tensor:
+        """(B, 3, H, W) -> moments (B, 8, h, w) on the CPU; in halves when the device's memory does not suffice."""
+        try:
+            with turn(), torch.no_grad():
+                return self.model.encode_images(to_device(pixels, self.model.device)).float().cpu()
+        except torch.cuda.OutOfMemoryError:
+            if len(pixels) == 1:
+                height, width = pixels.shape[-2:]
+                raise UserError(
+                    f"Not even one picture of {width}×{height} can be encoded in the GPU's memory.",
+                    field="resolution",
+                    remedy="Lower it, or close other programs that use the GPU.",
+                ) from None
+        torch.cuda.empty_cache()
+        half = len(pixels) // 2
+        return torch.cat([self._encode(pixels[:half], turn), self._encode(pixels[half:], turn)])
+
+    def _encode_captions(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        captions = sorted({"", *(self._text(index, None) for index in range(len(self.dataset.samples)))})
+        missing = [caption for caption in captions if self._prompt_key(caption) not in self.cache]
+        done = len(captions) - len(missing)
+        callbacks.on_phase("captions", done, len(captions))
+        for start in range(0, len(missing), CAPTIONS_PER_TURN):
+            commands.wait_while_paused()
+            if commands.stopping:
+                return False
+            some = missing[start : start + CAPTIONS_PER_TURN]
+            with turn(), torch.no_grad():
+                # One by one: captions of unequal length would be filled up to the longest of them.
+                encoded = [self.encode_prompts([caption]) for caption in some]
+                for caption, prompts in zip(some, encoded):
+                    tensors = {"context": prompts.context, "pooled": prompts.pooled}
+                    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+                    self.cache.put(self._prompt_key(caption), present)
+            done += len(some)
+            callbacks.on_phase("captions", done, len(captions))
+        return True
+
+    def encode_prompts(self, captions: Sequence[str]) -> Prompts:
+        """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained."""
+        with self.precision.autocast():
+            return self.model.encode_prompts(captions, self.config.max_token_length, self.config.weighted_captions)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def group(self, epoch: int, position: int) -> list[Batch]:
+        """The batches of one optimizer step: ``gradient_accumulation_steps`` consecutive ones of the epoch's plan,
+        or what is left of them at its end. Reads the disk only; safe in a thread.
+
+        Raises:
+            UserError: the cache was damaged or removed while the run was going on.
+        """
+        size = self.config.gradient_accumulation_steps
+        batches = self._epoch_batches(epoch)
+        first = position * size
+        visit = sum(len(batch) for batch in batches[:first])
+        group = []
+        for items in batches[first : first + size]:
+            group.append(self._batch(items, epoch, visit))
+            visit += len(items)
+        return group
+
+    def _batch(self, items: Sequence[Item], epoch: int, visit: int) -> Batch:
+        """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice."""
+        samples = [self.dataset.samples[item.sample] for item in items]
+        captions = tuple(self._caption(item.sample, epoch, visit + offset) for offset, item in enumerate(items))
+        prior = self.config.prior_loss_weight
+        is_sdxl = self.model.info.family == "sdxl"
+        return Batch(
+            moments=torch.stack([self._read(self._latent_key(item))["moments"] for item in items]),
+            captions=captions,
+            prompts=self._read_prompts(captions) if self.caches_prompts else None,
+            size_ids=torch.tensor([item.size_ids for item in items]) if is_sdxl else None,
+            mask=torch.stack([self._mask(item) for item in items]) if self.config.use_masks else None,
+            weights=torch.tensor([prior if sample.is_regularization else 1.0 for sample in samples]),
+        )
+
+    def _caption(self, index: int, epoch: int, visit: int) -> str:
+        rng = random.Random(f"{self.config.seed}:{epoch}:{visit}")
+        if rng.random() < self.config.caption_dropout:
+            return ""
+        return self._text(index, rng)
+
+    def _text(self, index: int, rng: random.Random | None) -> str:
+        sample = self.dataset.samples[index]
+        return train_text(
+            parse(sample.caption),
+            trigger_word="" if sample.is_regularization else self.config.trigger_word,
+            keep_tokens=self.config.keep_tokens,
+            shuffle=self.config.shuffle_tags,
+            tag_dropout=self.config.tag_dropout,
+            rng=rng,
+            weighted=self.config.weighted_captions,
+        )
+
+    def _read_prompts(self, captions: Sequence[str]) -> Prompts:
+        def read(caption: str) -> Prompts:
+            tensors = self._read(self._prompt_key(caption))
+            return Prompts(tensors["context"], tensors.get("pooled"))
+
+        return Prompts.stack([read(caption) for caption in captions], read(""))
+
+    def _mask(self, item: Item) -> Tensor:
+        """(1, h, w); ones where there is none. Kept in the cache, as reading it means decoding the picture."""
+        sample = self.dataset.samples[item.sample]
+        key = cache_key(
+            kind="mask",
+            version=PIXELS_VERSION,
+            image=sample.digest,
+            mask=sample.mask_path and self._mask_digest(sample.mask_path),
+            view=[item.scaled, item.bucket, item.crop, item.flip],
+        )
+        if (known := self.cache.get(key)) is not None:
+            return known["mask"]
+        mask = load_mask(sample, item)
+        if mask is None:
+            mask = torch.ones(1, item.bucket[1] // 8, item.bucket[0] // 8)
+        self.cache.put(key, {"mask": mask})
+        return mask
+
+    def _read(self, key: str) -> dict[str, Tensor]:
+        tensors = self.cache.get(key)
+        if tensors is None:
+            raise UserError(
+                f"{self.cache.path(key)} was damaged or removed while the training was going on.",
+                field="cache_dir",
+                remedy="Start the run again: it makes the file anew and goes on from its last state.",
+            )
+        return tensors
+
+    def _latent_key(self, item: Item) -> str:
+        return latent_key(self.dataset.samples[item.sample], item, self.model.vae_key)
+
+    def _prompt_key(self, caption: str) -> str:
+        text_key = f"{self.model.text_key}:{self.precision.name}"
+        return prompt_key(caption, text_key, self.config.max_token_length, self.config.weighted_captions)
+
+
+def _chunks(items: dict[str, Item], size_of: Callable[[Item], int]) -> list[list[tuple[str, Item]]]:
+    """Items of one bucket together, in chunks of the size that ``size_of`` allows them."""
+    by_bucket: dict[tuple[int, int], list[tuple[str, Item]]] = {}
+    for key, item in items.items():
+        by_bucket.setdefault(item.bucket, []).append((key, item))
+    chunks = []
+    for members in by_bucket.values():
+        size = size_of(members[0][1])
+        chunks += [members[start : start + size] for start in range(0, len(members), size)]
+    return chunks

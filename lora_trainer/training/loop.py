@@ -1,0 +1,327 @@
+"""The training loop: batches in, a trained adapter out, with everything saved that a killed run needs to go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+
+import lora_trainer
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_path
+from lora_trainer.models.base import LentModel
+from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
+from lora_trainer.training.inputs import Batch, BatchSource, Turn, ahead
+from lora_trainer.training.metrics import MetricsLog, StepMetrics
+from lora_trainer.training.optim import learning_rates
+from lora_trainer.training.state import StateStore, TrainingState
+from lora_trainer.training.step import TrainingStep
+
+NON_FINITE_LIMIT = 10
+"""So many steps in a row without a finite loss or gradient end the run."""
+NON_FINITE_LIMIT_FP16 = 40
+"""With fp16 some are normal, while GradScaler looks for its scale: it halves it each time, from 65536."""
+STATE_SECONDS = 600
+"""A state is saved at least this often, whatever save_steps says: what a crash can cost."""
+AVERAGED_STEPS = 100
+"""The loss that is told at the end is the mean over the last steps, as single ones say little."""
+PAUSE_POLL_SECONDS = 0.5
+
+
+class Saver(Protocol):
+    """Writes the LoRA as the adapters are now and returns its path. Called inside a turn.
+
+    epoch: counted from 1. kind: "step" on the way, "stopped" when a person ended the run, "final" at the end.
+    """
+
+    def __call__(self, step: int, epoch: int, kind: str) -> Path: ...
+
+
+class Previewer(Protocol):
+    """Draws one picture with the adapters as they are now. Called outside a turn; takes one itself."""
+
+    def draw(self, prompt: str, seed: int, step: int, adapters: nn.Module) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    status: "finished" or "stopped". loss: mean over the last ``AVERAGED_STEPS`` steps. seconds: spent in steps, those
+    before a resume included. lora: what was saved last, None if nothing was.
+    """
+
+    status: str
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float | None
+    seconds: float
+    lora: Path | None
+
+
+class Trainer:
+    """One training run over a lent model with attached adapters.
+
+    turn: the lender's; taken for every step and every look at the trained weights.
+    identity: the settings and facts that decide on the result; a state of another identity is not gone on from.
+    output_dir: gets ``state/``, ``logs/`` and ``previews/``; their files start with ``name``.
+
+    Raises:
+        UserError: settings that do not go together, or an optimizer whose library is missing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LentModel,
+        adapters: nn.Module,
+        source: BatchSource,
+        *,
+        turn: Turn,
+        saver: Saver,
+        output_dir: Path,
+        name: str,
+        identity: Mapping[str, Any],
+        callbacks: TrainCallbacks | None = None,
+        commands: TrainCommands | None = None,
+        previewer: Previewer | None = None,
+    ):
+        self.config, self.adapters, self.source = config, adapters, source
+        self.turn, self.saver, self.previewer = turn, saver, previewer
+        self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
+        self.output_dir, self.name, self.identity = Path(output_dir), name, identity
+        self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
+        self.train_step = TrainingStep(config, model, adapters, source)
+        self.states = StateStore(self.output_dir / "state", name, identity, self.callbacks.on_warning)
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
+
+        self.step = 0  # optimizer steps done
+        self.seconds = 0.0
+        self.recent_losses: list[float] = []
+        self.non_finite_steps = 0  # in a row
+        self.lora: Path | None = None
+        self._state_saved_at = time.monotonic()
+
+    @property
+    def epoch(self) -> int:
+        """Of the last step, counted from 1."""
+        return max(0, self.step - 1) // self.steps_per_epoch + 1
+
+    def run(self) -> Outcome:
+        """Train to the end, or until a command stops it. ``source`` must have been prepared.
+
+        Raises:
+            UserError: training cannot go on; says why and what helps. What was saved stays.
+        """
+        self._warn_about_settings()
+        self._resume()
+        self.adapters.train()
+        logs = self.output_dir / "logs"
+        with MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning) as self.metrics:
+            while self.step < self.total_steps:
+                epoch, position = divmod(self.step, self.steps_per_epoch)
+                if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):
+                    return self._stop()
+                with closing(self._groups(epoch, position)) as groups:
+                    for batches in groups:
+                        self._obey()
+                        if self.commands.stopping:
+                            return self._stop()
+                        self._take_step(batches)
+            return self._finish()
+
+    def _groups(self, epoch: int, position: int) -> Iterator[list[Batch]]:
+        """The batches of each step that is left of an epoch; the next ones are read while a step computes."""
+        end = min(self.steps_per_epoch, position + self.total_steps - self.step)
+        return ahead(lambda place: self.source.group(epoch, place), range(position, end))
+
+    def _take_step(self, batches: list[Batch]) -> None:
+        """One optimizer step, its report, and what is due after it."""
+        started = time.monotonic()
+        rates = learning_rates(self.train_step.optimizer)
+        try:
+            with self.turn():
+                loss = self.train_step(self.step, batches)
+        except torch.cuda.OutOfMemoryError as error:
+            self._give_up_for_memory(error)
+        seconds = time.monotonic() - started
+        self.step += 1
+        self.seconds += seconds
+        self._report(loss, rates, seconds, sum(len(batch) for batch in batches))
+        self._guard(loss)
+        self._save_when_due()
+
+    def _report(self, loss: float | None, rates: dict[str, float], seconds: float, images: int) -> None:
+        rate = next(iter(rates.values()))
+        metrics = StepMetrics(self.step, self.epoch, loss, rate, seconds, images)
+        self.metrics.write(metrics, rates)
+        epochs = -(-self.total_steps // self.steps_per_epoch)
+        report = StepReport(self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images)
+        self.callbacks.on_step(report)
+
+    def _guard(self, loss: float | None) -> None:
+        """Count steps that were not finite, and end the run when they persist."""
+        if loss is not None:
+            self.non_finite_steps = 0
+            self.recent_losses = [*self.recent_losses[1 - AVERAGED_STEPS :], loss]
+            return
+        self.non_finite_steps += 1
+        fp16 = self.train_step.scaler is not None
+        if self.non_finite_steps == 1 and not fp16:
+            self.callbacks.on_warning(f"Step {self.step} gave no finite loss and was left out.")
+        if self.non_finite_steps >= (NON_FINITE_LIMIT_FP16 if fp16 else NON_FINITE_LIMIT):
+            precision = self.train_step.precision.name
+            other = "" if precision == "no" else f", or set mixed_precision to {'bf16' if fp16 else 'no'}"
+            raise UserError(
+                f"{self.non_finite_steps} steps in a row, up to step {self.step}, gave no finite loss (NaN).",
+                field="learning_rate",
+                remedy=f"Lower it (now {self.config.learning_rate:g}){other}.",
+            )
+
+    def _give_up_for_memory(self, error: Exception) -> None:
+        self.train_step.optimizer.zero_grad(set_to_none=True)
+        if self.step and not self.train_step.updating:
+            self._save_state()
+        savings = ["a lower resolution", "adapter rank 4"]
+        if not self.config.gradient_checkpointing:
+            savings.insert(0, "gradient_checkpointing: true")
+        if self.config.batch_size > 1:
+            savings.insert(0, "batch_size: 1 with gradient_accumulation_steps: 4")
+        raise UserError(
+            f"The GPU's memory does not suffice for step {self.step + 1}.",
+            field="batch_size",
+            remedy=f"Try {', '.join(savings)}, or close other programs that use the GPU.",
+        ) from error
+
+    # -- commands, saves, previews --------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        """Do what was asked for since the last step, and wait, outside of any turn, while paused."""
+        while True:
+            if self.commands.take_save():
+                self._save_lora("step")
+                self._save_state()
+            if self.commands.take_preview():
+                self._draw_previews()
+            if not self.commands.paused or self.commands.stopping:
+                return
+            self.commands.wait_while_paused(PAUSE_POLL_SECONDS)
+
+    def _save_when_due(self) -> None:
+        config = self.config
+        if self.step >= self.total_steps:
+            return  # _finish saves
+        due = _every(self.step, config.save_steps)
+        due |= _every(self.step, config.save_epochs and config.save_epochs * self.steps_per_epoch)
+        if due:
+            self._save_lora("step")
+        if due or time.monotonic() - self._state_saved_at >= STATE_SECONDS:
+            self._save_state()
+        if _every(self.step, config.preview_steps) or (due and config.preview_steps is None):
+            self._draw_previews()
+
+    def _save_lora(self, kind: str) -> None:
+        with self.turn(), self.train_step.averaged():
+            self.lora = self.saver(self.step, self.epoch, kind)
+        self.callbacks.on_saved(self.lora, self.step, "lora")
+
+    def _save_state(self, finished: bool = False) -> None:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        progress = {
+            "seconds": self.seconds,
+            "recent_losses": self.recent_losses,
+            "non_finite_steps": self.non_finite_steps,
+        }
+        versions = {"lora_trainer": lora_trainer.__version__, "torch": torch.__version__}
+        with self.turn():
+            parts = {**self.train_step.state_dict(), "progress": progress}
+            state = TrainingState(self.step, epoch, position, self.identity, parts, finished, versions)
+            path = self.states.save(state)
+        self._state_saved_at = time.monotonic()
+        self.callbacks.on_saved(path, self.step, "state")
+
+    def _draw_previews(self) -> None:
+        """Every preview prompt as a PNG; the same noise each time, so that the pictures show what training changed."""
+        if self.previewer is None:
+            return
+        for index, prompt in enumerate(self.config.preview_prompts):
+            path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
+            self.adapters.eval()
+            try:
+                with self.train_step.averaged():
+                    image = self.previewer.draw(prompt, self.config.seed + index, self.step, self.adapters)
+            finally:
+                self.adapters.train()
+            with atomic_path(path) as temporary:
+                image.save(temporary, format="PNG")
+            self.callbacks.on_preview(path, self.step, prompt)
+
+    # -- beginning and end ----------------------------------------------------------------------------------------
+
+    def _warn_about_settings(self) -> None:
+        config = self.config
+        if config.lr_warmup_steps >= self.total_steps:
+            self.callbacks.on_warning(
+                f"lr_warmup_steps ({config.lr_warmup_steps}) is as long as the training ({self.total_steps} steps): "
+                "the learning rate never reaches learning_rate."
+            )
+        if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+            self.callbacks.on_warning(
+                f"learning_rate {config.learning_rate:g} scales down what Prodigy finds by itself; 1 is usual."
+            )
+        objective = self.train_step.objective
+        if objective.prediction_type == "epsilon" and objective.alphas_cumprod[-1] == 0:
+            self.callbacks.on_warning("zero_terminal_snr is meant for v-prediction models; this one predicts noise.")
+
+    def _resume(self) -> None:
+        state = self.states.find(self.config.resume)
+        if state is None:
+            return
+        try:
+            with self.turn():
+                self.train_step.load_state_dict(state.parts, state.step)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"The training state of step {state.step} belongs to another adapter or optimizer ({error}).",
+                field="resume",
+                remedy="Set resume: never, or the settings as they were.",
+            ) from error
+        progress = state.parts["progress"]
+        self.step, self.seconds = state.step, progress["seconds"]
+        self.recent_losses, self.non_finite_steps = progress["recent_losses"], progress["non_finite_steps"]
+        if state.finished and self.step >= self.total_steps:
+            self.callbacks.on_warning(
+                "This run had finished before; its LoRA is written again. Set resume: never to train anew."
+            )
+
+    def _finish(self) -> Outcome:
+        # The state first: killed while the LoRA is written, the run ends by writing it.
+        self._save_state()
+        self._save_lora("final")
+        self._save_state(finished=True)
+        self._draw_previews()
+        return self._outcome("finished")
+
+    def _stop(self) -> Outcome:
+        if self.commands.saves_before_stop and self.step:
+            self._save_lora("stopped")
+            self._save_state()
+        return self._outcome("stopped")
+
+    def _outcome(self, status: str) -> Outcome:
+        losses = self.recent_losses
+        loss = sum(losses) / len(losses) if losses else None
+        return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora)
+
+
+def _every(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0

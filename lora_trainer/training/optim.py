@@ -1,0 +1,162 @@
+"""Optimizers and learning-rate schedules, each from the library that the field uses for it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where an optimizer comes from, and the defaults that differ from the library's own."""
+
+    module: str
+    name: str
+    package: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+LIBRARIES = {
+    "adamw": Library("torch.optim", "AdamW", "torch"),
+    "adamw8bit": Library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    # What its authors recommend for diffusion models (README of konstmish/prodigy).
+    "prodigy": Library(
+        "prodigyopt",
+        "Prodigy",
+        "prodigyopt",
+        {"weight_decay": 0.01, "use_bias_correction": True, "safeguard_warmup": True},
+    ),
+    "lion": Library("lion_pytorch", "Lion", "lion-pytorch"),
+    # Its own schedule would take the place of learning_rate and lr_scheduler.
+    "adafactor": Library(
+        "transformers.optimization",
+        "Adafactor",
+        "transformers",
+        {"relative_step": False, "scale_parameter": False, "warmup_init": False},
+    ),
+}
+_OURS = {"self", "params", "lr"}  # set by the run, not by optimizer_args
+
+
+def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names, over groups with ``params``, ``lr`` and ``name``.
+
+    Raises:
+        UserError: its library is missing (field optimizer), or it does not take optimizer_args as they are.
+    """
+    library = LIBRARIES[config.optimizer]
+    constructor = _load(config.optimizer, library)
+    arguments = {**library.defaults, **_checked_arguments(config, constructor)}
+    groups = [dict(group) for group in param_groups]
+    if config.optimizer == "adamw":
+        arguments = {"fused": _fused_available(groups), **arguments}
+    if config.optimizer == "prodigy":
+        _use_one_rate(config, groups)
+    try:
+        return constructor(groups, lr=config.learning_rate, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{config.optimizer} does not take {config.optimizer_args}: {error}.", field="optimizer_args"
+        ) from error
+
+
+def _load(optimizer: str, library: Library) -> Any:
+    try:
+        return getattr(importlib.import_module(library.module), library.name)
+    # bitsandbytes fails in many ways where there is no fitting CUDA: all mean that it cannot be used here.
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{optimizer} needs the package {library.package}, which does not work here ({error}).",
+            field="optimizer",
+            remedy=f"pip install {library.package}, or use adamw.",
+        ) from error
+
+
+def _checked_arguments(config: TrainConfig, constructor: Any) -> dict[str, Any]:
+    known = set(inspect.signature(constructor.__init__).parameters) - _OURS
+    for name in config.optimizer_args:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(sorted(known))}."
+            raise UserError(f"{config.optimizer} has no argument {name!r}.", field="optimizer_args", remedy=hint)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.optimizer_args.items()}
+
+
+def _fused_available(groups: Sequence[dict[str, Any]]) -> bool:
+    """One kernel for all parameters, where this torch has it: CUDA always, the CPU from 2.4 on."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    return devices == {"cuda"} or (devices == {"cpu"} and version >= (2, 4))
+
+
+def _use_one_rate(config: TrainConfig, groups: list[dict[str, Any]]) -> None:
+    # Prodigy estimates one step size for everything, and refuses groups of different rates.
+    rates = {group["lr"] for group in groups} - {0}
+    if len(rates) <= 1:
+        return
+    for name in ("block_lr_weights", "text_encoder_lr"):
+        if getattr(config, name) is not None:
+            raise UserError("Prodigy has one learning rate for everything.", field=name, remedy="Leave it empty.")
+    for group in groups:
+        group["lr"] = config.learning_rate
+
+
+def create_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule over ``total_steps`` optimizer steps, as diffusers and transformers define it."""
+    from diffusers.optimization import get_scheduler
+
+    name = config.lr_scheduler
+    if name == "constant" and config.lr_warmup_steps:
+        name = "constant_with_warmup"
+    try:
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+            num_cycles=config.lr_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:  # polynomial ends at 1e-7, below which it cannot begin
+        raise UserError(f"{name} cannot start here: {error}.", field="learning_rate") from error
+
+
+def advance_scheduler(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Put a new schedule, and the rates of its optimizer, where they are after ``step`` steps.
+
+    The schedules are functions of the step alone, so this equals having made the steps; and the settings of this run
+    count, where a loaded optimizer state would bring back the rates of the run that wrote it.
+    """
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, base, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, rates):
+        group["initial_lr"], group["lr"] = base, rate
+    scheduler._last_lr = rates
+
+
+def step_scheduler(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """One step, also after an optimizer step that was left out (which torch would warn about)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        scheduler.step()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of each parameter group by its name; Prodigy's times its own estimate ``d``."""
+    return {
+        str(group.get("name", index)): float(group["lr"]) * float(group.get("d", 1.0))
+        for index, group in enumerate(optimizer.param_groups)
+    }

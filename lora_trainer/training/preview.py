@@ -1,0 +1,109 @@
+"""Pictures along the way, drawn by the lent model itself with diffusers' DDIM sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lora_trainer.models.base import LentModel, NoiseSchedule, Prompts
+from lora_trainer.training.inputs import Turn
+from lora_trainer.training.objective import generator_for
+from lora_trainer.training.precision import Precision
+
+
+@torch.no_grad()
+def sample(
+    model: LentModel,
+    prompt: str,
+    negative: str = "",
+    *,
+    width: int = 512,
+    height: int = 512,
+    steps: int = 20,
+    cfg: float = 7.0,
+    seed: int = 0,
+    precision: Precision | None = None,
+) -> Image.Image:
+    """One picture by DDIM (η = 0) with classifier-free guidance, ε = ε_neg + cfg·(ε_pos − ε_neg) (Ho & Salimans 2022).
+
+    ``width`` and ``height`` in pixels are cut to multiples of 8. The first noise depends on ``seed`` alone. Call it
+    in a turn.
+    """
+    precision = precision or Precision(model.device, torch.float32, None)
+    width, height = width // 8 * 8, height // 8 * 8
+    scheduler = _scheduler(model.schedule)
+    scheduler.set_timesteps(steps)
+    guided = cfg != 1
+    size_ids = None
+    if model.info.family == "sdxl":
+        size_ids = torch.tensor([[height, width, 0, 0, height, width]] * (2 if guided else 1), device=model.device)
+    with precision.autocast():
+        prompts = model.encode_prompts([negative, prompt] if guided else [prompt]).to(model.device)
+
+    latents = torch.randn(1, 4, height // 8, width // 8, generator=generator_for(seed, "preview"))
+    latents = latents.to(model.device) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps.tolist():
+        with precision.autocast():
+            answer = _guided_answer(model, latents, timestep, prompts, size_ids, cfg)
+        latents = scheduler.step(answer, timestep, latents).prev_sample
+    return _to_image(model.decode_latents(latents))
+
+
+def _guided_answer(
+    model: LentModel, latents: Tensor, timestep: int, prompts: Prompts, size_ids: Tensor | None, cfg: float
+) -> Tensor:
+    count = len(prompts)
+    timesteps = torch.full((count,), timestep, device=latents.device)
+    answers = model.predict(latents.expand(count, -1, -1, -1), timesteps, prompts, size_ids).float()
+    if count == 1:
+        return answers
+    negative, positive = answers.chunk(2)
+    return negative + cfg * (positive - negative)
+
+
+def _scheduler(schedule: NoiseSchedule) -> Any:
+    from diffusers import DDIMScheduler
+
+    alphas_cumprod = schedule.alphas_cumprod.double()
+    betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    # Under zero terminal SNR sampling must begin at the very last timestep (Lin et al. 2024, §3.3).
+    to_the_end = bool(alphas_cumprod[-1] == 0)
+    return DDIMScheduler(
+        num_train_timesteps=len(schedule),
+        trained_betas=betas.numpy(),
+        prediction_type=schedule.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=0 if to_the_end else 1,
+        timestep_spacing="trailing" if to_the_end else "leading",
+    )
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    """(1, 3, H, W) in [-1, 1] -> RGB. What is not finite becomes black."""
+    levels = ((pixels[0].float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+class ModelPreviewer:
+    """The previewer of runs without a WebUI: the lent model in a turn of its own."""
+
+    def __init__(self, model: LentModel, turn: Turn, precision: Precision, size: tuple[int, int], steps: int = 20):
+        self.model, self.turn, self.precision = model, turn, precision
+        self.width, self.height = size
+        self.steps = steps
+
+    def draw(self, prompt: str, seed: int, step: int, adapters: nn.Module) -> Image.Image:
+        with self.turn():
+            return sample(
+                self.model,
+                prompt,
+                width=self.width,
+                height=self.height,
+                steps=self.steps,
+                seed=seed,
+                precision=self.precision,
+            )
