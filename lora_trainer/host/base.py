@@ -56,6 +56,8 @@ class AccessPolicy:
 class LenderOptions:
     """How a run wants its model: the fields of the configuration that decide on the weights' form.
 
+    compute_dtype: number format of the computation; the lent weights keep theirs.
+    vae: file of another VAE; None for the one that the host uses.
     hold: keep the host to ourselves for the whole run instead of step by step.
     wait_for_model: a checkpoint switch by the user waits until the run is over, instead of pausing the run.
     """
@@ -84,9 +86,14 @@ class Card:
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """One picture to draw. Sizes in pixels; ``lora`` is the path of the weights to draw with, None for the base."""
+    """One picture to draw. Sizes in pixels.
+
+    checkpoint: title, path or stem of the base model; "" for the loaded one. lora: path of the weights to draw with,
+    wherever it lies; None draws with the base alone.
+    """
 
     prompt: str
+    checkpoint: str = ""
     negative_prompt: str = ""
     seed: int = 1
     width: int = 512
@@ -126,7 +133,10 @@ class Host(Protocol):
         ...
 
     def draw(self, request: PreviewRequest) -> Image.Image:
-        """One picture by the host's own sampler. Called outside a turn; takes one itself."""
+        """One picture by the host's own sampler. Called outside a turn; takes one itself.
+
+        Raises UserError when the checkpoint is not in the list, or somebody interrupted the drawing.
+        """
         ...
 
     def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
@@ -136,6 +146,13 @@ class Host(Protocol):
         """
         ...
 
+    def verify(self, lora: Path, prompt: str) -> str | None:
+        """Load a published LoRA through the host's own loader and draw a fixed picture with and without it.
+
+        Returns None when every key found its layer and the picture changed, else a sentence that says what did not.
+        """
+        ...
+
     def forget(self, name: str) -> None:
-        """Drop what the host remembers of a LoRA's earlier weights."""
+        """Drop what the host remembers of a LoRA's earlier weights, also where they are merged into its model."""
         ...
