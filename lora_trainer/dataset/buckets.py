@@ -241,8 +241,8 @@ def nearest_bucket(size: Size, buckets: Iterable[Size]) -> Size:
 def cover(size: Size, bucket: Size) -> Size:
     """The smallest (width, height) with the picture's aspect ratio that covers the bucket."""
     if size[0] * bucket[1] >= size[1] * bucket[0]:
-        return max(bucket[0], round(size[0] * bucket[1] / size[1])), bucket[1]
-    return bucket[0], max(bucket[1], round(size[1] * bucket[0] / size[0]))
+        return round(size[0] * bucket[1] / size[1]), bucket[1]
+    return bucket[0], round(size[1] * bucket[0] / size[0])
 
 
 def shuffle(items: list, rng: random.Random) -> None:

@@ -249,7 +249,9 @@ def _refusing_truncation() -> Iterator[None]:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation 1…8 of a loaded image; 1 where the data are missing or damaged."""
+    """EXIF orientation 1…8 that a loaded image still needs; 1 where the data are missing or damaged."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself while it loads them; older versions keep the tag all the same
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001  as in _decoding; damaged EXIF data do not make a picture unusable
