@@ -15,7 +15,7 @@ import torch
 ROOM_SECONDS = 0.01
 """Left free after every turn. A waiter that is woken needs a moment to take the lock: without the gap one was seen
 to starve for 60 turns, with 10 ms never."""
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 0.25
 """How long somebody who was seen waiting may need to take the lock before we ask again."""
 
 
@@ -37,7 +37,6 @@ class Turns:
     def __init__(self, lock: Lock, waiting: Callable[[], bool], taken: Callable[[], bool]):
         self._lock, self._waiting, self._taken = lock, waiting, taken
         self._owner: int | None = None  # thread that has the lock through us
-        self._depth = 0
         self._open_at = 0.0
 
     @property
@@ -52,20 +51,16 @@ class Turns:
         Re-entrant in its own thread: within ``hold``, or another turn, it costs nothing.
         """
         if self._owner == threading.get_ident():
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
+            yield
             return
         self._leave_room()
         self._lock.acquire()
-        self._owner, self._depth = threading.get_ident(), 1
+        self._owner = threading.get_ident()
         try:
             with rng_kept():
                 yield
         finally:
-            self._owner, self._depth = None, 0
+            self._owner = None
             somebody_waits = self._waiting()
             self._lock.release()
             if somebody_waits:
@@ -78,7 +73,7 @@ class Turns:
     def _let_in(self) -> None:
         """Wait until whoever was waiting has the lock; woken threads can be slow on a busy machine."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline and not self._taken() and not self._waiting():
+        while time.monotonic() < deadline and not self._taken():
             time.sleep(0.001)
 
     def _leave_room(self) -> None:
