@@ -36,21 +36,16 @@ def run(options: argparse.Namespace) -> int:
 def train_and_report(config: TrainConfig) -> int:
     """Train with a progress bar and print the summary; returns the exit code."""
     from lora_trainer import run as engine  # torch is slow to import: not for --help
+    from lora_trainer.cli.progress import ProgressBar
     from lora_trainer.training.callbacks import TrainCommands
 
     commands = TrainCommands()
-    progress = _progress()
+    progress = ProgressBar()
     with _interruptible(commands) as interrupted:
         result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
     progress.close()
     print(engine.summary(result))
     return 130 if interrupted and result.status != "finished" else 0
-
-
-def _progress() -> Any:
-    from lora_trainer.cli.progress import ProgressBar
-
-    return ProgressBar()
 
 
 @contextmanager

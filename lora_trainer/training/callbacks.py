@@ -40,6 +40,9 @@ class TrainCallbacks:
     def on_preview(self, path: Path, step: int, prompt: str) -> None:
         """A preview picture is in place."""
 
+    def on_waiting(self, reason: str) -> None:
+        """The model is away; the run goes on by itself when it is back."""
+
     def on_warning(self, text: str) -> None:
         """Something that a person should read; the run goes on."""
 

@@ -1,0 +1,226 @@
+"""The run itself. The same function serves the command line, the job queue of a WebUI and the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.adapters.initialize import init_from
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.adapters.lora_file import read_lora
+from lora_trainer.adapters.merge import merge
+from lora_trainer.config import TrainConfig, to_mapping, to_yaml
+from lora_trainer.dataset.buckets import BatchPlan
+from lora_trainer.dataset.cache import TensorCache
+from lora_trainer.dataset.folder import Dataset, scan
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_write, sha256_file
+from lora_trainer.models.base import Lender, LentModel
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.run.outputs import Outputs
+from lora_trainer.run.saving import LoraSaver, run_facts
+from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.inputs import BatchSource
+from lora_trainer.training.loop import Outcome, Previewer, Trainer
+from lora_trainer.training.precision import resolve
+from lora_trainer.training.preview import ModelPreviewer
+from lora_trainer.training.state import fingerprint
+
+# Settings that say where data comes from and results go, not what the result is. An interrupted run is continued
+# whatever they are; the data and the models behind the paths are compared by their content.
+_NOT_DECISIVE = {
+    "base_model", "vae", "device", "train_data_dir", "metadata_path", "reg_data_dir", "caption_extension", "cache_dir",
+    "init_lora", "output_dir", "output_name", "overwrite", "save_steps", "save_epochs", "keep_checkpoints",
+    "save_precision", "export_diffusers", "merge_into_base", "resume", "preview_prompts", "preview_steps",
+    "description", "tensorboard", "gradient_checkpointing",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    status: "finished" or "stopped". lora, diffusers, merged: the files that are there; None for those that are not.
+    loss: mean over the last steps. seconds: of the training, resumed parts included.
+    """
+
+    status: str
+    step: int
+    total_steps: int
+    seconds: float
+    loss: float | None
+    lora: Path | None = None
+    diffusers: Path | None = None
+    merged: Path | None = None
+    name: str = ""
+    trigger_word: str = ""
+
+
+def file_lender(config: TrainConfig) -> FileLender:
+    """The lender of ``base_model`` as a file. Raises UserError when there is none."""
+    if not config.base_model:
+        raise UserError("is empty.", field="base_model", remedy="Give the path of a .safetensors checkpoint.")
+    if not Path(config.base_model).exists():
+        message = f"There is no {config.base_model}."
+        raise UserError(message, field="base_model", remedy="Give the path of a .safetensors checkpoint.")
+    precision = resolve(config.device, config.mixed_precision)
+    return FileLender(
+        config.base_model,
+        device=precision.device,
+        weight_dtype=precision.weight_dtype,
+        vae=config.vae,
+        v_prediction=config.v_prediction,
+        zero_terminal_snr=config.zero_terminal_snr,
+        clip_skip=config.clip_skip,
+    )
+
+
+def train(
+    config: TrainConfig,
+    lender: Lender,
+    *,
+    callbacks: TrainCallbacks | None = None,
+    commands: TrainCommands | None = None,
+    previewer: Previewer | None = None,
+) -> Result:
+    """Train a LoRA as ``config`` says on the model that ``lender`` lends.
+
+    previewer: draws the previews; by default our own sampler on the lent model.
+
+    Raises:
+        UserError: something the user can put right, before or during the training; what was saved stays.
+    """
+    callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
+    info = lender.describe()
+    dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
+    for skipped in dataset.skipped:
+        callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
+    for warning in dataset.warnings:
+        callbacks.on_warning(warning)
+    plan = BatchPlan.from_config(dataset, config, info.default_resolution)
+    turn = patient_turns(lender, callbacks, commands)
+
+    with lender.borrow() as model:
+        precision = resolve(model.device, config.mixed_precision)
+        identity = _identity(config, dataset, model, precision.name)
+        outputs = Outputs.of(config, fingerprint(identity))
+        outputs.refuse_to_overwrite(config.overwrite)
+        _save_configuration(config, outputs)
+        cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"))
+        draws_here = previewer is None and bool(config.preview_prompts)
+        source = BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts=draws_here)
+        try:
+            with turn():
+                # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
+                adapters = AdapterSet.build(model.lora_targets(), config)
+            if config.init_lora:
+                for warning in init_from(adapters, read_lora(config.init_lora)):
+                    callbacks.on_warning(warning)
+            if not source.prepare(turn, callbacks, commands):
+                raise StoppedWhileWaiting
+            with adapters:
+                facts = run_facts(config, lender, info, dataset, plan, precision.name, source.total_steps)
+                outcome = Trainer(
+                    config,
+                    model,
+                    adapters,
+                    source,
+                    turn=turn,
+                    saver=LoraSaver(config, outputs, adapters, facts, callbacks, lender.model_hash),
+                    output_dir=outputs.directory,
+                    name=outputs.name,
+                    identity=identity,
+                    callbacks=callbacks,
+                    commands=commands,
+                    previewer=ModelPreviewer(model, turn, precision, plan.resolution) if draws_here else previewer,
+                ).run()
+        except StoppedWhileWaiting:
+            outcome = Outcome("stopped", 0, source.total_steps, 0, None, 0.0, None)
+        result = _result(config, outputs, outcome)
+        if outcome.status == "finished" and config.merge_into_base:
+            result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora))
+    return result
+
+
+def summary(result: Result) -> str:
+    """What a person wants to know at the end: where the file is and how to use it."""
+    minutes, seconds = divmod(round(result.seconds), 60)
+    loss = "" if result.loss is None else f", loss {result.loss:.4f}"
+    lines = [f"{result.status} after step {result.step} of {result.total_steps}, {minutes}:{seconds:02d} min{loss}"]
+    for label, path in (("LoRA", result.lora), ("diffusers", result.diffusers), ("merged", result.merged)):
+        if path is not None:
+            lines.append(f"  {label + ':':<11}{path}")
+    if result.lora is not None:
+        prompt = f"<lora:{result.lora.stem}:0.8>" + (f" {result.trigger_word}" if result.trigger_word else "")
+        lines.append(f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}")
+    if result.status == "stopped":
+        lines.append("Start the same command again to go on from here.")
+    return "\n".join(lines)
+
+
+def _identity(config: TrainConfig, dataset: Dataset, model: LentModel, precision: str) -> dict[str, Any]:
+    """Everything that decides on the result, by name; two runs that agree in it make the same LoRA."""
+    settings = {name: value for name, value in to_mapping(config).items() if name not in _NOT_DECISIVE}
+    pictures = [
+        (sample.key, sample.digest, sample.caption, sample.repeats, sample.mask_path and sha256_file(sample.mask_path))
+        for sample in dataset.samples
+    ]
+    return {
+        **settings,
+        "mixed_precision": precision,
+        "pictures": _digest(pictures),
+        "base_model": _digest([model.info.family, model.info.prediction_type, model.vae_key, model.text_key]),
+        "init_lora": sha256_file(Path(config.init_lora)) if config.init_lora else None,
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()
+
+
+def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:
+    """The effective settings beside the result; the same command on this file gives the same LoRA."""
+    effective = dataclasses.replace(config, output_name=outputs.name)
+    started = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+    atomic_write(outputs.configuration, f"# {outputs.name}, started {started}\n{to_yaml(effective)}")
+
+
+def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:
+    diffusers = outputs.diffusers
+    return Result(
+        status=outcome.status,
+        step=outcome.step,
+        total_steps=outcome.total_steps,
+        seconds=outcome.seconds,
+        loss=outcome.loss,
+        lora=outcome.lora,
+        diffusers=diffusers if outcome.status == "finished" and diffusers.exists() else None,
+        name=outputs.name,
+        trigger_word=config.trigger_word,
+    )
+
+
+def _merge(config: TrainConfig, model: LentModel, lora: Path) -> Path:
+    if model.info.path is None:
+        raise UserError(
+            "The base model is no file that could be merged into.",
+            field="merge_into_base",
+            remedy="Leave it empty; the LoRA itself is finished.",
+        )
+    output = Path(config.merge_into_base)
+    merge(
+        model.info.path,
+        lora,
+        1.0,
+        output,
+        targets=model.lora_targets(),
+        family=model.info.family,
+        overwrite=config.overwrite,
+    )
+    return output

@@ -1,0 +1,82 @@
+"""Where a run keeps what it makes, and how it avoids writing over what it did not make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lora_trainer.adapters.export import DIFFUSERS_FILE_NAME
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.files import safe_name_problem
+
+RUN_KEY = "lora_trainer.run"
+"""Metadata entry of the files we write: the fingerprint of the run that wrote them."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The paths of one run. ``fingerprint`` names everything that decides on its result."""
+
+    directory: Path
+    name: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, config: TrainConfig, fingerprint: str) -> Outputs:
+        return cls(Path(config.output_dir), output_name(config), fingerprint)
+
+    @property
+    def lora(self) -> Path:
+        return self.directory / f"{self.name}.safetensors"
+
+    @property
+    def diffusers(self) -> Path:
+        """The name that diffusers looks for; where another run's file has it already, one with our name in it."""
+        usual = self.directory / DIFFUSERS_FILE_NAME
+        if not usual.exists() or self._is_ours(usual):
+            return usual
+        return usual.with_stem(f"{usual.stem}-{self.name}")
+
+    @property
+    def configuration(self) -> Path:
+        return self.directory / f"{self.name}.config.yaml"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.directory / f"{self.name}-step{step:08d}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """The LoRAs that this run saved on its way, oldest first."""
+        return [path for path in sorted(self.directory.glob("*.safetensors")) if self._is_checkpoint(path)]
+
+    def refuse_to_overwrite(self, overwrite: bool) -> None:
+        """Raises UserError when a LoRA of this name is there that another run made."""
+        if self.lora.exists() and not overwrite and not self._is_ours(self.lora):
+            raise UserError(
+                f"{self.lora} exists and was not made by this run.",
+                field="output_name",
+                remedy="Choose another output_name or output_dir, or set overwrite: true.",
+            )
+
+    def _is_checkpoint(self, path: Path) -> bool:
+        prefix = f"{self.name}-step"
+        return path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit() and self._is_ours(path)
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return (file.metadata() or {}).get(RUN_KEY) == self.fingerprint
+        except (SafetensorError, OSError):
+            return False
+
+
+def output_name(config: TrainConfig) -> str:
+    """The LoRA's name; where none is given, that of its folder. Raises UserError when that cannot be a file's name."""
+    name = config.output_name or Path(config.output_dir).resolve().name
+    if problem := safe_name_problem(name):
+        raise UserError(
+            f"{name!r} cannot be a file name: {problem}.", field="output_name", remedy="Set output_name."
+        )
+    return name

@@ -1,0 +1,41 @@
+"""Waiting for a model that its lender cannot give right now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from lora_trainer.models.base import Lender, ModelAwayError
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+
+_POLL_SECONDS = 0.25
+
+
+class StoppedWhileWaiting(Exception):
+    """A stop was asked for while the model was away."""
+
+
+def patient_turns(
+    lender: Lender, callbacks: TrainCallbacks, commands: TrainCommands
+) -> Callable[[], AbstractContextManager[None]]:
+    """The lender's ``turn``, which waits, and says why, while the model is away."""
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        with ExitStack() as stack:
+            told = None
+            while True:
+                try:
+                    stack.enter_context(lender.turn())
+                    break
+                except ModelAwayError as away:
+                    if away.reason != told:
+                        told = away.reason
+                        callbacks.on_waiting(told)
+                if commands.stopping:
+                    raise StoppedWhileWaiting
+                time.sleep(_POLL_SECONDS)
+            yield
+
+    return turn
