@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +29,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        unfinished = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.tmp")
+        # Made with the user's umask, so that a WebUI that runs as another user can read the file.
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = unfinished
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -76,11 +76,3 @@ def safe_name_problem(name: str) -> str | None:
     if len(name.encode("utf-8")) > 180:
         return "it is longer than 180 bytes"
     return None
-
-
-def _umask() -> int:
-    # The only portable way to read the mask is to set it; mkstemp's own mode (0600) would hide the file
-    # from a WebUI that runs as another user.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
