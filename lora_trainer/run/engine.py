@@ -22,7 +22,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.run.outputs import Outputs
+from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver, run_facts
 from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
@@ -97,6 +97,7 @@ def train(
         UserError: something the user can put right, before or during the training; what was saved stays.
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
+    config = dataclasses.replace(config, output_name=output_name(config))
     info = lender.describe()
     dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
     for skipped in dataset.skipped:
@@ -186,9 +187,8 @@ def _digest(value: Any) -> str:
 
 def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:
     """The effective settings beside the result; the same command on this file gives the same LoRA."""
-    effective = dataclasses.replace(config, output_name=outputs.name)
     started = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
-    atomic_write(outputs.configuration, f"# {outputs.name}, started {started}\n{to_yaml(effective)}")
+    atomic_write(outputs.configuration, f"# {outputs.name}, started {started}\n{to_yaml(config)}")
 
 
 def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:

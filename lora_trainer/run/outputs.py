@@ -26,7 +26,7 @@ class Outputs:
 
     @classmethod
     def of(cls, config: TrainConfig, fingerprint: str) -> Outputs:
-        return cls(Path(config.output_dir), output_name(config), fingerprint)
+        return cls(Path(config.output_dir), config.output_name, fingerprint)
 
     @property
     def lora(self) -> Path:
