@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.architecture import Architecture
@@ -20,6 +21,8 @@ from lora_trainer.models.targets import text_targets, unet_targets
 from lora_trainer.models.tokenizer import Tokenizer
 
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
 
 
 def assemble(
@@ -246,25 +249,17 @@ class DiffusionModel:
         """Recompute activations in the backward pass instead of keeping them, in the UNet and the text encoders."""
         for hook in self._input_grad_hooks:
             hook.remove()
-        self._input_grad_hooks.clear()
-        (self.unet.enable_gradient_checkpointing if enabled else self.unet.disable_gradient_checkpointing)()
-        for encoder in self.text_encoders:
-            if not enabled:
-                encoder.gradient_checkpointing_disable()
-                continue
-            enable = encoder.gradient_checkpointing_enable
-            takes_options = "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters
-            enable(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if takes_options else {}))
-            if not takes_options:
-                # Before transformers 4.35 only the reentrant kind exists, which needs an input with a gradient.
-                hook = text_body(encoder).embeddings.register_forward_hook(_require_grad)
-                self._input_grad_hooks.append(hook)
-        # Libraries checkpoint only what is in training mode. Set on the very modules that checkpoint, and on nothing
-        # below them, it changes nothing else: no dropout or batch statistics are involved.
+        # transformers before 4.35 knows only the reentrant kind, which needs an input with a gradient.
+        embeddings = [text_body(encoder).embeddings for encoder in self.text_encoders] if enabled else []
+        self._input_grad_hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
+        # Set directly, since the libraries' own switches differ between versions and warn about each other. They
+        # checkpoint only what is in training mode; that is set on the very modules that checkpoint and on nothing
+        # below them, so that it changes nothing else.
         for module in (self.unet, *self.text_encoders):
             for part in module.modules():
                 if hasattr(part, "gradient_checkpointing"):
-                    part.training = enabled
+                    part.gradient_checkpointing = part.training = enabled
+                    part._gradient_checkpointing_func = _checkpoint
 
     def _needed(self, part, name: str):
         if not part:
