@@ -58,7 +58,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
 def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     """Optimizer steps of the run; the last ones of an epoch may add up fewer batches than the others."""
     steps = math.ceil(batches_per_epoch / config.gradient_accumulation_steps) * config.epochs
-    return min(steps, config.max_train_steps or steps)
+    return config.max_train_steps or steps
 
 
 def _cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: JobStore) -> dict[str, Any]:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(
-    host: Host,
+    current_host: Callable[[], Host],
     store: JobStore,
     folders: JobFolders,
     job: Job,
@@ -38,13 +38,16 @@ def execute(
     commands: TrainCommands,
     train: Callable[..., Any] | None,
 ) -> dict[str, Any]:
-    """Train and publish; returns the columns that say how it ended. Raises nothing that a run can cause."""
+    """Train and publish; returns the columns that say how it ended. Raises nothing that a run can cause.
+
+    current_host: asked again for publishing, as "Reload UI" may have exchanged the host in between.
+    """
     log_path = folders.log(job)
     with job_log(log_path, threading.get_ident()):
         try:
             folders.create(job.id, job.name)  # somebody may have tidied up
             config = submitting.run_config(job, folders)
-            result = _train(host, store, job, config, reporter, commands, train)
+            result = _train(current_host(), store, job, config, reporter, commands, train)
         except UserError as error:
             log.error("%s", error)
             return _failed(reporter, Problem.of(error))
@@ -56,7 +59,7 @@ def execute(
         ending = {"status": result.status, "error": None}
         ending["result"] = _files(result, reporter, folders.of(job), job)
         if result.lora is not None and (result.status == "finished" or commands.saves_before_stop):
-            ending["result"] |= _publish(host, store, job, config, Path(result.lora), reporter)
+            ending["result"] |= _publish(current_host(), store, job, config, Path(result.lora), reporter)
         return ending
 
 

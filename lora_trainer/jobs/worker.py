@@ -85,10 +85,11 @@ class JobManager:
                 self._thread.start()
 
     def close(self, timeout: float = 30.0) -> None:
-        """Stop after the current step and let go of the queue; the job in hand is offered for resuming later."""
+        """End after this step, its state saved, and let go of the queue; the job in hand can be resumed later."""
         self._closing.set()
         with self._lock:
             if self._running is not None:
+                self._running.commands.save_now()
                 self._running.commands.stop()
         self._wake.set()
         if self._thread is not None:
@@ -144,7 +145,8 @@ class JobManager:
                 running.commands.stop()
         started = time.monotonic()
         try:
-            ending = execute(self.host, self.store, self.folders, job, reporter, running.commands, self._train)
+            commands, train = running.commands, self._train
+            ending = execute(lambda: self.host, self.store, self.folders, job, reporter, commands, train)
         finally:
             with self._lock:
                 self._running = None

@@ -1,0 +1,185 @@
+"""A host and a training that do nothing but what a test tells them to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_trainer.errors import UserError
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions
+from lora_trainer.models.base import ModelInfo
+from lora_trainer.training.callbacks import StepReport
+
+TIMEOUT = 20.0
+
+
+def wait_for(condition: Callable[[], Any], what: str = "it") -> Any:
+    """Poll until ``condition()`` is true; fails the test after a while."""
+    end = time.monotonic() + TIMEOUT
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.005)
+    return value
+
+
+def make_pictures(folder: Path, count: int = 3, caption: str = "**red hat**, a cat") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.new("RGB", (64, 64), (index * 20 % 256, 30, 90)).save(folder / f"{index:04d}.png")
+        (folder / f"{index:04d}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+class FakeLender:
+    def __init__(self, family: str = "sd1"):
+        self.info = ModelInfo(family, "epsilon", "tiny-model")
+
+    def describe(self) -> ModelInfo:
+        return self.info
+
+    def borrow(self) -> Any:
+        return nullcontext()
+
+    def turn(self) -> Any:
+        return nullcontext()
+
+    def model_hash(self) -> str | None:
+        return None
+
+
+@dataclass
+class FakeHost:
+    root: Path
+    name: str = "standalone"
+    policy: AccessPolicy = field(default_factory=AccessPolicy)
+    published: list[tuple[str, Card]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    lender_options: list[LenderOptions] = field(default_factory=list)
+    publish_error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        (self.root / "Lora").mkdir(parents=True, exist_ok=True)
+
+    def folders(self) -> Folders:
+        return Folders(self.root / "trainer", self.root / "Lora")
+
+    def access(self) -> AccessPolicy:
+        return self.policy
+
+    def option(self, key: str, default: object) -> object:
+        return self.options.get(key, default)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        return [Checkpoint("tiny.safetensors [abc]", self.root / "tiny.safetensors", True)]
+
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def lender(self, checkpoint: str, options: LenderOptions) -> FakeLender:
+        if checkpoint == "missing":
+            raise UserError("There is no such model.", field="base_model", remedy="Choose another.")
+        self.lender_options.append(options)
+        return FakeLender()
+
+    def draw(self, request: Any) -> Image.Image:
+        return Image.new("RGB", (request.width, request.height))
+
+    def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
+        if self.publish_error is not None:
+            raise self.publish_error
+        path = self.root / "Lora" / f"{name}.safetensors"
+        if path.exists() and not overwrite:
+            raise UserError(f"{name} exists.", field="output_name", remedy="Choose another name.")
+        path.write_bytes(Path(lora).read_bytes())
+        self.published.append((name, card))
+        return path
+
+    def forget(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    status: str
+    lora: Path | None
+    diffusers: Path | None
+    step: int
+    total_steps: int
+    loss: float | None
+
+
+class FakeTrain:
+    """Stands for ``run.train``: ``allow(n)`` lets it take n steps, ``error`` is raised at the next one."""
+
+    def __init__(self, total_steps: int = 4, *, free: bool = False):
+        self.total_steps = total_steps
+        self.free = free
+        self.error: BaseException | None = None
+        self.away: str | None = None
+        self.configs: list[Any] = []
+        self.saves = 0
+        self._permits = threading.Semaphore(0)
+
+    def allow(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._permits.release()
+
+    def __call__(self, config: Any, lender: Any, *, callbacks: Any, commands: Any, previewer: Any) -> FakeResult:
+        self.configs.append(config)
+        output = Path(config.output_dir)
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+        state = output / "state" / f"{config.output_name}.state"
+        step = int(state.read_text()) if state.exists() and config.resume == "auto" else 0
+        metrics = output / "logs" / "metrics.jsonl"
+        old = metrics.read_text().splitlines(True)[:step] if step else []
+        metrics.write_text("".join(old))
+        callbacks.on_phase("latents", 0, 2)
+        callbacks.on_phase("latents", 2, 2)
+        while step < self.total_steps:
+            if not self._may_step(callbacks, commands):
+                return self._end(output, config, step, callbacks, commands)
+            if self.error is not None:
+                raise self.error
+            step += 1
+            with metrics.open("a") as handle:
+                handle.write(json.dumps({"step": step, "epoch": 1, "loss": 1 / step, "lr": 1e-4}) + "\n")
+            callbacks.on_step(StepReport(step, self.total_steps, 1, 1, 1 / step, 1e-4, 0.01, 1))
+            if commands.take_save():
+                self.saves += 1
+            if commands.take_preview():
+                self._preview(output, config, step, callbacks)
+            state.parent.mkdir(exist_ok=True)
+            state.write_text(str(step))
+        return self._end(output, config, step, callbacks, commands)
+
+    def _may_step(self, callbacks: Any, commands: Any) -> bool:
+        while not commands.stopping:
+            if self.away is not None:
+                callbacks.on_waiting(self.away)
+            elif not commands.paused and (self.free or self._permits.acquire(blocking=False)):
+                return True
+            time.sleep(0.005)
+        return False
+
+    def _end(self, output: Path, config: Any, step: int, callbacks: Any, commands: Any) -> FakeResult:
+        finished = step >= self.total_steps
+        lora = None
+        if finished or commands.saves_before_stop:
+            lora = output / f"{config.output_name}.safetensors"
+            lora.write_bytes(b"weights at step %d" % step)
+            callbacks.on_saved(lora, step, "lora")
+        return FakeResult("finished" if finished else "stopped", lora, None, step, self.total_steps, 0.5)
+
+    def _preview(self, output: Path, config: Any, step: int, callbacks: Any) -> None:
+        path = output / "previews" / f"{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), (200, 0, 0)).save(path)
+        callbacks.on_preview(path, step, "a prompt")
