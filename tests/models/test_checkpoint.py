@@ -1,0 +1,366 @@
+"""What a file is: described, or refused with a message that says what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.detect import detect
+from lora_trainer.models.header import read_header
+from tests.tiny import (
+    SD1,
+    SD2,
+    SDXL,
+    open_clip_shapes,
+    sd1_shapes,
+    sd2_shapes,
+    sdxl_shapes,
+    tiny_sd1,
+    unet_shapes,
+    vae_shapes,
+)
+
+UNET = "model.diffusion_model."
+
+
+@pytest.mark.parametrize(
+    ("shapes", "family", "channels", "depths", "text"),
+    [
+        (sd1_shapes(**SD1), "sd1", (32, 32, 64, 64), (1, 1, 1, 0), ((32, 2),)),
+        (sd2_shapes(**SD2), "sd2", (32, 32, 64, 64), (1, 1, 1, 0), ((32, 1),)),
+        (sdxl_shapes(**SDXL), "sdxl", (32, 64, 64), (0, 2, 10), ((32, 2), (32, 3))),
+        (sd1_shapes(**{**SD1, "channels": 64, "mult": (1, 3), "depths": (0, 3), "layers": 3}),
+         "sd1", (64, 192), (0, 3), None),
+        (sdxl_shapes(**{**SDXL, "channels": 96, "mult": (1, 2, 4, 4), "depths": (1, 0, 2, 3)}),
+         "sdxl", None, (1, 0, 2, 3), None),
+        (sd2_shapes(**{**SD2, "layers": 1, "text": ((64, 5),)}), "sd2", None, None, ((64, 4),)),
+    ],
+)  # fmt: skip
+def test_any_width_and_depth_is_read_from_the_shapes(shapes, family, channels, depths, text):
+    found = detect(shapes)
+    assert found.family == family
+    assert channels is None or found.unet.channels == channels
+    assert depths is None or found.unet.depths == depths
+    assert text is None or tuple((shape.width, shape.layers) for shape in found.text_encoders) == text
+
+
+def test_an_unusual_depth_computes(tmp_path):
+    path = tiny_sd1(tmp_path / "odd.safetensors", mult=(1, 3), depths=(0, 3), layers=1)
+    with FileLender(path).borrow() as model, torch.no_grad():
+        prompts = model.encode_prompts(["a cat"])
+        assert model.predict(torch.randn(1, 4, 8, 8), torch.tensor([1]), prompts, None).isfinite().all()
+
+
+def without(prefix):
+    return {name: shape for name, shape in sd1_shapes(**SD1).items() if not name.startswith(prefix)}
+
+
+def in_channels(number):
+    return {**sd1_shapes(**SD1), f"{UNET}input_blocks.0.0.weight": (32, number, 3, 3)}
+
+
+@cache
+def refiner():
+    shapes = unet_shapes(32, (1, 2, 4), (0, 2, 2), 2, 64, linear=True, added=2560)
+    return {**shapes, **vae_shapes(32), **open_clip_shapes("conditioner.embedders.0.model.", 64, 2)}
+
+
+OTHERS = {
+    "inpainting": in_channels(9),
+    "InstructPix2Pix": in_channels(8),
+    "upscaling": in_channels(7),
+    "depth": in_channels(5),
+    "refiner": refiner(),
+    "Stable Diffusion 3": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (64, 64)},
+    "FLUX": {"double_blocks.0.img_attn.qkv.weight": (64, 64)},
+    "bitsandbytes": {**sd1_shapes(**SD1), f"{UNET}middle_block.1.proj_in.weight.quant_state.bitsandbytes__nf4": (8,)},
+    "is a LoRA": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 64)},
+    "is a LoRA,": {"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 64)},
+    "a VAE alone": vae_shapes(32, prefix=""),
+    "VAE alone": vae_shapes(32),
+    "textual inversion": {"emb_params": (4, 768)},
+    "inversion": {"clip_l": (4, 768), "clip_g": (4, 1280)},
+    "ControlNet": {"control_model.input_blocks.0.0.weight": (32, 4, 3, 3)},
+    "UNet alone": {"down_blocks.0.resnets.0.conv1.weight": (32, 32, 3, 3)},
+    "text encoder alone": {"text_model.encoder.layers.0.mlp.fc1.weight": (4, 4)},
+    "not the text encoders": without("cond_stage_model."),
+    "Cascade": {"clip_txt_pooled_mapper.weight": (4, 4)},
+    "transformer": {"model.diffusion_model.x_embedder.proj.weight": (4, 4)},
+    "not a Stable Diffusion": {"fc.weight": (10, 10)},
+    "order": without(f"{UNET}middle_block.1."),
+    "lacks the tensor": without(f"{UNET}out.2.bias"),
+    "no VAE": without("first_stage_model."),
+    "latent channels": {**sd1_shapes(**SD1), "first_stage_model.decoder.conv_in.weight": (64, 16, 3, 3)},
+    "belong together": {**sd1_shapes(**SD1), **sd1_shapes(**{**SD1, "text": ((64, 2),)}),
+                        f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (32, 99)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", sorted(OTHERS))
+def test_a_refusal_says_what_the_file_is(what, tmp_path):
+    path = tmp_path / "file.safetensors"
+    shapes = OTHERS[what]
+    if f"{UNET}input_blocks.0.0.weight" not in shapes or what in ("lacks the tensor", "no VAE"):
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, str(path))
+        with pytest.raises(UserError, match=what) as caught, FileLender(path).borrow():
+            pass
+    else:
+        with pytest.raises(UserError, match=what) as caught:
+            detect(shapes, source=path)
+    assert caught.value.remedy or what in ("belong together", "latent channels")
+
+
+def test_fp8_is_refused(tmp_path):
+    path = tmp_path / "fp8.safetensors"
+    tensors = {name: torch.zeros(shape).to(torch.float8_e4m3fn) for name, shape in sd1_shapes(**SD1).items()}
+    save_file(tensors, str(path))
+    with pytest.raises(UserError, match=r"quantized \(fp8"):
+        FileLender(path).describe()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "empty"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"PK\x03\x04" + bytes(100), "ckpt"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "picture"),
+        (b"abc", "not a sound"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "not a sound"),
+        (struct.pack("<Q", 500) + b"{}", "truncated"),
+        (struct.pack("<Q", 2) + b"[]", "not a table"),
+        (struct.pack("<Q", 2) + b"{}", "no tensors"),
+        (struct.pack("<Q", 4) + b"\xff\xfe{}", "not JSON"),
+        (struct.pack("<Q", 60_000) + b"[" * 60_000, "not JSON"),
+    ],
+)
+def test_other_bytes_are_named(tmp_path, content, what):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=what) as caught:
+        FileLender(path).describe()
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_plain_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        FileLender(tmp_path / "missing.safetensors").describe()
+    with pytest.raises(UserError, match="not a diffusers model folder"):
+        FileLender(tmp_path).describe()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(UserError, match="FluxPipeline"):
+        FileLender(tmp_path).describe()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(UserError, match="holds no weights"):
+        FileLender(tmp_path).describe()
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        FileLender(tmp_path).describe()
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": 5},
+        {"a": {"dtype": "F32"}},
+        {"a": entry(shape=(-2,))},
+        {"a": entry(shape=(3,))},
+        {"a": entry(dtype="F7")},
+        {"a": entry(dtype=["F32"])},
+        {"a": entry(shape=("x",))},
+        {"a": entry(offsets=(8, 0))},
+        {"a": entry(offsets=(0, 8, 16))},
+        {"a": entry(offsets=(4, 12))},
+        {"a": entry(offsets=(0, 8.0))},
+        {"a": entry(offsets=(0, True))},
+        {"a": entry(), "b": entry(offsets=(4, 12))},
+        {"a": entry(shape=(1 << 62, 1 << 62))},
+        {"__metadata__": "text", "a": entry()},
+        {"__metadata__": {}},
+    ],
+)
+def test_malformed_tables(tmp_path, table):
+    raw = json.dumps(table).encode()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(16))
+    with pytest.raises(UserError):
+        read_header(path)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "file.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sound_bytes(scratch):
+    save_file({"a.weight": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.float16)}, str(scratch), {"key": "value"})
+    return scratch.read_bytes()
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_leads_to_anything_but_a_message(scratch, sound_bytes, data):
+    damaged = bytearray(sound_bytes)
+    for _ in range(data.draw(st.integers(0, 6))):
+        position = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[position] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        damaged = damaged[: data.draw(st.integers(0, len(damaged)))]
+    scratch.write_bytes(bytes(damaged))
+    with pytest.raises(UserError) as caught:  # even the sound one is no base model
+        FileLender(scratch).describe()
+    assert scratch.name in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 0.999))
+def test_a_truncated_download_is_called_that(checkpoints, scratch, share):
+    size = checkpoints["sd1"].stat().st_size
+    with open(checkpoints["sd1"], "rb") as handle:
+        scratch.write_bytes(handle.read(max(40, int(size * share))))
+    with pytest.raises(UserError, match="truncated"):
+        FileLender(scratch).describe()
+
+
+def test_ckpt_files_are_read_without_running_code(checkpoints, tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(str(checkpoints["sd1"])), "epoch": 3}, path)
+    with FileLender(path).borrow() as model, FileLender(checkpoints["sd1"]).borrow() as same:
+        assert model.text_key == same.text_key and model.vae_key == same.vae_key
+    torch.save(load_file(str(checkpoints["sd1"])), path)
+    assert FileLender(path).describe().family == "sd1"
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle ran",))
+
+
+def test_ckpt_files_that_hold_more_are_refused(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {}, "callbacks": Dangerous()}, path)
+    with pytest.raises(UserError, match="could run code"):
+        FileLender(path).describe()
+    torch.save({"string_to_param": {"*": torch.zeros(4, 768)}, "name": "x"}, path)
+    with pytest.raises(UserError, match="textual inversion"):
+        FileLender(path).describe()
+    for content in (b"", b"garbage", b"PK\x03\x04garbage", b"\x80\x02"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.ckpt"):
+            FileLender(path).describe()
+
+
+SGM_V = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.x.VScaling}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "markers", "yaml", "prediction", "zero"),
+    [
+        (None, (), None, "epsilon", False),
+        ({"modelspec.prediction_type": "v"}, (), None, "v_prediction", False),
+        ({"modelspec.prediction_type": "epsilon"}, (), None, "epsilon", False),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), None, "v_prediction", False),
+        (None, ("v_pred", "ztsnr"), None, "v_prediction", True),
+        (None, (), "model: {params: {parameterization: v}}", "v_prediction", False),
+        ({"modelspec.prediction_type": "v"}, (), "model: {params: {parameterization: eps}}", "epsilon", False),
+        (None, (), SGM_V, "v_prediction", False),
+        (None, (), "- nothing\n- of use", "epsilon", False),
+    ],
+)  # fmt: skip
+def test_what_the_model_predicts(checkpoints, tmp_path, metadata, markers, yaml, prediction, zero):
+    path = tmp_path / "base.safetensors"
+    save_file(
+        {**load_file(str(checkpoints["sd1"])), **{name: torch.tensor([]) for name in markers}}, str(path), metadata
+    )
+    if yaml is not None:
+        path.with_suffix(".yaml").write_text(yaml)
+    info = FileLender(path).describe()
+    assert (info.prediction_type, info.zero_terminal_snr) == (prediction, zero)
+    assert FileLender(path, v_prediction=True).describe().prediction_type == "v_prediction"
+    assert FileLender(path, v_prediction=False).describe().prediction_type == "epsilon"
+    assert not FileLender(path, zero_terminal_snr=False).describe().zero_terminal_snr
+
+
+def test_a_broken_yaml_beside_the_file_is_named(checkpoints, tmp_path):
+    path = shutil.copy(checkpoints["sd1"], tmp_path / "base.safetensors")
+    path.with_suffix(".yaml").write_text("model: [")
+    with pytest.raises(UserError, match=r"base\.yaml"):
+        FileLender(path).describe()
+
+
+def test_heads_come_from_the_yaml_or_the_metadata(checkpoints, tmp_path):
+    path = tmp_path / "base.safetensors"
+    tensors = load_file(str(checkpoints["sdxl"]))
+    save_file(tensors, str(path), {"lora_trainer.architecture": '{"head_dim": 16, "text_heads": [4, 2]}'})
+    lender = FileLender(path)
+    with lender.borrow() as model:
+        assert model.architecture.unet.heads == (2, 4, 4)
+        assert [shape.heads for shape in model.architecture.text_encoders] == [4, 2]
+    path.with_suffix(".yaml").write_text("model: {params: {network_config: {params: {num_head_channels: 8}}}}")
+    with lender.borrow() as model:
+        assert model.architecture.unet.heads == (4, 8, 8)
+    path.with_suffix(".yaml").write_text("model: {params: {network_config: {params: {num_heads: 5}}}}")
+    with pytest.raises(UserError, match="heads"), lender.borrow():
+        pass
+
+
+@pytest.mark.parametrize("layout", ["ldm", "prefixed", "diffusers"])
+def test_another_vae(checkpoints, tmp_path, layout):
+    other = random_tensors(vae_shapes(32), 7, torch.float32)
+    path = tmp_path / "vae.safetensors"
+    if layout == "diffusers":
+        save_file(reference.vae(other).state_dict(), str(path))
+    else:
+        prefix = "first_stage_model." if layout == "prefixed" else ""
+        save_file(
+            {prefix + name.removeprefix("first_stage_model."): tensor for name, tensor in other.items()}, str(path)
+        )
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    with FileLender(checkpoints["sd1"]).borrow() as model:
+        key, text_key = model.vae_key, model.text_key
+    with FileLender(checkpoints["sd1"], vae=path).borrow() as model, torch.no_grad():
+        assert model.vae_key != key and model.text_key == text_key
+        expected = reference.vae(other).encode(pixels).latent_dist.parameters
+        torch.testing.assert_close(model.encode_images(pixels), expected, atol=1e-5, rtol=1e-5)
+    save_file({"a": torch.zeros(1)}, str(path))
+    with pytest.raises(UserError, match="not a VAE"):
+        FileLender(checkpoints["sd1"], vae=path).describe()
+
+
+def test_names_of_old_and_of_turbo_files(checkpoints, tmp_path):
+    path = tmp_path / "base.safetensors"
+    tensors = load_file(str(checkpoints["sd1"]))
+    save_file({name.replace(".text_model.", "."): tensor for name, tensor in tensors.items()}, str(path))
+    assert FileLender(path).describe().family == "sd1"
+    tensors = load_file(str(checkpoints["sd2"]))
+    tensors = {
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): value
+        for name, value in tensors.items()
+    }
+    save_file(tensors, str(path))
+    with FileLender(path).borrow() as model:
+        assert model.info.family == "sd2"
+
+
+def test_the_hash_is_that_of_the_file(checkpoints):
+    lender = FileLender(checkpoints["sd1"])
+    assert lender.model_hash() == hashlib.sha256(checkpoints["sd1"].read_bytes()).hexdigest()
