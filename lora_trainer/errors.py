@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can put right. Shown as one message, never as a traceback.
@@ -31,3 +34,13 @@ class ConfigError(UserError):
             lines = "\n".join(f"  - {problem}" for problem in problems)
             super().__init__(f"{len(problems)} settings need attention:\n{lines}")
         self.problems = problems
+
+
+@contextmanager
+def concerning(field: str) -> Iterator[None]:
+    """A ``UserError`` raised inside is said to concern this setting, unless it names one itself."""
+    try:
+        yield
+    except UserError as error:
+        error.field = error.field or field
+        raise

@@ -12,13 +12,13 @@ from typing import Any
 
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
-from lora_trainer.adapters.lora_file import read_lora
+from lora_trainer.adapters.lora_file import LoraFile, read_lora
 from lora_trainer.adapters.merge import merge
 from lora_trainer.config import TrainConfig, to_mapping, to_yaml
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.dataset.folder import Dataset, scan
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.checkpoint import FileLender
@@ -98,6 +98,8 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     config = dataclasses.replace(config, output_name=output_name(config))
+    with concerning("init_lora"):
+        initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()
     dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
     for skipped in dataset.skipped:
@@ -109,7 +111,7 @@ def train(
 
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)
-        identity = _identity(config, dataset, model, precision.name)
+        identity = _identity(config, dataset, model, precision.name, initial)
         outputs = Outputs.of(config, fingerprint(identity))
         outputs.refuse_to_overwrite(config.overwrite)
         _save_configuration(config, outputs)
@@ -120,8 +122,8 @@ def train(
             with turn():
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
                 adapters = AdapterSet.build(model.lora_targets(), config)
-            if config.init_lora:
-                for warning in init_from(adapters, read_lora(config.init_lora)):
+            if initial:
+                for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
             if not source.prepare(turn, callbacks, commands):
                 raise StoppedWhileWaiting
@@ -165,7 +167,9 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _identity(config: TrainConfig, dataset: Dataset, model: LentModel, precision: str) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, dataset: Dataset, model: LentModel, precision: str, initial: LoraFile | None
+) -> dict[str, Any]:
     """Everything that decides on the result, by name; two runs that agree in it make the same LoRA."""
     settings = {name: value for name, value in to_mapping(config).items() if name not in _NOT_DECISIVE}
     pictures = [
@@ -177,7 +181,7 @@ def _identity(config: TrainConfig, dataset: Dataset, model: LentModel, precision
         "mixed_precision": precision,
         "pictures": _digest(pictures),
         "base_model": _digest([model.info.family, model.info.prediction_type, model.vae_key, model.text_key]),
-        "init_lora": sha256_file(Path(config.init_lora)) if config.init_lora else None,
+        "init_lora": initial and sha256_file(initial.path),
     }
 
 

@@ -49,20 +49,22 @@ class Outputs:
 
     def checkpoints(self) -> list[Path]:
         """The LoRAs that this run saved on its way, oldest first."""
-        return [path for path in sorted(self.directory.glob("*.safetensors")) if self._is_checkpoint(path)]
+        return [path for path in self._named_as_checkpoints() if self._is_ours(path)]
 
     def refuse_to_overwrite(self, overwrite: bool) -> None:
-        """Raises UserError when a LoRA of this name is there that another run made."""
-        if self.lora.exists() and not overwrite and not self._is_ours(self.lora):
-            raise UserError(
-                f"{self.lora} exists and was not made by this run.",
-                field="output_name",
-                remedy="Choose another output_name or output_dir, or set overwrite: true.",
-            )
+        """Raises UserError when a LoRA of this name is there, finished or saved on the way, that another run made."""
+        for path in () if overwrite else (self.lora, *self._named_as_checkpoints()):
+            if path.exists() and not self._is_ours(path):
+                raise UserError(
+                    f"{path} exists and was not made by this run.",
+                    field="output_name",
+                    remedy="Choose another output_name or output_dir, or set overwrite: true.",
+                )
 
-    def _is_checkpoint(self, path: Path) -> bool:
+    def _named_as_checkpoints(self) -> list[Path]:
         prefix = f"{self.name}-step"
-        return path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit() and self._is_ours(path)
+        files = sorted(self.directory.glob("*.safetensors"))
+        return [path for path in files if path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit()]
 
     def _is_ours(self, path: Path) -> bool:
         try:

@@ -1,0 +1,274 @@
+"""Whole runs on a tiny model: from pictures to files that are right, repeatable and safe."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_trainer.config import from_mapping, load
+from lora_trainer.errors import UserError
+from lora_trainer.run import file_lender, summary, train
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from tests.pictures import draw_dataset
+
+
+class Listener(TrainCallbacks):
+    """Keeps what a run tells, and may act on a step."""
+
+    def __init__(self, on_step=lambda report: None):
+        self.steps, self.warnings, self.phases, self.previews = [], [], [], []
+        self._act = on_step
+
+    def on_step(self, report):
+        self.steps.append(report)
+        self._act(report)
+
+    def on_warning(self, text):
+        self.warnings.append(text)
+
+    def on_phase(self, name, done, total):
+        self.phases.append((name, done, total))
+
+    def on_preview(self, path, step, prompt):
+        self.previews.append(path)
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_base):
+    return {
+        "train_data_dir": str(draw_dataset(tmp_path / "圆 盘 pictures", 5, lambda i: (64, 64) if i % 2 else (96, 64))),
+        "base_model": str(tiny_base),
+        "output_dir": str(tmp_path / "out"),
+        "output_name": "disc",
+        "resolution": 64,
+        "bucket_step": 32,
+        "lora_rank": 4,
+        "batch_size": 2,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "save_precision": "fp32",
+        "tensorboard": False,
+    }
+
+
+def run(settings, listener=None, commands=None, **changes):
+    config = from_mapping({**settings, **changes})
+    return train(config, file_lender(config), callbacks=listener or Listener(), commands=commands)
+
+
+def weights(path):
+    return load_file(str(path))
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_everything_it_promises(settings, tmp_path):
+    listener = Listener()
+    result = run(settings, listener, trigger_word="zwx")
+    out = tmp_path / "out"
+    assert result.status == "finished" and result.step == result.total_steps == len(listener.steps) == 6
+    assert result.lora == out / "disc.safetensors" and result.diffusers == out / "pytorch_lora_weights.safetensors"
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        "disc.safetensors", "disc-step00000002.safetensors", "disc-step00000004.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics] == list(range(1, 7))
+    assert sum(entry["images"] for entry in metrics) == 2 * 5, "no picture is dropped"
+    assert not list(out.rglob("*.tmp"))
+    with safe_open(str(result.lora), "pt") as file:
+        metadata = file.metadata()
+        assert any(file.get_tensor(name).abs().max() > 0 for name in file.keys() if "lora_up" in name)  # noqa: SIM118
+    assert metadata["ss_output_name"] == "disc" and metadata["ss_num_train_images"] == "5"
+    assert metadata["modelspec.trigger_phrase"] == "zwx"
+    assert "<lora:disc:0.8> zwx" in summary(result)
+
+
+def test_the_saved_configuration_runs_again_to_the_same_result(settings, tmp_path):
+    first = run(settings)
+    config = load(tmp_path / "out" / "disc.config.yaml", [f"output_dir={tmp_path / 'again'}"])
+    second = train(config, file_lender(config))
+    assert_same_weights(first.lora, second.lora)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.2},
+    {"flip": True, "random_crop": True, "dropout": 0.2, "rank_dropout": 0.2},
+    {"train_text_encoder": True, "ema_decay": 0.9}, {"gradient_accumulation_steps": 2, "epochs": 3},
+])  # fmt: skip
+def test_stopped_after_any_step_and_resumed_it_is_bit_identical(settings, tmp_path, changes):
+    undisturbed = run(settings, output_dir=str(tmp_path / "undisturbed"), **changes)
+    for _ in range(20):
+        commands = TrainCommands()
+        result = run(settings, Listener(lambda report, c=commands: c.stop_and_save()), commands, **changes)
+        if result.status == "finished":
+            break
+    assert result.step == undisturbed.step
+    assert_same_weights(undisturbed.lora, result.lora)
+
+
+def test_a_finished_run_started_again_trains_no_step_and_says_where_the_file_is(settings):
+    first = run(settings)
+    before = weights(first.lora)
+    first.lora.unlink()
+    listener = Listener()
+    second = run(settings, listener)
+    assert second.status == "finished" and second.lora == first.lora and not listener.steps
+    after = weights(second.lora)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_lora_that_another_run_made_is_not_written_over(settings, tmp_path):
+    first = run(settings)
+    before = first.lora.read_bytes()
+    with pytest.raises(UserError, match="overwrite") as caught:
+        run(settings, seed=7)
+    assert caught.value.field == "output_name" and first.lora.read_bytes() == before
+    foreign = tmp_path / "out" / "mine.safetensors"
+    foreign.write_bytes(b"not even a LoRA")
+    with pytest.raises(UserError, match=r"mine\.safetensors"):
+        run(settings, output_name="mine")
+    assert foreign.read_bytes() == b"not even a LoRA"
+    assert run(settings, seed=7, overwrite=True).lora.read_bytes() != before
+
+
+def test_two_names_in_one_folder_keep_apart(settings, tmp_path):
+    first = run(settings)
+    second = run(settings, output_name="other", seed=7)
+    assert second.diffusers == tmp_path / "out" / "pytorch_lora_weights-other.safetensors"
+    assert weights(first.diffusers).keys() == weights(second.diffusers).keys()
+
+
+def test_continuing_from_a_lora(settings, tmp_path):
+    first = run(settings)
+    second = run(settings, init_lora=str(first.lora), output_name="more", lora_rank=8, max_train_steps=1)
+    name = next(name for name in weights(first.lora) if name.endswith("lora_down.weight"))
+    assert weights(second.lora)[name].shape[0] == 8
+    with pytest.raises(UserError, match="init_lora"):
+        run(settings, init_lora=str(tmp_path / "none.safetensors"), output_name="x")
+
+
+def test_old_checkpoints_are_let_go(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    foreign = tmp_path / "out" / "disc-stepping.safetensors"
+    foreign.write_bytes(b"somebody else's")
+    run(settings, save_steps=1, keep_checkpoints=2)
+    steps = sorted(path.stem[-1] for path in (tmp_path / "out").glob("disc-step0*.safetensors"))
+    assert steps == ["4", "5"] and foreign.read_bytes() == b"somebody else's"
+
+
+def test_a_foreign_checkpoint_is_not_written_over(settings, tmp_path):
+    (tmp_path / "out").mkdir()
+    foreign = tmp_path / "out" / "disc-step00000002.safetensors"
+    foreign.write_bytes(b"somebody else's")
+    with pytest.raises(UserError, match="step00000002"):
+        run(settings)
+    assert foreign.read_bytes() == b"somebody else's"
+
+
+def test_previews_without_a_webui(settings):
+    listener = Listener()
+    run(settings, listener, preview_prompts=["a red disc"], save_steps=3)
+    assert listener.previews and all(path.stat().st_size > 100 for path in listener.previews)
+
+
+def test_unusable_pictures_are_left_out_with_a_word(settings, tmp_path):
+    folder = tmp_path / "圆 盘 pictures"
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    listener = Listener()
+    assert run(settings, listener).status == "finished"
+    assert any("broken.png" in warning for warning in listener.warnings)
+
+
+def test_no_caption_at_all_names_the_picture(settings, tmp_path):
+    draw_dataset(tmp_path / "bare", 2, caption=lambda index: None)
+    with pytest.raises(UserError, match="disc 0"):
+        run(settings, train_data_dir=str(tmp_path / "bare"))
+    assert run(settings, train_data_dir=str(tmp_path / "bare"), trigger_word="zwx").status == "finished"
+
+
+def test_merged_into_the_base(settings, tmp_path, tiny_base):
+    result = run(settings, merge_into_base=str(tmp_path / "merged.safetensors"))
+    base, merged = weights(tiny_base), weights(result.merged)
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert base.keys() == merged.keys() and changed
+    assert all("transformer_blocks" in name or "proj_" in name for name in changed)
+
+
+def test_a_damaged_cache_is_made_anew(settings, tmp_path):
+    first = run(settings)
+    files = sorted((tmp_path / "out" / "cache").rglob("*.cache"))
+    for path in random.Random(0).sample(files, 4):
+        path.write_bytes(path.read_bytes()[:100])
+    second = run(settings, output_name="second")
+    assert_same_weights(first.lora, second.lora)
+
+
+def test_pictures_that_changed_are_encoded_again(settings, tmp_path):
+    first = run(settings)
+    shutil.copy(tmp_path / "圆 盘 pictures" / "disc 01.png", tmp_path / "圆 盘 pictures" / "disc 03.png")
+    second = run(settings, output_name="second")
+    one, other = weights(first.lora), weights(second.lora)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_it_is_bit_identical(settings, tmp_path):
+    """SIGKILL twenty times, at random moments of loading, encoding, training and saving."""
+    if not hasattr(os, "fork"):
+        pytest.skip("kills forked children")
+    undisturbed = run(settings, output_dir=str(tmp_path / "undisturbed"), epochs=12, save_steps=1)
+    script = tmp_path / "killer.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, random, signal, sys, time
+            from pathlib import Path
+            from safetensors import safe_open
+            from lora_trainer.config import from_mapping
+            from lora_trainer.run import file_lender, train
+
+            config = from_mapping(json.loads(sys.argv[1]))
+            out, dice, kills = Path(config.output_dir), random.Random(1), 0
+            while True:
+                child = os.fork()
+                if not child:
+                    train(config, file_lender(config))
+                    os._exit(0)
+                if kills < 20:
+                    time.sleep(dice.uniform(0.02, 1.2))
+                    os.kill(child, signal.SIGKILL)
+                status = os.waitpid(child, 0)[1]
+                for path in out.rglob("*.safetensors"):  # whatever is visible is whole
+                    with safe_open(str(path), "pt") as file:
+                        [file.get_tensor(name) for name in file.keys()]
+                if status == 0:
+                    break
+                kills += os.WIFSIGNALED(status)
+            print("killed", kills)
+            """
+        )
+    )
+    arguments = json.dumps({**settings, "epochs": 12, "save_steps": 1})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = subprocess.run(
+        [sys.executable, script, arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "killed" in output.stdout, output.stderr
+    assert_same_weights(undisturbed.lora, tmp_path / "out" / "disc.safetensors")
