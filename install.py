@@ -75,5 +75,5 @@ def tail(text, lines=15):
 
 try:
     main(sys.argv[1:])
-except Exception as error:  # the WebUI must start whatever happens here
+except Exception as error:  # noqa: BLE001 - the WebUI must start whatever happens here
     print(f"{NAME}: install.py failed: {type(error).__name__}: {error}", flush=True)

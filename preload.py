@@ -6,5 +6,5 @@ def preload(parser):
         "--lora-trainer-dir",
         type=str,
         default=None,
-        help="folder for the LoRA trainer's data sets, jobs, states and logs (default: lora_trainer in the data folder)",
+        help="folder for the LoRA trainer's data sets, jobs and logs (default: lora_trainer in the data folder)",
     )

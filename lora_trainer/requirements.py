@@ -10,6 +10,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_trainer.errors import UserError
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -124,6 +126,15 @@ def problem() -> str | None:
         reason = " ".join(str(error).split())[:300]
         return f"diffusers is installed but cannot be imported ({type(error).__name__}: {reason}). {remedy()}"
     return None
+
+
+def problem_after(error: Exception) -> str:
+    """Why something of ours failed, as a sentence: packages first, because they are the usual reason."""
+    if (known := problem()) is not None:
+        return known
+    if isinstance(error, UserError):
+        return str(error)
+    return f"The LoRA trainer could not start ({type(error).__name__}: {error}). The console has the details."
 
 
 def remedy() -> str:

@@ -35,7 +35,7 @@ class Turns:
     """
 
     def __init__(self, lock: Lock, waiting: Callable[[], bool], taken: Callable[[], bool]):
-        self._lock, self._waiting, self._taken = lock, waiting, taken
+        self.lock, self._waiting, self._taken = lock, waiting, taken
         self._owner: int | None = None  # thread that has the lock through us
         self._open_at = 0.0
 
@@ -54,7 +54,7 @@ class Turns:
             yield
             return
         self._leave_room()
-        self._lock.acquire()
+        self.lock.acquire()
         self._owner = threading.get_ident()
         try:
             with rng_kept():
@@ -62,7 +62,7 @@ class Turns:
         finally:
             self._owner = None
             somebody_waits = self._waiting()
-            self._lock.release()
+            self.lock.release()
             if somebody_waits:
                 self._let_in()
             self._open_at = time.monotonic() + ROOM_SECONDS

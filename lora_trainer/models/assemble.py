@@ -20,6 +20,7 @@ from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linea
 from lora_trainer.models.targets import text_targets, unet_targets
 from lora_trainer.models.tokenizer import Tokenizer
 
+PARTS = ("unet", "vae", "text_encoders")
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
 
 _checkpoint = partial(checkpoint, use_reentrant=False)
@@ -104,13 +105,26 @@ class DiffusionModel:
 
     # Weights ------------------------------------------------------------------------------------------------------
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Bind all weights again, after the lender moved them. What was released is not asked for.
+    def bind(self, tensors: Mapping[str, Tensor], parts: Sequence[str] = PARTS, move: bool = True) -> None:
+        """Bind the weights of these parts again, after the lender moved them. What was released is not asked for.
 
         Parts of the model stay the same module objects, so that attached adapters stay attached.
+
+        move: bring what lies elsewhere to ``device``. A lender who does that himself, when a part is about to run,
+        has it bound where it lies.
         """
-        for binding in self._bindings():
-            binding.bind(tensors, self.device)
+        bindings = dict(zip(PARTS, (self._unet_bindings, self._vae_bindings, self._text_bindings)))
+        for part in parts:
+            for binding in bindings[part]:
+                binding.bind(tensors, self.device if move else None)
+
+    def compute_on(self, device: torch.device) -> None:
+        """Compute there from now on; the lender sees to it that the weights are there when they are needed."""
+        self.device = device
+        for encoder in self.text_encoders:
+            for module in encoder.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(device)
 
     def bound(self) -> dict[str, Tensor]:
         """Diffusers or transformers name -> the parameter bound to it."""
@@ -136,9 +150,6 @@ class DiffusionModel:
                 raise ValueError(f"no part is called {part!r}")
             for binding in released:
                 binding.unbind()
-
-    def _bindings(self) -> list[Binding]:
-        return [*self._unet_bindings, *self._vae_bindings, *self._text_bindings]
 
     # Pictures -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,109 @@
+"""Pictures by A1111's own sampler, without a trace in anything that belongs to the user."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_trainer.errors import UserError
+from lora_trainer.host.a1111_loras import HostLoras
+from lora_trainer.host.base import PreviewRequest
+
+_TEST_STEPS = 4
+
+
+def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest) -> Image.Image:
+    """One picture. Call it in a turn.
+
+    The LoRA gets a name that was never used before, because weights and encoded prompts are kept by name.
+    """
+    name = f"lora-trainer-preview-{uuid.uuid4().hex}"
+    if request.lora is not None and loras.networks is None:
+        raise UserError("The WebUI's builtin Lora extension is disabled.", remedy="Switch it on to see previews.")
+    prompt = request.prompt
+    if request.lora is not None:
+        prompt += f" <lora:{name}:{request.lora_weight:g}>"
+    with _state_kept(webui), loras.registered(name, request.lora) if request.lora is not None else nullcontext():
+        p = webui.processing.StableDiffusionProcessingTxt2Img(
+            sd_model=webui.shared.sd_model,
+            prompt=prompt,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            width=request.width // 8 * 8,
+            height=request.height // 8 * 8,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+            sampler_name="Euler",
+            do_not_save_samples=True,
+            do_not_save_grid=True,
+            # The settings page sets the option before it waits for its turn, and drawing loads what it says.
+            override_settings={"sd_model_checkpoint": checkpoint.title, "sd_lora": "None"},
+        )
+        p.cached_c, p.cached_uc = [None, None], [None, None]  # not the ones that all other runs share
+        try:
+            with closing(p):
+                images = webui.processing.process_images(p).images
+            used = request.lora is None or any(net.name == name for net in loras.networks.loaded_networks)
+        finally:
+            loaded = webui.sd_models.model_data.sd_model
+            if loaded is not None:
+                loras.take_out(loaded)
+        if webui.shared.state.interrupted or webui.shared.state.stopping_generation or not images:
+            raise UserError("The preview was interrupted in the WebUI.")
+        if not used:
+            raise UserError("The WebUI drew the preview without the LoRA.", remedy="Look into the WebUI's console.")
+        return images[0].convert("RGB")
+
+
+def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
+    """See ``Host.verify``. Call it in a turn."""
+    sd_model = webui.shared.sd_model
+    if loras.networks is None or sd_model is None:
+        return "The LoRA was not checked in the WebUI: it has no Lora extension or no model loaded."
+    missing = loras.unmatched(lora)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        loaded = sd_model.sd_checkpoint_info.name_for_extra
+        return f"The loaded model {loaded} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
+    side = 512 if getattr(sd_model, "is_sdxl", False) else 256
+    request = {"prompt": prompt, "width": side, "height": side, "steps": _TEST_STEPS, "seed": 1}
+    checkpoint = sd_model.sd_checkpoint_info
+    without = draw(webui, loras, checkpoint, PreviewRequest(**request))
+    with_lora = draw(webui, loras, checkpoint, PreviewRequest(**request, lora=lora))
+    if np.array_equal(np.asarray(without), np.asarray(with_lora)):
+        return "The LoRA changes nothing in a test picture; it may have been trained too briefly."
+    return None
+
+
+@contextmanager
+def _state_kept(webui: Any) -> Iterator[None]:
+    """What a generation leaves behind in the WebUI is afterwards as it was before."""
+    state, options = webui.shared.state, webui.shared.cmd_opts
+    fields = {key: value for key, value in vars(state).items() if not key.startswith("_")}
+    no_history = getattr(options, "no_prompt_history", False)
+    schedules = {}
+    loaded = webui.sd_models.model_data.sd_model
+    if loaded is not None:
+        schedules[loaded] = getattr(loaded, "alphas_cumprod", None)
+    options.no_prompt_history = True  # params.txt holds the user's last prompt
+    for flag in ("interrupted", "skipped", "stopping_generation"):
+        setattr(state, flag, False)
+    try:
+        yield
+    finally:
+        options.no_prompt_history = no_history
+        for key in list(vars(state)):
+            if not key.startswith("_") and key not in fields:
+                delattr(state, key)
+        for key, value in fields.items():
+            setattr(state, key, value)
+        state.current_latent = None
+        for model, schedule in schedules.items():
+            if schedule is not None:
+                model.alphas_cumprod = schedule

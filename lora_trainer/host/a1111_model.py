@@ -1,0 +1,147 @@
+"""Reading the Stable Diffusion that A1111 has loaded: its tensors by single-file names, and whether it can be lent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.architecture import Architecture, Hints
+from lora_trainer.models.detect import detect
+from lora_trainer.models.header import read_header
+from lora_trainer.models.hints import file_hints, merged
+from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+_FIELD = "base_model"
+
+
+class HostModel:
+    """One ``sd_model`` object of the WebUI. Holds its modules, never its tensors: those may be replaced any time."""
+
+    def __init__(self, sd_model: Any):
+        self.sd_model = sd_model
+        self._slots = list(_slots(sd_model))
+
+    @property
+    def roots(self) -> dict[str, nn.Module]:
+        """The parts by the names that a lent model gives them."""
+        model = self.sd_model
+        return {"unet": model.model, "vae": model.first_stage_model, "text_encoders": _text_root(model)}
+
+    def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
+        """Single-file name -> the very tensor that the WebUI computes with, of these parts of the model.
+
+        Where weights are stored in fp8, the WebUI's own fp16 copy of them.
+        """
+        found = {}
+        for part, name, module, attribute in self._slots:
+            if part in parts:
+                value = getattr(module, f"fp16_{attribute}", None)
+                found[name] = module._parameters[attribute] if value is None else value
+        return found
+
+    def device(self, part: str) -> torch.device:
+        return next(self.roots[part].parameters()).device
+
+    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Architecture:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
+
+    def hints(self) -> Hints:
+        """What shapes do not tell, from the host's modules; what predicts v from the file as well, because A1111
+        does not know the marker that newer SDXL files carry."""
+        unet = self.sd_model.model.diffusion_model
+        heads, head_dim = getattr(unet, "num_heads", -1), getattr(unet, "num_head_channels", -1)
+        path = Path(self.sd_model.sd_checkpoint_info.filename)
+        header = read_header(path) if path.suffix.lower() == ".safetensors" and path.is_file() else None
+        from_file = file_hints(path, header.shapes, header.metadata) if header else Hints()
+        from_host = Hints(
+            num_heads=heads if heads and heads > 0 else None,
+            head_dim=head_dim if head_dim and head_dim > 0 else None,
+            text_heads=tuple(_text_heads(encoder) for _, encoder in _text_encoders(self.sd_model)),
+            prediction_type="v_prediction" if getattr(self.sd_model, "parameterization", "eps") == "v" else None,
+        )
+        return merged(from_file, from_host)
+
+    def tokenizer(self) -> Tokenizer:
+        """CLIP's, from the host when it has a transformers one. A copy: ours sets another maximal length."""
+        for _, encoder in _text_encoders(self.sd_model):
+            tokenizer = getattr(encoder, "tokenizer", None)
+            if hasattr(tokenizer, "bos_token_id"):
+                return Tokenizer(copy.deepcopy(tokenizer))
+        return load_tokenizer()
+
+
+def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
+    """Raises UserError when this model, or the way in which the WebUI runs it, does not let it be trained."""
+    name = sd_model.sd_checkpoint_info.name_for_extra
+    if webui.shared.cmd_opts.lowvram:
+        raise UserError(
+            "With --lowvram the model never lies in video memory as a whole, so it cannot be trained.",
+            remedy="Start the WebUI with --medvram instead.",
+        )
+    if webui.sd_unet.current_unet is not None:
+        raise UserError(
+            f"The WebUI draws with the accelerated UNet {webui.sd_unet.current_unet.option.label!r}, which cannot be "
+            "trained.",
+            field=_FIELD,
+            remedy='Set "SD Unet" to None in the settings.',
+        )
+    if getattr(sd_model, "is_sd3", False):
+        raise UserError(
+            f"{name} is Stable Diffusion 3.", field=_FIELD, remedy="Choose a Stable Diffusion 1.x, 2.x or SDXL model."
+        )
+    if getattr(sd_model.model, "conditioning_key", "crossattn") in ("hybrid", "concat"):
+        raise UserError(
+            f"{name} is an inpainting, depth or edit model, which cannot be trained here.",
+            field=_FIELD,
+            remedy="Choose the model that it was made from.",
+        )
+    if webui.devices.fp8 and not any(hasattr(module, "fp16_weight") for module in sd_model.model.modules()):
+        raise UserError(
+            "The WebUI keeps the model's weights in fp8, which is too coarse to train on.",
+            field=_FIELD,
+            remedy='Set "FP8 weight" to Disable in the settings, or switch on "Cache FP16 weight for LoRA".',
+        )
+
+
+def _slots(sd_model: Any) -> Iterator[tuple[str, str, nn.Module, str]]:
+    """(part, single-file name, module, attribute) of every parameter that a lent model is made of."""
+    parts = [("unet", UNET, sd_model.model.diffusion_model), ("vae", VAE, sd_model.first_stage_model)]
+    parts += [("text_encoders", prefix, encoder) for prefix, encoder in _text_encoders(sd_model)]
+    for part, prefix, root in parts:
+        for path, module in root.named_modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    # The WebUI wraps token embeddings, to put textual inversions in.
+                    names = [step for step in path.split(".") if step and step != "wrapped"]
+                    yield part, prefix + ".".join([*names, attribute]), module, attribute
+
+
+def _text_root(sd_model: Any) -> nn.Module:
+    return sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
+
+
+def _text_encoders(sd_model: Any) -> list[tuple[str, nn.Module]]:
+    """Name prefix and module of each text encoder, out of the WebUI's wrapping."""
+    if not hasattr(sd_model, "conditioner"):
+        return [("cond_stage_model.", _unwrapped(sd_model.cond_stage_model))]
+    encoders = [(f"conditioner.embedders.{i}.", _unwrapped(e)) for i, e in enumerate(sd_model.conditioner.embedders)]
+    # The others turn picture sizes into vectors.
+    return [(prefix, it) for prefix, it in encoders if hasattr(it, "transformer") or hasattr(it, "model")]
+
+
+def _unwrapped(module: Any) -> Any:
+    return getattr(module, "wrapped", module)
+
+
+def _text_heads(encoder: Any) -> int:
+    if hasattr(encoder, "model"):  # open_clip
+        return encoder.model.transformer.resblocks[0].attn.num_heads
+    return encoder.transformer.config.num_attention_heads

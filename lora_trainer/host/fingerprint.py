@@ -1,0 +1,62 @@
+"""Noticing what a host did to its weights while it was not our turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SAMPLES = 64  # values looked at per tensor: merged LoRAs and other checkpoints differ nearly everywhere
+
+Place = tuple[int, int, str, torch.dtype, int]
+
+
+def place(tensor: Tensor) -> Place:
+    """Object, address, device, number format and write counter of a tensor: cheap, and equal only if nobody wrote."""
+    version = 0 if tensor.is_inference() else tensor._version  # inference tensors count no writes
+    return id(tensor), tensor.data_ptr(), str(tensor.device), tensor.dtype, version
+
+
+class Fingerprint:
+    """Where a model's tensors were and what was in them, when they were last known to be right."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._places: dict[str, Place] = {}
+        self._contents = contents(tensors, tensors)
+        self.settle(tensors)
+
+    def moved(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tensors that are not where they were, or were written to."""
+        return [name for name, tensor in tensors.items() if self._places.get(name) != place(tensor)]
+
+    def altered(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+        """Those of ``names`` whose number format or values are not what they were."""
+        return [name for name, content in contents(tensors, names).items() if self._contents.get(name) != content]
+
+    def settle(self, tensors: Mapping[str, Tensor]) -> None:
+        """These are the right places from now on."""
+        self._places = {name: place(tensor) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def contents(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Number format and evenly spread values of each tensor, fetched from a device in one go."""
+    names = list(names)
+    samples = []
+    for name in names:
+        flat = tensors[name].detach().reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float())
+    if not samples:
+        return {}
+    # A device is asked once, not once a tensor. Tensors of one model may lie on several.
+    devices = {sample.device for sample in samples}
+    found: dict[str, tuple[torch.dtype, bytes]] = {}
+    for device in devices:
+        here = [(name, sample) for name, sample in zip(names, samples) if sample.device == device]
+        values = torch.cat([sample for _, sample in here]).cpu().numpy()
+        ends = np.cumsum([len(sample) for _, sample in here])
+        for (name, _), part in zip(here, np.split(values, ends[:-1])):
+            found[name] = tensors[name].dtype, part.tobytes()
+    return found

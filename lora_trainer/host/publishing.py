@@ -1,0 +1,73 @@
+"""Putting a LoRA into a folder that a WebUI lists: the file, its card and its picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_path, atomic_write, safe_name_problem
+from lora_trainer.host.base import Card
+
+_RESERVED = {"none", "addams"}  # names that the WebUIs' Lora extension never finds by themselves
+
+
+def place_lora(
+    lora: Path, folder: Path, name: str, card: Card, *, taken: Collection[str] = (), overwrite: bool = False
+) -> Path:
+    """Copy ``lora`` to ``folder/name.safetensors``, with ``name.json`` and ``name.preview.png`` beside it.
+
+    Each file appears whole or not at all; the LoRA itself comes last, so that it is never seen without its card.
+    taken: names in use anywhere below the folder: the picker knows a LoRA by its name alone.
+    Fields of an earlier card that ours does not fill (a person's, say) are kept.
+
+    Raises:
+        UserError: naming ``output_name`` when it cannot be a name, or is taken and not ``overwrite``; or the folder
+            cannot be written.
+    """
+    problem = safe_name_problem(name) or ("the WebUI keeps it for itself" if name.casefold() in _RESERVED else None)
+    if problem:
+        raise UserError(f"{name!r} cannot be a name: {problem}.", field="output_name", remedy="Choose another name.")
+    path, json_path, picture = (folder / f"{name}{end}" for end in (".safetensors", ".json", ".preview.png"))
+    if not overwrite and (
+        name.casefold() in {other.casefold() for other in taken} or any(p.exists() for p in (path, json_path, picture))
+    ):
+        raise UserError(
+            f"There is a LoRA {name} already.", field="output_name", remedy="Choose another name, or allow overwriting."
+        )
+    if not path.exists() and (elsewhere := next(iter(sorted(folder.rglob(f"{name}.safetensors"))), None)):
+        path = elsewhere  # to be overwritten where it lies
+        json_path, picture = (path.with_name(f"{name}{end}") for end in (".json", ".preview.png"))
+    if card.thumbnail is not None:
+        with atomic_path(picture) as temporary:
+            card.thumbnail.save(temporary, format="PNG")
+    fields = _existing_card(json_path) | card_fields(card)
+    atomic_write(json_path, json.dumps(fields, ensure_ascii=False, indent=4))
+    if lora.resolve() != path.resolve():
+        with atomic_path(path) as temporary:
+            shutil.copyfile(lora, temporary)
+    return path
+
+
+def card_fields(card: Card) -> dict[str, Any]:
+    """The card as the WebUIs' user-metadata files have it."""
+    fields = {
+        "description": card.description,
+        "sd version": card.sd_version,
+        "activation text": card.activation_text,
+        "preferred weight": card.preferred_weight,
+        "negative text": card.negative_text,
+        "notes": card.notes,
+    }
+    return {key: value for key, value in fields.items() if value != ""}
+
+
+def _existing_card(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,59 @@
+"""What a WebUI's command line and settings say to us. A1111 and Forge agree in all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.errors import UserError
+from lora_trainer.host.base import AccessPolicy
+
+FOLDERS_OPTION = "lora_trainer_folders"
+
+
+class Settings:
+    """The WebUI's ``opts``, asked so that options nobody registered have their default."""
+
+    def __init__(self, opts: Any):
+        self._opts = opts
+
+    def get(self, key: str, default: object) -> object:
+        return getattr(self._opts, key, default)
+
+
+def data_folder(options: Any, data_path: Path, lora: Path | None) -> Path:
+    """``--lora-trainer-dir``, by default ``lora_trainer`` in the WebUI's data folder.
+
+    Raises:
+        UserError: it lies in the LoRA folder, where the WebUI would list training states as LoRAs.
+    """
+    chosen = getattr(options, "lora_trainer_dir", None)
+    folder = Path(chosen).expanduser() if chosen else data_path / "lora_trainer"
+    folder = folder.resolve()
+    if lora is not None and (folder == lora.resolve() or lora.resolve() in folder.parents):
+        raise UserError(
+            f"--lora-trainer-dir {folder} lies in the LoRA folder.", remedy="Choose a folder outside of it."
+        )
+    return folder
+
+
+def access_policy(options: Any, folders: str) -> AccessPolicy:
+    """Who may do what from outside.
+
+    folders: one path a line, the server's folders that callers of a WebUI reachable from elsewhere may name.
+    """
+    credentials = None
+    if getattr(options, "api_auth", None):
+        pairs = (pair.partition(":") for pair in options.api_auth.split(","))
+        credentials = {user: password for user, _, password in pairs}
+    roots = None
+    if is_reachable_from_elsewhere(options):
+        roots = tuple(Path(line.strip()).expanduser().resolve() for line in folders.splitlines() if line.strip())
+    return AccessPolicy(credentials, roots, bool(getattr(options, "hide_ui_dir_config", False)))
+
+
+def is_reachable_from_elsewhere(options: Any) -> bool:
+    if any(getattr(options, name, None) for name in ("share", "listen", "ngrok", "server_name", "webui_is_non_local")):
+        return True
+    # Without its page the WebUI gives uvicorn no address to bind, which then takes all.
+    return bool(getattr(options, "nowebui", False))
