@@ -71,8 +71,10 @@ def _initialize(adapter: Adapter, weights: ModuleWeights) -> bool:
     approximated = False
     if not isinstance(adapter, LoraAdapter):
         _copy_same_kind(adapter, weights)
-    elif weights.kind == "lora" and "lora_mid.weight" not in weights.tensors and (
-        weights.dora_scale is None or adapter.dora_scale is not None
+    elif (
+        weights.kind == "lora"
+        and "lora_mid.weight" not in weights.tensors
+        and (weights.dora_scale is None or adapter.dora_scale is not None)
     ):
         approximated = _copy_low_rank(adapter, weights)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class ModuleWeights:
         return algebra.decompose(weight, delta, dora_scale) - weight
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(tensor.float()).all()) for tensor in self.tensors.values())
+        tensors_finite = all(bool(torch.isfinite(tensor.float()).all()) for tensor in self.tensors.values())
+        return tensors_finite and (self.alpha is None or math.isfinite(self.alpha))
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,11 @@ def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict
         raise problem("have an alpha that is not one number")
     if any(not tensor.is_floating_point() or not tensor.numel() for tensor in tensors.values()):
         raise problem("are empty or no fractional numbers")
-    kinds = {"lora" if key.startswith("lora_") else "loha" if key.startswith("hada") else "lokr"
-             for key in tensors if key != "dora_scale"}
+    kinds = {
+        "lora" if key.startswith("lora_") else "loha" if key.startswith("hada") else "lokr"
+        for key in tensors
+        if key != "dora_scale"
+    }
     if len(kinds) != 1:
         raise problem("are incomplete or of several kinds")
     kind = kinds.pop()

@@ -102,7 +102,7 @@ def _check_family(lora: LoraFile, family: str | None) -> None:
 
 
 def family_of(metadata: dict[str, str]) -> str | None:
-    """"sd1", "sd2" or "sdxl" by a LoRA's ``ss_base_model_version``; None if it does not say, "other" for others."""
+    """ "sd1", "sd2" or "sdxl" by a LoRA's ``ss_base_model_version``; None if it does not say, "other" for others."""
     version = metadata.get("ss_base_model_version", "")
     if not version:
         return None

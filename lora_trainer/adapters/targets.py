@@ -57,9 +57,7 @@ def select_targets(
     if conv_rank and not named_convs:
         chosen.update(index for index, target in enumerate(targets) if target.group in CONV_GROUPS)
     if not chosen:
-        raise UserError(
-            "no layer would learn.", field=field, remedy=f"Name at least one group: {', '.join(GROUPS)}."
-        )
+        raise UserError("no layer would learn.", field=field, remedy=f"Name at least one group: {', '.join(GROUPS)}.")
     return [target for index, target in enumerate(targets) if index in chosen]
 
 
@@ -84,10 +82,13 @@ def _names(pattern: str, target: Target) -> bool:
     """Whether ``pattern`` is a run of whole parts of the target's dotted or kohya name."""
     translate = _UNET_NAMES if target.part == "unet" else _TEXT_ENCODER_NAMES
     parts = [translate.get(part, part) for part in pattern.split(".") if part]
-    dotted, kohya = ".".join(parts), "_".join(parts)
-    return bool(parts) and (
-        f".{dotted}." in f".{target.diffusers_name}." or f"_{kohya}_" in f"_{target.kohya_name}_"
-    )
+    if not parts:
+        return False
+    if f".{'.'.join(parts)}." in f".{target.diffusers_name}.":
+        return True
+    # One word alone is no kohya name: "to" would be a part of every to_q.
+    kohya = "_".join(parts)
+    return "_" in kohya and f"_{kohya}_" in f"_{target.kohya_name}_"
 
 
 def _unknown(pattern: str, targets: Iterable[Target]) -> str:

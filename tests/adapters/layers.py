@@ -79,11 +79,17 @@ def unet_targets() -> list[FakeTarget]:
 def text_targets() -> list[FakeTarget]:
     targets = []
     for layer in range(2):
-        for name, group in (("self_attn.q_proj", "attention"), ("self_attn.v_proj", "attention"), ("mlp.fc1", "feed_forward")):
+        for name, group in (
+            ("self_attn.q_proj", "attention"),
+            ("self_attn.v_proj", "attention"),
+            ("mlp.fc1", "feed_forward"),
+        ):
             path = f"text_model.encoder.layers.{layer}.{name}"
             target = _target(path, group, None, nn.Linear(8, 8))
             kohya = "lora_te_" + path.replace(".", "_")
-            targets.append(replace(target, kohya_name=kohya, diffusers_name=f"text_encoder.{path}", part="text_encoder"))
+            targets.append(
+                replace(target, kohya_name=kohya, diffusers_name=f"text_encoder.{path}", part="text_encoder")
+            )
     return targets
 
 

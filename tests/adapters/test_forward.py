@@ -143,13 +143,19 @@ def test_loha_by_definition():
     randomize(adapter)
     t = adapter.export()
     assert {k: tuple(v.shape) for k, v in t.items()} == {
-        "hada_w1_a": (20, 3), "hada_w1_b": (3, 108), "hada_w2_a": (20, 3), "hada_w2_b": (3, 108), "alpha": (),
-    }  # fmt: skip
+        "hada_w1_a": (20, 3),
+        "hada_w1_b": (3, 108),
+        "hada_w2_a": (20, 3),
+        "hada_w2_b": (3, 108),
+        "alpha": (),
+    }
     expected = torch.zeros(20, 108)
     for i in range(20):
         for j in range(108):
             expected[i, j] = (t["hada_w1_a"][i] @ t["hada_w1_b"][:, j]) * (t["hada_w2_a"][i] @ t["hada_w2_b"][:, j])
-    torch.testing.assert_close(adapter.delta_weight().detach(), (expected * 2 / 3).view(20, 12, 3, 3), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        adapter.delta_weight().detach(), (expected * 2 / 3).view(20, 12, 3, 3), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("lokr", 1 / 2), ("lokr_full", 1.0)])
@@ -175,9 +181,18 @@ def test_lokr_by_definition(kind, scale, layer_kind):
 @pytest.mark.parametrize(
     ("dimension", "factor", "expected"),
     # The table in LyCORIS's own documentation of this function.
-    [(127, -1, (1, 127)), (128, -1, (8, 16)), (250, -1, (10, 25)), (360, 8, (8, 45)), (512, 16, (16, 32)),
-     (1024, 4, (4, 256)), (250, 4, (2, 125)), (320, -1, (16, 20)), (1280, 2048, (32, 40))],
-)  # fmt: skip
+    [
+        (127, -1, (1, 127)),
+        (128, -1, (8, 16)),
+        (250, -1, (10, 25)),
+        (360, 8, (8, 45)),
+        (512, 16, (16, 32)),
+        (1024, 4, (4, 256)),
+        (250, 4, (2, 125)),
+        (320, -1, (16, 20)),
+        (1280, 2048, (32, 40)),
+    ],
+)
 def test_factorize(dimension, factor, expected):
     assert factorize(dimension, factor) == expected
 
