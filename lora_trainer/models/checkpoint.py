@@ -13,6 +13,8 @@ from lora_trainer.files import sha256_file
 from lora_trainer.models.architecture import Architecture, Hints
 from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelInfo
+from lora_trainer.models.binding import build_unet
+from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.detect import UNET, detect
 from lora_trainer.models.folder import add_vae_file, read_folder
 from lora_trainer.models.hints import file_hints
@@ -60,7 +62,10 @@ class FileLender:
         self._hash: str | None = None
 
     def describe(self) -> ModelInfo:
-        """Reads only the table of contents of a .safetensors; a .ckpt has none and is read whole."""
+        """Reads only the table of contents of a .safetensors; a .ckpt has none and is read whole.
+
+        An SD 2 file that does not say what it predicts is asked: its UNet runs once, on 8x8 latents.
+        """
         if self._described is None:
             self._open()
         return self._described[0]
@@ -107,15 +112,38 @@ class FileLender:
         architecture = detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints)
         if architecture.vae is None:
             raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
-        self._described = (self._info(architecture, hints), architecture)
+        if self._described is None:
+            self._described = (self._info(tensors, architecture, hints), architecture)
         return tensors
 
-    def _info(self, architecture: Architecture, hints: Hints) -> ModelInfo:
-        prediction = hints.prediction_type or "epsilon"
+    def _info(self, tensors: Tensors, architecture: Architecture, hints: Hints) -> ModelInfo:
+        prediction = hints.prediction_type
         if self._v_prediction is not None:
             prediction = "v_prediction" if self._v_prediction else "epsilon"
+        elif prediction is None:
+            prediction = (
+                "v_prediction" if architecture.family == "sd2" and predicts_v(tensors, architecture) else "epsilon"
+            )
         zero = bool(hints.zero_terminal_snr) if self._zero_terminal_snr is None else self._zero_terminal_snr
         return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero)
+
+
+@torch.no_grad()
+def predicts_v(tensors: Tensors, architecture: Architecture) -> bool:
+    """Whether an SD 2 UNet predicts v. Shapes do not tell.
+
+    At the noisiest step, latents of 0.5 are all noise to a model that predicts noise, and it answers with them; one
+    that predicts v answers with the negative picture that it sees in them. The test and its threshold are those of
+    the WebUI (``is_using_v_parameterization_for_sd2``).
+    """
+    unet, bindings = build_unet(architecture.unet)
+    cast_layers(unet, torch.float32)
+    for binding in bindings:
+        binding.bind(tensors, None)
+    latents = torch.full((1, 4, 8, 8), 0.5)
+    context = torch.zeros(1, 2, architecture.unet.context_dim)
+    answer = unet.eval()(latents, torch.tensor([999]), encoder_hidden_states=context, return_dict=False)[0]
+    return (answer - latents).mean().item() < -1
 
 
 def single_file(source: Source) -> Tensors:

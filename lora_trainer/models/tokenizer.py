@@ -73,7 +73,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     try:
         # A path to an existing folder is never looked up on the network.
         return Tokenizer(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
-    except Exception as error:  # noqa: BLE001 -- the tokenizers library raises plain Exception for damaged files
+    except Exception as error:  # the tokenizers library raises plain Exception for damaged files
         raise UserError(f"The tokenizer in {folder} cannot be read: {error}.") from error
 
 

@@ -18,15 +18,18 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.header import read_header
+from tests.models import reference
 from tests.tiny import (
     SD1,
     SD2,
     SDXL,
     open_clip_shapes,
+    random_tensors,
     sd1_shapes,
     sd2_shapes,
     sdxl_shapes,
     tiny_sd1,
+    tiny_sd2,
     unet_shapes,
     vae_shapes,
 )
@@ -311,15 +314,14 @@ def test_heads_come_from_the_yaml_or_the_metadata(checkpoints, tmp_path):
     path = tmp_path / "base.safetensors"
     tensors = load_file(str(checkpoints["sdxl"]))
     save_file(tensors, str(path), {"lora_trainer.architecture": '{"head_dim": 16, "text_heads": [4, 2]}'})
-    lender = FileLender(path)
-    with lender.borrow() as model:
+    with FileLender(path).borrow() as model:
         assert model.architecture.unet.heads == (2, 4, 4)
         assert [shape.heads for shape in model.architecture.text_encoders] == [4, 2]
     path.with_suffix(".yaml").write_text("model: {params: {network_config: {params: {num_head_channels: 8}}}}")
-    with lender.borrow() as model:
+    with FileLender(path).borrow() as model:
         assert model.architecture.unet.heads == (4, 8, 8)
     path.with_suffix(".yaml").write_text("model: {params: {network_config: {params: {num_heads: 5}}}}")
-    with pytest.raises(UserError, match="heads"), lender.borrow():
+    with pytest.raises(UserError, match="heads"), FileLender(path).borrow():
         pass
 
 
@@ -364,3 +366,17 @@ def test_names_of_old_and_of_turbo_files(checkpoints, tmp_path):
 def test_the_hash_is_that_of_the_file(checkpoints):
     lender = FileLender(checkpoints["sd1"])
     assert lender.model_hash() == hashlib.sha256(checkpoints["sd1"].read_bytes()).hexdigest()
+
+
+def test_an_sd2_that_nobody_describes_is_asked_itself(tmp_path):
+    path = tiny_sd2(tmp_path / "base.safetensors")
+    tensors = load_file(str(path))
+    assert FileLender(path).describe().prediction_type == "epsilon"
+    # Answers all the way down the scale, as a v-prediction model does for pure gray at the noisiest step.
+    tensors[f"{UNET}out.2.weight"].zero_()
+    tensors[f"{UNET}out.2.bias"].fill_(-1.5)
+    save_file(tensors, str(path))
+    assert FileLender(path).describe().prediction_type == "v_prediction"
+    assert FileLender(path, v_prediction=False).describe().prediction_type == "epsilon"
+    save_file(tensors, str(path), {"modelspec.prediction_type": "epsilon"})
+    assert FileLender(path).describe().prediction_type == "epsilon"
