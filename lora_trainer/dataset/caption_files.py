@@ -54,7 +54,7 @@ def read_captions(
             if text.strip():
                 captions[key] = CaptionSource(text.strip(), "file", path)
                 break
-            found.append(CaptionProblem(path, None, "is empty."))
+            found.append(CaptionProblem(path, None, "is empty.", empty=True))
     for path in _metadata_files(listing, metadata_path, found):
         captions.update(_read_metadata(path, listing, names, found))
     if problems is not None:

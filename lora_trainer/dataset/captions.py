@@ -38,7 +38,8 @@ from lora_trainer.dataset.translation import load_mapping, translate
 
 __all__ = [
     "Caption", "Item", "Span", "compose", "contains_word", "core_items", "core_texts", "escape", "format",
-    "load_mapping", "make_item", "mentions", "mood_items", "parse", "plain_text", "plain_texts", "prompt_text", "train_text", "translate",
+    "load_mapping", "make_item", "mentions", "mood_items", "parse", "plain_text", "plain_texts", "prompt_text",
+    "train_text", "translate",
 ]  # fmt: skip
 
 _WEIGHT = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*$")

@@ -59,7 +59,7 @@ def open_image(path: Path) -> Image.Image:
     """
     with reading(path) as (image, _):
         image.load()
-        return to_srgb(_rotate(image), image.format)
+        return to_srgb(rotate(image), image.format)
 
 
 def measure(path: Path) -> tuple[tuple[int, int], str]:
@@ -259,7 +259,8 @@ def exif_orientation(image: Image.Image) -> int:
     return value if value in _TRANSPOSES else 1
 
 
-def _rotate(image: Image.Image) -> Image.Image:
+def rotate(image: Image.Image) -> Image.Image:
+    """A loaded picture turned as its EXIF data say."""
     orientation = exif_orientation(image)
     if orientation == 1:
         return image

@@ -24,12 +24,14 @@ _DRIVE = re.compile(r"^[A-Za-z]:")
 
 @dataclass(frozen=True)
 class CaptionProblem:
-    """What is wrong with a caption file. ``fatal``: no training before it is put right."""
+    """What is wrong with a caption file. ``fatal``: no training before it is put right; ``empty``: a caption is there
+    and has no text."""
 
     path: Path
     line: int | None
     message: str
     fatal: bool = False
+    empty: bool = False
 
     def __str__(self) -> str:
         place = f"{self.path}, line {self.line}" if self.line else f"{self.path}"
@@ -112,7 +114,8 @@ def _usable(path: Path, rows: Iterator[Row], problems: list[CaptionProblem]) -> 
         else:
             yield row
             continue
-        problems.append(CaptionProblem(path, row.line, f"{problem}; the row is left out."))
+        empty = bool(row.filename) and not row.caption
+        problems.append(CaptionProblem(path, row.line, f"{problem}; the row is left out.", empty=empty))
 
 
 def _is_unicode(text: str) -> bool:

@@ -204,14 +204,14 @@ def core_gaps(captions: Mapping[str, Caption]) -> list[CoreGap]:
 
 
 def universal_tags(captions: Mapping[str, Caption], trigger_word: str = "") -> list[str]:
-    """Tags on every picture that are neither core nor the trigger word: what they name melts into the subject."""
+    """Tags on every picture, without core ones and those with the trigger word: what they name melts into the
+    subject."""
     if len(captions) < 2:
         return []
-    trigger = _identity(trigger_word)
     return [
         tag.text
         for tag in tag_table(captions)
-        if tag.count == len(captions) and not tag.core and _identity(tag.text) != trigger
+        if tag.count == len(captions) and not tag.core and not contains_word(tag.text, trigger_word)
     ]
 
 

