@@ -20,7 +20,7 @@ def start():
 
         host = current_host()
         return host, jobs.manager(host), None
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with us, the WebUI must start
+    except Exception as error:
         log.exception("the LoRA trainer could not start")
         return None, None, requirements.problem_after(error)
 
@@ -49,7 +49,7 @@ def on_ui_tabs():
             from lora_trainer import ui
 
             return [(ui.create_tab(host, manager), TITLE, TAB_ID)]
-        except Exception as error:  # noqa: BLE001 - see above
+        except Exception as error:
             log.exception("the tab of the LoRA trainer could not be made")
             problem = requirements.problem_after(error)
     with gr.Blocks(analytics_enabled=False) as tab:

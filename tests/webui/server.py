@@ -1,0 +1,203 @@
+"""A real WebUI under test: started in a data folder of its own, with this extension and a probe beside it.
+
+    LORA_TRAINER_WEBUI          the WebUI's folder (with launch.py)
+    LORA_TRAINER_WEBUI_PYTHON   its Python, with this extension's packages installed
+    LORA_TRAINER_WEBUI_MODELS   folder of base models (and their .yaml), the first by name of which is trained
+    LORA_TRAINER_WEBUI_FLAGS    its command line; by default one that runs on a CPU
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CPU_FLAGS = "--use-cpu all --no-half --precision full --do-not-download-clip --skip-torch-cuda-test"
+START_SECONDS = 300
+OVER = ("finished", "stopped", "failed", "interrupted")
+
+# Runs code of the tests inside the WebUI, to look at what no route of the product shows.
+PROBE = '''
+import hashlib, threading, traceback
+import torch
+from fastapi import Body
+from modules import script_callbacks, shared
+
+def sha():
+    """SHA-256 over every tensor of the loaded model: names, formats, shapes, devices, bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(shared.sd_model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else
+                      str(tensor.item()).encode())
+    return digest.hexdigest()
+
+def add_routes(demo, app):
+    @app.post("/probe")
+    def probe(body: dict = Body(...)):
+        space = {"sha": sha, "shared": shared, "torch": torch}
+        try:
+            exec(body["code"], space)
+        except Exception:
+            return {"error": traceback.format_exc()}
+        return {"result": space.get("result")}
+
+script_callbacks.on_app_started(add_routes)
+'''
+
+
+class Server:
+    """One running WebUI. ``with Server(folder) as webui: …``"""
+
+    def __init__(self, data: Path, *flags: str, config: dict[str, Any] | None = None):
+        self.webui = Path(os.environ["LORA_TRAINER_WEBUI"])
+        self.python = os.environ["LORA_TRAINER_WEBUI_PYTHON"]
+        self.data, self.flags = Path(data), flags
+        self.config = {"live_previews_enable": False, "samples_save": False, "grid_save": False} | (config or {})
+        self.log = self.data / "webui.log"
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        self.prepare()
+        self.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.kill()
+
+    def prepare(self) -> None:
+        checkpoints = self.data / "models" / "Stable-diffusion"
+        for folder in (checkpoints, self.data / "models" / "Lora", self.data / "extensions" / "probe" / "scripts"):
+            folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted(Path(os.environ["LORA_TRAINER_WEBUI_MODELS"]).iterdir()):
+            if source.is_file() and not (checkpoints / source.name).exists():
+                shutil.copyfile(source, checkpoints / source.name)
+        (self.data / "extensions" / "probe" / "scripts" / "probe.py").write_text(PROBE, encoding="utf-8")
+        extension = self.data / "extensions" / "sd-webui-lora-trainer"
+        if not extension.exists():
+            extension.symlink_to(ROOT, target_is_directory=True)
+        config = self.data / "config.json"
+        if not config.exists():
+            config.write_text(json.dumps(self.config), encoding="utf-8")
+
+    def start(self) -> None:
+        self.port = free_port()
+        flags = shlex.split(os.environ.get("LORA_TRAINER_WEBUI_FLAGS", CPU_FLAGS))
+        # An installer of ours would be run; the packages are there already, and a test must not install any.
+        flags += ["--skip-prepare-environment", "--no-download-sd-model", "--skip-version-check"]
+        flags += ["--disable-console-progressbars", "--api", "--port", str(self.port), "--data-dir", str(self.data)]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, **offline, **threads}
+        environment.pop("PYTHONPATH", None)
+        begin = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [self.python, "launch.py", *flags, *self.flags], cwd=self.webui, env=environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the WebUI ended:\n{self.tail()}")
+            # Its page answers before all routes are there.
+            if b"Startup time" in self.log.read_bytes()[begin:]:
+                return
+            time.sleep(0.25)
+        raise RuntimeError(f"the WebUI did not start:\n{self.tail()}")
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(30)
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    # Requests -----------------------------------------------------------------------------------------------------
+
+    def get(self, path: str, timeout: float = 120) -> Any:
+        return self._send(urllib.request.Request(self.url(path)), timeout)
+
+    def post(self, path: str, body: Any = None, timeout: float = 600) -> Any:
+        data = json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(self.url(path), data=data, headers={"Content-Type": "application/json"})
+        return self._send(request, timeout)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _send(self, request: urllib.request.Request, timeout: float) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{error.code} {request.full_url}: {error.read().decode()[:2000]}") from error
+
+    def probe(self, code: str) -> Any:
+        """Run ``code`` inside the WebUI and return what it leaves in ``result``."""
+        answer = self.post("/probe", {"code": code})
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def sha(self) -> str:
+        return self.probe("result = sha()")
+
+    # What a user does -----------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str, seed: int = 1, **settings: Any) -> np.ndarray:
+        body = {"prompt": prompt, "seed": seed, "steps": 6, "width": 128, "height": 128, "cfg_scale": 5} | settings
+        picture = self.post("/sdapi/v1/txt2img", body)["images"][0]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"))
+
+    def checkpoints(self) -> list[str]:
+        return [model["title"] for model in self.get("/sdapi/v1/sd-models")]
+
+    def select(self, title: str) -> None:
+        self.post("/sdapi/v1/options", {"sd_model_checkpoint": title})
+
+    def submit(self, **settings: Any) -> int:
+        return self.post("/lora-trainer/v1/jobs", {"settings": settings})["id"]
+
+    def job(self, job_id: int) -> dict[str, Any]:
+        return self.get(f"/lora-trainer/v1/jobs/{job_id}")
+
+    def wait(self, job_id: int, statuses: tuple[str, ...] = OVER, timeout: float = 300) -> dict[str, Any]:
+        return self.until(job_id, lambda job: job["status"] in statuses, timeout)
+
+    def until(self, job_id: int, condition: Any, timeout: float = 300) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            job = self.job(job_id)
+            if condition(job):
+                return job
+            time.sleep(0.05)
+        raise TimeoutError(f"job {job_id} is {job['status']} at step {job['step']}: {job.get('error')}\n{self.tail()}")
+
+    def lora(self, job_id: int) -> Path:
+        """The finished file in the job's folder."""
+        (folder,) = (self.data / "lora_trainer" / "jobs").glob(f"{job_id:05d}-*")
+        job = self.job(job_id)
+        return folder / job["lora"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
