@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Sequence
 
 from lora_trainer import __version__
-from lora_trainer.cli import tools, train
+from lora_trainer.cli import demo, tools, train
 from lora_trainer.errors import UserError
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return train.INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
@@ -43,6 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (train.add_parser, *tools.PARSERS):
+    for add in (train.add_parser, *tools.PARSERS, demo.add_parser):
         add(commands)
     return parser

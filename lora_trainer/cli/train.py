@@ -15,6 +15,8 @@ from lora_trainer.config import TrainConfig, from_mapping, load
 from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
 
+INTERRUPTED = 130
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -30,11 +32,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
     overrides = options.overrides
     config = load(options.config, overrides) if options.config else from_mapping(parse_overrides(overrides))
-    return train_and_report(config)
+    return run_training(config)[0]
 
 
-def train_and_report(config: TrainConfig) -> int:
-    """Train with a progress bar and print the summary; returns the exit code."""
+def run_training(config: TrainConfig) -> tuple[int, Any]:
+    """Train with a progress bar and print the summary; returns the exit code and the ``Result``."""
     from lora_trainer import run as engine  # torch is slow to import: not for --help
     from lora_trainer.cli.progress import ProgressBar
     from lora_trainer.training.callbacks import TrainCommands
@@ -45,7 +47,7 @@ def train_and_report(config: TrainConfig) -> int:
         result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
     progress.close()
     print(engine.summary(result))
-    return 130 if interrupted and result.status != "finished" else 0
+    return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def _interruptible(commands: Any) -> Iterator[list[float]]:
             raise KeyboardInterrupt
         presses.append(time.monotonic())
         print("\nStopping after this step; the state is saved. Press Ctrl-C again to end at once.", file=sys.stderr)
-        commands.stop()
+        commands.stop_and_save()
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
