@@ -62,7 +62,8 @@ class Context:
 
     def event(self, event: Event) -> dict[str, Any]:
         values = {field.name: getattr(event, field.name) for field in fields(event)}
-        return {**values, "text": self.plain(event.text)}
+        data = {key: self.plain(value) if isinstance(value, str) else value for key, value in event.data.items()}
+        return {**values, "text": self.plain(event.text), "data": data}
 
     def place(self, folder: str) -> str:
         """A folder with pictures as callers name it: a dataset of the library by its name, another by its path."""

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lora_trainer
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
@@ -15,7 +16,8 @@ from lora_trainer.files import safe_name_problem
 if TYPE_CHECKING:
     from lora_trainer.host.base import AccessPolicy
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of characters
+_LONGEST = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
 READ_FIELDS = ("metadata_path", "reg_data_dir", "init_lora", "vae")
@@ -34,15 +36,14 @@ def confined(root: Path, relative: str) -> Path:
         UserError: whatever the reason, with the same words, so that nobody learns what exists outside.
     """
     refused = UserError(_REFUSED, remedy="Name a file inside the folder, such as pictures/01.png.")
-    parts = relative.split("/")
-    if not relative or _CONTROL.search(relative) or "\\" in relative or _DRIVE.match(relative) or ".." in parts:
+    if not 0 < len(relative) <= _LONGEST or _CONTROL.search(relative) or "\\" in relative or _DRIVE.match(relative):
         raise refused
-    if relative.startswith(("/", "~")) or any(not part or part == "." for part in parts):
+    if relative.startswith(("/", "~")) or any(part in ("", ".", "..") for part in relative.split("/")):
         raise refused
     try:
         path = (root / relative).resolve()
         inside = _is_inside(path, root.resolve())
-    except (OSError, RuntimeError, ValueError):  # a name too long, a circle of links, a lone surrogate
+    except (OSError, RuntimeError, ValueError):  # a name too long, a circle of links
         raise refused from None
     if not inside:
         raise refused
@@ -57,8 +58,9 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
     Raises:
         UserError: naming ``field``.
     """
+    hidden = "Folders of the server may not be named here."
     refused = UserError(
-        f"{text!r} may not be used here." if not access.hide_paths else "Folders of the server may not be named here.",
+        hidden if access.hide_paths else f"{text[:_LONGEST]!r} may not be used here.",
         field=field,
         remedy="Upload the pictures, or ask whoever runs this WebUI to allow the folder.",
     )
@@ -80,7 +82,7 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
 
 def check_name(name: str, field: str) -> str:
     """``name`` when it can be a file's name everywhere. Raises UserError naming ``field``."""
-    problem = safe_name_problem(name)
+    problem = "it holds control characters" if _CONTROL.search(name) else safe_name_problem(name)
     if problem:
         raise UserError(f"{name[:80]!r} cannot be a name: {problem}.", field=field, remedy="Choose another name.")
     return name
@@ -111,10 +113,9 @@ def confine_config(
         check("train_data_dir", folder)
     for field in READ_FIELDS:
         text = getattr(config, field)
-        # A VAE may be named as in the host's list, without a folder.
-        if text and not (field == "vae" and safe_name_problem(text) is None):
+        if text and not (field == "vae" and _is_plain_name(text)):
             check(field, text)
-    if config.base_model and config.base_model not in known_models:
+    if config.base_model and config.base_model not in known_models and not _is_plain_name(config.base_model):
         check("base_model", config.base_model)
     if config.resume not in ("auto", "never", ""):
         check("resume", config.resume)
@@ -125,9 +126,15 @@ def confine_config(
     return dataclasses.replace(config, **values)
 
 
+def _is_plain_name(text: str) -> bool:
+    # The host looks it up in its own list; without a folder it leads nowhere else.
+    return safe_name_problem(text) is None
+
+
 def redact(text: str, data: Path, lora: Path | None) -> str:
     """``text`` without the server's folders, for callers who are not to see them."""
-    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (Path.home(), "~")):
+    own = Path(lora_trainer.__file__).parents[1]
+    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (own, "<extension>"), (Path.home(), "~")):
         if folder is not None:
             for form in {str(folder), str(folder.resolve())} - {"/"}:
                 text = text.replace(form, word)

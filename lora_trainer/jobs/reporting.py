@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class JobReporter(TrainCallbacks):
     ):
         """``status(waiting)`` says which status a run has that is (not) waiting for its model."""
         self._store, self._job_id, self._output, self._status, self._clock = store, job_id, output, status, clock
+        self._lock = threading.Lock()
         self._values: dict[str, Any] = {}
         self._written = float("-inf")
         self._phase = ""
@@ -72,11 +74,13 @@ class JobReporter(TrainCallbacks):
         }  # fmt: skip
         if report.loss is not None:
             values["loss"] = float(report.loss)
-        if self._phase != "training":
+        first = self._phase != "training"
+        if first:
             self._phase = "training"
             values |= {"phase": "training", "phase_done": 0, "phase_total": 0}
             self._event("phase", "training", {"total": report.total_steps})
-        self._note(report.step >= report.total_steps, **values)
+        last = report.step >= report.total_steps or self._status(False) != "running"
+        self._note(first or last, **values)
 
     def on_saved(self, path: Path, step: int, kind: str) -> None:
         self._event("saved", Path(path).name, {"step": step, "kind": kind, "path": self._inside(path)})
@@ -106,13 +110,14 @@ class JobReporter(TrainCallbacks):
         self._event("error", problem.message, problem.to_dict())
 
     def flush(self) -> None:
-        """Write what the throttle held back."""
+        """Write what the throttle held back. May be called from any thread."""
         if self._values:
             self._note(True)
 
     def refresh_status(self) -> None:
-        """Somebody paused, resumed or stopped the run: the next step is timed anew."""
+        """Somebody paused, resumed or stopped the run: the next step is timed anew. May be called from any thread."""
         self._last_step = None
+        self.flush()
 
     def _proceed(self) -> None:
         if self.waiting:
@@ -122,10 +127,11 @@ class JobReporter(TrainCallbacks):
             self._note(True, status=self._status(False))
 
     def _note(self, now: bool, **values: Any) -> None:
-        self._values |= values
-        time_now = self._clock()
-        if now or time_now - self._written >= MIN_INTERVAL:
-            self._written = time_now
+        with self._lock:
+            self._values |= values
+            if not now and self._clock() - self._written < MIN_INTERVAL:
+                return
+            self._written = self._clock()
             values, self._values = self._values | {"memory": memory_in_use()}, {}
             status = values.pop("status", None)
             if status is not None:

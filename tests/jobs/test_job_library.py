@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.library import DatasetLibrary
+from tests.jobs.evil import EVIL_PATHS
+
+
+@pytest.fixture
+def library(tmp_path):
+    library = DatasetLibrary(tmp_path)
+    library.create("cats")
+    return library
+
+
+def png(color=(1, 2, 3), size=(64, 48)):
+    data = io.BytesIO()
+    Image.new("RGB", size, color).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_pictures_and_captions_come_back(library):
+    assert library.add_picture("cats", "猫 1.png", png(), "a **cat**") == "猫 1.png"
+    assert library.add_picture("cats", "b.jpg", png()) == "b.jpg"
+    assert [(one.file, one.caption) for one in library.pictures("cats")] == [("b.jpg", ""), ("猫 1.png", "a **cat**")]
+    assert [(one.name, one.pictures) for one in library.list()] == [("cats", 2)]
+
+
+def test_a_picture_is_never_overwritten_and_the_same_one_is_added_once(library):
+    assert library.add_picture("cats", "a.png", png((1, 1, 1)), "first") == "a.png"
+    assert library.add_picture("cats", "a.png", png((1, 1, 1))) == "a.png"
+    assert library.add_picture("cats", "a.png", png((2, 2, 2))) == "a_2.png"
+    assert library.add_picture("cats", "A.jpg", png((3, 3, 3)), "third") == "A_3.jpg", "a.txt belongs to the first"
+    captions = {one.file: one.caption for one in library.pictures("cats")}
+    assert captions == {"a.png": "first", "a_2.png": "", "A_3.jpg": "third"}
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG nonsense", b"<svg/>", png(size=(8, 8)), png(size=(2000, 20))])
+def test_what_cannot_be_trained_on_leaves_nothing(library, data):
+    with pytest.raises(UserError, match=r"a\.png") as caught:
+        library.add_picture("cats", "a.png", data)
+    assert caught.value.field == "pictures" and "tmp" not in caught.value.message
+    assert list(library.folder("cats").iterdir()) == []
+
+
+NOT_PICTURES = ["a.exe", "a.txt", "metadata.csv", "CON.png", ".hidden.png", "a/b.png"]
+
+
+@pytest.mark.parametrize("name", [*EVIL_PATHS[::3], *NOT_PICTURES])
+def test_upload_names_are_plain(library, name, tmp_path):
+    with pytest.raises(UserError):
+        library.add_picture("cats", name, png())
+    assert [path.name for path in tmp_path.rglob("*")] == ["datasets", "cats"]
+
+
+@pytest.mark.parametrize("name", EVIL_PATHS[::3])
+def test_dataset_names_are_plain(library, name):
+    for use in (library.create, library.folder, library.pictures):
+        with pytest.raises(UserError):
+            use(name)
+
+
+def test_captions_are_written_where_they_were_read_from(library):
+    for name in "ab":
+        library.add_picture("cats", f"{name}.png", png((ord(name), 0, 0)))
+    library.write_captions("cats", {"a.png": "first", "b.png": "second"})
+    assert (library.folder("cats") / "a.txt").read_text() == "first\n"
+    table = library.folder("cats") / "metadata.csv"
+    table.write_text('filename,prompt\na.png,"from, table"\n')
+    library.write_captions("cats", {"a.png": 'new, "quoted"\nline', "b.png": "third"})
+    captions = {one.file: one.caption for one in library.pictures("cats")}
+    assert captions == {"a.png": 'new, "quoted"\nline', "b.png": "third"}
+    assert (library.folder("cats") / "a.txt").read_text() == "first\n"
+
+
+def test_wrong_captions_change_nothing(library):
+    library.add_picture("cats", "a.png", png(), "old")
+    for bad in ({"a.png": "new", "nowhere.png": "x"}, {"a.png": "x" * 30_000}, {"a.png": "a\0b"}, {"../a.png": "x"}):
+        with pytest.raises(UserError):
+            library.write_captions("cats", bad)
+    assert library.pictures("cats")[0].caption == "old"
+
+
+def test_captions_in_a_table_that_is_only_read_are_refused(library):
+    library.add_picture("cats", "a.png", png())
+    (library.folder("cats") / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
+    with pytest.raises(UserError, match="only read"):
+        library.write_captions("cats", {"a.png": "new"})
+
+
+def test_thumbnails_are_small_and_made_once(library):
+    library.add_picture("cats", "a.png", png(size=(800, 600)))
+    picture = library.picture("cats", "a.png")
+    path = library.thumbnail(picture)
+    assert Image.open(path).size == (256, 192)
+    changed = path.stat().st_mtime_ns
+    assert library.thumbnail(picture) == path and path.stat().st_mtime_ns == changed
+
+
+def test_links_out_of_the_dataset_are_not_served(library, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    (library.folder("cats") / "link.png").symlink_to(secret)
+    with pytest.raises(UserError):
+        library.picture("cats", "link.png")

@@ -1,0 +1,159 @@
+"""What pages read: the curve, the status, the estimate, the presets."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.estimate import estimate
+from lora_trainer.jobs.metrics import read_points
+from lora_trainer.jobs.presets import PRESETS, preset
+from lora_trainer.jobs.status import Cursor, look
+from tests.jobs.fakes import make_pictures, wait_for
+
+
+def lines(path, steps, mode="a"):
+    with path.open(mode) as handle:
+        handle.writelines(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in steps)
+
+
+def test_points_come_once_and_only_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_points(path).points == []
+    lines(path, range(1, 4))
+    with path.open("a") as handle:
+        handle.write('{"step": 4, "lo')
+    first = read_points(path)
+    assert [point["step"] for point in first.points] == [1, 2, 3] and first.complete
+    with path.open("a") as handle:
+        handle.write('ss": NaN}\nnonsense\n[1]\n{"step": "x"}\n')
+    second = read_points(path, first.offset)
+    assert second.points == [{"step": 4, "loss": None}] and second.complete
+    assert read_points(path, second.offset).points == []
+
+
+def test_a_curve_that_was_cut_back_begins_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, range(1, 100))
+    offset = read_points(path).offset
+    lines(path, range(1, 11), "w")
+    again = read_points(path, offset)
+    assert not again.complete and len(again.points) == 10
+    assert not read_points(path, 5).complete  # not at the end of a line
+
+
+@pytest.mark.parametrize("count", [999, 1000, 1001, 100_000])
+def test_long_curves_are_thinned_and_keep_both_ends(tmp_path, count):
+    path = tmp_path / "metrics.jsonl"
+    lines(path, range(1, count + 1))
+    steps = [point["step"] for point in read_points(path).points]
+    assert len(steps) == min(count, 1000) and steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
+
+
+def test_a_page_follows_a_job_without_missing_or_repeating_a_point(manager, train, settings):
+    job = manager.submit(settings)
+    cursor, steps, statuses = None, [], set()
+    for step in range(1, 5):
+        train.allow(1)
+        wait_for(lambda step=step: manager.store.get(job.id).step >= step or _curve(manager, job) >= step)
+        wait_for(lambda step=step: _curve(manager, job) >= step)
+        snapshot = look(manager, cursor)
+        cursor = snapshot.cursor
+        assert cursor != "" and snapshot.metrics_job in (job.id, None)
+        if snapshot.metrics and not snapshot.metrics.complete:
+            steps = []
+        steps += [point["step"] for point in snapshot.metrics.points] if snapshot.metrics else []
+        statuses |= {snapshot.running.status} if snapshot.running else set()
+    wait_for(lambda: manager.store.get(job.id).status == "finished")
+    last = look(manager, cursor)
+    assert steps == [1, 2, 3, 4] and statuses == {"running"}
+    assert last.running is None and [one.id for one in last.changed] == [job.id]
+    assert look(manager, last.cursor).unchanged
+    fresh = look(manager)
+    assert len(fresh.metrics.points) == 4 and fresh.metrics_job == job.id
+
+
+def _curve(manager, job):
+    path = manager.folders.metrics(manager.store.get(job.id))
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_two_pages_agree(manager, train, settings):
+    train.free = True
+    job = manager.submit(settings)
+    wait_for(lambda: manager.store.get(job.id).status == "finished")
+    first, second = look(manager), look(manager)
+    assert first == second
+    held = manager.submit({**settings, "output_name": "held"}, held=True)
+    assert look(manager, first.cursor) == look(manager, second.cursor)
+    assert [one.id for one in look(manager, first.cursor).queue] == [held.id]
+
+
+@given(st.one_of(st.text(max_size=80), st.from_regex(r"[0-9a-z]+(-\d{1,20}){5}", fullmatch=True)))
+def test_any_text_is_a_cursor(text):
+    assert isinstance(Cursor.parse(text), Cursor)
+    assert Cursor.parse(str(Cursor("ab", 1, 2, 3, 4, 5))) == Cursor("ab", 1, 2, 3, 4, 5)
+
+
+def test_an_idle_look_is_cheap_with_five_hundred_jobs(idle):
+    for index in range(500):
+        idle.store.add(f"job {index}", "epochs: 1\n" * 50, status="finished", folder=f"{index}")
+    start = time.perf_counter()
+    snapshot = look(idle)
+    assert time.perf_counter() - start < 0.5 and len(snapshot.changed) == 100
+    start = time.perf_counter()
+    for _ in range(50):
+        assert look(idle, snapshot.cursor).unchanged
+    assert (time.perf_counter() - start) / 50 < 0.005
+
+
+def test_presets_are_the_articles_and_adapt(tmp_path):
+    assert set(PRESETS) == {"style", "character", "scene", "object"}
+    style, character, scene = preset("style"), preset("character"), preset("scene")
+    assert (style["lora_rank"], style["alpha"], style["epochs"], style["batch_size"]) == (8, 16, 10, 4)
+    assert (character["lora_rank"], character["alpha"], character["epochs"]) == (12, 24, 12)
+    assert (scene["lora_rank"], scene["epochs"], scene["gradient_accumulation_steps"]) == (16, 15, 2)
+    few, many = preset("style", 12), preset("style", 200)
+    assert few["dropout"] == 0.1 and few["repeats"] == 8 and "dropout" not in many and many["repeats"] == 1
+    large = preset("scene", 20, "sdxl")
+    assert (large["batch_size"], large["gradient_accumulation_steps"], large["gradient_checkpointing"]) == (1, 8, True)
+    with pytest.raises(UserError):
+        preset("nothing")
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+def test_every_preset_is_a_configuration(idle, settings, kind):
+    assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"
+
+
+def test_the_estimate_counts_pictures_steps_and_buckets(idle, host, tmp_path, settings):
+    make_pictures(tmp_path / "photos", 7)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "photos" / "broken.txt").write_text("x")
+    options = {**settings, "batch_size": 2, "gradient_accumulation_steps": 3, "epochs": 5, "repeats": 2}
+    facts = estimate(options, host, idle.store)
+    assert (facts["pictures"], facts["steps_per_epoch"], facts["steps"]) == (7, 3, 15)
+    assert [one["file"].endswith("broken.png") for one in facts["refused"]] == [True]
+    assert sum(bucket["count"] for bucket in facts["buckets"]) == 14
+    assert facts["minutes"] is None and facts["resolution"] == "512" and facts["family"] == "sd1"
+    assert estimate({**options, "max_train_steps": 4}, host, idle.store)["steps"] == 4
+    with pytest.raises(UserError) as caught:
+        estimate({**options, "train_data_dir": str(tmp_path / "nowhere")}, host, idle.store)
+    assert caught.value.field == "train_data_dir"
+
+
+def test_minutes_are_those_of_a_comparable_job(manager, train, settings, host):
+    train.total_steps, train.free = 10, True
+    job = manager.submit({**settings, "output_name": "before"})
+    wait_for(lambda: manager.store.get(job.id).status == "finished")
+    manager.store.update(job.id, speed=2.0, memory=5_000)
+    facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
+    assert (facts["minutes"], facts["memory"], facts["basis"]) == (2.0, 5_000, job.id)
+    larger = estimate({**settings, "max_train_steps": 240, "batch_size": 2}, host, manager.store)
+    assert (larger["minutes"], larger["memory"]) == (4.0, None)
+    assert estimate({**settings, "gradient_checkpointing": True}, host, manager.store)["basis"] is None
