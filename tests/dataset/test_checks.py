@@ -138,6 +138,8 @@ def test_every_planted_fault_is_found_and_nothing_else(folder):
         "lost.txt": {"orphan-caption"},
     }
     report = check_folder(folder, trigger_word="sks")
+    (wordy,) = (finding.message for finding in report.findings if finding.file == "wordy.jpg")
+    assert "about 9" in wordy  # 90 words, a trigger, a tag and the commas, none of them counted by a tokenizer
     severities = {finding.file: finding.severity for finding in report.findings}
     assert {file for file, severity in severities.items() if severity == "error"} == {
         "truncated.jpg", "not_a_picture.png", "tiny.jpg", "longer.jpg",
