@@ -24,8 +24,14 @@ _RESNET_GROUPS = {"conv1": "conv", "conv2": "conv", "time_emb_proj": "conv_linea
 
 
 def unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget]:
-    """The UNet's layers, from the input to the output. SDXL's have the names of the file, the others diffusers'."""
+    """The UNet's layers, from the input to the output. SDXL's have the names of the file, the others diffusers'.
+
+    So has a UNet that does not have two resnets a level: WebUIs count on that when they read diffusers' names, and
+    know the file's names for every model.
+    """
     shape = architecture.unet
+    sgm = architecture.family == "sdxl"
+    names_of_file = sgm or any(layers != 2 for layers in shape.layers)
     table = unet_table(shape.layers, [bool(depth) for depth in shape.depths])
     targets = []
 
@@ -33,10 +39,9 @@ def unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget
         name = rename(path, table)
         if name is None:
             raise RuntimeError(f"{path} has no name in the table")
-        sgm = architecture.family == "sdxl"
         targets.append(
             LoraTarget(
-                kohya_name="lora_unet_" + (name if sgm else path).replace(".", "_"),
+                kohya_name="lora_unet_" + (name if names_of_file else path).replace(".", "_"),
                 diffusers_name=f"unet.{path}",
                 checkpoint_name=UNET + name,
                 part="unet",
