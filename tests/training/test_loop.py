@@ -1,0 +1,416 @@
+"""The loop on a model of a few hundred weights: resume to the bit, commands, saves, previews, what is not finite."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_trainer.errors import UserError
+from lora_trainer.training import loop, preview
+from tests.training.fakes import FakeModel, Run, configuration, same
+
+OPTIMIZERS = [
+    "adamw",
+    "adafactor",
+    pytest.param(
+        "prodigy", marks=pytest.mark.skipif(not importlib.util.find_spec("prodigyopt"), reason="needs prodigyopt")
+    ),
+    pytest.param(
+        "lion", marks=pytest.mark.skipif(not importlib.util.find_spec("lion_pytorch"), reason="needs lion-pytorch")
+    ),
+]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run's own code gets to answer it."""
+
+
+def kill():
+    raise Killed
+
+
+def metrics(run: Run) -> list[dict]:
+    lines = (run.trainer.output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.9, "train_text_encoder": True, "random_crop": True, "flip": True, "rank_dropout": 0.3},
+        {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.3, "lr_scheduler": "constant"},
+    ],
+    ids=["plain", "everything", "captions"],
+)
+def test_killed_after_any_step_and_resumed_the_result_is_the_same_to_the_bit(tmp_path, optimizer, settings):
+    settings = {"optimizer": optimizer, "epochs": 3, "save_steps": 2, "lr_warmup_steps": 2, **settings}
+    whole = Run(configuration(tmp_path / "whole", **settings))
+    outcome = whole.trainer.run()
+    assert outcome.status == "finished" and outcome.step == 6
+    for step in range(1, 7):
+        folder = tmp_path / f"killed{step}"
+        config = configuration(folder, **settings)
+        with pytest.raises(Killed):
+            Run(config, on={step: kill}).trainer.run()
+        torch.manual_seed(step)  # what the host did to the global generator meanwhile
+        resumed = Run(config)
+        assert resumed.trainer.run().loss == outcome.loss
+        assert resumed.recorder.reports[0].step == (step - 1) // 2 * 2 + 1, "it went on from the last state"
+        assert same(resumed.final, whole.final)
+        assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.parametrize("micro", range(4))
+def test_killed_in_the_middle_of_an_accumulation(tmp_path, micro, monkeypatch):
+    settings = {"batch_size": 1, "gradient_accumulation_steps": 2, "epochs": 2, "save_steps": 1}
+    whole = Run(configuration(tmp_path / "whole", **settings))
+    whole.trainer.run()
+    config = configuration(tmp_path / "killed", **settings)
+    killed = Run(config)
+    predict, calls = killed.model.predict, iter(range(100))
+
+    def dies(*arguments):
+        if next(calls) == micro:
+            raise Killed
+        return predict(*arguments)
+
+    killed.model.predict = dies
+    with pytest.raises(Killed):
+        killed.trainer.run()
+    resumed = Run(config)
+    resumed.trainer.run()
+    assert same(resumed.final, whole.final) and metrics(resumed) == metrics(whole)
+
+
+def test_killed_while_the_state_or_the_final_lora_is_written(tmp_path, monkeypatch):
+    whole = Run(configuration(tmp_path / "whole", save_steps=1))
+    whole.trainer.run()
+    for number, victim in enumerate(["save_file", "os.replace"]):
+        for call in range(1, 5):
+            config = configuration(tmp_path / f"{number}-{call}", save_steps=1)
+            run, calls = Run(config), iter(range(1, 100))
+            with monkeypatch.context() as patch:
+                module = "lora_trainer.training.state.save_file" if victim == "save_file" else "os.replace"
+                original = __import__("safetensors.torch").torch.save_file if number == 0 else __import__("os").replace
+
+                def dies(*arguments, original=original, calls=calls, call=call, **options):
+                    if next(calls) == call:
+                        raise Killed
+                    return original(*arguments, **options)
+
+                patch.setattr(module, dies)
+                with pytest.raises(Killed):
+                    run.trainer.run()
+            resumed = Run(config)
+            resumed.trainer.run()
+            assert same(resumed.final, whole.final) and metrics(resumed) == metrics(whole)
+
+
+def test_every_picture_is_seen_in_every_epoch(tmp_path):
+    run = Run(configuration(tmp_path, batch_size=2, gradient_accumulation_steps=3, epochs=3))
+    run.trainer.run()
+    seen = {}
+    for line in metrics(run):
+        seen[line["epoch"]] = seen.get(line["epoch"], 0) + line["images"]
+    assert seen == {1: 5, 2: 5, 3: 5}
+
+
+def test_max_train_steps_wins_over_epochs_both_ways(tmp_path):
+    for steps in (1, 3, 7):
+        run = Run(configuration(tmp_path / str(steps), epochs=2, max_train_steps=steps))
+        assert run.trainer.run().step == steps
+        assert [line["step"] for line in metrics(run)] == list(range(1, steps + 1))
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    config = configuration(tmp_path)
+    first = Run(config)
+    first.trainer.run()
+    again = Run(config)
+    assert again.trainer.run().status == "finished"
+    assert not again.recorder.reports and same(again.final, first.final)
+    assert "finished before" in again.recorder.warnings[0]
+
+
+def test_other_settings_start_anew_and_leave_the_old_state(tmp_path):
+    first = Run(configuration(tmp_path), identity={"learning_rate": 1e-2, "images": "a"})
+    first.trainer.run()
+    other = Run(configuration(tmp_path), identity={"learning_rate": 1e-3, "images": "a"})
+    other.trainer.run()
+    assert "learning_rate" in other.recorder.warnings[0] and "images" not in other.recorder.warnings[0]
+    assert other.recorder.reports[0].step == 1
+    assert len(list((tmp_path / "out" / "state").iterdir())) == 2
+    assert (tmp_path / "out" / "logs" / "metrics-1.jsonl").exists(), "the curves of the first run are kept"
+
+
+def test_resume_never_and_resume_by_path_with_a_new_learning_rate(tmp_path):
+    first = Run(configuration(tmp_path, save_steps=2), on={3: kill})
+    with pytest.raises(Killed):
+        first.trainer.run()
+    path = first.trainer.states.path(2)
+    anew = Run(configuration(tmp_path, resume="never"))
+    anew.trainer.run()
+    assert anew.recorder.reports[0].step == 1
+    faster = configuration(tmp_path, resume=str(path), learning_rate=0.5, lr_scheduler="constant")
+    onward = Run(faster)
+    onward.trainer.run()
+    assert onward.recorder.reports[0].step == 3 and onward.recorder.reports[0].lr == 0.5
+    assert "learning_rate" in onward.recorder.warnings[0]
+
+
+def test_a_state_of_another_adapter_or_optimizer_is_refused_with_the_field(tmp_path):
+    Run(configuration(tmp_path / "a")).trainer.run()
+    (path,) = (tmp_path / "a" / "out" / "state").iterdir()
+    for index, settings in enumerate([{"lora_rank": 2}, {"optimizer": "adafactor", "train_text_encoder": True}]):
+        with pytest.raises(UserError) as error:
+            Run(configuration(tmp_path / str(index), resume=str(path), **settings)).trainer.run()
+        assert error.value.field == "resume" and error.value.remedy
+
+
+def test_stop_saves_nothing_and_stop_and_save_goes_on_to_the_same_result(tmp_path):
+    whole = Run(configuration(tmp_path / "whole"))
+    whole.trainer.run()
+    config = configuration(tmp_path / "stopped")
+    run = Run(config)
+    run.recorder._on = {2: run.commands.stop}
+    outcome = run.trainer.run()
+    assert (outcome.status, outcome.step, run.recorder.saved) == ("stopped", 2, [])
+    run = Run(config)
+    run.recorder._on = {3: run.commands.stop_and_save}
+    outcome = run.trainer.run()
+    assert (outcome.status, outcome.step) == ("stopped", 3) and [kind for _, kind, _ in run.saved] == ["stopped"]
+    resumed = Run(config)
+    resumed.trainer.run()
+    assert resumed.recorder.reports[0].step == 4 and same(resumed.final, whole.final)
+
+
+def test_pausing_is_outside_the_turn_and_serves_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PAUSE_POLL_SECONDS", 0.02)
+    run = Run(configuration(tmp_path))
+    run.recorder._on = {1: run.commands.pause}
+    thread = threading.Thread(target=run.trainer.run)
+    thread.start()
+    wait_for(lambda: run.commands.paused)
+    run.commands.save_now()
+    wait_for(lambda: len(run.recorder.saved) == 2)  # the LoRA and the state
+    assert not run.turns.held and len(run.recorder.reports) == 1
+    run.commands.resume()
+    thread.join(20)
+    assert not thread.is_alive() and len(run.recorder.reports) == 4 and run.saved[0][:2] == (1, "step")
+
+
+def test_a_stop_ends_a_pause(tmp_path):
+    run = Run(configuration(tmp_path))
+    run.commands.pause()
+    thread = threading.Thread(target=run.trainer.run)
+    thread.start()
+    run.commands.stop()
+    thread.join(20)
+    assert not thread.is_alive() and not run.recorder.reports
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_saves_come_when_due(tmp_path):
+    run = Run(configuration(tmp_path, epochs=4, save_steps=3, save_epochs=1))
+    run.trainer.run()
+    assert [(step, kind) for step, kind, _ in run.saved] == [
+        (2, "step"), (3, "step"), (4, "step"), (6, "step"), (8, "final")
+    ]  # fmt: skip
+    assert len(list((tmp_path / "out" / "state").iterdir())) == 2
+
+
+def test_a_state_is_saved_by_the_clock_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "STATE_SECONDS", 0.0)
+    run = Run(configuration(tmp_path))
+    run.trainer.run()
+    assert [step for kind, step, _ in run.recorder.saved if kind == "state"] == [1, 2, 3, 4, 4]
+
+
+def poison(run: Run, steps: set[int]) -> None:
+    """Make the model answer NaN in these steps (counted from 1)."""
+    predict = run.model.predict
+
+    def poisoned(*arguments):
+        answer = predict(*arguments)
+        return answer * float("nan") if run.trainer.step + 1 in steps else answer
+
+    run.model.predict = poisoned
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(tmp_path, optimizer):
+    run = Run(configuration(tmp_path, epochs=3, save_steps=1, optimizer=optimizer, learning_rate=0.01))
+    poison(run, {3, 4})
+    run.trainer.run()
+    weights = {step: tensors for step, _, tensors in run.saved}
+    assert same(weights[2], weights[3]) and same(weights[3], weights[4]) and not same(weights[4], weights[5])
+    assert all(torch.isfinite(tensor).all() for tensor in run.final.values())
+    assert [line["loss"] is None for line in metrics(run)] == [False, False, True, True, False, False]
+    assert len(run.recorder.warnings) >= 1
+
+
+def test_it_ends_with_advice_when_nothing_is_finite_any_more(tmp_path):
+    run = Run(configuration(tmp_path, epochs=50))
+    poison(run, set(range(5, 200)))
+    with pytest.raises(UserError) as error:
+        run.trainer.run()
+    assert error.value.field == "learning_rate" and "Lower it" in error.value.remedy
+    assert run.trainer.step == 4 + loop.NON_FINITE_LIMIT
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too(tmp_path):
+    run = Run(configuration(tmp_path, save_steps=1))
+    parameter = run.trainer.train_step.parameters[0]
+    parameter.register_hook(lambda gradient: gradient * float("inf") if run.trainer.step == 1 else gradient)
+    run.trainer.run()
+    assert [report.loss is None for report in run.recorder.reports] == [False, True, False, False]
+    assert same(run.saved[0][2], run.saved[1][2])
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has GradScaler for CUDA only")
+def test_fp16_scaling_skips_and_resumes(tmp_path):
+    def scaled(config):
+        run = Run(config)
+        run.trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+        return run
+
+    settings = {"epochs": 3, "save_steps": 2}
+    whole = scaled(configuration(tmp_path / "whole", **settings))
+    poison(whole, {3})
+    whole.trainer.run()
+    plain = Run(configuration(tmp_path / "plain", **settings))
+    poison(plain, {3})
+    plain.trainer.run()
+    for name, value in plain.final.items():
+        torch.testing.assert_close(whole.final[name], value, rtol=1e-4, atol=1e-6)
+    assert whole.trainer.train_step.scaler.get_scale() != 2.0**16
+    config = configuration(tmp_path / "killed", **settings)
+    killed = scaled(config)
+    poison(killed, {3})
+    killed.recorder._on = {5: kill}
+    with pytest.raises(Killed):
+        killed.trainer.run()
+    resumed = scaled(config)
+    resumed.trainer.run()
+    assert same(resumed.final, whole.final)
+
+
+def test_out_of_memory_saves_the_state_and_names_what_helps(tmp_path):
+    run = Run(configuration(tmp_path, epochs=3))
+    predict = run.model.predict
+
+    def too_large(*arguments):
+        if run.trainer.step == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(*arguments)
+
+    run.model.predict = too_large
+    with pytest.raises(UserError) as error:
+        run.trainer.run()
+    assert error.value.field == "batch_size" and "gradient_checkpointing" in error.value.remedy
+    assert [(kind, step) for kind, step, _ in run.recorder.saved] == [("state", 2)]
+    assert Run(run.config).trainer.states.newest().step == 2
+
+
+class Painter:
+    """A previewer that notes in which mode and with which weights it was asked to draw."""
+
+    def __init__(self):
+        self.calls = []
+
+    def draw(self, prompt, seed, step, adapters):
+        weights = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+        self.calls.append((prompt, seed, step, adapters.training, weights))
+        return Image.new("RGB", (8, 8))
+
+
+def test_previews_are_drawn_without_dropout_and_with_the_average(tmp_path):
+    painter = Painter()
+    config = configuration(tmp_path, preview_prompts=["a", "b"], preview_steps=2, epochs=3, ema_decay=0.5, save_steps=2)
+    run = Run(config, previewer=painter)
+    run.trainer.run()
+    assert [(prompt, seed, step) for prompt, seed, step, *_ in painter.calls] == [
+        (prompt, 42 + index, step) for step in (2, 4, 6) for index, prompt in enumerate("ab")
+    ]
+    assert not any(training for _, _, _, training, _ in painter.calls) and run.adapters.training
+    assert same(painter.calls[0][4], run.saved[0][2]), "what is drawn is what is saved"
+    trained = {name: tensor for name, tensor in run.adapters.state_dict().items()}
+    assert not same(run.final, trained), "the average is saved, the trained weights stay"
+    assert [path.name for path, _, _ in run.recorder.previews[:2]] == [
+        "thing-step00000002-0.png",
+        "thing-step00000002-1.png",
+    ]
+    assert not run.model.released, "a model that draws previews keeps its VAE and text encoders"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_models_own_previewer_draws(prediction_type, zero_terminal, family):
+    model = FakeModel(family, prediction_type)
+    if zero_terminal:
+        model.schedule.alphas_cumprod[-1] = 0
+    before = torch.random.get_rng_state()
+    images = [
+        preview.sample(model, "a star", width=70, height=48, steps=4, seed=seed, cfg=cfg)
+        for seed, cfg in [(1, 7.0), (1, 7.0), (2, 7.0), (1, 1.0)]
+    ]
+    size_ids = model.size_ids[0]
+    assert images[0].size == (64, 48) and images[0].mode == "RGB"
+    assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
+    assert len(set(images[0].tobytes())) > 10, "not one color"
+    assert (size_ids is not None) == (family == "sdxl")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_ddim_finds_the_picture_of_a_perfect_model():
+    """A model that answers the noise of one known picture is sampled back to that picture."""
+    model = FakeModel()
+    picture = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    alphas = model.schedule.alphas_cumprod
+
+    def predict(noisy_latents, timesteps, prompts, size_ids):
+        a = alphas[timesteps].view(-1, 1, 1, 1)
+        return (noisy_latents - a.sqrt() * picture) / (1 - a).sqrt()
+
+    model.predict, seen = predict, []
+    model.decode_latents = lambda latents: seen.append(latents) or torch.zeros(1, 3, 64, 64)
+    preview.sample(model, "x", width=64, height=64, steps=20, seed=3)
+    torch.testing.assert_close(seen[0], picture, atol=1e-3, rtol=0)
+
+
+def test_the_default_previewer_takes_a_turn(tmp_path):
+    config = configuration(tmp_path, preview_prompts=["a star"], preview_steps=2)
+    run = Run(config, previewer=Painter())
+    run.trainer.previewer = preview.ModelPreviewer(run.model, run.turns, run.precision, (32, 32), steps=2)
+    before = run.turns.taken
+    run.trainer._draw_previews()
+    assert run.turns.taken == before + 1
+    with Image.open(run.recorder.previews[0][0]) as image:
+        assert image.size == (32, 32)
+
+
+def test_gradient_checkpointing_is_asked_for(tmp_path):
+    assert Run(configuration(tmp_path, gradient_checkpointing=True)).model.checkpointing
+
+
+def test_warnings_about_settings_that_cannot_work(tmp_path):
+    run = Run(configuration(tmp_path, lr_warmup_steps=100, zero_terminal_snr=True))
+    run.trainer.turn = nullcontext
+    run.trainer._warn_about_settings()
+    assert "lr_warmup_steps" in run.recorder.warnings[0] and "zero_terminal_snr" in run.recorder.warnings[1]
