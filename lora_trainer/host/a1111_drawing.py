@@ -40,6 +40,7 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
             steps=request.steps,
             cfg_scale=request.cfg_scale,
             sampler_name="Euler",
+            scheduler="Automatic",
             do_not_save_samples=True,
             do_not_save_grid=True,
             # The settings page sets the option before it waits for its turn, and drawing loads what it says.

@@ -1,9 +1,9 @@
 """A real WebUI under test: started in a data folder of its own, with this extension and a probe beside it.
 
-    LORA_TRAINER_WEBUI          the WebUI's folder (with launch.py)
-    LORA_TRAINER_WEBUI_PYTHON   its Python, with this extension's packages installed
-    LORA_TRAINER_WEBUI_MODELS   folder of base models (and their .yaml), the first by name of which is trained
-    LORA_TRAINER_WEBUI_FLAGS    its command line; by default one that runs on a CPU
+LORA_TRAINER_WEBUI          the WebUI's folder (with launch.py)
+LORA_TRAINER_WEBUI_PYTHON   its Python, with this extension's packages installed
+LORA_TRAINER_WEBUI_MODELS   folder of base models (and their .yaml), the first by name of which is trained
+LORA_TRAINER_WEBUI_FLAGS    its command line; by default one that runs on a CPU
 """
 
 from __future__ import annotations
@@ -111,11 +111,14 @@ class Server:
                 [self.python, "launch.py", *flags, *self.flags], cwd=self.webui, env=environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+        self._wait_for_start(begin)
+
+    def _wait_for_start(self, begin: int) -> None:
+        """Its page answers before all routes are there, so the log is asked."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended:\n{self.tail()}")
-            # Its page answers before all routes are there.
             if b"Startup time" in self.log.read_bytes()[begin:]:
                 return
             time.sleep(0.25)
@@ -158,6 +161,12 @@ class Server:
 
     def sha(self) -> str:
         return self.probe("result = sha()")
+
+    def reload_ui(self) -> None:
+        """What the button of that name does; returns when the new page answers."""
+        begin = self.log.stat().st_size
+        self.probe("shared.state.request_restart()\nresult = None")
+        self._wait_for_start(begin)
 
     # What a user does -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,208 @@
+"""The model that the real WebUI has loaded: lent without a copy, and given back bit for bit, whatever happens."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.webui.server import Server
+
+FAULTS = {
+    "assembling": ("lora_trainer.host.a1111_lender", "assemble", 0),
+    "injecting": ("lora_trainer.adapters.inject.AdapterSet", "attach", 0),
+    "latents": ("lora_trainer.models.assemble.DiffusionModel", "encode_images", 1),
+    "captions": ("lora_trainer.models.assemble.DiffusionModel", "encode_prompts", 1),
+    "a step's forward": ("lora_trainer.models.assemble.DiffusionModel", "predict", 2),
+    "a step's backward": ("torch.Tensor", "backward", 2),
+    "the optimizer": ("torch.optim.AdamW", "step", 2),
+    "saving": ("lora_trainer.run.saving.LoraSaver", "__call__", 0),
+}
+
+PLANT = """
+import importlib
+from lora_trainer.errors import UserError
+def resolve(path):
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+owner, name, calls, error = resolve({owner!r}), {name!r}, {calls}, {error}
+original = getattr(owner, name)
+shared.planted = (owner, name, original, name in vars(owner))
+count = [0]
+def failing(*args, **kwargs):
+    count[0] += 1
+    if count[0] > calls:
+        raise error
+    return original(*args, **kwargs)
+setattr(owner, name, failing)
+"""
+PULL_OUT = """
+owner, name, original, own = shared.planted
+setattr(owner, name, original) if own else delattr(owner, name)
+"""
+POINTERS = """
+import gc
+from lora_trainer.models.assemble import DiffusionModel
+host = {t.untyped_storage().data_ptr() for t in shared.sd_model.state_dict().values()}
+models = [o for o in gc.get_objects() if type(o) is DiffusionModel and not o.unet.conv_in.weight.is_meta]
+bound = {n: p for n, p in models[0].bound().items() if not p.is_meta}
+copied = {n: p for n, p in bound.items() if p.untyped_storage().data_ptr() not in host}
+result = {"models": len(models), "bound": len(bound), "bytes": sum(p.numel() * p.element_size() for p in bound.values()),
+          "copied": sum(p.numel() * p.element_size() for p in copied.values())}
+"""
+RSS = "result = int(open('/proc/self/statm').read().split()[1]) * 4096"
+OPTIONS = "result = {k: v for k, v in shared.opts.data.items()}"
+HIJACK = """
+m = shared.sd_model
+encoders = list(m.conditioner.embedders) if hasattr(m, "conditioner") else [m.cond_stage_model]
+layer = torch.nn.Linear
+result = [str(type(m)), [str(type(e)) for e in encoders], str(layer.forward), str(layer.__init__), m.training,
+          sum(p.requires_grad for p in m.parameters()), len(m._forward_pre_hooks), str(m.first_stage_model.encode)]
+"""
+
+
+def facts(webui: Server) -> tuple:
+    return webui.sha(), webui.probe(OPTIONS), webui.probe(HIJACK)
+
+
+def same(one, two) -> bool:
+    """Whether two LoRA files hold the same bits."""
+    one, two = load_file(one), load_file(two)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_nothing_is_copied_and_it_starts_at_once(webui, settings, record_property):
+    webui.generate("a big red circle")  # the WebUI has done everything that it does only once
+    warm = webui.submit(**settings, output_name="warm")
+    webui.wait(warm)
+    before = webui.probe(RSS)
+    begin = time.monotonic()
+    job = webui.submit(**settings | {"max_train_steps": 60}, output_name="measured")
+    webui.until(job, lambda job: job["step"] >= 1 or job["status"] == "failed")
+    seconds, growth = time.monotonic() - begin, webui.probe(RSS) - before
+    webui.until(job, lambda job: job["step"] >= 2)
+    found = webui.probe(POINTERS)
+    webui.post(f"/lora-trainer/v1/jobs/{job}/stop")
+    webui.wait(job)
+    print(f"\nPOST to first step {seconds:.2f} s; resident memory +{growth / 1e6:.1f} MB; {found}")
+    assert found["models"] == 1 and found["bound"] > 100
+    assert found["copied"] == 0
+    assert growth < found["bytes"]
+    assert seconds < 10  # the requirement is 3 s on a machine that does nothing else
+
+
+def test_weights_options_and_hijacks_are_as_they_were_after_success_and_stop(webui, settings):
+    picture = webui.generate("a big red circle")
+    before = facts(webui)
+    finished = webui.wait(webui.submit(**settings, output_name="finished"))
+    assert (finished["status"], finished["verified"]) == ("finished", True), finished
+    assert facts(webui) == before
+    stopped = webui.submit(**settings | {"max_train_steps": 200}, output_name="stopped")
+    webui.until(stopped, lambda job: job["step"] >= 2)
+    webui.post(f"/lora-trainer/v1/jobs/{stopped}/stop")
+    assert webui.wait(stopped)["status"] == "stopped"
+    assert facts(webui) == before
+    assert np.array_equal(webui.generate("a big red circle"), picture)
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('planted')", "torch.cuda.OutOfMemoryError('planted')"],
+                         ids=["error", "out of memory"])  # fmt: skip
+@pytest.mark.parametrize("stage", FAULTS)
+def test_weights_options_and_hijacks_are_as_they_were_after_an_error(webui, settings, stage, error):
+    picture = webui.generate("a big red circle")
+    before = facts(webui)
+    owner, name, calls = FAULTS[stage]
+    # Encoded pictures and captions must not come from an earlier test.
+    settings |= {"cache_dir": str(webui.data / "lora_trainer" / f"cache-{time.time_ns()}")}
+    webui.probe(PLANT.format(owner=owner, name=name, calls=calls, error=error))
+    try:
+        job = webui.wait(webui.submit(**settings, output_name=f"broken-{time.time_ns()}"))
+    finally:
+        webui.probe(PULL_OUT)
+    assert job["status"] == "failed", f"{stage}: {job['status']}"
+    assert job["error"]["remedy"]
+    assert facts(webui) == before
+    assert np.array_equal(webui.generate("a big red circle"), picture)
+
+
+def test_loras_that_prompts_merged_do_not_leak_and_stay_merged(webui, settings):
+    undisturbed = webui.submit(**settings, output_name="undisturbed")
+    webui.wait(undisturbed)
+    picture = webui.generate("a circle <lora:undisturbed:1>", cfg_scale=3)
+    before = webui.sha()
+    job = webui.submit(**settings, output_name="merged")
+    assert webui.wait(job)["status"] == "finished"
+    assert same(webui.lora(undisturbed), webui.lora(job))
+    assert np.array_equal(webui.generate("a circle <lora:undisturbed:1>", cfg_scale=3), picture)
+    assert webui.sha() == before
+
+
+def test_pictures_and_training_do_not_disturb_each_other(webui, settings):
+    """Ten pictures, some with LoRAs, and a switch of checkpoint there and back, while a job trains."""
+    settings |= {"max_train_steps": 30}
+    first, second = webui.checkpoints()[:2]
+    undisturbed = webui.submit(**settings, output_name="alone")
+    assert webui.wait(undisturbed)["status"] == "finished"
+    prompts = ["a red circle", "a blue ring <lora:alone:1>", "a star", "a ring <lora:alone:0.5>", "a green cross"]
+    expected = [webui.generate(prompt, seed) for prompt in prompts for seed in (1, 2)]
+    job = webui.submit(**settings, output_name="disturbed")
+    webui.until(job, lambda job: job["step"] >= 1)
+    drawn, waits, at = [], [], []
+    for index, (prompt, seed) in enumerate((prompt, seed) for prompt in prompts for seed in (1, 2)):
+        if index == 5:
+            webui.select(second)
+            webui.until(job, lambda job: job["status"] == "waiting")
+            webui.generate("noise")
+            webui.select(first)
+        begin = time.monotonic()
+        drawn.append(webui.generate(prompt, seed))
+        waits.append(time.monotonic() - begin)
+        at.append(webui.job(job)["step"])
+    assert webui.job(job)["status"] in ("running", "waiting", "finished")
+    print(f"\nsteps at the pictures {at}, seconds per picture {[round(wait, 1) for wait in waits]}")
+    assert at[0] < 30, "the job was over before the first picture"
+    assert webui.wait(job)["status"] == "finished"
+    assert [np.array_equal(*pair) for pair in zip(drawn, expected)] == [True] * 10
+    assert same(webui.lora(undisturbed), webui.lora(job))
+
+
+def test_another_checkpoint_is_trained_and_the_former_one_comes_back(webui, settings):
+    first, second = webui.checkpoints()[:2]
+    webui.select(first)
+    picture = webui.generate("a red circle")
+    before = facts(webui)
+    job = webui.submit(**settings, output_name="other", base_model=second)
+    webui.until(job, lambda job: job["step"] >= 1)
+    assert np.array_equal(webui.generate("a red circle"), picture), "pictures are drawn with what the user selected"
+    done = webui.wait(job)
+    assert done["status"] == "finished", done
+    assert second.startswith(done["base_model"])
+    after = facts(webui)
+    assert after[0] == before[0] and after[2] == before[2]
+    changed = {key for key in after[1] if after[1][key] != before[1].get(key)}
+    assert not changed - {"sd_checkpoint_hash"}, changed
+    assert np.array_equal(webui.generate("a red circle"), picture)
+
+
+def test_reload_ui_in_the_middle_of_a_step_changes_nothing(webui, settings):
+    settings |= {"max_train_steps": 20}
+    undisturbed = webui.submit(**settings, output_name="quiet")
+    webui.wait(undisturbed)
+    before = facts(webui)
+    job = webui.submit(**settings, output_name="reloaded")
+    webui.until(job, lambda job: job["step"] >= 2)
+    webui.reload_ui()
+    done = webui.wait(job)
+    assert done["status"] == "finished" and done["attempt"] == 1
+    assert same(webui.lora(undisturbed), webui.lora(job))
+    assert facts(webui) == before
