@@ -41,17 +41,25 @@ def save_diffusers(adapters: AdapterSet, path: str | Path, metadata: Mapping[str
     """Write ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``; ``path`` may be the folder or the file.
 
     The layout's names are PEFT's. Alpha has no place in it that all versions of diffusers read, so alpha/rank is
-    multiplied into lora_B; PEFT's default (alpha = rank) then gives the same change.
+    multiplied into lora_B; PEFT's default (alpha = rank) then gives the same change. Where ranks differ within a UNet
+    or text encoder, the lower ones are filled up with zeros: older versions of diffusers (0.31) take one alpha for all.
 
     Raises:
         UserError: these adapters cannot be said in that layout (see ``diffusers_problem``).
     """
     if problem := diffusers_problem(adapters):
         raise UserError(problem, field="export_diffusers", remedy="Switch it off, or use adapter: lora without dora.")
+    highest: dict[str, int] = {}
+    for target, adapter in adapters.items():
+        highest[target.part] = max(adapter.rank, highest.get(target.part, 0))
     tensors = {}
     for target, adapter in adapters.items():
-        tensors[f"{target.diffusers_name}.lora_A.weight"] = adapter.lora_down.detach()
-        tensors[f"{target.diffusers_name}.lora_B.weight"] = adapter.lora_up.detach() * adapter.scale
+        down, up = adapter.lora_down.detach(), adapter.lora_up.detach() * adapter.scale
+        missing = highest[target.part] - adapter.rank
+        down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+        tensors[f"{target.diffusers_name}.lora_A.weight"] = down
+        tensors[f"{target.diffusers_name}.lora_B.weight"] = up
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / DIFFUSERS_FILE_NAME

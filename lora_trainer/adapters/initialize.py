@@ -94,13 +94,17 @@ def _initialize(adapter: Adapter, weights: ModuleWeights) -> bool:
 
 def _copy_low_rank(adapter: LoraAdapter, weights: ModuleWeights) -> bool:
     down, up = (weights.tensors[f"lora_{name}.weight"].float() for name in ("down", "up"))
-    rank, ratio = down.shape[0], weights.scale / adapter.scale
-    if ratio != 1:
+    down, up = down.flatten(1), up.flatten(1)
+    if (ratio := weights.scale / adapter.scale) != 1:
         up = up * ratio
-    if rank > adapter.rank:
-        down, up = truncated_product(down.flatten(1), up.flatten(1), adapter.rank)
-    _place(adapter, down.flatten(1), up.flatten(1))
-    return rank > adapter.rank
+    if len(down) > adapter.rank:  # some may be empty: the diffusers layout is filled up
+        used = down.any(1) & up.any(0)
+        down, up = down[used], up[:, used]
+    too_high = len(down) > adapter.rank
+    if too_high:
+        down, up = truncated_product(down, up, adapter.rank)
+    _place(adapter, down, up)
+    return too_high
 
 
 def _place(adapter: LoraAdapter, down: Tensor, up: Tensor) -> None:

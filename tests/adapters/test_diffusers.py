@@ -28,7 +28,7 @@ def model(request, tmp_path_factory):
     base = BASES[request.param](tmp_path_factory.mktemp("base") / "base.safetensors")
     with FileLender(base).borrow() as lent:
         # As in the configuration that diffusers itself has for these models, which its key conversion divides by.
-        lent.unet.register_to_config(layers_per_block=2)
+        lent.unet.register_to_config(layers_per_block=2, sample_size=64)
         yield lent
 
 
@@ -77,10 +77,12 @@ def _loaded(model, path):
     scheduler = EulerDiscreteScheduler()
     if model.info.family == "sdxl":
         first, second = model.text_encoders
-        pipe = StableDiffusionXLPipeline(None, first, second, None, None, model.unet, scheduler, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline(
+            model.vae, first, second, None, None, model.unet, scheduler, add_watermarker=False
+        )
     else:
         pipe = StableDiffusionPipeline(
-            None, model.text_encoders[0], None, model.unet, scheduler, None, None, requires_safety_checker=False
+            model.vae, model.text_encoders[0], None, model.unet, scheduler, None, None, requires_safety_checker=False
         )
     pipe.load_lora_weights(str(path))
     try:

@@ -152,6 +152,14 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_diffusers_layout_has_one_rank_for_each_part(tmp_path):
+    """diffusers 0.31 takes alpha = the first layer's rank for all of them."""
+    save_diffusers(trained(lora_rank=4, conv_rank=2), tmp_path, {})
+    tensors = safetensors.torch.load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {value.shape[0] for name, value in tensors.items() if "lora_A" in name} == {4}
+    assert {value.shape[1] for name, value in tensors.items() if "lora_B" in name} == {4}
+
+
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
 def test_diffusers_layout_refuses_what_it_cannot_say(tmp_path, kind):
     with pytest.raises(UserError, match="diffusers") as error:
