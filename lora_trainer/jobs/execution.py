@@ -13,6 +13,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, Problem
+from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
 from lora_trainer.jobs.store import JobStore
@@ -79,7 +80,10 @@ def _train(
     info = lender.describe()
     store.update(job.id, base_model=info.name, family=info.family, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
-    return train(config, lender, callbacks=reporter, commands=commands, previewer=None)
+    previewer = None
+    if config.preview_prompts and host.name != "standalone":  # which has no sampler but the run's own
+        previewer = HostPreviewer(host, lender, config, info, Path(config.output_dir).parent)
+    return train(config, lender, callbacks=reporter, commands=commands, previewer=previewer)
 
 
 def lender_options(host: Host, config: TrainConfig) -> LenderOptions:

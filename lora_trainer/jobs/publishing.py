@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 PREFERRED_WEIGHT = 0.8
 THUMBNAIL_SIDE = 512
-_MAX_CORE_ITEMS = 8
+_MAX_CORE_TEXTS = 8
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +40,13 @@ def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
 
 
 def activation_text(trigger_word: str, captions: list[str]) -> str:
-    """The trigger word, then the core (**bold**) items that at least half of the captions share, as a prompt."""
-    from lora_trainer.dataset.captions import core_items, escape_brackets, parse, plain_text
+    """The trigger word, then the core (**bold**) words that at least half of the captions share, as a prompt."""
+    from lora_trainer.dataset.captions import core_texts, escape_brackets, parse
 
-    counts = Counter(
-        text for caption in captions for text in dict.fromkeys(map(plain_text, core_items(parse(caption)))) if text
-    )
+    counts = Counter(text for caption in captions for text in core_texts(parse(caption)))
     trigger = trigger_word.strip()
     shared = [text for text, count in counts.most_common() if 2 * count >= len(captions)]
-    words = [trigger, *(text for text in shared if text.casefold() != trigger.casefold())][: _MAX_CORE_ITEMS + 1]
+    words = [trigger, *(text for text in shared if text.casefold() != trigger.casefold())][: _MAX_CORE_TEXTS + 1]
     return ", ".join(escape_brackets(word) for word in words if word)
 
 
@@ -68,9 +66,9 @@ def notes(job: Job, config: TrainConfig, pictures: int) -> str:
 
 def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, picture: Path | None, *,
             overwrite: bool) -> dict[str, Any]:  # fmt: skip
-    """Hand the LoRA to the host and, where the host can, have it checked there.
+    """Hand the LoRA to the host and have it checked there.
 
-    Returns what to remember: ``published`` (path) and, where it was checked, ``verified`` and ``verdict``.
+    Returns what to remember: ``published`` (path), ``verified`` and ``verdict``.
 
     Raises:
         UserError: the name is taken, the disk is full; the LoRA stays where it is.
@@ -83,12 +81,20 @@ def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, pi
             field="output_name",
             remedy="Free some space or mend the folder's permissions, then publish it again from the job.",
         ) from error
-    facts: dict[str, Any] = {"published": str(path)}
-    verify = getattr(host, "verify", None)
-    if verify is not None:
-        verdict = verify(path, config.trigger_word or job.name)
-        facts |= {"verified": verdict is None, "verdict": verdict or ""}
-    return facts
+    return {"published": str(path), **_verify(host, path, config.trigger_word or job.name)}
+
+
+def _verify(host: Host, path: Path, prompt: str) -> dict[str, Any]:
+    """Whether the host's own loader finds a layer for every key, and the picture changes. It is published either way.
+
+    ``verified`` is None when that could not be found out; ``verdict`` says why, or what is wrong.
+    """
+    try:
+        verdict = host.verify(path, prompt)
+    except Exception as error:  # the host's code: whatever goes wrong there is not a fault of the LoRA
+        log.warning("%s could not be checked in the WebUI", path.name, exc_info=True)
+        return {"verified": None, "verdict": f"The LoRA could not be checked in the WebUI: {error}"}
+    return {"verified": verdict is None, "verdict": verdict or ""}
 
 
 def _captions(config: TrainConfig) -> tuple[list[str], Path | None]:

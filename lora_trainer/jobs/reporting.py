@@ -93,12 +93,12 @@ class JobReporter(TrainCallbacks):
         self.warn(Problem(text))
 
     def on_waiting(self, reason: str) -> None:
-        """The model is away; called again and again until it is back."""
-        if not self.waiting:
-            self.waiting = True
-            self._last_step = None
-            self._event("waiting", reason, {})
-            self._note(True, status=self._status(True), phase=reason)
+        """The model is away, for this reason or, when called again, for another one."""
+        self.waiting = True
+        self._last_step = None
+        self._phase = reason
+        self._event("waiting", reason, {})
+        self._note(True, status=self._status(True), phase=reason)
 
     def warn(self, problem: Problem) -> None:
         """A warning with its remedy; it stays with the job."""

@@ -111,11 +111,11 @@ def run_config(job: Job, folders: JobFolders) -> TrainConfig:
     config = stored_config(job)
     left_off = job.attempt > 1 and any(folders.output(job).glob("state/*.state"))
     given = config.resume not in ("auto", "never", "")
-    # The folder is the job's alone, so what lies there may be replaced; overwrite is about the published file.
     return dataclasses.replace(
         config,
         output_dir=str(folders.output(job)),
-        overwrite=True,
+        # The folder is the job's alone, so what lies there may be replaced; what it is merged into lies elsewhere.
+        overwrite=config.overwrite or not config.merge_into_base,
         resume=config.resume if given and not left_off else "auto",
     )
 

@@ -162,7 +162,7 @@ def test_oversized_bodies_are_refused(app, client, declared):
     assert client.post("/jobs", content=b"{}", headers={**headers, "Content-Length": "9" * 30}).status_code == 413
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"name": 3e999}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"name": {}}'])
 def test_broken_json_is_a_sentence(client, body):
     answer = client.post("/datasets", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 422) and answer.json()["message"]

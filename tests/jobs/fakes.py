@@ -65,6 +65,8 @@ class FakeHost:
     options: dict[str, Any] = field(default_factory=dict)
     lender_options: list[LenderOptions] = field(default_factory=list)
     publish_error: Exception | None = None
+    verdict: str | Exception | None = None
+    requests: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         (self.root / "Lora").mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,7 @@ class FakeHost:
         return FakeLender()
 
     def draw(self, request: Any) -> Image.Image:
+        self.requests.append(request)
         return Image.new("RGB", (request.width, request.height))
 
     def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
@@ -102,6 +105,11 @@ class FakeHost:
         path.write_bytes(Path(lora).read_bytes())
         self.published.append((name, card))
         return path
+
+    def verify(self, lora: Path, prompt: str) -> str | None:
+        if isinstance(self.verdict, Exception):
+            raise self.verdict
+        return self.verdict
 
     def forget(self, name: str) -> None: ...
 

@@ -196,11 +196,13 @@ def test_a_publishing_failure_is_a_warning_and_can_be_repeated(manager, train, s
         manager.publish(job.id, "../evil")
 
 
-def test_what_the_host_finds_wrong_with_the_lora_is_told(manager, train, settings, host):
-    train.free = True
-    host.verify = lambda path, prompt: "The picture did not change."
+@pytest.mark.parametrize("verdict, verified", [(None, True), ("It changed nothing.", False), (OSError("busy"), None)])
+def test_the_host_checks_the_lora_and_what_is_wrong_is_told(manager, train, settings, host, verdict, verified):
+    train.free, host.verdict = True, verdict
     job = wait_status(manager, manager.submit(settings), "finished")
-    assert job.result["verified"] is False and job.warnings[0].message == "The picture did not change."
+    assert job.result["verified"] is verified and job.result["published"]
+    told = [warning.message for warning in job.warnings]
+    assert told == [] if verified else len(told) == 1 and str(verdict) in told[0]
 
 
 def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings, host):
