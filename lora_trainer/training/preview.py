@@ -67,20 +67,20 @@ def _guided_answer(
 def _scheduler(schedule: NoiseSchedule) -> Any:
     from diffusers import DDIMScheduler
 
-    # diffusers divides by √ᾱ; it keeps the same floor where it rescales a schedule itself.
-    alphas_cumprod = schedule.alphas_cumprod.double().clamp(min=2**-24)
-    betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     # Under zero terminal SNR sampling must begin at the very last timestep (Lin et al. 2024, §3.3).
     to_the_end = bool(schedule.alphas_cumprod[-1] == 0)
-    return DDIMScheduler(
+    scheduler = DDIMScheduler(
         num_train_timesteps=len(schedule),
-        trained_betas=betas.numpy(),
         prediction_type=schedule.prediction_type,
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=0 if to_the_end else 1,
         timestep_spacing="trailing" if to_the_end else "leading",
     )
+    # The very schedule that is trained. For ε the sampler divides by √ᾱ, so it gets the floor that diffusers gives it.
+    floor = 0.0 if schedule.prediction_type == "v_prediction" else 2.0**-24
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.float().clamp(min=floor)
+    return scheduler
 
 
 def _to_image(pixels: Tensor) -> Image.Image:

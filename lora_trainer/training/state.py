@@ -110,11 +110,12 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of ``value``; its tensors go to ``tensors`` and leave their names. Tuples and keys keep their types."""
+    """JSON of ``value``; its tensors go to ``tensors``, ``name`` in their names. Tuples and keys keep their types."""
     if isinstance(value, Tensor):
         # A copy of its own: safetensors refuses tensors that share memory, as 8-bit optimizers' tables do.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
+        unique = f"{len(tensors)}:{name}"  # different keys can read alike: 1 and "1", "a.b" and a's b
+        tensors[unique] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": unique}
     if isinstance(value, Mapping):
         items = [[key, _pack(item, f"{name}.{key}" if name else str(key), tensors)] for key, item in value.items()]
         return {"dict": items}

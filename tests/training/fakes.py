@@ -196,9 +196,8 @@ class Run:
         self.plan = BatchPlan.from_config(self.dataset, config, 64)
         out = Path(config.output_dir)
         self.precision = Precision(torch.device("cpu"), torch.float32, None)
-        self.source = BatchSource(
-            config, self.model, self.dataset, self.plan, TensorCache(out / "cache"), self.precision, previewer is not None
-        )
+        cache, keep = TensorCache(out / "cache"), previewer is not None
+        self.source = BatchSource(config, self.model, self.dataset, self.plan, cache, self.precision, keep)
         assert self.source.prepare(self.turns, self.recorder, self.commands)
         self.adapters = AdapterSet.build(self.model.lora_targets(), config)
         self.adapters.attach()

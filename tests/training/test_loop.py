@@ -349,8 +349,7 @@ def test_previews_are_drawn_without_dropout_and_with_the_average(tmp_path):
     ]
     assert not any(training for _, _, _, training, _ in painter.calls) and run.adapters.training
     assert same(painter.calls[0][4], run.saved[0][2]), "what is drawn is what is saved"
-    trained = {name: tensor for name, tensor in run.adapters.state_dict().items()}
-    assert not same(run.final, trained), "the average is saved, the trained weights stay"
+    assert not same(run.final, dict(run.adapters.state_dict())), "the average is saved, the trained weights stay"
     assert [path.name for path, _, _ in run.recorder.previews[:2]] == [
         "thing-step00000002-0.png",
         "thing-step00000002-1.png",
@@ -358,8 +357,9 @@ def test_previews_are_drawn_without_dropout_and_with_the_average(tmp_path):
     assert not run.model.released, "a model that draws previews keeps its VAE and text encoders"
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_terminal"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_the_models_own_previewer_draws(prediction_type, zero_terminal, family):
     model = FakeModel(family, prediction_type)

@@ -14,7 +14,6 @@ from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linea
 from lora_trainer.training import objective
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objective import Objective, generator_for
-
 from tests.training.fakes import FakeModel, Run, configuration
 
 SEED = 7
