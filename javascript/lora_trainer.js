@@ -1,0 +1,160 @@
+// The Train LoRA tab in the browser. Every file adds its part to this one object; nothing else becomes global.
+// Words from the server reach the page as text (textContent), never as HTML.
+var loraTrainer = window.loraTrainer || {};
+
+(function(app) {
+    "use strict";
+
+    const PREFIX = "lora_trainer_";
+    const API = "./lora-trainer/v1"; // relative, so that a --subpath is kept
+
+    /** The element of ours with this id (without the prefix), or null. */
+    app.get = (id) => document.getElementById(PREFIX + id);
+
+    /** What the page says, in the host's language; {names} are filled in from values. */
+    app.t = function(text, values) {
+        const words = window.localization || {};
+        const found = Object.prototype.hasOwnProperty.call(words, text) ? words[text] : text;
+        return values ? found.replace(/\{(\w+)\}/g, (all, name) => (name in values ? String(values[name]) : all)) : found;
+    };
+
+    /** A new element. class and id get the prefix; on… are listeners; strings become text. */
+    app.el = function(name, attributes, ...children) {
+        const node = name === "svg" || name === "path" || name === "line" || name === "text" || name === "g"
+            ? document.createElementNS("http://www.w3.org/2000/svg", name)
+            : document.createElement(name);
+        for (const [key, value] of Object.entries(attributes || {})) {
+            if (value === null || value === undefined || value === false) continue;
+            if (key === "class") node.setAttribute("class", value.split(" ").map((one) => PREFIX + one).join(" "));
+            else if (key === "id") node.id = PREFIX + value;
+            else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+            else node.setAttribute(key, value === true ? "" : value);
+        }
+        node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+        return node;
+    };
+
+    app.button = (text, action, kind) =>
+        app.el("button", {type: "button", class: "button " + (kind || "secondary"), onclick: action}, app.t(text));
+
+    /** Change a text in place: no node comes or goes, so the host's own watchers of the page stay asleep. */
+    app.setText = function(node, text) {
+        if (!node) return;
+        const only = node.childNodes.length === 1 ? node.firstChild : null;
+        if (only && only.nodeType === Node.TEXT_NODE) {
+            if (only.data !== text) only.data = text;
+        } else {
+            node.textContent = text;
+        }
+    };
+
+    app.show = function(node, visible) {
+        if (node && node.hidden === Boolean(visible)) node.hidden = !visible;
+    };
+
+    /** What the server refused: problems is a list of {message, field, remedy}. */
+    app.ServerError = class extends Error {
+        constructor(status, answer) {
+            super(answer.message);
+            this.status = status;
+            this.problems = answer.problems && answer.problems.length ? answer.problems : [answer];
+        }
+    };
+
+    /** Call our API: the answer as an object. Throws app.ServerError, also when the server is away. */
+    app.call = async function(method, path, body, signal) {
+        let response;
+        try {
+            response = await fetch(API + path, {
+                method,
+                signal,
+                headers: body === undefined ? {} : {"Content-Type": "application/json"},
+                body: body === undefined ? undefined : JSON.stringify(body),
+            });
+        } catch (error) {
+            if (error.name === "AbortError") throw error;
+            throw new app.ServerError(0, {message: app.t("The WebUI does not answer."), remedy: app.t("It may be restarting.")});
+        }
+        const answer = await response.json().catch(() => null);
+        if (response.ok && answer !== null) return answer;
+        throw new app.ServerError(response.status, {
+            message: app.t("The WebUI answered with an error ({status}).", {status: response.status}),
+            remedy: app.t("Its console has the details."),
+            ...(answer && answer.message ? answer : {}),
+        });
+    };
+    app.fetchJson = (path, signal) => app.call("GET", path, undefined, signal);
+    app.post = (path, body, signal) => app.call("POST", path, body || {}, signal);
+
+    /** The address of a job's file or a dataset's thumbnail. */
+    app.fileUrl = (job, path) => `${API}/jobs/${job}/files/${path.split("/").map(encodeURIComponent).join("/")}`;
+    app.thumbnailUrl = (dataset, file) =>
+        `${API}/datasets/${encodeURIComponent(dataset)}/thumbnails/${file.split("/").map(encodeURIComponent).join("/")}`;
+
+    app.sentence = (problem) => [problem.message, problem.remedy].filter(Boolean).join(" ");
+
+    /** Show in one place what went wrong with an action. */
+    app.complain = function(error, node) {
+        if (error.name === "AbortError") return;
+        const text = error.problems ? error.problems.map(app.sentence).join(" ") : String(error);
+        if (!error.problems) console.error(error);
+        const place = node || app.get("problem_");
+        app.setText(place, text);
+        app.show(place, true);
+    };
+
+    // -- numbers for people
+
+    app.duration = function(seconds) {
+        if (seconds === null || seconds === undefined || !isFinite(seconds)) return "–";
+        const whole = Math.max(0, Math.round(seconds));
+        const pad = (number) => String(number).padStart(2, "0");
+        const hours = Math.floor(whole / 3600);
+        const minutes = Math.floor(whole / 60) % 60;
+        return hours ? `${hours}:${pad(minutes)}:${pad(whole % 60)}` : `${minutes}:${pad(whole % 60)}`;
+    };
+
+    app.about = function(minutes) {
+        if (minutes < 1) return app.t("less than a minute");
+        if (minutes < 90) return app.t("about {n} min", {n: Math.round(minutes)});
+        return app.t("about {n} h", {n: (minutes / 60).toFixed(1)});
+    };
+
+    app.bytes = function(count) {
+        if (count === null || count === undefined) return "–";
+        if (count < 1 << 20) return Math.max(1, Math.round(count / 1024)) + " KB";
+        if (count < 1 << 30) return (count / (1 << 20)).toFixed(1) + " MB";
+        return (count / (1 << 30)).toFixed(1) + " GB";
+    };
+
+    app.speed = (perSecond) =>
+        perSecond >= 1
+            ? app.t("{n} steps/s", {n: perSecond.toFixed(1)})
+            : app.t("{n} s per step", {n: (1 / perSecond).toFixed(1)});
+
+    app.date = (seconds) =>
+        new Date(seconds * 1000).toLocaleString(document.documentElement.lang || undefined, {
+            dateStyle: "medium", timeStyle: "short",
+        });
+
+    app.loss = (value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
+
+    // -- what this browser remembers
+
+    app.remember = function(key, value) {
+        try {
+            if (value === null) localStorage.removeItem(PREFIX + key);
+            else localStorage.setItem(PREFIX + key, JSON.stringify(value));
+        } catch (error) {
+            console.debug("nothing is remembered:", error); // private windows and full stores: only comfort is lost
+        }
+    };
+    app.recall = function(key) {
+        try {
+            return JSON.parse(localStorage.getItem(PREFIX + key));
+        } catch (error) {
+            return null;
+        }
+    };
+})(loraTrainer);
+window.loraTrainer = loraTrainer;

@@ -1,0 +1,116 @@
+// The loss curve: every step faint, its average strong. Lines change in place; no node comes or goes while it grows.
+(function(app) {
+    "use strict";
+
+    const HEIGHT = 170;
+    const MARGIN = {left: 46, right: 10, top: 10, bottom: 22};
+    const MAX_POINTS = 4000;
+
+    /** A curve in node; reading is where the value under the pointer is written. */
+    app.Curve = class {
+        constructor(node, reading) {
+            this.reading = reading;
+            this.series = [];
+            this.svg = app.el("svg", {class: "plot", role: "img", "aria-label": app.t("Loss over the steps"), height: HEIGHT});
+            this.lines = [0, 1].map((index) => ({
+                raw: app.el("path", {class: "raw series" + index}),
+                mean: app.el("path", {class: "mean series" + index}),
+            }));
+            this.grid = app.el("path", {class: "grid"});
+            this.cursor = app.el("path", {class: "cursor"});
+            this.labels = Array.from({length: 5}, () => app.el("text", {class: "tick"}, ""));
+            this.svg.append(this.grid, ...this.lines.flatMap((pair) => [pair.raw, pair.mean]), this.cursor, ...this.labels);
+            node.replaceChildren(this.svg);
+            this.node = node;
+            new ResizeObserver(() => this.draw()).observe(node);
+            this.svg.addEventListener("pointermove", (event) => this.point(event));
+            this.svg.addEventListener("pointerleave", () => this.point(null));
+        }
+
+        /** One or two lists of {step, loss}; the second is laid over the first. */
+        set(...series) {
+            this.series = series.map((points) => ({points: thin(points.filter((point) => point.loss !== null)), mean: null}));
+            this.series.forEach((one) => (one.mean = average(one.points)));
+            this.draw();
+        }
+
+        draw() {
+            const width = this.node.clientWidth;
+            const all = this.series.flatMap((one) => one.points);
+            if (!width) return;
+            this.svg.setAttribute("width", width);
+            const steps = all.map((point) => point.step);
+            const first = Math.min(0, ...steps);
+            const last = Math.max(1, ...steps);
+            const [low, high] = span(this.series);
+            this.x = (step) => MARGIN.left + ((step - first) / (last - first)) * (width - MARGIN.left - MARGIN.right);
+            this.y = (loss) => MARGIN.top + (1 - (Math.min(loss, high) - low) / (high - low)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
+            const right = width - MARGIN.right;
+            const rows = all.length ? [low, (low + high) / 2, high] : [];
+            this.grid.setAttribute("d", rows.map((loss) => `M${MARGIN.left} ${this.y(loss)}H${right}`).join(""));
+            rows.forEach((loss, index) => this.label(index, MARGIN.left - 6, this.y(loss) + 4, app.loss(loss), "end"));
+            this.label(3, MARGIN.left, HEIGHT - 5, all.length ? app.t("step {n}", {n: first}) : "", "start");
+            this.label(4, right, HEIGHT - 5, all.length ? app.t("step {n}", {n: last}) : "", "end");
+            this.lines.forEach((pair, index) => {
+                const one = this.series[index];
+                pair.raw.setAttribute("d", one ? this.path(one.points, one.points.map((point) => point.loss)) : "");
+                pair.mean.setAttribute("d", one ? this.path(one.points, one.mean) : "");
+            });
+        }
+
+        label(index, x, y, text, anchor) {
+            const node = this.labels[index];
+            node.setAttribute("x", x);
+            node.setAttribute("y", y);
+            node.setAttribute("text-anchor", anchor);
+            app.setText(node, text);
+        }
+
+        path(points, values) {
+            return points.map((point, index) => `${index ? "L" : "M"}${this.x(point.step).toFixed(1)} ${this.y(values[index]).toFixed(1)}`).join("");
+        }
+
+        point(event) {
+            const one = this.series[0];
+            if (!event || !one || !one.points.length) {
+                this.cursor.setAttribute("d", "");
+                app.setText(this.reading, "");
+                return;
+            }
+            const x = event.clientX - this.svg.getBoundingClientRect().left;
+            const nearest = one.points.reduce((best, point, index) =>
+                Math.abs(this.x(point.step) - x) < Math.abs(this.x(one.points[best].step) - x) ? index : best, 0);
+            const {step, loss} = one.points[nearest];
+            this.cursor.setAttribute("d", `M${this.x(step)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}`);
+            app.setText(this.reading, app.t("step {step}: {loss}, average {mean}", {
+                step, loss: app.loss(loss), mean: app.loss(one.mean[nearest]),
+            }));
+        }
+    };
+
+    /** Exponential average over about a tenth of what there is, without the bias of its beginning. */
+    function average(points) {
+        const keep = 1 - 1 / Math.max(5, Math.min(100, points.length / 10));
+        let sum = 0;
+        let weight = 0;
+        return points.map(({loss}) => {
+            sum = keep * sum + (1 - keep) * loss;
+            weight = keep * weight + (1 - keep);
+            return sum / weight;
+        });
+    }
+
+    /** From lowest to highest, without the few highest: one outlier must not flatten the rest. */
+    function span(series) {
+        const values = series.flatMap((one) => [...one.points.map((point) => point.loss)]).sort((a, b) => a - b);
+        if (!values.length) return [0, 1];
+        const low = values[0];
+        const high = Math.max(values[Math.floor((values.length - 1) * 0.98)], ...series.flatMap((one) => one.mean.slice(-1)));
+        return high > low ? [low, high] : [low * 0.9, low * 1.1 || 1];
+    }
+
+    function thin(points) {
+        const every = Math.ceil(points.length / MAX_POINTS);
+        return every > 1 ? points.filter((point, index) => index % every === 0 || index === points.length - 1) : points;
+    }
+})(loraTrainer);

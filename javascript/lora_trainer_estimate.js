@@ -1,0 +1,128 @@
+// What a run would take, asked anew after every change; and Start.
+(function(app) {
+    "use strict";
+
+    const DELAY = 500; // ms after the last change
+    const estimate = (app.estimate = {pictures: null, family: null});
+    let timer = null;
+    let running = null;
+
+    estimate.soon = function() {
+        clearTimeout(timer);
+        timer = setTimeout(estimate.now, DELAY);
+    };
+
+    estimate.now = async function() {
+        clearTimeout(timer);
+        if (running) running.abort();
+        const mine = (running = new AbortController());
+        try {
+            // Twice when the first answer says how many pictures there are, or another family: what fits depends on it.
+            for (let round = 0; round < 2; round++) {
+                await app.form.suggest(estimate.pictures, estimate.family);
+                if (mine.signal.aborted) return;
+                app.form.display(focused());
+                if (!app.pictures.chosen) return showNothing();
+                const facts = await app.post("/estimate", {settings: app.form.settings()}, mine.signal);
+                const known = facts.pictures === estimate.pictures && facts.family === estimate.family;
+                Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
+                if (!known && round === 0) continue;
+                app.form.clearProblems();
+                show(facts);
+                return;
+            }
+        } catch (error) {
+            if (error.name === "AbortError") return;
+            showNothing();
+            if (error.problems) app.form.showProblems(error.problems);
+            else app.complain(error);
+        }
+    };
+
+    /** The setting that is being typed in: its text is left alone. */
+    const focused = () => (document.activeElement && document.activeElement.dataset.setting) || undefined;
+
+    function show(facts) {
+        const visits = app.form.value("repeats") * app.form.value("epochs");
+        app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
+        app.setText(app.get("fact_steps"), String(facts.steps));
+        app.setText(app.get("fact_buckets"), sizes(facts.buckets));
+        app.setText(app.get("fact_time"), facts.minutes === null ? app.t("not measured yet") : app.about(facts.minutes));
+        app.setText(app.get("fact_memory"), facts.memory === null ? app.t("not measured yet") : app.bytes(facts.memory));
+        app.pictures.judged(facts);
+        suggestSaving(facts.steps);
+        app.form.display(focused());
+    }
+
+    /** A run is saved and drawn four times, so that the best moment can be chosen by its pictures. */
+    function suggestSaving(steps) {
+        if (app.form.faithful) return;
+        app.form.suggested.save_steps = app.form.given.save_epochs || steps < 8 ? undefined : Math.ceil(steps / 4);
+        const prompt = app.pictures.firstCaption() || app.form.value("trigger_word");
+        app.form.suggested.preview_prompts = prompt ? [prompt] : undefined;
+    }
+
+    function sizes(buckets) {
+        const named = [...buckets]
+            .sort((one, other) => other.images - one.images)
+            .map((bucket) => bucket.resolution.join("×"));
+        const more = named.length - 2;
+        return named.slice(0, 2).join(", ") + (more > 0 ? " " + app.t("and {n} more", {n: more}) : "");
+    }
+
+    function showNothing() {
+        ["visits", "steps", "buckets", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
+    }
+
+    /** Start: the server checks everything once more and says what is wrong, beside the field. */
+    estimate.start = async function() {
+        const button = app.get("start");
+        button.disabled = true;
+        try {
+            if (app.pictures.busy) await app.pictures.busy;
+            app.live.askForNotifications();
+            const {continues} = app.form;
+            const settings = app.form.settings();
+            const job = continues
+                ? await app.post(`/jobs/${continues.id}/continue`, {changes: settings})
+                : await app.post("/jobs", {settings});
+            app.form.clearProblems();
+            app.form.continues = null;
+            app.form.set("overwrite", undefined);
+            await app.live.look();
+            app.live.focus(job.id);
+        } catch (error) {
+            if (error.problems) app.form.showProblems(error.problems);
+            else app.complain(error);
+            const first = document.querySelector("#lora_trainer_form .lora_trainer_problem:not([hidden])");
+            if (first) first.scrollIntoView({block: "center", behavior: "smooth"});
+        } finally {
+            button.disabled = false;
+        }
+    };
+
+    // -- YAML
+
+    estimate.yamlOut = async function() {
+        const {yaml} = await app.post("/settings/check", {settings: app.form.settings()});
+        app.get("yaml").value = yaml;
+        app.show(app.get("problem_yaml"), false);
+        return yaml;
+    };
+
+    estimate.yamlIn = async function() {
+        try {
+            const {settings} = await app.post("/settings/check", {yaml: app.get("yaml").value});
+            app.show(app.get("problem_yaml"), false);
+            app.form.fill({...settings, train_data_dir: settings.train_data_dir || app.pictures.chosen || ""});
+        } catch (error) {
+            app.complain(error, app.get("problem_yaml"));
+        }
+    };
+
+    estimate.yamlDownload = async function() {
+        const url = URL.createObjectURL(new Blob([await estimate.yamlOut()], {type: "text/yaml"}));
+        app.el("a", {href: url, download: (app.form.value("output_name") || "lora") + ".yaml"}).click();
+        setTimeout(() => URL.revokeObjectURL(url), 10000);
+    };
+})(loraTrainer);

@@ -1,0 +1,221 @@
+// The form: what a person set (given), what fits the kind, the pictures and the model (suggested), and what is wrong.
+(function(app) {
+    "use strict";
+
+    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false});
+    // faithful: the values are an earlier run's; nothing is suggested instead of its defaults
+
+    form.controls = () => document.querySelectorAll("#lora_trainer [data-setting]");
+    form.control = (name) => app.get("field_" + name);
+    form.kind = () => (document.querySelector("input[name=lora_trainer_kind]:checked") || {}).value || "character";
+
+    /** A control's text as the value that the API takes; null for an empty one. */
+    function read(control) {
+        const text = control.value.trim();
+        switch (control.dataset.type) {
+        case "boolean": return control.checked;
+        case "lines": return text ? text.split("\n").map((line) => line.trim()).filter(Boolean) : [];
+        case "numbers": return text ? text.split(/[\s,]+/).map(number) : null;
+        case "number": return text === "" ? null : number(text);
+        case "mapping": return mapping(text);
+        default: return text;
+        }
+    }
+
+    /** A number where it is one; else the text, about which the server says what is wrong. */
+    const number = (text) => (text !== "" && isFinite(Number(text)) ? Number(text) : text);
+
+    function mapping(text) {
+        const pairs = text.split("\n").map((line) => line.split(":")).filter((parts) => parts[0].trim());
+        return Object.fromEntries(pairs.map(([name, ...rest]) => [name.trim(), number(rest.join(":").trim())]));
+    }
+
+    function write(control, value) {
+        if (control.dataset.type === "boolean") control.checked = Boolean(value);
+        else if (value === null || value === undefined) control.value = "";
+        else if (Array.isArray(value)) control.value = value.join(control.dataset.type === "lines" ? "\n" : ", ");
+        else if (typeof value === "object") control.value = Object.entries(value).map((pair) => pair.join(": ")).join("\n");
+        else control.value = short(value);
+        if (control.tagName === "SELECT" && control.selectedIndex < 0) control.selectedIndex = 0;
+    }
+
+    const short = (value) =>
+        typeof value === "number" && value !== 0 && Math.abs(value) < 0.01 ? value.toExponential() : String(value);
+
+    const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+
+    /** The values in the page before anybody touched them are the defaults of the schema. */
+    form.begin = function() {
+        form.controls().forEach((control) => (form.defaults[control.dataset.setting] = read(control)));
+        document.getElementById("lora_trainer").addEventListener("input", (event) => {
+            const name = event.target.dataset.setting;
+            if (name) form.set(name, read(event.target));
+        });
+    };
+
+    /** A person chose a value; undefined goes back to the suggestion. */
+    form.set = function(name, value) {
+        if (value === undefined) delete form.given[name];
+        else form.given[name] = value;
+        form.problem(name, null);
+        form.changed(name);
+    };
+
+    /** After anything changed: remember it, follow it, ask anew what the run would take. */
+    form.changed = function(name) {
+        if (name === "output_name" || name === undefined) {
+            // The trigger word follows the name, without its version, until it is given.
+            const stem = String(form.given.output_name || "").replace(/[_\s-]?v?\d*$/i, "").replace(/[_-]+/g, " ").trim();
+            form.suggested.trigger_word = stem || undefined;
+        }
+        form.display(name);
+        form.store();
+        app.estimate.soon();
+    };
+
+    form.store = () =>
+        app.remember("form", {
+            given: form.given, kind: form.kind(), folder: app.pictures.chosen,
+            continues: form.continues, faithful: form.faithful,
+        });
+
+    form.restore = function(remembered) {
+        form.given = remembered.given || {};
+        form.continues = remembered.continues || null;
+        form.faithful = Boolean(remembered.faithful);
+        form.chooseKind(remembered.kind);
+    };
+
+    form.value = (name) =>
+        name in form.given ? form.given[name]
+            : form.suggested[name] !== undefined ? form.suggested[name] : form.defaults[name];
+
+    /** Put into every control what the run would use; not into the one that is being typed in. */
+    form.display = function(typing) {
+        let changed = 0;
+        const groups = {};
+        form.controls().forEach((control) => {
+            const name = control.dataset.setting;
+            const reset = document.querySelector(`#lora_trainer [data-reset="${name}"]`);
+            if (name !== typing) write(control, form.value(name));
+            const own = name in form.given && !control.closest(".lora_trainer_steps");
+            const group = control.closest("[data-group]");
+            app.show(reset, own);
+            if (own) changed += 1;
+            if (own && group) groups[group.dataset.group] = (groups[group.dataset.group] || 0) + 1;
+        });
+        document.querySelectorAll("#lora_trainer [data-changed]").forEach((node) => {
+            const count = groups[node.dataset.changed];
+            app.setText(node, count ? app.t("{n} changed", {n: count}) : "");
+        });
+        app.setText(app.get("changed"), changed ? app.t("{n} changed", {n: changed}) : "");
+        document.querySelectorAll("#lora_trainer [data-hint]").forEach((node) => app.show(node, node.dataset.hint === form.kind()));
+        const origin = app.get("origin");
+        app.show(origin, form.continues);
+        if (form.continues) app.setText(origin, app.t("Continues from {name}: its LoRA is the beginning.", form.continues));
+    };
+
+    /** What the API gets: everything that differs from the defaults. */
+    form.settings = function() {
+        const settings = {};
+        form.controls().forEach(({dataset: {setting: name}}) => {
+            const value = form.value(name);
+            if (!same(value, form.defaults[name])) settings[name] = value;
+        });
+        settings.train_data_dir = app.pictures.chosen || "";
+        return settings;
+    };
+
+    /** Take over settings by name, as of an earlier run or a YAML file; everything else goes back to its suggestion. */
+    form.fill = function(settings, {continues = null} = {}) {
+        const {train_data_dir: folder, ...rest} = settings;
+        form.given = {};
+        form.suggested = {};
+        form.continues = continues;
+        for (const [name, value] of Object.entries(rest)) {
+            if (name in form.defaults && !same(value, form.defaults[name])) form.given[name] = value;
+        }
+        form.faithful = true;
+        form.clearProblems();
+        if (folder) app.pictures.choose(folder);
+        else form.changed();
+    };
+
+    // -- problems, beside what they concern
+
+    form.problem = function(name, text) {
+        const place = app.get("problem_" + name);
+        if (!place) return false;
+        app.setText(place, text || "");
+        app.show(place, Boolean(text));
+        const control = form.control(name);
+        if (control) control.setAttribute("aria-invalid", String(Boolean(text)));
+        if (text) {
+            for (let node = place.parentElement; node && node.id !== "lora_trainer"; node = node.parentElement) {
+                if (node.tagName === "DETAILS") node.open = true;
+            }
+        }
+        return true;
+    };
+
+    form.clearProblems = function() {
+        document.querySelectorAll("#lora_trainer_form .lora_trainer_problem").forEach((node) => {
+            if (node.id !== "lora_trainer_problem_yaml") app.show(node, false);
+        });
+        form.controls().forEach((control) => control.removeAttribute("aria-invalid"));
+        document.querySelectorAll("#lora_trainer_form .lora_trainer_overwrite").forEach((node) => node.remove());
+    };
+
+    /** Each problem beside its field; what has none stands under Start. */
+    form.showProblems = function(problems) {
+        form.clearProblems();
+        for (const problem of problems) {
+            const known = problem.field && form.problem(problem.field, app.sentence(problem));
+            if (!known) {
+                const where = problem.field ? problem.field + ": " : "";
+                form.problem("", where + app.sentence(problem));
+            }
+            if (problem.field === "output_name" && / already\.$/.test(problem.message)) offerToReplace();
+        }
+    };
+
+    function offerToReplace() {
+        const replace = app.button("Replace it", () => {
+            form.set("overwrite", true);
+            replace.remove();
+        });
+        replace.classList.add("lora_trainer_overwrite");
+        app.get("problem_output_name").after(replace);
+    }
+
+    // -- what fits
+
+    form.suggest = async function(pictures, family) {
+        const query = new URLSearchParams();
+        if (pictures) query.set("pictures", pictures);
+        if (family) query.set("family", family);
+        const {presets} = await app.fetchJson("/presets?" + query);
+        const preset = presets.find((one) => one.kind === form.kind());
+        const fits = form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())};
+        const {trigger_word, save_steps, preview_prompts} = form.suggested;
+        form.suggested = {trigger_word, save_steps, preview_prompts, ...fits};
+    };
+
+    /** The settings that the host's settings page gives every new training. */
+    form.ownDefaults = async function() {
+        const yaml = (typeof opts === "undefined" ? "" : opts.lora_trainer_defaults || "").trim();
+        if (!yaml) return {};
+        try {
+            const {settings} = await app.post("/settings/check", {yaml});
+            return Object.fromEntries(Object.entries(settings).filter(([name, value]) => !same(value, form.defaults[name])));
+        } catch (error) {
+            app.complain(error);
+            return {};
+        }
+    };
+
+    form.chooseKind = function(kind) {
+        const radio = document.querySelector(`input[name=lora_trainer_kind][value="${CSS.escape(kind || "")}"]`);
+        if (radio) radio.checked = true;
+    };
+})(loraTrainer);

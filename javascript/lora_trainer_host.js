@@ -1,0 +1,84 @@
+// What the tab does in the rest of the WebUI: the LoRA picker, txt2img's prompt, pictures from its gallery.
+(function(app) {
+    "use strict";
+
+    const host = (app.host = {});
+    const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
+
+    /** Make the LoRA pickers list what is new: the host's own hidden buttons, which also leave other tabs alone. */
+    host.refreshPicker = function() {
+        for (const tab of ["txt2img", "img2img"]) {
+            const button = root().querySelector(`#${tab}_lora_extra_refresh_internal`);
+            if (button) button.dispatchEvent(new Event("click"));
+        }
+    };
+
+    host.openTab = function(id) {
+        const tabs = Array.from(root().querySelectorAll("#tabs > .tabitem"));
+        const buttons = root().querySelectorAll("#tabs > .tab-nav > button");
+        const index = tabs.findIndex((tab) => tab.id === "tab_" + id);
+        if (buttons[index]) buttons[index].click();
+    };
+
+    /** Write a text into one of the host's text fields, as if it had been typed. */
+    function type(field, text) {
+        field.value = text;
+        if (typeof updateInput === "function") updateInput(field);
+        else field.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+
+    /** Put <lora:name:0.8> and the trigger word into txt2img's prompt and go there. Other LoRAs and words stay. */
+    host.tryIt = async function(job) {
+        const field = root().querySelector("#txt2img_prompt textarea");
+        if (!field) return;
+        const {settings} = await app.post("/settings/check", {yaml: job.effective_config || (await app.fetchJson("/jobs/" + job.id)).effective_config});
+        const name = job.published || job.name;
+        const weight = typeof opts !== "undefined" && opts.extra_networks_default_multiplier < 1 ? opts.extra_networks_default_multiplier : 0.8;
+        const call = `<lora:${name}:${weight}>`;
+        const earlier = field.value.replace(new RegExp(`\\s*<lora:${escaped(name)}:[^>]*>`, "g"), "").trim();
+        const trigger = settings.trigger_word;
+        const words = trigger && !earlier.includes(trigger) ? [trigger, earlier] : [earlier];
+        type(field, `${words.filter(Boolean).join(", ")} ${call}`.trim());
+        host.openTab("txt2img");
+        field.focus();
+    };
+
+    const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+
+    /** A button beside the gallery's own that sends its pictures here, their prompts as captions. */
+    host.addSendButton = function() {
+        const row = root().querySelector("#image_buttons_txt2img");
+        if (!row || app.get("send")) return;
+        const model = row.querySelector("button");
+        const button = app.el("button", {
+            type: "button", id: "send", title: app.t("Send the pictures to Train LoRA, with their prompts as captions"),
+            onclick: () => host.send().catch((error) => app.complain(error)),
+        }, app.t("Train LoRA"));
+        button.className = model ? model.className : "";
+        button.style.width = "auto";
+        row.append(button);
+    };
+
+    host.send = async function() {
+        const images = new Map();
+        root().querySelectorAll("#txt2img_gallery img").forEach((image) => images.set(image.src.replace(/\?.*$/, ""), image));
+        if (!images.size) return;
+        const caption = prompt();
+        const files = [];
+        for (const address of images.keys()) {
+            const name = decodeURIComponent(address.split("/").pop());
+            const file = new File([await (await fetch(address)).blob()], name);
+            file.caption = caption;
+            files.push(file);
+        }
+        host.openTab("lora_trainer");
+        await app.pictures.add(files.filter((file) => !/grid/.test(file.name)));
+    };
+
+    /** The prompt of what the gallery shows, without LoRA calls: the first line of its generation parameters. */
+    function prompt() {
+        const info = root().querySelector("#html_info_txt2img");
+        const first = info ? info.innerText.split("\n").find((line) => line.trim()) || "" : "";
+        return first.replace(/<[^>]*>/g, "").replace(/\s+/g, " ").trim().replace(/^[,\s]+|[,\s]+$/g, "");
+    }
+})(loraTrainer);

@@ -1,0 +1,275 @@
+// The training in hand, read from the server again and again: nothing is lost by a reload, and all pages agree.
+(function(app) {
+    "use strict";
+
+    const PACE = {running: 1000, idle: 3000, away: 10000}; // ms between two looks; away: nobody sees the page
+    const OVER = ["finished", "stopped", "failed", "interrupted"];
+
+    // job: what the panel shows. details: its settings, by name. jobs: every job heard of since the page was opened.
+    const live = (app.live = {job: null, details: null, points: [], lastEvent: 0, seenRunning: new Set(), looking: null});
+    let cursor = null;
+    let timer = null;
+
+    live.begin = function() {
+        live.curve = new app.Curve(app.get("curve"), app.get("curve_reading"));
+        live.previews = new app.Previews(app.get("previews"), app.get("preview_step"));
+        app.get("log_box").addEventListener("toggle", loadLog);
+        document.addEventListener("visibilitychange", () => document.hidden || live.look());
+        window.addEventListener("focus", () => title(null));
+        live.look();
+    };
+
+    /** Ask now; two askers share one answer. */
+    live.look = function() {
+        if (!live.looking) {
+            clearTimeout(timer);
+            live.looking = ask().finally(() => {
+                live.looking = null;
+                const running = live.job && live.job.active;
+                timer = setTimeout(live.look, document.hidden ? (running ? PACE.idle : PACE.away) : running ? PACE.running : PACE.idle);
+            });
+        }
+        return live.looking;
+    };
+
+    async function ask() {
+        const trouble = app.get("trouble");
+        try {
+            const answer = await app.fetchJson("/status" + (cursor ? "?since=" + encodeURIComponent(cursor) : ""));
+            cursor = answer.cursor;
+            if (!answer.unchanged) {
+                app.setText(trouble, answer.trouble ? app.sentence(answer.trouble) : "");
+                app.show(trouble, answer.trouble);
+                await take(answer);
+            } else if (trouble.dataset.away) {
+                app.show(trouble, trouble.dataset.text);
+            }
+            delete trouble.dataset.away;
+        } catch (error) {
+            trouble.dataset.away = "yes";
+            app.complain(error, trouble);
+            cursor = null; // a server that comes back is asked for everything
+        }
+    }
+
+    async function take(answer) {
+        const {running, changed} = answer;
+        if (running) live.seenRunning.add(running.id);
+        const shown = running || changed.find((job) => job.id === answer.metrics_job) || (live.job && changed.find((job) => job.id === live.job.id));
+        if (answer.metrics_job !== null) takePoints(answer);
+        if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
+        showQueue(answer.queue);
+        for (const job of changed) {
+            if (live.seenRunning.delete(job.id)) over(job);
+        }
+        app.runs.heard([running, ...changed, ...answer.queue].filter(Boolean));
+    }
+
+    function takePoints({metrics_job: job, points, points_follow: follow}) {
+        if (!follow || live.pointsOf !== job) live.points = [];
+        live.pointsOf = job;
+        live.points.push(...points);
+    }
+
+    async function show(job) {
+        const other = !live.job || live.job.id !== job.id || live.job.attempt !== job.attempt;
+        live.job = job;
+        if (other) {
+            Object.assign(live, {details: null, lastEvent: 0});
+            live.previews.clear();
+            loadDetails(job);
+        }
+        app.show(app.get("live"), true);
+        if (live.pointsOf === job.id) live.curve.set(live.points);
+        showStrip(job);
+        showMessage(job);
+        showButtons(job);
+        await loadEvents(job);
+        if (app.get("log_box").open) await loadLog();
+    }
+
+    async function loadDetails(job) {
+        const {effective_config: yaml} = await app.fetchJson("/jobs/" + job.id);
+        const {settings} = await app.post("/settings/check", {yaml});
+        if (live.job && live.job.id === job.id) {
+            live.details = settings;
+            if (!settings.preview_prompts.length) live.previews.clear(app.t("No preview prompt is set (Advanced, Saving and previews)."));
+            showStrip(live.job);
+        }
+    }
+
+    async function loadEvents(job) {
+        const {events} = await app.fetchJson(`/jobs/${job.id}/events?since=${live.lastEvent}`);
+        if (!events.length || live.job.id !== job.id) return;
+        live.lastEvent = events[events.length - 1].id;
+        live.previews.add(events);
+    }
+
+    async function loadLog() {
+        const box = app.get("log");
+        if (!live.job || !app.get("log_box").open) return;
+        const {text} = await app.fetchJson(`/jobs/${live.job.id}/log`);
+        const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 20;
+        app.setText(box, text || app.t("Nothing yet."));
+        if (atEnd) box.scrollTop = box.scrollHeight;
+    }
+
+    // -- the strip
+
+    const STATES = {
+        queued: "waiting for its turn", running: "training", paused: "paused", waiting: "waiting for the model",
+        stopping: "stopping", finished: "finished", stopped: "stopped", failed: "failed", interrupted: "interrupted",
+    };
+    live.state = (job) => app.t(STATES[job.status] || job.status);
+
+    const PHASES = {pictures: "Looking at the pictures", latents: "Encoding the pictures", captions: "Encoding the captions"};
+
+    function showStrip(job) {
+        const share = job.total_steps ? job.step / job.total_steps : 0;
+        app.setText(app.get("job_name"), job.name);
+        app.setText(app.get("job_state"), live.state(job));
+        app.get("job_state").dataset.status = job.status;
+        app.setText(app.get("job_percent"), job.total_steps ? Math.floor(share * 100) + " %" : "");
+        app.get("bar_fill").style.width = share * 100 + "%";
+        app.get("bar").setAttribute("aria-valuenow", Math.floor(share * 100));
+        app.setText(app.get("job_facts"), facts(job).join("  ·  "));
+        if (job.active) title(job.total_steps ? `${Math.floor(share * 100)} % ${job.name}` : job.name);
+    }
+
+    function facts(job) {
+        if (PHASES[job.phase]) return [app.t(PHASES[job.phase]) + (job.phase_total ? ` ${job.phase_done}/${job.phase_total}` : "")];
+        if (!job.total_steps) return job.active ? [app.t("Preparing …")] : [];
+        const parts = [app.t("step {step} of {total}", {step: job.step, total: job.total_steps}), app.t("epoch {n}", {n: job.epoch})];
+        if (job.active && job.speed) parts.push(app.speed(job.speed));
+        if (job.active && job.seconds_left !== null && job.status === "running") parts.push(app.t("{time} left", {time: app.duration(job.seconds_left)}));
+        if (job.loss !== null) parts.push(app.t("loss {n}", {n: app.loss(job.loss)}));
+        if (job.memory) parts.push(app.t("memory {n}", {n: app.bytes(job.memory)}));
+        if (job.active && live.details) parts.push(nextSave(job, live.details));
+        if (!job.active) parts.push(app.t("took {time}", {time: app.duration(job.seconds)}));
+        return parts;
+    }
+
+    function nextSave(job, settings) {
+        const perEpoch = job.total_steps / settings.epochs;
+        const every = [settings.save_steps, settings.save_epochs && Math.round(settings.save_epochs * perEpoch)].filter(Boolean);
+        const next = Math.min(job.total_steps, ...every.map((steps) => (Math.floor(job.step / steps) + 1) * steps));
+        return next < job.total_steps ? app.t("next save at step {n}", {n: next}) : app.t("next save at the end");
+    }
+
+    function showMessage(job) {
+        const lines = [];
+        if (job.status === "waiting") lines.push(job.phase);
+        if (job.error) lines.push(app.sentence(job.error));
+        if (job.status === "interrupted") lines.push(app.t("The WebUI ended in the middle. Resume goes on from the last saved state."));
+        if (job.status === "finished" && job.published) lines.push(app.t("It is in your Lora tab as {name}.", {name: job.published}));
+        if (job.verified) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
+        lines.push(...job.warnings.map(app.sentence));
+        const box = app.get("job_message");
+        const text = lines.join("\n");
+        if (box.dataset.text !== text) {
+            box.dataset.text = text;
+            box.replaceChildren(...lines.map((line) => app.el("p", {}, line)));
+        }
+        box.classList.toggle("lora_trainer_problem", Boolean(job.error));
+        app.show(box, lines.length);
+    }
+
+    // -- what can be done
+
+    live.command = (job, command) => app.post(`/jobs/${job.id}/${command}`).then(live.look, (error) => app.complain(error, app.get("trouble")));
+
+    /** Buttons for a job: [text, what it does, kind]. */
+    live.actions = function(job) {
+        const to = (command) => () => live.command(job, command);
+        if (job.active || job.status === "paused") {
+            return [
+                job.status === "paused" ? ["Resume", to("resume"), "primary"] : job.status !== "stopping" && ["Pause", to("pause")],
+                job.active && ["Save now", to("save-now")],
+                job.active && ["Preview now", to("preview-now")],
+                job.active && ["Stop and save", to("stop-and-save")],
+                ["Stop", to("stop")],
+            ].filter(Boolean);
+        }
+        return [
+            job.published && ["Try it", () => app.host.tryIt(job), "primary"],
+            job.status !== "finished" && ["Resume", to("resume"), "primary"],
+            job.lora && ["Continue from it", () => app.runs.again(job, true)],
+            ["Run again with changes", () => app.runs.again(job, false)],
+        ].filter(Boolean);
+    };
+
+    function showButtons(job) {
+        const actions = live.actions(job);
+        if (OVER.includes(job.status)) {
+            actions.push(["Files", () => app.runs.open(job.id)], ["Close", () => close(job)]);
+        }
+        const row = app.get("job_buttons");
+        const key = job.id + job.status + job.published + actions.length;
+        if (row.dataset.key === key) return; // the buttons stay while they mean the same: a focus is not lost
+        row.dataset.key = key;
+        row.replaceChildren(...actions.map((action) => app.button(...action)));
+    }
+
+    function close(job) {
+        app.remember("closed", job.id);
+        app.show(app.get("live"), false);
+    }
+
+    function showQueue(queue) {
+        app.show(app.get("queue"), queue.length);
+        const row = (job, index) => app.el("li", {},
+            app.el("span", {class: "name"}, job.name), app.el("span", {class: "state"}, live.state(job)),
+            app.el("span", {class: "row"},
+                index > 0 && job.status === "queued" ? app.button("First", () => app.post("/jobs/reorder", {jobs: [job.id]}).then(live.look), "link") : null,
+                app.button(job.status === "paused" ? "Start" : "Hold", () => live.command(job, job.status === "paused" ? "start" : "pause"), "link"),
+                app.button("Remove", () => live.command(job, "stop"), "link")));
+        const list = app.get("queue_list");
+        const key = JSON.stringify(queue.map((job) => [job.id, job.status]));
+        if (list.dataset.key === key) return;
+        list.dataset.key = key;
+        list.replaceChildren(...queue.map(row));
+    }
+
+    /** The job of the panel was deleted. */
+    live.forget = function() {
+        live.job = null;
+        app.show(app.get("live"), false);
+    };
+
+    live.focus = function(id) {
+        const node = app.get(live.job && live.job.id === id ? "live" : "queue");
+        node.scrollIntoView({block: "nearest", behavior: "smooth"});
+    };
+
+    // -- telling the end
+
+    let ownTitle = null;
+
+    /** Write into the page's title, unless the host shows a progress of its own there; null gives it back. */
+    function title(text) {
+        if (ownTitle !== null && document.title === ownTitle.now) document.title = ownTitle.before;
+        const job = live.job && live.job.active ? live.job : null;
+        ownTitle = null;
+        if ((text === null && !job) || text === null || document.title.startsWith("[")) return;
+        ownTitle = {before: document.title, now: `${text} - ${document.title}`};
+        document.title = ownTitle.now;
+    }
+
+    live.askForNotifications = function() {
+        if (wanted() && Notification.permission === "default") Notification.requestPermission();
+    };
+    const wanted = () => "Notification" in window && (typeof opts === "undefined" || opts.lora_trainer_notify !== false);
+
+    function over(job) {
+        const text = `${job.name}: ${live.state(job)}`;
+        title(text);
+        if (document.hasFocus()) setTimeout(() => title(null), 5000);
+        if (job.published) app.host.refreshPicker();
+        if (job.error && job.error.field) app.form.showProblems([job.error]);
+        if (wanted() && Notification.permission === "granted") {
+            const body = job.error ? app.sentence(job.error) : job.published ? app.t("It is in your Lora tab as {name}.", {name: job.published}) : "";
+            new Notification(text, {body, tag: "lora_trainer_" + job.id});
+        }
+        app.estimate.soon(); // what it took is now known
+    }
+})(loraTrainer);

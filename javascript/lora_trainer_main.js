@@ -1,0 +1,74 @@
+// Joins the parts once the host's page is there.
+(function(app) {
+    "use strict";
+
+    const ACTIONS = {
+        "start": () => app.estimate.start(),
+        "use-folder": () => app.pictures.choose(app.get("folder").value.trim()),
+        "reset": (button) => app.form.set(button.dataset.reset, undefined),
+        "yaml-out": () => app.estimate.yamlOut(),
+        "yaml-in": () => app.estimate.yamlIn(),
+        "yaml-download": () => app.estimate.yamlDownload(),
+        "runs-more": () => app.runs.load(true),
+    };
+
+    /** Show a sub-tab by its title: gradio's own buttons, found by what they open. */
+    app.openSubTab = function(title) {
+        const tabs = Array.from(document.querySelectorAll("#lora_trainer_tabs > .tabitem"));
+        const index = tabs.findIndex((tab) => tab.id === "lora_trainer_tab_" + title.toLowerCase());
+        const buttons = document.querySelectorAll("#lora_trainer_tabs > .tab-nav button");
+        if (buttons[index]) buttons[index].click();
+    };
+
+    async function fillModels() {
+        const {checkpoints} = await app.fetchJson("/checkpoints");
+        const loaded = checkpoints.find((one) => one.loaded);
+        const text = loaded ? app.t("{name} (loaded)", {name: loaded.title}) : app.t("the model that is loaded");
+        const list = app.get("field_base_model");
+        list.replaceChildren(
+            app.el("option", {value: ""}, text),
+            ...checkpoints.filter((one) => !one.loaded).map((one) => app.el("option", {value: one.title}, one.title)),
+        );
+        list.value = app.form.value("base_model") || "";
+        if (list.selectedIndex < 0) list.selectedIndex = 0;
+    }
+
+    async function begin() {
+        if (app.begun || !app.get("form")) return;
+        app.begun = true;
+        const page = document.getElementById("lora_trainer");
+        page.addEventListener("click", (event) => {
+            const button = event.target.closest("[data-action]");
+            if (!button) return;
+            event.preventDefault(); // a button inside a label must not also toggle its field
+            Promise.resolve(ACTIONS[button.dataset.action](button)).catch((error) => app.complain(error));
+        });
+        app.get("form").addEventListener("submit", (event) => event.preventDefault());
+        app.get("form").addEventListener("change", (event) => {
+            if (event.target.name !== "lora_trainer_kind") return;
+            app.form.faithful = false;
+            app.form.changed();
+        });
+        app.get("folder") && app.get("folder").addEventListener("keydown", (event) => event.key === "Enter" && ACTIONS["use-folder"]());
+        app.get("yaml_file").addEventListener("change", async(event) => {
+            app.get("yaml").value = await event.target.files[0].text();
+            event.target.value = "";
+            app.estimate.yamlIn();
+        });
+        app.form.begin();
+        app.pictures.begin();
+        app.runs.begin();
+        app.live.begin();
+        app.host.addSendButton();
+        const remembered = app.recall("form");
+        const settingsPage = typeof opts === "undefined" ? {} : opts;
+        app.form.restore(remembered || {kind: settingsPage.lora_trainer_kind});
+        app.form.changed();
+        await fillModels();
+        if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
+    }
+
+    const whenReady = () => begin().catch((error) => app.complain(error, app.get("trouble")));
+    if (typeof onUiLoaded === "function") onUiLoaded(whenReady);
+    else document.addEventListener("DOMContentLoaded", whenReady);
+})(loraTrainer);

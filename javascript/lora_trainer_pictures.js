@@ -1,0 +1,222 @@
+// Step 1: pictures dropped here, sent from the gallery, or named by a folder; thumbnails and what is refused.
+(function(app) {
+    "use strict";
+
+    const SHOWN = 11;
+    const BATCH_BYTES = 16 << 20;
+    const BATCH_FILES = 16;
+    const TEXT = /\.(txt|caption)$/i;
+    const TABLE = /\.(csv|jsonl)$/i;
+
+    // chosen: name of an uploaded dataset, or a folder of the server; what train_data_dir will be.
+    const pictures = (app.pictures = {chosen: null, rows: [], refusedUploads: [], busy: null});
+
+    pictures.begin = function() {
+        const drop = app.get("drop");
+        const files = app.get("files");
+        files.addEventListener("change", () => {
+            pictures.add(Array.from(files.files));
+            files.value = "";
+        });
+        ["dragenter", "dragover"].forEach((kind) => drop.addEventListener(kind, (event) => {
+            event.preventDefault();
+            event.stopPropagation(); // the host would take it for an image to read the prompt from
+            drop.classList.add("lora_trainer_over");
+        }));
+        drop.addEventListener("dragleave", () => drop.classList.remove("lora_trainer_over"));
+        drop.addEventListener("drop", async(event) => {
+            event.preventDefault();
+            event.stopPropagation();
+            drop.classList.remove("lora_trainer_over");
+            pictures.add(await droppedFiles(event.dataTransfer));
+        });
+        app.get("earlier").addEventListener("change", (event) => event.target.value && pictures.choose(event.target.value));
+        pictures.listEarlier();
+    };
+
+    /** Files of a drop, those of dropped folders too. */
+    async function droppedFiles(transfer) {
+        const entries = Array.from(transfer.items || [], (item) => item.webkitGetAsEntry && item.webkitGetAsEntry());
+        if (!entries.some((entry) => entry && entry.isDirectory)) return Array.from(transfer.files);
+        const found = [];
+        const walk = async(entry) => {
+            if (entry.isFile) return void found.push(await new Promise((done, fail) => entry.file(done, fail)));
+            const reader = entry.createReader();
+            for (;;) { // a browser lists a folder in portions
+                const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+                if (!some.length) return;
+                for (const one of some) await walk(one);
+            }
+        };
+        for (const entry of entries) if (entry) await walk(entry);
+        return found;
+    }
+
+    pictures.listEarlier = async function() {
+        const {datasets} = await app.fetchJson("/datasets");
+        const list = app.get("earlier");
+        list.replaceChildren(
+            app.el("option", {value: ""}, app.t("choose …")),
+            ...datasets.map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
+        );
+        pictures.library = new Set(datasets.map((one) => one.name));
+        app.show(app.get("earlier_field"), datasets.length);
+        if (datasets.length) app.show(app.get("other_pictures"), true);
+    };
+
+    /** Upload files with their captions, into the chosen dataset or a new one. */
+    pictures.add = function(files) {
+        if (!files.length) return null;
+        pictures.busy = upload(files).catch((error) => app.complain(error, app.get("problem_train_data_dir"))).finally(() => {
+            pictures.busy = null;
+            app.show(app.get("upload"), false);
+        });
+        return pictures.busy;
+    };
+
+    async function upload(files) {
+        const captions = await readCaptions(files);
+        const images = files.filter((file) => !TEXT.test(file.name) && !TABLE.test(file.name) && !file.name.startsWith("."));
+        const dataset = await ownDataset();
+        pictures.refusedUploads = [];
+        let batch = [];
+        let bytes = 0;
+        let done = 0;
+        const status = app.get("upload");
+        app.show(status, true);
+        const send = async() => {
+            const answer = await app.post(`/datasets/${encodeURIComponent(dataset)}/pictures`, {pictures: batch});
+            answer.refused.forEach((one) => pictures.refusedUploads.push({file: one.field, reason: app.sentence(one)}));
+            done += batch.length;
+            batch = [];
+            bytes = 0;
+        };
+        for (const file of images) {
+            app.setText(status, app.t("Uploading {done} of {total} …", {done: done + batch.length, total: images.length}));
+            const caption = file.caption || captions[file.name] || captions[stem(file.name)] || "";
+            batch.push({name: file.name, data: await asDataUrl(file), caption});
+            bytes += file.size;
+            if (batch.length >= BATCH_FILES || bytes > BATCH_BYTES) await send();
+        }
+        if (batch.length) await send();
+        await pictures.listEarlier();
+        await pictures.choose(dataset);
+    }
+
+    async function ownDataset() {
+        if (pictures.chosen && pictures.library && pictures.library.has(pictures.chosen)) return pictures.chosen;
+        const now = new Date(Date.now() - new Date().getTimezoneOffset() * 60000).toISOString();
+        const name = "pictures " + now.slice(0, 19).replace("T", " ").replace(/:/g, ".");
+        await app.post("/datasets", {name});
+        return name;
+    }
+
+    const stem = (name) => name.replace(/\.[^.]*$/, "");
+
+    const asDataUrl = (file) => new Promise((done, fail) => {
+        const reader = new FileReader();
+        reader.onload = () => done(reader.result);
+        reader.onerror = () => fail(reader.error);
+        reader.readAsDataURL(file);
+    });
+
+    /** Captions that came along: by the picture's file name (tables), or by its stem (text files). */
+    async function readCaptions(files) {
+        const captions = {};
+        for (const file of files) {
+            if (TEXT.test(file.name)) captions[stem(file.name)] = (await file.text()).trim();
+            if (!TABLE.test(file.name)) continue;
+            const text = (await file.text()).replace(/^\uFEFF/, "");
+            for (const row of /\.csv$/i.test(file.name) ? csvRows(text) : jsonRows(text)) {
+                const name = row.filename || row.file_name || row.file || row.image;
+                const caption = row.prompt || row.caption || row.text;
+                if (name && caption) captions[name.split(/[\\/]/).pop()] = caption;
+            }
+        }
+        return captions;
+    }
+
+    function csvRows(text) {
+        const cells = text.match(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|$)/g) || [];
+        const rows = [[]];
+        for (const cell of cells) {
+            const value = cell.replace(/(,|\r?\n)$/, "");
+            rows[rows.length - 1].push(value.startsWith('"') ? value.slice(1, -1).replace(/""/g, '"') : value.trim());
+            if (/\n$/.test(cell)) rows.push([]);
+        }
+        const names = (rows.shift() || []).map((name) => name.toLowerCase());
+        return rows.map((row) => Object.fromEntries(names.map((name, index) => [name, row[index] || ""])));
+    }
+
+    const jsonRows = (text) => text.split("\n").flatMap((line) => {
+        try {
+            return line.trim() ? [JSON.parse(line)] : [];
+        } catch (error) {
+            return []; // a line that is no JSON is no caption; the count of captions shows what is missing
+        }
+    });
+
+    /** Take an uploaded dataset by name, or a folder of the server. */
+    pictures.choose = async function(folder) {
+        pictures.chosen = folder || null;
+        pictures.rows = [];
+        app.form.problem("train_data_dir", null);
+        if (!pictures.library) await pictures.listEarlier();
+        const uploaded = folder && pictures.library.has(folder);
+        if (uploaded) pictures.rows = (await app.fetchJson("/datasets/" + encodeURIComponent(folder))).pictures;
+        app.get("earlier").value = uploaded ? folder : "";
+        app.get("folder") && (app.get("folder").value = folder && !uploaded ? folder : "");
+        if (folder && !uploaded) app.get("other_pictures").open = true;
+        showThumbnails();
+        app.show(app.get("pictures"), false);
+        app.show(app.get("hints"), false);
+        showRefused([]);
+        app.form.store();
+        return app.estimate.now();
+    };
+
+    function showThumbnails() {
+        const box = app.get("thumbnails");
+        app.show(box, pictures.rows.length);
+        const shown = pictures.rows.slice(0, SHOWN);
+        const left = pictures.rows.length - shown.length;
+        box.replaceChildren(
+            ...shown.map((row) => app.el("img", {
+                src: app.thumbnailUrl(pictures.chosen, row.file), alt: row.caption || row.file, title: row.caption || row.file,
+                loading: "lazy",
+            })),
+            ...(left > 0 ? [app.el("span", {}, "+" + left)] : []),
+        );
+    }
+
+    pictures.firstCaption = function() {
+        const row = pictures.rows.find((one) => one.caption.trim());
+        return row ? row.caption.replace(/\*+/g, "").trim() : "";
+    };
+
+    /** What the server said of the pictures. */
+    pictures.judged = function(facts) {
+        const captions = pictures.rows.filter((row) => row.caption.trim()).length;
+        const parts = [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})];
+        if (pictures.rows.length) {
+            parts.push(captions ? app.t("{n} with a caption", {n: captions}) : app.t("no captions: the trigger word stands for all"));
+        }
+        const line = app.get("pictures");
+        line.replaceChildren(parts.join(" · ") + " ", app.button("Take others", () => pictures.choose(null), "link"));
+        app.show(line, true);
+        showRefused(facts.refused);
+        const hints = app.get("hints");
+        hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, text)));
+        app.show(hints, facts.warnings.length);
+    };
+
+    function showRefused(refused) {
+        const all = [...pictures.refusedUploads, ...refused];
+        const box = app.get("refused");
+        app.setText(box.querySelector("summary"), app.t(all.length === 1 ? "1 file is left out" : "{n} files are left out", {n: all.length}));
+        box.querySelector("ul").replaceChildren(
+            ...all.map((one) => app.el("li", {}, app.el("b", {}, one.file.split(/[\\/]/).pop()), " " + one.reason)),
+        );
+        app.show(box, all.length);
+    }
+})(loraTrainer);

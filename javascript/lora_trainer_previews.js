@@ -1,0 +1,76 @@
+// Previews: the same prompts and noise at every saved step; a slider walks through the steps.
+(function(app) {
+    "use strict";
+
+    /** A strip in node; reading is where the shown step is written. */
+    app.Previews = class {
+        constructor(node, reading) {
+            this.node = node;
+            this.reading = reading;
+            this.clear();
+        }
+
+        clear(sentence) {
+            this.steps = new Map(); // step -> prompt -> address
+            this.chosen = null; // null follows the newest
+            this.prompts = [];
+            this.node.replaceChildren(app.el("p", {class: "lead"}, sentence || app.t("The first picture comes with the first save.")));
+        }
+
+        /** Events of a job; those that are no previews are passed over. */
+        add(events) {
+            const news = events.filter((event) => event.kind === "preview" && event.data.path);
+            for (const {job_id: job, data, text} of news) {
+                if (!this.steps.has(data.step)) this.steps.set(data.step, new Map());
+                this.steps.get(data.step).set(text, app.fileUrl(job, data.path));
+                if (!this.prompts.includes(text)) this.prompts.push(text);
+            }
+            if (news.length) this.build();
+        }
+
+        build() {
+            const order = (this.order = [...this.steps.keys()].sort((one, other) => one - other));
+            const first = this.prompts[0];
+            this.pictures = this.prompts.map((prompt) => app.el("img", {alt: prompt, title: prompt}));
+            this.thumbnails = order.map((step) => {
+                const address = this.steps.get(step).get(first);
+                const caption = step ? app.t("step {n}", {n: step}) : app.t("before");
+                return app.el("button", {type: "button", class: "thumbnail", onclick: () => this.choose(step), title: caption},
+                    address ? app.el("img", {src: address, alt: "", loading: "lazy"}) : null, app.el("span", {}, caption));
+            });
+            this.slider = app.el("input", {
+                type: "range", min: 0, max: order.length - 1, step: 1, "aria-label": app.t("Step of the previews"),
+                oninput: () => this.choose(order[Number(this.slider.value)]),
+            });
+            const focused = this.node.contains(document.activeElement) && document.activeElement.type === "range";
+            this.node.replaceChildren(
+                app.el("div", {class: "large"}, ...this.pictures),
+                order.length > 1 ? this.slider : "",
+                app.el("div", {class: "filmstrip"}, ...this.thumbnails),
+            );
+            if (focused) this.slider.focus();
+            this.display();
+        }
+
+        choose(step) {
+            this.chosen = step === this.order[this.order.length - 1] ? null : step;
+            this.display();
+        }
+
+        display() {
+            const step = this.chosen === null ? this.order[this.order.length - 1] : this.chosen;
+            const index = this.order.indexOf(step);
+            this.slider.value = index;
+            this.pictures.forEach((picture, number) => {
+                const address = this.steps.get(step).get(this.prompts[number]);
+                if (address && picture.getAttribute("src") !== address) picture.src = address;
+            });
+            this.thumbnails.forEach((button, number) => button.setAttribute("aria-pressed", String(number === index)));
+            if (this.thumbnails[index].scrollIntoView && this.chosen === null) {
+                const film = this.thumbnails[index].parentElement;
+                film.scrollLeft = film.scrollWidth;
+            }
+            app.setText(this.reading, step ? app.t("step {n}", {n: step}) : app.t("before the training"));
+        }
+    };
+})(loraTrainer);

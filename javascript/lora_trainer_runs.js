@@ -1,0 +1,203 @@
+// Every run there was: a line each, opened for its settings, curve, previews and files.
+(function(app) {
+    "use strict";
+
+    const PAGE = 50;
+    const runs = (app.runs = {jobs: [], opened: null, loaded: false});
+
+    runs.begin = function() {
+        app.get("runs_filter").addEventListener("change", () => runs.load());
+        // The list is fetched when it is first seen, not with the page.
+        new IntersectionObserver((entries) => {
+            if (entries.some((entry) => entry.isIntersecting) && !runs.loaded) runs.load();
+        }).observe(app.get("runs_list").parentElement);
+    };
+
+    runs.load = async function(more = false) {
+        runs.loaded = true;
+        const status = app.get("runs_filter").value;
+        const query = new URLSearchParams({limit: PAGE, offset: more ? runs.jobs.length : 0});
+        if (status) query.set("status", status);
+        const {jobs, counts} = await app.fetchJson("/jobs?" + query);
+        runs.jobs = more ? [...runs.jobs, ...jobs] : jobs;
+        const total = status ? counts[status] || 0 : Object.values(counts).reduce((sum, count) => sum + count, 0);
+        app.setText(app.get("runs_count"), app.t("{shown} of {total}", {shown: runs.jobs.length, total}));
+        app.show(app.get("runs_more"), runs.jobs.length < total);
+        app.show(app.get("runs_empty"), !total && !status);
+        const list = app.get("runs_list");
+        if (more) list.append(...jobs.map(line));
+        else list.replaceChildren(...jobs.map(line));
+    };
+
+    /** Jobs that the server told about: lines that are shown follow, new ones come on top. */
+    runs.heard = function(jobs) {
+        if (!runs.loaded) return;
+        let unknown = false;
+        for (const job of jobs) {
+            const index = runs.jobs.findIndex((one) => one.id === job.id);
+            if (index < 0) {
+                unknown = unknown || !runs.jobs.length || job.id > Math.max(...runs.jobs.map((one) => one.id));
+                continue;
+            }
+            const before = runs.jobs[index];
+            runs.jobs[index] = job;
+            const node = app.get("run_" + job.id);
+            if (!node) continue;
+            app.setText(node.querySelector(".lora_trainer_state"), app.live.state(job));
+            app.setText(node.querySelector(".lora_trainer_steps_done"), steps(job));
+            if (before.status !== job.status || before.thumbnail !== job.thumbnail) {
+                const open = runs.opened && runs.opened.id === job.id;
+                node.replaceWith(line(job));
+                if (open) runs.open(job.id);
+            }
+        }
+        if (unknown) runs.load();
+    };
+
+    const steps = (job) => (job.total_steps ? app.t("step {step} of {total}", {step: job.step, total: job.total_steps}) : "");
+
+    function line(job) {
+        const picture = job.thumbnail
+            ? app.el("img", {src: app.fileUrl(job.id, job.thumbnail), alt: "", loading: "lazy"})
+            : app.el("span", {class: "no_picture", "aria-hidden": "true"});
+        const state = app.el("span", {class: "state"}, app.live.state(job));
+        state.dataset.status = job.status;
+        return app.el("li", {id: "run_" + job.id, class: "run"},
+            app.el("button", {type: "button", class: "line", "aria-expanded": "false", onclick: () => runs.toggle(job.id)},
+                picture,
+                app.el("span", {class: "name"}, job.name),
+                state,
+                app.el("span", {class: "steps_done"}, steps(job)),
+                app.el("span", {class: "model"}, job.base_model),
+                app.el("time", {class: "date"}, app.date(job.finished || job.started || job.created))));
+    }
+
+    runs.toggle = function(id) {
+        if (runs.opened && runs.opened.id === id) runs.close();
+        else runs.open(id);
+    };
+
+    runs.close = function() {
+        if (!runs.opened) return;
+        const node = app.get("run_" + runs.opened.id);
+        if (node) {
+            const inside = node.querySelector(".lora_trainer_inside");
+            if (inside) inside.remove();
+            node.querySelector("button").setAttribute("aria-expanded", "false");
+        }
+        runs.opened = null;
+    };
+
+    /** Show one run, going to the sub-tab if need be. */
+    runs.open = async function(id) {
+        app.openSubTab("Runs");
+        runs.close();
+        if (!runs.loaded || !app.get("run_" + id)) {
+            app.get("runs_filter").value = "";
+            await runs.load();
+        }
+        const node = app.get("run_" + id);
+        if (!node) return;
+        runs.opened = {id};
+        node.querySelector("button").setAttribute("aria-expanded", "true");
+        const [job, {points}, {events}, {files}] = await Promise.all([
+            app.fetchJson("/jobs/" + id), app.fetchJson(`/jobs/${id}/metrics`),
+            app.fetchJson(`/jobs/${id}/events?limit=5000`), app.fetchJson(`/jobs/${id}/files`),
+        ]);
+        if (!runs.opened || runs.opened.id !== id) return;
+        node.append(inside(job, points, events, files));
+        node.scrollIntoView({block: "nearest"});
+    };
+
+    function inside(job, points, events, files) {
+        const message = app.el("p", {class: "problem", role: "alert", hidden: true});
+        const reading = app.el("span");
+        const place = app.el("div", {class: "curve"});
+        const step = app.el("span");
+        const strip = app.el("div", {class: "previews"});
+        const others = app.el("select", {"aria-label": app.t("Lay another run's curve over it")},
+            app.el("option", {value: ""}, app.t("compare with …")),
+            ...runs.jobs.filter((one) => one.id !== job.id && one.step).map((one) => app.el("option", {value: one.id}, one.name)));
+        const node = app.el("div", {class: "inside"},
+            ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
+            app.el("div", {class: "row"}, ...app.live.actions(job).map((action) => app.button(...action)),
+                job.lora ? publishing(job, message) : null,
+                job.active ? null : deleting(job, message)),
+            message,
+            app.el("div", {class: "panels"},
+                app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Loss")), reading, others), place),
+                app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Previews")), step), strip)),
+            app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Files")), fileList(job, files)),
+            app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Settings")),
+                app.el("pre", {tabindex: 0}, job.effective_config || job.config)));
+        const curve = new app.Curve(place, reading);
+        curve.set(points);
+        others.addEventListener("change", async() => {
+            const second = others.value ? (await app.fetchJson(`/jobs/${others.value}/metrics`)).points : null;
+            curve.set(...[points, second].filter(Boolean));
+        });
+        new app.Previews(strip, step).add(events);
+        return node;
+    }
+
+    const fileList = (job, files) => app.el("ul", {class: "files"}, ...files
+        .filter((file) => !/(^|\/)cache\//.test(file.path))
+        .map((file) => app.el("li", {},
+            app.el("a", {href: app.fileUrl(job.id, file.path), download: file.path.split("/").pop()}, file.path.replace(/^output\//, "")),
+            " ", app.el("span", {class: "help"}, app.bytes(file.size)))));
+
+    function publishing(job, message) {
+        const name = app.el("input", {type: "text", value: job.published || job.name, "aria-label": app.t("Name in the Lora tab")});
+        const go = async(overwrite) => {
+            try {
+                const done = await app.post(`/jobs/${job.id}/publish`, {name: name.value.trim(), overwrite});
+                app.host.refreshPicker();
+                app.setText(message, app.t("It is in your Lora tab as {name}.", {name: done.published}));
+                app.show(message, true);
+                app.live.look();
+            } catch (error) {
+                app.complain(error, message);
+                if (error.problems && error.problems.some((one) => one.field === "output_name")) {
+                    message.append(" ", app.button("Replace it", () => go(true)));
+                }
+            }
+        };
+        return app.el("span", {class: "inline"}, name, app.button(job.published ? "Publish again" : "Publish", () => go(false)));
+    }
+
+    /** Two clicks: the second is asked for, with what it takes away. */
+    function deleting(job, message) {
+        return app.button("Delete …", () => {
+            message.replaceChildren(
+                app.t("This deletes the run's settings, states, previews and logs. The published LoRA and your pictures stay."), " ",
+                app.button("Delete it", async() => {
+                    try {
+                        await app.call("DELETE", "/jobs/" + job.id, {confirm: true});
+                        runs.opened = null;
+                        if (app.live.job && app.live.job.id === job.id) app.live.forget();
+                        await runs.load();
+                    } catch (error) {
+                        app.complain(error, message);
+                    }
+                }, "danger"), " ",
+                app.button("Keep it", () => app.show(message, false)));
+            app.show(message, true);
+        });
+    }
+
+    /** Put a run's settings into the form, to be changed and started; or to begin from its LoRA. */
+    runs.again = async function(job, continues) {
+        const detail = await app.fetchJson("/jobs/" + job.id);
+        const {settings} = await app.post("/settings/check", {yaml: detail.config});
+        const {output_name: name, init_lora: ignored, resume, overwrite, ...rest} = settings;
+        app.openSubTab("Train");
+        app.form.fill({...rest, output_name: nextName(name || job.name)}, {continues: continues ? {id: job.id, name: job.name} : null});
+        app.get("form").scrollIntoView({block: "start"});
+    };
+
+    /** my_face_v2 -> my_face_v3, my_face -> my_face_2. */
+    function nextName(name) {
+        const match = /^(.*?)(\d+)$/.exec(name);
+        return match ? match[1] + (Number(match[2]) + 1) : name + "_2";
+    }
+})(loraTrainer);

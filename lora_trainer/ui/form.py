@@ -1,0 +1,121 @@
+"""The settings as form fields, made from ``config/schema.py``: same names, defaults and explanations everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+from lora_trainer.config import TrainConfig, field_docs, to_mapping
+from lora_trainer.config.schema import GROUPS
+from lora_trainer.ui.markup import Markup, tag
+
+GROUP_TITLES = {
+    "model": "Model",
+    "data": "Pictures and captions",
+    "adapter": "The LoRA itself",
+    "optimization": "How it learns",
+    "objective": "What counts as an error",
+    "output": "Saving and previews",
+}
+
+IN_THE_STEPS = ("train_data_dir", "output_name", "trigger_word", "base_model")
+"""Settings that the three steps ask for."""
+
+DECIDED_BY_THE_JOB = ("output_dir", "cache_dir")
+"""Settings of the command line that a job sets itself."""
+
+_WORDS = {"lora": "LoRA", "snr": "SNR", "ema": "EMA", "lr": "learning rate", "vae": "VAE", "min": "minimum",
+          "max": "maximum", "dir": "folder", "reg": "regularization", "init": "initial", "dora": "DoRA", "c": "c",
+          "lokr": "LoKr", "metadata": "caption", "path": "table", "diffusers": "diffusers"}  # fmt: skip
+_LABELS = {"min_snr_gamma": "Min-SNR gamma", "v_prediction": "V-prediction", "metadata_path": "Caption table",
+           "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
+           "reg_data_dir": "Regularization folder", "merge_into_base": "Merge into base model",
+           "block_lr_weights": "Block learning rate weights", "cache_dir": "Cache folder", "flip": "Mirror",
+           "multires_noise_iterations": "Multi-resolution noise iterations", "lora_rank": "Rank", "adapter": "Kind",
+           "multires_noise_discount": "Multi-resolution noise discount", "dora": "DoRA", "loss": "Loss function",
+           "export_diffusers": "Export for diffusers", "output_name": "Name"}  # fmt: skip
+
+
+def label(name: str) -> str:
+    """``text_encoder_lr`` -> "Text encoder learning rate"."""
+    words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
+    return _LABELS.get(name) or words[0].upper() + words[1:]
+
+
+def advanced() -> Markup:
+    """Every setting that the steps do not ask for, in its group, folded."""
+    hidden = {*IN_THE_STEPS, *DECIDED_BY_THE_JOB}
+    sections = []
+    for group, kind in GROUPS:
+        fields = [field(one.name) for one in dataclasses.fields(kind) if one.name not in hidden]
+        summary = tag("summary", tag("span", GROUP_TITLES[group]), tag("span", class_="changed", data_changed=group))
+        sections.append(tag("details", summary, tag("div", *fields, class_="fields"), class_="group", data_group=group))
+    return Markup("".join(sections))
+
+
+def field(name: str, *, text: str | None = None, placeholder: str | None = None, explained: bool = True) -> Markup:
+    """One setting with its label, explanation and the place for what is wrong with it.
+
+    ``text``: another label. ``explained`` False leaves the explanation to hover and screen readers.
+    """
+    caption, explanation = text or label(name), field_docs()[name]
+    control_id, help_id, problem_id = f"field_{name}", f"help_{name}", f"problem_{name}"
+    described = {"id_": control_id, "data_setting": name, "aria_describedby": f"{help_id} {problem_id}"}
+    head = tag(
+        "label",
+        tag("span", caption),
+        tag("button", "reset", type="button", class_="reset", data_action="reset", data_reset=name, hidden=True,
+            title="Back to the suggested value"),
+        for_=control_id,
+        title=name,
+    )  # fmt: skip
+    help_text = tag("p", explanation, id_=help_id, class_="help" if explained else "help spoken")
+    problem = tag("p", id_=problem_id, class_="problem", role="alert", hidden=True)
+    return tag(
+        "div", head, control(name, described, placeholder), help_text, problem, class_="field", data_field=name
+    )
+
+
+def control(name: str, attributes: dict[str, Any], placeholder: str | None = None) -> Markup:
+    """The input for a setting, by its type: ``data-type`` tells the page how to read it."""
+    default, kind = to_mapping(TrainConfig())[name], typing.get_type_hints(TrainConfig)[name]
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    optional = origin in (types.UnionType, typing.Union)
+    if optional:
+        kind = next(option for option in options if option is not type(None))
+        origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if kind is bool:
+        options = ("", "true", "false") if optional else ("false", "true")
+        attributes |= {"data_type": "choice"}
+        if not optional:
+            return tag("input", type="checkbox", **{**attributes, "data_type": "boolean"}, checked=default)
+        words = {"": "automatic", "true": "yes", "false": "no"}
+        return _select([(option, words[option]) for option in options], "", attributes)
+    if origin is typing.Literal:
+        attributes |= {"data_type": "number" if isinstance(options[0], int) else "choice"}
+        return _select([(str(option), str(option)) for option in options], str(default), attributes)
+    if origin is list and options[0] is str:
+        lines = "\n".join(default or [])
+        return tag("textarea", lines, rows=max(2, len(default or [])), spellcheck="false", placeholder=placeholder,
+                   **attributes, data_type="lines")  # fmt: skip
+    if origin is list:
+        return _text("", "numbers", attributes, placeholder)
+    if origin is dict:
+        return tag("textarea", rows=2, spellcheck="false", placeholder=placeholder or "weight_decay: 0.01",
+                   **attributes, data_type="mapping")  # fmt: skip
+    value = "" if default is None else json.dumps(default) if isinstance(default, float) else str(default)
+    return _text(value, "number" if kind in (int, float) else "text", attributes, placeholder)
+
+
+def _text(value: str, kind: str, attributes: dict[str, Any], placeholder: str | None) -> Markup:
+    mode = "decimal" if kind == "number" else None
+    return tag("input", type="text", value=value, inputmode=mode, autocomplete="off", spellcheck="false",
+               placeholder=placeholder, **attributes, data_type=kind)  # fmt: skip
+
+
+def _select(options: list[tuple[str, str]], chosen: str, attributes: dict[str, Any]) -> Markup:
+    rows = [tag("option", text, value=value, selected=value == chosen) for value, text in options]
+    return tag("select", *rows, **attributes)

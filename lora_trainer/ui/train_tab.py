@@ -1,0 +1,171 @@
+"""The first sub-tab: pictures, what they are, Start; and what is going on."""
+
+from __future__ import annotations
+
+from lora_trainer.jobs.presets import PRESETS
+from lora_trainer.ui.form import advanced, field
+from lora_trainer.ui.markup import Markup, button, tag
+
+
+def create_ui(*, offer_folders: bool = True) -> Markup:
+    """``offer_folders``: whether a folder of the server may be named."""
+    steps = tag("div", _pictures(offer_folders), _kind(), _start(), class_="steps")
+    return tag("div", _trouble(), tag("form", steps, _advanced(), id_="form", novalidate=True), _live(), class_="page")
+
+
+def _trouble() -> Markup:
+    return tag("p", id_="trouble", class_="notice problem", role="alert", hidden=True)
+
+
+def _card(number: str, title: str, sentence: str, *children: Markup) -> Markup:
+    heading = tag("h3", tag("span", number, class_="number", aria_hidden="true"), tag("span", title))
+    return tag("section", heading, tag("p", sentence, class_="lead"), *children, class_="card")
+
+
+def _pictures(offer_folders: bool) -> Markup:
+    drop = tag(
+        "label",
+        tag("strong", "Drop pictures here"),
+        tag("span", "or click to choose them"),
+        tag("input", type="file", id_="files", class_="spoken", multiple=True,
+            accept="image/*,.txt,.caption,.csv,.jsonl", aria_label="Choose pictures"),
+        id_="drop",
+        class_="drop",
+    )  # fmt: skip
+    folder = tag(
+        "div",
+        tag("label", "Folder on the server", for_="folder"),
+        tag("div",
+            tag("input", type="text", id_="folder", spellcheck="false", autocomplete="off", placeholder="/path/to/pictures"),
+            button("Use it", "use-folder"),
+            class_="inline"),
+        class_="field",
+    )  # fmt: skip
+    earlier = tag("div", tag("label", "Pictures from before", for_="earlier"),
+                  tag("select", id_="earlier"), class_="field", id_="earlier_field", hidden=True)  # fmt: skip
+    other = [earlier, folder] if offer_folders else [earlier]
+    return _card(
+        "1",
+        "Pictures",
+        "Twenty clear ones of one thing do more than a hundred of many. Captions (.txt, .csv) may come along.",
+        drop,
+        tag("details", tag("summary", "Use a folder instead" if offer_folders else "Use earlier pictures"),
+            *other, id_="other_pictures", class_="quiet", hidden=not offer_folders),
+        tag("div", id_="thumbnails", class_="thumbnails", hidden=True),
+        tag("p", id_="upload", class_="status", role="status", hidden=True),
+        tag("p", id_="pictures", class_="status", role="status", hidden=True),
+        tag("details", tag("summary"), tag("ul"), id_="refused", class_="quiet", hidden=True),
+        tag("ul", id_="hints", class_="hints", hidden=True),
+        tag("p", id_="problem_train_data_dir", class_="problem", role="alert", hidden=True),
+    )  # fmt: skip
+
+
+def _kind() -> Markup:
+    choices = [
+        tag("label", tag("input", type="radio", name="lora_trainer_kind", value=kind, checked=kind == "character"),
+            tag("span", preset.title), class_="choice", title=preset.hint)
+        for kind, preset in PRESETS.items()
+    ]  # fmt: skip
+    hints = [
+        tag("p", preset.hint, class_="help", data_hint=kind, hidden=kind != "character")
+        for kind, preset in PRESETS.items()
+    ]
+    return _card(
+        "2",
+        "What is it?",
+        "The kind chooses fitting settings; the name is what you will type in a prompt.",
+        tag("fieldset", tag("legend", "Kind", class_="spoken"), *choices, class_="choices"),
+        Markup("".join(hints)),
+        field("output_name", text="Name", placeholder="my_face_v2", explained=False),
+        field("trigger_word", text="Trigger word", placeholder="a word of your own, such as zwxface"),
+        tag("p", id_="origin", class_="notice", hidden=True),
+    )
+
+
+def _start() -> Markup:
+    model = tag("div", tag("label", "On", for_="field_base_model"),
+                tag("select", id_="field_base_model", data_setting="base_model", data_type="choice",
+                    aria_describedby="problem_base_model"),
+                tag("p", id_="problem_base_model", class_="problem", role="alert", hidden=True),
+                class_="field", data_field="base_model")  # fmt: skip
+    facts = tag(
+        "dl",
+        *(tag("div", tag("dt", title), tag("dd", "–", id_=f"fact_{name}"), title=explanation)
+          for name, title, explanation in _FACTS),
+        class_="facts",
+    )  # fmt: skip
+    return _card(
+        "3",
+        "Train",
+        "Everything is checked first; these numbers are what the run will do.",
+        model,
+        facts,
+        tag("button", "Start training", type="button", id_="start", class_="button primary", data_action="start"),
+        tag("p", id_="problem_", class_="problem", role="alert", hidden=True),
+        tag("p", "You can keep generating while it trains, and close this page.", class_="help"),
+    )
+
+
+_FACTS = (
+    ("visits", "Pictures × visits", "How many pictures, and how often each is seen in all"),
+    ("steps", "Steps", "One step learns from one batch of pictures"),
+    ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
+    ("time", "Time", "Measured on this machine: known after the first training of this kind"),
+    ("memory", "Memory", "Measured on this machine: known after the first training of this kind"),
+)
+
+
+def _advanced() -> Markup:
+    yaml = tag(
+        "details",
+        tag("summary", tag("span", "As YAML, in and out")),
+        tag("div",
+            tag("p", "The same settings as a file for the command line: python -m lora_trainer train --config …",
+                class_="help"),
+            tag("textarea", id_="yaml", rows=12, spellcheck="false", aria_label="Settings as YAML",
+                aria_describedby="problem_yaml"),
+            tag("p", id_="problem_yaml", class_="problem", role="alert", hidden=True),
+            tag("div",
+                button("Show the settings here", "yaml-out"),
+                button("Use these settings", "yaml-in"),
+                tag("label", "Open a file", tag("input", type="file", id_="yaml_file", class_="spoken",
+                    accept=".yaml,.yml,.txt"), class_="button secondary"),
+                button("Download", "yaml-download"),
+                class_="row"),
+            class_="fields wide"),
+        class_="group",
+    )  # fmt: skip
+    summary = tag("summary", tag("span", "Advanced"), tag("span", id_="changed", class_="changed"))
+    hint = tag(
+        "p",
+        "Nothing here needs to be touched. Values follow the kind, the number of pictures and the model until you"
+        " change one.",
+        class_="help",
+    )
+    return tag("details", summary, hint, advanced(), yaml, id_="advanced", class_="advanced")
+
+
+def _live() -> Markup:
+    progress = tag("div", tag("div", id_="bar_fill", class_="bar_fill"), id_="bar", class_="bar", role="progressbar",
+                   aria_valuemin=0, aria_valuemax=100, aria_label="Progress")  # fmt: skip
+    head = tag("div", tag("h3", id_="job_name"), tag("span", id_="job_state", class_="state"), progress,
+               tag("span", id_="job_percent", class_="percent"), class_="strip")  # fmt: skip
+    facts = tag("p", id_="job_facts", class_="status", role="status")
+    buttons = tag("div", id_="job_buttons", class_="row")
+    curve = tag("figure", tag("figcaption", tag("span", "Loss", title=_LOSS_HELP), tag("span", id_="curve_reading")),
+                tag("div", id_="curve", class_="curve"), class_="panel")  # fmt: skip
+    previews = tag("figure", tag("figcaption", tag("span", "Previews"), tag("span", id_="preview_step")),
+                   tag("div", id_="previews", class_="previews"), class_="panel", id_="preview_panel")  # fmt: skip
+    log = tag("details", tag("summary", "Log"), tag("pre", id_="log", tabindex=0, aria_label="Log"),
+              class_="quiet", id_="log_box")  # fmt: skip
+    job = tag("section", head, facts, tag("div", id_="job_message", class_="notice", role="alert", hidden=True),
+              buttons, tag("div", curve, previews, class_="panels"), log, id_="live", class_="card live",
+              hidden=True, aria_label="The training in hand")  # fmt: skip
+    queue = tag("section", tag("h3", "Queue"), tag("ol", id_="queue_list"), id_="queue", class_="card", hidden=True)
+    return Markup(job + queue)
+
+
+_LOSS_HELP = (
+    "How far the model's guesses are from your pictures: it should sink and then settle. It always trembles; the"
+    " thick line is its average."
+)
