@@ -47,7 +47,9 @@ class LoraLinear(torch.autograd.Function):
         dtype = ctx.dtype
         grad = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
         # The scale goes into the smallest tensor there is, (tokens, r); everything below takes it from there.
-        grad_hidden = grad.mm(up.to(dtype)).mul_(ctx.scale)
+        grad_hidden = grad.mm(up.to(dtype))
+        if ctx.scale != 1:
+            grad_hidden.mul_(ctx.scale)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.mm(weight.to(dtype)).addmm_(grad_hidden, down.to(dtype))
@@ -55,5 +57,7 @@ class LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_down = grad_hidden.t().mm(rows).to(down.dtype)
         if ctx.needs_input_grad[4]:
-            grad_up = grad.t().mm(hidden).to(up.dtype).mul_(ctx.scale)
+            grad_up = grad.t().mm(hidden).to(up.dtype)
+            if ctx.scale != 1:
+                grad_up.mul_(ctx.scale)
         return grad_x, None, None, grad_down, grad_up, None, None

@@ -73,7 +73,7 @@ class LoraAdapter(Adapter):
             layer = self.layer
             return LoraLinear.apply(x, layer.weight, layer.bias, self.lora_down, self.lora_up, scale, dtype)
         output = self.base(x)
-        down, up = self.lora_down, self.lora_up * scale
+        down, up = self.lora_down, self.lora_up if scale == 1 else self.lora_up * scale
         if autocast is None:  # else it casts what follows by itself
             x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         hidden = self._down(x, down)
