@@ -30,7 +30,7 @@ class HostLoras:
         ``loaded_networks`` stays: the extension needs it to drop a LoRA's bundled embeddings, and merges again when a
         layer next runs.
         """
-        layers = [layer for layer in _layers(sd_model) if getattr(layer, "network_current_names", ())]
+        layers = [layer for layer in _layers(sd_model) if _merged(layer)]
         with torch.no_grad():
             for layer in layers:
                 self.networks.network_restore_weights_from_backup(layer)
@@ -51,7 +51,7 @@ class HostLoras:
         networks.networks_in_memory.pop(name, None)
         for net in [net for net in networks.loaded_networks if net.name == name]:
             networks.loaded_networks.remove(net)
-        merged = {entry[0] for layer in _layers(sd_model) for entry in getattr(layer, "network_current_names", ())}
+        merged = {entry[0] for layer in _layers(sd_model) for entry in _merged(layer)}
         if name in merged:
             self.take_out(sd_model)
         forget_prompts(processing)
@@ -129,6 +129,10 @@ def names_on_disk(folder: Path) -> set[str]:
         for file in files
         if file.lower().endswith((".safetensors", ".pt", ".ckpt"))
     }
+
+
+def _merged(layer: Any) -> tuple:
+    return vars(layer).get("network_current_names", ())  # getattr is slow where a module has none
 
 
 def _layers(sd_model: Any) -> Iterable[Any]:

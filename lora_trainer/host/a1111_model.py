@@ -42,7 +42,7 @@ class HostModel:
         found = {}
         for part, name, module, attribute in self._slots:
             if part in parts:
-                value = getattr(module, f"fp16_{attribute}", None)
+                value = vars(module).get(f"fp16_{attribute}")  # getattr is slow where a module has none
                 found[name] = module._parameters[attribute] if value is None else value
         return found
 
@@ -74,7 +74,7 @@ class HostModel:
         for _, encoder in _text_encoders(self.sd_model):
             tokenizer = getattr(encoder, "tokenizer", None)
             if hasattr(tokenizer, "bos_token_id"):
-                return Tokenizer(copy.deepcopy(tokenizer))
+                return Tokenizer(copy.copy(tokenizer))
         return load_tokenizer()
 
 

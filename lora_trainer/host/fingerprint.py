@@ -10,13 +10,13 @@ from torch import Tensor
 
 _SAMPLES = 64  # values looked at per tensor: merged LoRAs and other checkpoints differ nearly everywhere
 
-Place = tuple[int, int, str, torch.dtype, int]
+Place = tuple[int, int, torch.device, torch.dtype, int]
 
 
 def place(tensor: Tensor) -> Place:
     """Object, address, device, number format and write counter of a tensor: cheap, and equal only if nobody wrote."""
     version = 0 if tensor.is_inference() else tensor._version  # inference tensors count no writes
-    return id(tensor), tensor.data_ptr(), str(tensor.device), tensor.dtype, version
+    return id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype, version
 
 
 class Fingerprint:

@@ -107,9 +107,10 @@ class Server:
         environment.pop("PYTHONPATH", None)
         begin = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
+            command = [self.python, "launch.py", *flags, *self.flags]
             self.process = subprocess.Popen(
-                [self.python, "launch.py", *flags, *self.flags], cwd=self.webui, env=environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=self.webui, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self._wait_for_start(begin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import numpy as np
@@ -14,8 +15,8 @@ from tests.webui.server import Server
 FAULTS = {
     "assembling": ("lora_trainer.host.a1111_lender", "assemble", 0),
     "injecting": ("lora_trainer.adapters.inject.AdapterSet", "attach", 0),
-    "latents": ("lora_trainer.models.assemble.DiffusionModel", "encode_images", 1),
-    "captions": ("lora_trainer.models.assemble.DiffusionModel", "encode_prompts", 1),
+    "latents": ("lora_trainer.models.assemble.DiffusionModel", "encode_images", 0),
+    "captions": ("lora_trainer.models.assemble.DiffusionModel", "encode_prompts", 0),
     "a step's forward": ("lora_trainer.models.assemble.DiffusionModel", "predict", 2),
     "a step's backward": ("torch.Tensor", "backward", 2),
     "the optimizer": ("torch.optim.AdamW", "step", 2),
@@ -57,8 +58,9 @@ host = {t.untyped_storage().data_ptr() for t in shared.sd_model.state_dict().val
 models = [o for o in gc.get_objects() if type(o) is DiffusionModel and not o.unet.conv_in.weight.is_meta]
 bound = {n: p for n, p in models[0].bound().items() if not p.is_meta}
 copied = {n: p for n, p in bound.items() if p.untyped_storage().data_ptr() not in host}
-result = {"models": len(models), "bound": len(bound), "bytes": sum(p.numel() * p.element_size() for p in bound.values()),
-          "copied": sum(p.numel() * p.element_size() for p in copied.values())}
+def size(tensors):
+    return sum(p.numel() * p.element_size() for p in tensors.values())
+result = {"models": len(models), "bound": len(bound), "bytes": size(bound), "copied": size(copied)}
 """
 RSS = "result = int(open('/proc/self/statm').read().split()[1]) * 4096"
 OPTIONS = "result = {k: v for k, v in shared.opts.data.items()}"
@@ -123,7 +125,7 @@ def test_weights_options_and_hijacks_are_as_they_were_after_an_error(webui, sett
     before = facts(webui)
     owner, name, calls = FAULTS[stage]
     # Encoded pictures and captions must not come from an earlier test.
-    settings |= {"cache_dir": str(webui.data / "lora_trainer" / f"cache-{time.time_ns()}")}
+    shutil.rmtree(webui.data / "lora_trainer" / "cache", ignore_errors=True)
     webui.probe(PLANT.format(owner=owner, name=name, calls=calls, error=error))
     try:
         job = webui.wait(webui.submit(**settings, output_name=f"broken-{time.time_ns()}"))
