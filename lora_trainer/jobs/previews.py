@@ -43,7 +43,9 @@ class HostPreviewer:
                 lora = Path(folder) / f"step{step:08d}.safetensors"
                 with self._lender.turn():
                     save_lora(adapters, lora, self._metadata())
-                return self._host.draw(PreviewRequest(prompt, seed=seed, width=width, height=height, lora=lora))
+                base = str(self._info.path or "")
+                request = PreviewRequest(prompt, base, seed=seed, width=width, height=height, lora=lora)
+                return self._host.draw(request)
         except UserError:
             raise
         except Exception as error:  # the host's code, or its user took the model away in between
