@@ -76,7 +76,7 @@ class FileLender:
         tensors = self._open()
         info, architecture = self._described
         tokenizer = load_tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
-        tensors.device, tensors.dtype = self.device, self.weight_dtype
+        tensors.place(self.device, self.weight_dtype)
         model = assemble(
             tensors,
             architecture,

@@ -123,14 +123,19 @@ class PickleSource:
 class Tensors(Mapping[str, Tensor]):
     """Tensors of one or more files under the names that ``assemble`` knows.
 
-    Each is read when it is asked for, onto ``device`` and in ``dtype`` (None: as stored).
+    Each is read when it is asked for, onto the device and in the number format of ``place`` (at first: the CPU, as
+    stored).
     """
 
     def __init__(self) -> None:
         self._where: dict[str, tuple[Source, str]] = {}
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
-        self.device = torch.device("cpu")
-        self.dtype: torch.dtype | None = None
+        self.place(torch.device("cpu"), None)
+
+    def place(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """From now on, read onto ``device`` and in ``dtype`` (None: as stored)."""
+        self._device, self._dtype = device, dtype
+        self._recent.clear()
 
     def add(self, name: str, source: Source, stored_name: str) -> None:
         self._where[name] = (source, stored_name)
@@ -151,7 +156,7 @@ class Tensors(Mapping[str, Tensor]):
         if name in self._recent:
             return self._recent[name]
         source, stored = self._where[name]
-        tensor = source.read(stored, self.device, self.dtype)
+        tensor = source.read(stored, self._device, self._dtype)
         self._recent[name] = tensor
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)

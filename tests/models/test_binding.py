@@ -14,7 +14,7 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests.models.conftest import SIZE_IDS
-from tests.tiny import tiny_sd1
+from tests.tiny import tiny_sd1, tiny_sd2
 
 
 def build(tensors, **options):
@@ -65,8 +65,9 @@ def test_weights_of_the_right_format_are_the_file_itself(checkpoints, family):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_other_formats_are_converted_one_by_one(tmp_path, stored):
-    path = tiny_sd1(tmp_path / "half.safetensors", dtype=stored)
+@pytest.mark.parametrize("make", [tiny_sd1, tiny_sd2])  # SD 2's UNet has run once before, as stored
+def test_other_formats_are_converted_one_by_one(tmp_path, make, stored):
+    path = make(tmp_path / "half.safetensors", dtype=stored)
     with FileLender(path, weight_dtype=torch.float32).borrow() as model:
         assert {parameter.dtype for parameter in model.bound().values()} == {torch.float32}
         with torch.no_grad():
