@@ -47,6 +47,7 @@
     /** The values in the page before anybody touched them are the defaults of the schema. */
     form.begin = function() {
         form.controls().forEach((control) => (form.defaults[control.dataset.setting] = read(control)));
+        form.suited = JSON.parse(app.get("form").dataset.suited); // to what is installed on the server
         document.getElementById("lora_trainer").addEventListener("input", (event) => {
             const name = event.target.dataset.setting;
             if (name) form.set(name, read(event.target));
@@ -196,7 +197,7 @@
         if (family) query.set("family", family);
         const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
-        const fits = form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())};
+        const fits = form.faithful ? {} : {...form.suited, ...preset.settings, ...(await form.ownDefaults())};
         const {trigger_word, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, save_steps, preview_prompts, ...fits};
     };

@@ -1,8 +1,8 @@
 """The Train LoRA tab.
 
-gradio only frames it: each block is HTML written here, and ``javascript/lora_trainer*.js`` brings it to life through the
-routes under ``/lora-trainer/v1``. So a page that is reloaded, or open twice, shows what the server knows, the host's
-queue is never held, and one source serves every version of gradio.
+gradio only frames it: each block is HTML written here, and ``javascript/lora_trainer*.js`` brings it to life through
+the routes under ``/lora-trainer/v1``. So a page that is reloaded, or open twice, shows what the server knows, the
+host's queue is never held, and one source serves every version of gradio.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ import gradio
 
 def tabbed_page(element_id: str, blocks: Sequence[tuple[str, str]]) -> gradio.Blocks:
     """A page with one sub-tab for each ``(title, html)``; everything lies inside the element ``element_id``."""
-    with gradio.Blocks(analytics_enabled=False) as page, gradio.Column(elem_id=element_id):
-        with unsaved(gradio.Tabs(elem_id=f"{element_id}_tabs")):
-            for title, html in blocks:
-                with gradio.Tab(title, elem_id=f"{element_id}_tab_{title.lower()}"):
-                    unsaved(gradio.HTML(html, elem_id=f"{element_id}_{title.lower()}"))
+    page = gradio.Blocks(analytics_enabled=False)
+    with page, gradio.Column(elem_id=element_id), unsaved(gradio.Tabs(elem_id=f"{element_id}_tabs")):
+        for title, html in blocks:
+            with gradio.Tab(title, elem_id=f"{element_id}_tab_{title.lower()}"):
+                unsaved(gradio.HTML(html, elem_id=f"{element_id}_{title.lower()}"))
     return page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import types
 import typing
@@ -39,6 +40,11 @@ _LABELS = {"min_snr_gamma": "Min-SNR gamma", "v_prediction": "V-prediction", "me
            "export_diffusers": "Export for diffusers", "output_name": "Name"}  # fmt: skip
 
 
+def suited_to_this_machine() -> dict[str, Any]:
+    """Settings that differ from the schema's defaults because of what is installed here."""
+    return {} if importlib.util.find_spec("tensorboard") else {"tensorboard": False}
+
+
 def label(name: str) -> str:
     """``text_encoder_lr`` -> "Text encoder learning rate"."""
     words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
@@ -64,9 +70,10 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     caption, explanation = text or label(name), field_docs()[name]
     control_id, help_id, problem_id = f"field_{name}", f"help_{name}", f"problem_{name}"
     described = {"id_": control_id, "data_setting": name, "aria_describedby": f"{help_id} {problem_id}"}
+    switch = typing.get_type_hints(TrainConfig)[name] is bool
     head = tag(
         "label",
-        tag("span", caption),
+        tag("span", control(name, described, None), caption, class_="switch") if switch else tag("span", caption),
         tag("button", "reset", type="button", class_="reset", data_action="reset", data_reset=name, hidden=True,
             title="Back to the suggested value"),
         for_=control_id,
@@ -74,9 +81,8 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     )  # fmt: skip
     help_text = tag("p", explanation, id_=help_id, class_="help" if explained else "help spoken")
     problem = tag("p", id_=problem_id, class_="problem", role="alert", hidden=True)
-    return tag(
-        "div", head, control(name, described, placeholder), help_text, problem, class_="field", data_field=name
-    )
+    inputs = [] if switch else [control(name, described, placeholder)]
+    return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name)
 
 
 def control(name: str, attributes: dict[str, Any], placeholder: str | None = None) -> Markup:

@@ -1,4 +1,4 @@
-"""What stands on the host's settings page under "LoRA trainer". The host's script makes its own kind of option of it."""
+"""What stands on the host's settings page under "LoRA trainer"; the host's script makes its kind of option of it."""
 
 from __future__ import annotations
 

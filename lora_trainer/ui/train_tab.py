@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 from lora_trainer.jobs.presets import PRESETS
-from lora_trainer.ui.form import advanced, field
+from lora_trainer.ui.form import advanced, field, suited_to_this_machine
 from lora_trainer.ui.markup import Markup, button, tag
 
 
 def create_ui(*, offer_folders: bool = True) -> Markup:
     """``offer_folders``: whether a folder of the server may be named."""
     steps = tag("div", _pictures(offer_folders), _kind(), _start(), class_="steps")
-    return tag("div", _trouble(), tag("form", steps, _advanced(), id_="form", novalidate=True), _live(), class_="page")
+    suited = json.dumps(suited_to_this_machine())
+    form = tag("form", steps, _advanced(), id_="form", novalidate=True, data_suited=suited)
+    return tag("div", _trouble(), form, _live(), class_="page")
 
 
 def _trouble() -> Markup:
@@ -36,7 +40,8 @@ def _pictures(offer_folders: bool) -> Markup:
         "div",
         tag("label", "Folder on the server", for_="folder"),
         tag("div",
-            tag("input", type="text", id_="folder", spellcheck="false", autocomplete="off", placeholder="/path/to/pictures"),
+            tag("input", type="text", id_="folder", spellcheck="false", autocomplete="off",
+                placeholder="/path/to/pictures"),
             button("Use it", "use-folder"),
             class_="inline"),
         class_="field",

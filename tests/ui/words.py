@@ -1,0 +1,69 @@
+"""Everything that the tab says, collected from its HTML and its scripts."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_STRING = r'"((?:[^"\\\n]|\\.)*)"'
+_TABLE = re.compile(r"const (?:STATES|PHASES|TIPS) = \{(.*?)\};", re.DOTALL)
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: set[str] = set()
+        self.ids: list[str] = []
+        self.classes: set[str] = set()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self._literal = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        self._literal += tag == "textarea"  # settings, not words
+        self.words |= {text for key in ("placeholder", "title", "aria-label") if (text := attributes.get(key))}
+        if attributes.get("id"):
+            self.ids.append(attributes["id"] or "")
+        self.classes |= set((attributes.get("class") or "").split())
+
+    def handle_endtag(self, tag: str) -> None:
+        self._literal -= tag == "textarea"
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and not self._literal:
+            self.words.add(data.strip())
+
+
+def read_html(*blocks: str) -> _Reader:
+    reader = _Reader()
+    for block in blocks:
+        reader.feed(block)
+    return reader
+
+
+def words_of_scripts() -> set[str]:
+    """Texts in calls of app.t and app.button, in lists of actions and in tables of words."""
+    words: set[str] = set()
+    for path in sorted((ROOT / "javascript").glob("lora_trainer*.js")):
+        source = path.read_text(encoding="utf-8")
+        for match in re.finditer(r"app\.(?:t|button)\(", source):
+            argument = _first_argument(source, match.end())
+            if "===" in argument:  # a comparison before the choice between two texts
+                argument = argument.partition("?")[2]
+            words |= set(re.findall(_STRING, argument))
+        words |= set(re.findall(r'\["([A-Z][^"]*)", ', source))
+        for table in _TABLE.findall(source):
+            words |= set(re.findall(r":\s*" + _STRING, table))
+    return words
+
+
+def _first_argument(source: str, start: int) -> str:
+    depth = 0
+    for index in range(start, len(source)):
+        depth += (source[index] in "([{") - (source[index] in ")]}")
+        if depth < 0 or (depth == 0 and source[index] == "," and source[start:index].count('"') % 2 == 0):
+            return source[start:index]
+    raise AssertionError("a call that does not end")
