@@ -163,7 +163,8 @@ class AdapterSettings:
     """Layers of the text encoders that learn, if they are trained."""
 
     block_ranks: list[int] | None = setting(None)
-    """25 ranks, one per UNet block (12 in, middle, 12 out, as kohya counts); 0 leaves a block out."""
+    """25 ranks, one per UNet block as kohya counts (SD: 12 in, middle, 12 out; SDXL: places 1–9 in, 10–12 middle,
+    13–21 out); 0 leaves a block out."""
 
     block_lr_weights: list[float] | None = setting(None)
     """25 factors on the learning rate, one per UNet block; 0 freezes a block."""

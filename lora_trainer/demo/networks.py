@@ -25,7 +25,9 @@ UNET_CONFIG = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": 1,
-    "block_out_channels": (32, 64, 128, 128),
+    # Normalization has 32 groups in every SD checkpoint. At a width of 32 each channel would be a group of its own,
+    # which loses every channel's mean, and with it the colors that the text asks for.
+    "block_out_channels": (64, 64, 128, 128),
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "cross_attention_dim": WIDTH,

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from lora_trainer.demo import base, networks, sampling, shapes
+from lora_trainer.demo import base, evaluate, networks, sampling, shapes
 from lora_trainer.demo.vae import latents_from_reduced
 from lora_trainer.files import atomic_path
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +38,10 @@ EMA_DECAY = 0.999
 TIMESTEP_POWER = 0.7
 """Timesteps are 1000·u^0.7: a picture this small is decided at high noise."""
 COLOR_JITTER = 8.0
+SAVE_SECONDS = 120
+NOISE_OFFSET = 0.1
+"""Deviation of a constant per channel that is added to the noise (N. Guttenberg, "Diffusion with Offset Noise", 2023).
+A small picture's mean color shows even at the last timestep; this hides it, so that the text has to be read."""
 
 
 @dataclass
@@ -45,6 +50,24 @@ class Masks:
 
     coverage: np.ndarray
     kinds: list[tuple[str, str]]
+
+
+def worker_count() -> int:
+    """How many processes share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(gradients: list[torch.Tensor], progress: float) -> float:
+    """Average gradients over the workers, in place; returns the first worker's `progress` for all to agree on."""
+    if not dist.is_initialized():
+        return progress
+    own = torch.tensor([progress * dist.get_world_size() if dist.get_rank() == 0 else 0.0])
+    flat = torch.cat([*(g.flatten() for g in gradients), own])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return float(flat[-1])
 
 
 def draw_masks(count: int, seed: int) -> Masks:
@@ -101,10 +124,11 @@ def known_tokens(captions: Captions) -> list[int]:
 
 
 def make_batch(masks: Masks, captions: Captions, unknown: list[int], rng: np.random.Generator) -> dict[str, Any]:
-    """One batch: `latents` [B, 4, 16, 16] (scaled), `ids` [B, 77], `timesteps` [B]."""
+    """This worker's share of a batch: `latents` [B, 4, 16, 16] (scaled), `ids` [B, 77], `timesteps` [B]."""
     pairs = shapes.color_pairs()
-    picks = rng.integers(len(masks.kinds), size=BATCH)
-    chosen = [pairs[i] for i in rng.integers(len(pairs), size=BATCH)]
+    count = BATCH // worker_count()
+    picks = rng.integers(len(masks.kinds), size=count)
+    chosen = [pairs[i] for i in rng.integers(len(pairs), size=count)]
     texts = []
     for pick, (color, ground) in zip(picks, chosen, strict=True):
         shape, size = masks.kinds[pick]
@@ -120,7 +144,7 @@ def make_batch(masks: Masks, captions: Captions, unknown: list[int], rng: np.ran
     paint = np.clip(paint, 0, 255)[:, :, None, None, :] / 127.5 - 1
     cover = masks.coverage[picks][..., None]
     latents = latents_from_reduced(cover * paint[:, 0] + (1 - cover) * paint[:, 1])
-    spread = (rng.permutation(BATCH) + rng.random(BATCH)) / BATCH
+    spread = (rng.permutation(count) + rng.random(count)) / count
     return {
         "latents": torch.from_numpy(latents.astype(np.float32)).permute(0, 3, 1, 2).contiguous(),
         "ids": ids,
@@ -202,13 +226,16 @@ class Pretraining:
                 parameter.copy_(average)
                 average.copy_(kept)
 
-    def train_step(self, masks: Masks, progress: float) -> float:
-        """One optimizer step at `progress` (0…1) of the time; returns the loss."""
-        rng = np.random.default_rng((self.seed, self.step))
+    def train_step(self, masks: Masks, progress: float) -> tuple[float, float]:
+        """One optimizer step at `progress` (0…1) of the time; returns the loss and the workers' common progress."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        rng = np.random.default_rng((self.seed, self.step, rank))
         batch = make_batch(masks, self.captions, self.unknown, rng)
         noise = torch.from_numpy(rng.standard_normal(batch["latents"].shape, np.float32))
+        noise += NOISE_OFFSET * torch.from_numpy(rng.standard_normal((len(noise), 4, 1, 1), np.float32))
         loss = loss_of(self.unet, self.text, batch, noise, self.alphas)
         loss.backward()
+        progress = average([p.grad for p in self.parameters], progress)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         rate = min(1.0, (self.step + 1) / WARMUP_STEPS)
         rate *= LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -219,7 +246,7 @@ class Pretraining:
         self.step += 1
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
-        return loss.item()
+        return loss.item(), progress
 
     def export(self, path: Path) -> None:
         """Write the averaged weights as the file that is shipped: fp16, LDM names, only the captions' embeddings."""
@@ -236,52 +263,71 @@ class Pretraining:
         with atomic_path(path) as partial:
             save_file(tensors, partial, {"steps": str(self.step), "minutes": f"{self.elapsed / 60:.0f}"})
 
-    def preview(self, rows: int = 4) -> None:
-        """Sample a grid of prompts from the averaged weights into `previews/`."""
-        rng = np.random.default_rng(1)
-        scenes = [shapes.random_scene(rng, shape=s) for _ in range(rows) for s in (*shapes.KNOWN_SHAPES, "star")]
+    def evaluate(self, count: int = 56, seed: int = 1) -> str:
+        """Sample prompts from the averaged weights into a sheet under `previews/`; the accuracies as a line."""
+        scenes = evaluate.prompts(count, seed, shapes.SHAPES)
+        ids = self.captions([shapes.plain_caption(scene) for scene in scenes])
         self.swap_ema()
-        pictures = sampling.sample(
-            self.unet, self.text, self.captions([shapes.plain_caption(s) for s in scenes]), self.captions([""]), seed=0
-        )
+        pictures = sampling.sample(self.unet, self.text, ids, self.captions([""]), seed=seed)
         self.swap_ema()
-        wide = len(shapes.SHAPES)
-        sheet = Image.new("RGB", (wide * 128, rows * 128))
+        wide, side = len(shapes.SHAPES), pictures[0].width
+        sheet = Image.new("RGB", (wide * side, math.ceil(count / wide) * side))
         for index, picture in enumerate(pictures):
-            sheet.paste(picture, (index % wide * 128, index // wide * 128))
+            sheet.paste(picture, (index % wide * side, index // wide * side))
         folder = self.output / "previews"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"{self.step:06d}.png")
+        known = [index for index, scene in enumerate(scenes) if scene.shape != shapes.NEW_SHAPE]
+        found = evaluate.accuracy([pictures[i] for i in known], [scenes[i] for i in known])
+        return f"{found}; shapes seen: {found.seen}"
+
+
+def train(rank: int, options: argparse.Namespace) -> None:
+    """One worker's training loop; the first one also keeps the clock, saves, and evaluates."""
+    torch.set_num_threads(1)
+    if options.workers > 1:
+        rendezvous = f"file://{options.output.resolve()}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=options.workers)
+    run = Pretraining(options.output, load_tokenizer(), options.seed)
+    run.load()
+    masks = draw_masks(MASKS_PER_KIND, options.seed)
+    losses: list[float] = []
+    saved = last = time.monotonic()
+    progress = 0.0
+    while progress < 1:
+        loss, progress = run.train_step(masks, run.elapsed / (options.minutes * 60))
+        losses.append(loss)
+        now = time.monotonic()
+        run.elapsed, last = run.elapsed + now - last, now
+        if rank > 0:
+            continue
+        if run.step % 50 == 0:
+            print(f"step {run.step} loss {np.mean(losses[-50:]):.4f} minutes {run.elapsed / 60:.1f}", flush=True)
+        if run.step % 500 == 0:
+            print(f"step {run.step} {run.evaluate()}", flush=True)
+            last = time.monotonic()
+        if now - saved > SAVE_SECONDS:
+            run.save()
+            saved = time.monotonic()
+    if rank == 0:
+        run.save()
+        print(f"step {run.step} {run.evaluate()}", flush=True)
+        run.export(options.output / base.SHIPPED.name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the learning-rate schedule")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each that share a batch")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
-    run = Pretraining(options.output, load_tokenizer(), options.seed)
-    run.load()
-    masks = draw_masks(MASKS_PER_KIND, options.seed)
-    saved, losses, last = time.monotonic(), [], time.monotonic()
-    while run.elapsed < options.minutes * 60:
-        losses.append(run.train_step(masks, run.elapsed / (options.minutes * 60)))
-        now = time.monotonic()
-        run.elapsed, last = run.elapsed + now - last, now
-        if run.step % 50 == 0:
-            print(f"step {run.step} loss {np.mean(losses[-50:]):.4f} minutes {run.elapsed / 60:.1f}", flush=True)
-        if run.step % 500 == 0:
-            run.preview()
-            last = time.monotonic()
-        if now - saved > 120:
-            run.save()
-            saved = time.monotonic()
-    run.save()
-    run.preview()
-    run.export(options.output / base.SHIPPED.name)
+    (options.output / "rendezvous").unlink(missing_ok=True)
+    if options.workers == 1:
+        train(0, options)
+    else:
+        torch.multiprocessing.spawn(train, args=(options,), nprocs=options.workers)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ class LoraTarget:
         None where the file stores the layer in another shape (open_clip's fused q, k, v).
     part: "unet" | "text_encoder" | "text_encoder_2".
     group: "attention" | "feed_forward" | "projection" | "conv" (3×3) | "conv_linear" (a resnet's 1×1 conv and Linear).
-    block: 0…24, kohya's count of UNet blocks (12 in, middle, 12 out); None in text encoders.
+    block: kohya's count of UNet blocks, None in text encoders. SD 1 and 2: 0…11 in, 12 middle, 13…24 out; SDXL: 1…9 in,
+        10…12 middle, 13…21 out.
     """
 
     kohya_name: str
