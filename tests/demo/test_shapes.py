@@ -19,7 +19,7 @@ def test_shapes_lie_inside_and_contrast(seed):
     rng = np.random.default_rng(seed)
     scene = shapes.random_scene(rng, shape=shapes.SHAPES[rng.integers(len(shapes.SHAPES))])
     moved = replace(scene, center=(0.5, 0.5))
-    areas = [np.asarray(shapes.draw_mask(s)).sum() for s in (scene, moved)]
+    areas = [np.asarray(shapes.draw_mask(s), np.float64).sum() for s in (scene, moved)]
     assert areas[0] == pytest.approx(areas[1], rel=0.03)  # corners are rounded to pixels
     assert shapes.contrasts(scene.color, scene.background)
 
