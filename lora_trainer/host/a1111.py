@@ -13,7 +13,7 @@ from PIL import Image
 from lora_trainer.errors import UserError
 from lora_trainer.host import a1111_drawing
 from lora_trainer.host.a1111_lender import A1111Lender
-from lora_trainer.host.a1111_loras import HostLoras, names_on_disk
+from lora_trainer.host.a1111_loras import HostLoras
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.host.settings import FOLDERS_OPTION, Settings, access_policy, data_folder
@@ -108,7 +108,7 @@ class A1111Host:
         folder = self.folders().lora
         if folder is None:
             raise UserError("This WebUI has no LoRA folder.", remedy="Switch on its builtin Lora extension.")
-        path = place_lora(lora, folder, name, card, taken=names_on_disk(folder), overwrite=overwrite)
+        path = place_lora(lora, folder, name, card, overwrite=overwrite)
         with self._turns.take():
             self._forget(name)
             self._loras.announce(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,16 +118,6 @@ def forget_prompts(processing: Any) -> None:
             cache = getattr(owner, kept, None)
             if isinstance(cache, list):
                 cache[:] = [None] * len(cache)
-
-
-def names_on_disk(folder: Path) -> set[str]:
-    """Stems of every LoRA file below ``folder``: the picker knows them by these, whatever sub-folder they lie in."""
-    return {
-        os.path.splitext(file)[0]
-        for _, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith((".safetensors", ".pt", ".ckpt"))
-    }
 
 
 def _merged(layer: Any) -> tuple:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from lora_trainer.host.base import Card
 _RESERVED = {"none", "addams"}  # names that the WebUIs' Lora extension never finds by themselves
 
 
-def place_lora(
-    lora: Path, folder: Path, name: str, card: Card, *, taken: Collection[str] = (), overwrite: bool = False
-) -> Path:
+def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
     """Copy ``lora`` to ``folder/name.safetensors``, with ``name.json`` and ``name.preview.png`` beside it.
 
     Each file appears whole or not at all; the LoRA itself comes last, so that it is never seen without its card.
-    taken: names in use anywhere below the folder: the picker knows a LoRA by its name alone.
-    Fields of an earlier card that ours does not fill (a person's, say) are kept.
+    A name in use in some sub-folder is taken too, because the picker knows a LoRA by its name alone. Fields of an
+    earlier card that ours does not fill (a person's own, say) are kept.
 
     Raises:
         UserError: naming ``output_name`` when it cannot be a name, or is taken and not ``overwrite``; or the folder
@@ -33,7 +31,8 @@ def place_lora(
         raise UserError(f"{name!r} cannot be a name: {problem}.", field="output_name", remedy="Choose another name.")
     path, json_path, picture = (folder / f"{name}{end}" for end in (".safetensors", ".json", ".preview.png"))
     if not overwrite and (
-        name.casefold() in {other.casefold() for other in taken} or any(p.exists() for p in (path, json_path, picture))
+        name.casefold() in {other.casefold() for other in names_on_disk(folder)}
+        or any(p.exists() for p in (path, json_path, picture))
     ):
         raise UserError(
             f"There is a LoRA {name} already.", field="output_name", remedy="Choose another name, or allow overwriting."
@@ -50,6 +49,16 @@ def place_lora(
         with atomic_path(path) as temporary:
             shutil.copyfile(lora, temporary)
     return path
+
+
+def names_on_disk(folder: Path) -> set[str]:
+    """Stems of every LoRA file below ``folder``."""
+    return {
+        os.path.splitext(file)[0]
+        for _, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith((".safetensors", ".pt", ".ckpt"))
+    }
 
 
 def card_fields(card: Card) -> dict[str, Any]:

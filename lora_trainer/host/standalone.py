@@ -1,0 +1,152 @@
+"""No WebUI at all: base models are files in a folder, and so are finished LoRAs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lora_trainer.adapters.describe import describe
+from lora_trainer.adapters.lora_file import read_lora
+from lora_trainer.errors import UserError
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
+from lora_trainer.host.publishing import place_lora
+from lora_trainer.models.base import LentModel
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.training.precision import resolve
+from lora_trainer.training.preview import sample
+
+_ENDINGS = (".safetensors", ".ckpt")
+
+
+class StandaloneHost:
+    """See ``Host``.
+
+    data: the trainer's own folder. checkpoints: folder with base models, searched with its sub-folders; None when
+    they are given by path. lora: where finished LoRAs go; None leaves them in the job.
+    """
+
+    name = "standalone"
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        checkpoints: Path | None = None,
+        lora: Path | None = None,
+        device: str = "auto",
+        access: AccessPolicy | None = None,
+        options: Mapping[str, object] | None = None,
+    ):
+        self._folders = Folders(Path(data), None if lora is None else Path(lora))
+        self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._precision = resolve(device, "auto")
+        self._access, self._options = access or AccessPolicy(), dict(options or {})
+
+    def folders(self) -> Folders:
+        return self._folders
+
+    def access(self) -> AccessPolicy:
+        return self._access
+
+    def option(self, key: str, default: object) -> object:
+        return self._options.get(key, default)
+
+    def device(self) -> torch.device:
+        return self._precision.device
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Files and diffusers folders; nothing is ever loaded between runs."""
+        root = self._checkpoints
+        found = [] if root is None else sorted(_base_models(root), key=lambda path: str(path).casefold())
+        return [Checkpoint(path.relative_to(root).as_posix(), path) for path in found]
+
+    def lender(self, checkpoint: str, options: LenderOptions) -> FileLender:
+        return FileLender(
+            self._path(checkpoint),
+            device=self._precision.device,
+            weight_dtype=self._precision.weight_dtype,
+            vae=options.vae,
+            v_prediction=options.v_prediction,
+            zero_terminal_snr=options.zero_terminal_snr,
+            compute_dtype=options.compute_dtype,
+            clip_skip=options.clip_skip,
+        )
+
+    def draw(self, request: PreviewRequest) -> Image.Image:
+        lender = self.lender(request.checkpoint, LenderOptions(compute_dtype=self._precision.weight_dtype))
+        with lender.borrow() as model, lender.turn():
+            if request.lora is None:
+                return _picture(model, request)
+            with _merged(model, request.lora, request.lora_weight):
+                return _picture(model, request)
+
+    def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
+        if self._folders.lora is None:
+            raise UserError("There is no LoRA folder to publish to.", remedy="Name one when the trainer is started.")
+        return place_lora(lora, self._folders.lora, name, card, overwrite=overwrite)
+
+    def verify(self, lora: Path, prompt: str) -> str | None:
+        """Without a WebUI there is no other loader: the file itself is looked at."""
+        return next(iter(describe(lora).problems), None)
+
+    def forget(self, name: str) -> None:
+        """Files are read anew each time."""
+
+    def _path(self, name: str) -> Path:
+        known = self.checkpoints()
+        if not name:
+            if len(known) == 1:
+                return known[0].path
+            raise UserError("No base model is named.", field="base_model", remedy="Choose one of the list.")
+        for checkpoint in known:
+            if name in (checkpoint.title, str(checkpoint.path), checkpoint.path.name, checkpoint.path.stem):
+                return checkpoint.path
+        if Path(name).exists():
+            return Path(name)
+        raise UserError(f"There is no base model {name!r}.", field="base_model", remedy="Choose one of the list.")
+
+
+def _base_models(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        if "model_index.json" in files:
+            subfolders.clear()  # its parts are no models by themselves
+            yield Path(folder)
+            continue
+        yield from (Path(folder) / file for file in files if file.lower().endswith(_ENDINGS))
+
+
+def _picture(model: LentModel, request: PreviewRequest) -> Image.Image:
+    return sample(
+        model,
+        request.prompt,
+        request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        steps=request.steps,
+        cfg=request.cfg_scale,
+        seed=request.seed,
+    )
+
+
+@contextmanager
+def _merged(model: LentModel, lora: Path, weight: float) -> Iterator[None]:
+    """Inside, the model's layers have the LoRA's change in them. The bound weights themselves are not written to."""
+    modules = {target.kohya_name: target.module for target in model.lora_targets()}
+    matched, unmatched = read_lora(lora).match(model.lora_targets())
+    if not matched or unmatched:
+        raise UserError(f"{lora.name} does not fit this base model.", remedy="Choose the one that it was made for.")
+    bound = {name: modules[name].weight for name in matched}
+    try:
+        for name, weights in matched.items():
+            base = bound[name].detach().float()
+            merged = base + weight * weights.change(base.cpu()).to(base.device)
+            modules[name].weight = torch.nn.Parameter(merged.to(bound[name].dtype), requires_grad=False)
+        yield
+    finally:
+        for name, parameter in bound.items():
+            modules[name].weight = parameter

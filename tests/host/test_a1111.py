@@ -1,0 +1,443 @@
+"""A1111's traps, sprung in the fake: what the host does between two turns, and what must be as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_trainer.errors import UserError
+from lora_trainer.host.base import Card, LenderOptions, PreviewRequest
+from lora_trainer.host.residence import Residence
+from lora_trainer.models.base import ModelAwayError
+from tests.host.conftest import OPTIONS, make_lora, sha
+from tests.host.fake_a1111 import named
+from tests.host.test_contract import answer
+
+REQUEST = PreviewRequest("a cat", width=64, height=64, steps=2)
+
+
+@pytest.fixture
+def lender(a1111):
+    return a1111.lender("", OPTIONS)
+
+
+@pytest.fixture
+def installed(webui, lora):
+    """The LoRA, where prompts find it as <lora:cat:1>."""
+    (webui.folder / "models" / "Lora" / "cat.safetensors").write_bytes(lora.read_bytes())
+    webui.networks.update_available_networks_by_names(["cat"])
+
+
+def storages(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+# Borrowing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", ["first", "third"])
+def test_no_tensor_is_copied(a1111, webui, checkpoint):
+    webui.select(checkpoint)
+    with a1111.lender("", OPTIONS).borrow() as model:
+        host = storages(webui.model.parameters())
+        assert model.bound() and all(t.untyped_storage().data_ptr() in host for t in model.bound().values())
+
+
+def test_a_turn_in_which_nothing_happened_binds_nothing(lender):
+    with lender.borrow() as model:
+        before = {name: id(tensor) for name, tensor in model.bound().items()}
+        with lender.turn():
+            assert {name: id(tensor) for name, tensor in model.bound().items()} == before
+
+
+def test_weights_that_the_host_moved_are_bound_again(lender, webui):
+    with lender.borrow() as model:
+        expected = answer(model)
+        webui.unload()
+        with lender.turn():
+            assert storages(model.bound().values()) <= storages(webui.model.parameters())
+            assert torch.equal(answer(model), expected)
+
+
+@pytest.mark.parametrize("what", ["half", "another's weights"])
+def test_weights_that_something_changed_are_loaded_again(lender, webui, models, what):
+    before = sha(webui)
+    with lender.borrow() as model:
+        expected = answer(model)
+        if what == "half":
+            webui.model.half()
+        else:
+            with torch.no_grad():
+                for parameter in webui.model.model.parameters():
+                    parameter.mul_(1.01)
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+    assert sha(webui) == before
+
+
+def test_a_model_that_cannot_be_made_right_is_away(lender, webui, monkeypatch):
+    with lender.borrow():
+        with torch.no_grad():
+            webui.model.model.diffusion_model.input_blocks._modules["0"]._modules["0"].weight.add_(1)
+        monkeypatch.setattr(webui.sd_models, "reload_model_weights", lambda *arguments, **named: webui.model)
+        with pytest.raises(ModelAwayError), lender.turn():
+            pass
+        assert not webui.call_queue.queue_lock._lock.locked()
+
+
+# LoRAs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_loras_of_prompts_do_not_leak_into_the_training(lender, webui, installed):
+    plain = webui.generate("a")
+    with_lora = webui.generate("a <lora:cat:1>")
+    assert with_lora.tobytes() != plain.tobytes()
+    with lender.borrow() as model:
+        expected = answer(model)
+        webui.generate("a")
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+        for _ in range(2):
+            assert webui.generate("a <lora:cat:1>").tobytes() == with_lora.tobytes()
+            with lender.turn():
+                assert torch.equal(answer(model), expected)
+    assert webui.generate("a").tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loras_that_were_merged_are_merged_again(lender, webui, installed, fails):
+    webui.generate("a <lora:cat:1>")
+    before = sha(webui)
+    try:
+        with lender.borrow():
+            assert sha(webui) != before
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert sha(webui) == before
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_away_while_the_user_has_another_one(lender, webui):
+    with lender.borrow() as model:
+        with lender.turn():
+            expected = answer(model)
+        for other in ("second", "third"):  # of the same layout, which overwrites the weights in place, and of another
+            webui.select(other)
+            with pytest.raises(ModelAwayError, match=f"{other}.*first"), lender.turn():
+                pass
+        webui.select("first")
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+    assert webui.model.sd_checkpoint_info.name_for_extra == "first"
+
+
+def test_what_the_user_switched_to_stays_when_the_run_ends(lender, webui):
+    with lender.borrow():
+        webui.select("second")
+    assert webui.model.sd_checkpoint_info.name_for_extra == "second"
+    assert webui.loads == ["first", "second"]
+
+
+def test_a_switch_can_wait_for_the_end(a1111, webui):
+    with a1111.lender("", LenderOptions(wait_for_model=True)).borrow() as model:
+        expected = answer(model)
+        lender = a1111.lender("", LenderOptions(wait_for_model=True))
+    lender = a1111.lender("", LenderOptions(wait_for_model=True))
+    with lender.borrow() as model:
+        webui.select("second")
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+        assert webui.select_checkpoint().name_for_extra == "first"
+    assert webui.select_checkpoint().name_for_extra == "second"
+    assert webui.model.sd_checkpoint_info.name_for_extra == "second"
+
+
+def test_a_checkpoint_that_drew_a_single_picture_is_replaced(lender, webui):
+    with lender.borrow() as model:
+        expected = answer(model)
+        with webui.call_queue.queue_lock:  # override_settings: loads another one and leaves the setting alone
+            webui.sd_models.SkipWritingToConfig().__enter__()
+            second = next(i for i in webui.sd_models.checkpoints_list.values() if i.name_for_extra == "second")
+            webui.sd_models.reload_model_weights(info=second)
+            webui.sd_models.SkipWritingToConfig().__exit__()
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+
+
+@pytest.mark.parametrize("other", ["second", "third"])
+def test_another_checkpoint_is_trained_while_pictures_stay_the_same(a1111, webui, other):
+    before, picture, options = sha(webui), webui.generate("a"), dict(webui.shared.opts.data)
+    lender = a1111.lender(other, OPTIONS)
+    with lender.borrow() as model:
+        assert model.info.name == other
+        for _ in range(2):
+            assert webui.generate("a").tobytes() == picture.tobytes()
+            with lender.turn():
+                assert webui.model.sd_checkpoint_info.name_for_extra == other
+    assert sha(webui) == before
+    assert webui.shared.opts.data == options
+
+
+def test_a_failing_load_is_an_error_that_names_the_field(a1111, webui, monkeypatch):
+    def broken(*arguments, **named):
+        raise RuntimeError("out of disk")
+
+    lender = a1111.lender("second", OPTIONS)
+    monkeypatch.setattr(webui.sd_models, "reload_model_weights", broken)
+    with pytest.raises(UserError) as error, lender.borrow():
+        pass
+    assert error.value.field == "base_model" and "out of disk" in str(error.value)
+    assert not webui.call_queue.queue_lock._lock.locked()
+
+
+# VAE ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vae_changed_meanwhile_does_not_change_the_training(lender, webui):
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    with lender.borrow() as model:
+        expected = model.encode_images(pixels)
+        with torch.no_grad():
+            for parameter in webui.model.first_stage_model.parameters():
+                parameter.mul_(0.9)
+        theirs = sha(webui)
+        for _ in range(2):
+            with lender.turn():
+                assert torch.allclose(model.encode_images(pixels), expected, atol=1e-6)
+    assert sha(webui) == theirs
+
+
+def test_a_vae_file_replaces_the_hosts(a1111, webui, models, tmp_path):
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    with a1111.lender("second", OPTIONS).borrow() as model:
+        expected, key = model.encode_images(pixels), model.vae_key
+    lender = a1111.lender("first", dataclasses.replace(OPTIONS, vae=str(models / "second.safetensors")))
+    with lender.borrow() as model, lender.turn():
+        assert torch.allclose(model.encode_images(pixels), expected, atol=1e-6)
+        assert model.vae_key == key
+
+
+def test_what_was_released_may_change_as_it_likes(lender, webui):
+    with lender.borrow() as model:
+        model.release("vae", "text_encoders")
+        with torch.no_grad():
+            for root in (webui.model.first_stage_model, webui.model.cond_stage_model):
+                for parameter in root.parameters():
+                    parameter.mul_(2)
+        with lender.turn():
+            assert webui.loads == ["first"]
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def lowvram(webui):
+    webui.shared.cmd_opts.lowvram = True
+
+
+def accelerated(webui):
+    webui.sd_unet.current_unet = SimpleNamespace(option=SimpleNamespace(label="[TRT] first"))
+
+
+def fp8(webui):
+    webui.devices.fp8 = True
+
+
+def sd3(webui):
+    webui.model.is_sd3 = True
+
+
+def inpainting(webui):
+    webui.model.model.conditioning_key = "hybrid"
+
+
+def nine_channels(webui):
+    stem = webui.model.model.diffusion_model.input_blocks._modules["0"]._modules["0"]
+    stem.weight = torch.nn.Parameter(torch.zeros(stem.weight.shape[0], 9, 3, 3), requires_grad=False)
+
+
+@pytest.mark.parametrize("fault, word", [(lowvram, "--medvram"), (accelerated, "SD Unet"), (fp8, "fp8"),
+                                         (sd3, "Stable Diffusion 3"), (inpainting, "inpainting"),
+                                         (nine_channels, "inpainting")])  # fmt: skip
+def test_what_cannot_be_trained_is_refused_in_a_sentence(a1111, webui, fault, word):
+    fault(webui)
+    lender = a1111.lender("", OPTIONS)
+    for attempt in (lender.describe, lambda: lender.borrow().__enter__()):
+        with pytest.raises(UserError) as error:
+            attempt()
+        assert word in str(error.value) and error.value.remedy
+    assert not webui.call_queue.queue_lock._lock.locked()
+
+
+def test_a_setting_that_forbids_training_in_the_middle_makes_the_model_away(lender, webui):
+    with lender.borrow():
+        accelerated(webui)
+        with pytest.raises(ModelAwayError, match="SD Unet"), lender.turn():
+            pass
+
+
+def test_fp8_with_the_hosts_own_fp16_copy_is_trained_on_that_copy(a1111, webui):
+    webui.devices.fp8 = True
+    for module in [*webui.model.model.modules(), *webui.model.cond_stage_model.modules()]:
+        if "weight" in module._parameters:
+            module.fp16_weight = module.weight.data.half()
+            module.weight.data = module.weight.data.to(torch.float8_e4m3fn)
+    lender = a1111.lender("", OPTIONS)
+    with lender.borrow() as model, lender.turn():
+        assert model.unet.conv_in.weight.dtype == torch.float16
+        assert torch.isfinite(answer(model)).all()
+
+
+# Turns ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_draws_between_turns_but_not_within_one(lender, webui):
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (webui.generate("a"), done.set()))
+    with lender.borrow():
+        with lender.turn():
+            thread.start()
+            assert not done.wait(0.1)
+        assert done.wait(10)
+    thread.join(10)
+
+
+def test_the_model_can_be_held_for_the_whole_run(a1111, webui):
+    lender = a1111.lender("", LenderOptions(hold=True))
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (webui.generate("a"), done.set()))
+    with lender.borrow():
+        thread.start()
+        with lender.turn():
+            pass
+        a1111.draw(REQUEST)
+        assert not done.wait(0.1)
+    assert done.wait(10)
+    thread.join(10)
+
+
+# Drawing and publishing -----------------------------------------------------------------------------------------------
+
+
+def test_drawing_leaves_no_trace(a1111, webui, lora):
+    webui.generate("my own prompt")
+    webui.shared.state.interrupted = True
+    state, options = dict(vars(webui.shared.state)), dict(webui.shared.opts.data)
+    before, prompts = sha(webui), list(webui.processing.StableDiffusionProcessing.cached_c)
+    schedule = webui.model.alphas_cumprod
+    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
+    assert sha(webui) == before
+    assert webui.shared.state.current_latent is None
+    assert vars(webui.shared.state) == state | {"current_latent": None}
+    assert webui.shared.opts.data == options
+    assert webui.processing.StableDiffusionProcessing.cached_c == prompts
+    assert webui.model.alphas_cumprod is schedule
+    assert (webui.folder / "params.txt").read_text() == "my own prompt"
+    assert webui.shared.cmd_opts.no_prompt_history is False
+    networks = webui.networks
+    assert not (networks.available_networks or networks.available_network_aliases or networks.networks_in_memory)
+    assert not networks.loaded_networks
+
+
+def test_a_picture_somebody_interrupted_is_none(a1111, webui, monkeypatch):
+    draw = webui.processing.process_images
+
+    def interrupted(p):
+        webui.shared.state.interrupted = True
+        return draw(p)
+
+    monkeypatch.setattr(webui.processing, "process_images", interrupted)
+    with pytest.raises(UserError, match="interrupted"):
+        a1111.draw(REQUEST)
+
+
+def test_a_lora_published_again_is_drawn_with_its_new_weights(a1111, webui, models, lora, tmp_path):
+    a1111.publish(lora, "cat", Card())
+    plain, old = webui.generate("a"), webui.generate("a <lora:cat:1>")
+    newer = make_lora(models / "first.safetensors", tmp_path / "newer.safetensors", 0.3, seed=9)
+    a1111.publish(newer, "cat", Card(), overwrite=True)
+    assert webui.processing.StableDiffusionProcessing.cached_c == [None, None]
+    new = webui.generate("a <lora:cat:1>")
+    assert new.tobytes() not in (old.tobytes(), plain.tobytes())
+    assert webui.generate("a").tobytes() == plain.tobytes()
+
+
+def test_layers_without_a_place_are_named(a1111, webui, models, tmp_path):
+    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1)
+    assert any(name.startswith("lora_unet_input_blocks") for name in load_file(foreign))
+    verdict = a1111.verify(a1111.publish(foreign, "foreign", Card()), "zwx")
+    assert "no place" in verdict and "lora_unet_" in verdict
+
+
+# --medvram ------------------------------------------------------------------------------------------------------------
+
+
+class Part(torch.nn.Module):
+    """A part of a model on pretended devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.where = torch.device("cpu")
+
+    def to(self, device):
+        self.where = torch.device(device)
+        return self
+
+
+def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
+    cuda = torch.device("cuda")
+    roots = {name: Part() for name in ("unet", "vae", "text_encoders")}
+
+    def send_everything_to_cpu():
+        if webui.lowvram.module_in_gpu is not None:
+            webui.lowvram.module_in_gpu.to("cpu")
+        webui.lowvram.module_in_gpu = None
+
+    webui.lowvram.send_everything_to_cpu = send_everything_to_cpu
+    webui.devices = SimpleNamespace(device=cuda, torch_gc=lambda: None)
+    host = SimpleNamespace(sd_model=SimpleNamespace(lowvram=True), roots=roots, device=lambda part: roots[part].where)
+    moved = []
+    residence = Residence(webui, host, moved.append)
+    residence.enter()
+    unet, encoder = torch.nn.Identity(), torch.nn.Identity()
+    vae = SimpleNamespace(encoder=SimpleNamespace(conv_in=torch.nn.Identity()), post_quant_conv=torch.nn.Identity())
+    residence.attach(SimpleNamespace(unet=unet, vae=vae, text_encoders=[encoder]))
+    places = lambda: [name for name, part in roots.items() if part.where == cuda]  # noqa: E731
+    assert places() == []
+    for module, part in ((vae.encoder.conv_in, "vae"), (encoder, "text_encoders"), (unet, "unet"), (unet, "unet")):
+        module(torch.zeros(1))
+        assert places() == [part]
+        assert webui.lowvram.module_in_gpu is roots[part]
+    assert moved[-1] == "unet"
+    residence.leave(somebody_waits=False)
+    assert places() == ["unet"]
+    residence.leave(somebody_waits=True)
+    assert places() == []
+    unet(torch.zeros(1))
+    residence.give_back()
+    assert places() == []
+    unet(torch.zeros(1))
+    assert places() == [], "no hook is left"
+
+
+def test_with_medvram_weights_are_lent_without_a_copy(a1111, webui):
+    webui.model.lowvram = True
+    before = sha(webui)
+    lender = a1111.lender("", OPTIONS)
+    with lender.borrow() as model:
+        with lender.turn():
+            assert storages(model.bound().values()) <= storages(named(webui.model).values())
+            assert torch.isfinite(answer(model)).all()
+        webui.unload()
+        with lender.turn():
+            assert storages(model.bound().values()) <= storages(named(webui.model).values())
+    assert sha(webui) == before
