@@ -32,6 +32,7 @@ def check_captions(
         yield Finding(
             "", "trigger-missing", "info", f"No caption has the trigger word {trigger_word!r}.",
             "Nothing needs doing: training puts it first in every caption.",
+            values=(trigger_word,), files=tuple(lacking),
         )  # fmt: skip
     elif lacking:
         for key in lacking:
@@ -39,6 +40,7 @@ def check_captions(
                 key, "trigger-missing", "warning",
                 f"The caption lacks the trigger word {trigger_word!r}, others have it.",
                 "Add it, or leave it: training puts it first where it is missing.",
+                values=(trigger_word,),
             )  # fmt: skip
 
     same: dict[str, list[str]] = defaultdict(list)
@@ -69,6 +71,7 @@ def check_captions(
                 keys[0], "identical-captions", "warning" if many else "info",
                 f"{len(keys)} pictures have the same caption: {enumerate_some(keys)}.",
                 "Say in each what differs; what no caption names melts into the subject.",
+                files=tuple(keys),
             )  # fmt: skip
     yield from _check_together(captions, trigger_word)
 
@@ -122,14 +125,17 @@ def _check_together(captions: Mapping[str, Caption], trigger_word: str) -> Itera
             f"The core {gap.text!r} stands in {gap.share:.0%} of the captions; it is missing in "
             f"{enumerate_some(gap.missing)}.",
             "If these pictures show it, add it to their captions.",
+            values=(gap.text,), files=gap.missing,
         )  # fmt: skip
     for tag in universal_tags(captions, trigger_word):
         yield Finding(
             "", "universal-tag", "info", f"Every caption has {tag!r}.",
             "It melts into what is learned. Mark it **core** if it is the subject, else remove it.",
+            values=(tag,),
         )  # fmt: skip
     for pair in near_synonyms(captions):
         yield Finding(
             "", "near-synonyms", "info", f"{pair.seldom!r} looks like another spelling of {pair.often!r}.",
             "Write it one way in all captions, if the same is meant.",
+            values=(pair.seldom, pair.often),
         )  # fmt: skip

@@ -46,7 +46,7 @@ def read_captions(
     captions: dict[str, CaptionSource] = {}
     names = NameIndex(listing)
     for key in listing.pictures:
-        for path in _caption_files(listing, names, key, caption_extension):
+        for path in caption_files(listing, names, key, caption_extension):
             text = read_text(path)
             if isinstance(text, CaptionProblem):
                 found.append(text)
@@ -55,7 +55,7 @@ def read_captions(
                 captions[key] = CaptionSource(text.strip(), "file", path)
                 break
             found.append(CaptionProblem(path, None, "is empty.", empty=True))
-    for path in _metadata_files(listing, metadata_path, found):
+    for path in metadata_files(listing, metadata_path, found):
         captions.update(_read_metadata(path, listing, names, found))
     if problems is not None:
         problems.extend(found)
@@ -69,7 +69,8 @@ def some(items: Sequence[str], separator: str = ", ") -> str:
     return shown if len(items) <= _SHOWN else f"{shown}{separator}and {len(items) - _SHOWN} more"
 
 
-def _caption_files(listing: Listing, names: NameIndex, key: str, extension: str) -> list[Path]:
+def caption_files(listing: Listing, names: NameIndex, key: str, extension: str) -> list[Path]:
+    """The text files that may hold a picture's caption, the one that counts most first."""
     extension = extension if extension.startswith(".") else f".{extension}"
     stem = str(PurePosixPath(key).with_suffix(""))
     found = []
@@ -81,7 +82,7 @@ def _caption_files(listing: Listing, names: NameIndex, key: str, extension: str)
     return found
 
 
-def _metadata_files(
+def metadata_files(
     listing: Listing, metadata_path: str | Path | None, problems: list[CaptionProblem]
 ) -> list[Path]:
     """Metadata files, the one that counts most last."""
@@ -105,12 +106,17 @@ def _metadata_files(
     return result
 
 
+def metadata_prefix(path: Path, root: Path) -> str:
+    """What goes before the file names of a metadata file to make them keys: its own folder inside ``root``."""
+    base = os.path.relpath(os.path.realpath(path.parent), os.path.realpath(root)).replace(os.sep, "/")
+    return "" if base == "." or path_problem(base) else f"{base}/"
+
+
 def _read_metadata(
     path: Path, listing: Listing, names: NameIndex, problems: list[CaptionProblem]
 ) -> dict[str, CaptionSource]:
     captions: dict[str, CaptionSource] = {}
-    base = os.path.relpath(os.path.realpath(path.parent), os.path.realpath(listing.root)).replace(os.sep, "/")
-    prefix = "" if base == "." or path_problem(base) else f"{base}/"
+    prefix = metadata_prefix(path, listing.root)
     for row in read_rows(path, problems):
         key = names.find(prefix + row.filename) or names.find(row.filename)
         if key is None or key not in listing.pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import warnings
@@ -13,11 +14,12 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.caption_checks import check_captions, orphans
 from lora_trainer.dataset.captions import parse
-from lora_trainer.dataset.findings import Finding, Report
+from lora_trainer.dataset.findings import Finding, Report, enumerate_some
 from lora_trainer.dataset.folder import CaptionProblem, Dataset, Listing, kohya_folder, list_folder, read_captions, scan
 from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.inspection import Picture, inspect
 from lora_trainer.dataset.listing import folder_notes
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
 from lora_trainer.dataset.similarity import find_pairs
 from lora_trainer.errors import UserError
 
@@ -72,9 +74,14 @@ def check_folder(
         batch_size=batch_size,
     )
     listing = list_folder(Path(root))
+    edits = load_edits(listing.root)
+    excluded = [key for key in listing.pictures if edits.get(key, UNTOUCHED).excluded]
+    listing = dataclasses.replace(
+        listing, pictures={key: path for key, path in listing.pictures.items() if key not in excluded}
+    )
     problems: list[CaptionProblem] = []
     sources = read_captions(listing.root, metadata_path, caption_extension, problems=problems, listing=listing)
-    looked_at = _inspect_all(listing, progress)
+    looked_at = _inspect_all(listing, edits, progress)
     pictures = {key: found for key, found in looked_at.items() if isinstance(found, Picture)}
     captions = {key: parse(source.text) for key, source in sources.items() if key in pictures}
 
@@ -84,6 +91,10 @@ def check_folder(
         for key, found in looked_at.items()
         if isinstance(found, UserError)
     ]
+    if excluded:
+        message = f"{len(excluded)} pictures are excluded: {enumerate_some(excluded)}."
+        findings.append(Finding("", "excluded", "info", message, "Include them in the editor, if they are to count.",
+                                files=tuple(excluded)))  # fmt: skip
     findings += _check_pictures(pictures, min(sides))
     findings += _check_likeness(pictures)
     findings += orphans(listing)
@@ -111,11 +122,11 @@ def check_folder(
 
 
 def _inspect_all(
-    listing: Listing, progress: Callable[[int, int], None] | None
+    listing: Listing, edits: Mapping[str, PictureEdit], progress: Callable[[int, int], None] | None
 ) -> dict[str, Picture | UserError]:
-    def look(path: Path) -> Picture | UserError:
+    def look(key: str) -> Picture | UserError:
         try:
-            return inspect(path)
+            return inspect(listing.pictures[key], edits.get(key, UNTOUCHED))
         except UserError as error:
             return error
 
@@ -124,7 +135,7 @@ def _inspect_all(
         warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, large pictures: what matters is checked
         with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
             try:
-                for key, result in zip(listing.pictures, pool.map(look, listing.pictures.values())):
+                for key, result in zip(listing.pictures, pool.map(look, listing.pictures)):
                     found[key] = result
                     if progress is not None:
                         progress(len(found), len(listing.pictures))
@@ -146,7 +157,7 @@ def _scan(
             return measure(path)
         if isinstance(found, UserError):
             raise found
-        return found.size, found.digest
+        return found.original_size, found.digest
 
     try:
         return scan(config, measure=told), None
@@ -229,7 +240,9 @@ def _check_likeness(pictures: Mapping[str, Picture]) -> Iterator[Finding]:
     keys = list(pictures)
     for pair in find_pairs(list(pictures.values())):
         severity, verb, remedy = _PAIR_TEXTS[pair.kind]
-        yield Finding(keys[pair.second], pair.kind, severity, f"The picture {verb} {keys[pair.first]}.", remedy)
+        files = keys[pair.first], keys[pair.second]
+        message = f"The picture {verb} {files[0]}."
+        yield Finding(files[1], pair.kind, severity, message, remedy, files=files)
 
 
 def _without_caption(

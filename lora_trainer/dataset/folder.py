@@ -7,6 +7,7 @@ the class tokens of a kohya folder ``<repeats>_<class>`` > the trigger word > an
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import Counter
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.caption_files import CaptionSource, read_captions, some
-from lora_trainer.dataset.images import IMAGE_EXTENSIONS, measure, open_image
+from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
 from lora_trainer.dataset.listing import (
     Listing,
     Skipped,
@@ -28,6 +29,7 @@ from lora_trainer.dataset.listing import (
     mask_of,
 )
 from lora_trainer.dataset.metadata import CaptionProblem
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
 from lora_trainer.errors import UserError
 
 __all__ = [
@@ -49,8 +51,9 @@ class Sample:
 
     key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
     caption: as written, with its marks; the class tokens or the trigger word where there was none.
-    size: (width, height) in pixels, after EXIF rotation.
-    digest: SHA-256 of the file's bytes, hexadecimal.
+    size: (width, height) in pixels, after EXIF rotation and ``edit``.
+    digest: SHA-256 of the file's bytes, and of ``edit`` where there is one; hexadecimal.
+    edit: how the picture is turned and cropped when it is read.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Sample:
     repeats: int = 1
     is_regularization: bool = False
     mask_path: Path | None = None
+    edit: PictureEdit = UNTOUCHED
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,13 @@ def _scan_root(
         row_notes.append(f"{more} more captions or rows have problems; check the folder to see all.")
     notes = [*listing.warnings, *row_notes, *folder_notes(listing)]
 
+    edits = load_edits(root)
     skipped = list(listing.skipped)
+    excluded = [key for key in listing.pictures if edits.get(key, UNTOUCHED).excluded]
+    skipped += [Skipped(listing.pictures[key], "it is excluded in the editor") for key in excluded]
+    listing = dataclasses.replace(
+        listing, pictures={key: path for key, path in listing.pictures.items() if key not in excluded}
+    )
     samples: list[Sample] = []
     without_caption: list[Path] = []
     for key, found in zip(listing.pictures, _measure_all(listing, config.use_masks, progress, measure)):
@@ -147,8 +157,19 @@ def _scan_root(
             without_caption.append(path)
             continue
         size, digest = found
+        edit = edits.get(key, UNTOUCHED)
+        try:
+            check_size(path, edit.size(size))
+        except UserError as error:
+            skipped.append(Skipped(path, error.message))
+            continue
         name = REGULARIZATION_PREFIX + key if is_regularization else key
-        samples.append(Sample(path, name, caption, size, digest, repeats, is_regularization, mask_of(listing, key)))
+        samples.append(
+            Sample(
+                path, name, caption, edit.size(size), edit.digest(digest), repeats, is_regularization,
+                mask_of(listing, key), edit,
+            )
+        )  # fmt: skip
     if without_caption:
         raise UserError(
             f"{len(without_caption)} of {len(listing.pictures)} pictures have no caption: "

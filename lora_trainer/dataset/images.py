@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,9 +119,15 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def load_pixels(
-    path: Path, scaled: tuple[int, int], bucket: tuple[int, int], crop: tuple[int, int], flip: bool = False
+    path: Path,
+    scaled: tuple[int, int],
+    bucket: tuple[int, int],
+    crop: tuple[int, int],
+    flip: bool = False,
+    edit: PictureEdit = UNTOUCHED,
 ) -> Tensor:
-    """Pixels (3, H, W) float32 in [-1, 1] of a picture: resized to ``scaled``, cropped to ``bucket``, mirrored.
+    """Pixels (3, H, W) float32 in [-1, 1] of a picture: turned and cropped as ``edit`` says, resized to ``scaled``,
+    cropped to ``bucket``, mirrored.
 
     ``scaled`` and ``bucket`` are (width, height), ``crop`` is (left, top) in the resized picture.
 
@@ -129,14 +136,14 @@ def load_pixels(
     """
     import torch
 
-    image = _view(flatten(open_image(path)), scaled, bucket, crop, flip)
+    image = _view(edit.apply(flatten(open_image(path))), scaled, bucket, crop, flip)
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 def load_item(sample: Sample, item: Item) -> Tensor:
     """Pixels (3, H, W) float32 in [-1, 1] of one visit of a plan."""
-    return load_pixels(sample.path, item.scaled, item.bucket, item.crop, item.flip)
+    return load_pixels(sample.path, item.scaled, item.bucket, item.crop, item.flip, sample.edit)
 
 
 def load_mask(sample: Sample, item: Item) -> Tensor | None:
@@ -156,7 +163,7 @@ def load_mask(sample: Sample, item: Item) -> Tensor | None:
         if image.mode != "RGBA":
             return None
         mask = image.getchannel("A")
-    mask = _view(mask, item.scaled, item.bucket, item.crop, item.flip)
+    mask = _view(sample.edit.apply(mask), item.scaled, item.bucket, item.crop, item.flip)
     width, height = item.bucket
     mask = mask.resize((width // _LATENT_FACTOR, height // _LATENT_FACTOR), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(mask, dtype=np.float32)[None] / 255.0)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lora_trainer.dataset.images import check_size, exif_orientation, flatten, reading, resize, rotate, to_srgb
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
 
 SIDE = 512
 """Length in pixels of the shorter side at which sharpness is measured; smaller pictures are not enlarged."""
@@ -28,7 +29,8 @@ _DCT = np.cos(np.pi * (_frequencies[None] + 0.5) * _frequencies[:, None] / _HASH
 class Picture:
     """What one decoding told.
 
-    size: (width, height) in pixels after EXIF rotation; digest: SHA-256 of the file, hexadecimal.
+    size: (width, height) in pixels after EXIF rotation and the editor's changes; original_size: without the latter.
+    digest: SHA-256 of the file, hexadecimal.
     mode: Pillow's mode as stored; orientation: EXIF 1…8; deep: more than 8 bits per channel; transparent: alpha that
         is not opaque everywhere; animated: more than one frame.
     sharpness: variance of the Laplacian where the picture is not flat; sharpest: the largest variance of the
@@ -40,6 +42,7 @@ class Picture:
     """
 
     size: tuple[int, int]
+    original_size: tuple[int, int]
     digest: str
     mode: str
     orientation: int
@@ -60,8 +63,8 @@ class Picture:
         return self.flatness > 0.8
 
 
-def inspect(path: Path) -> Picture:
-    """Decode a picture once and measure it.
+def inspect(path: Path, edit: PictureEdit = UNTOUCHED) -> Picture:
+    """Decode a picture once and measure it, turned and cropped as ``edit`` says.
 
     Raises:
         UserError: it is damaged, too small, too long or too large to train on; the message names the file.
@@ -76,8 +79,8 @@ def inspect(path: Path) -> Picture:
         orientation = exif_orientation(image)
         if orientation >= 5:
             size = size[1], size[0]
-        check_size(path, size)
-        colors = to_srgb(rotate(image), image.format)
+        check_size(path, edit.size(size))
+        colors = edit.apply(to_srgb(rotate(image), image.format))
     transparent = colors.mode == "RGBA"
     small = flatten(colors)
     scale = SIDE / min(small.size)
@@ -88,7 +91,8 @@ def inspect(path: Path) -> Picture:
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     flatness = float((np.abs(laplacian) < _FLAT_STEP).mean())
     return Picture(
-        size=size,
+        size=edit.size(size),
+        original_size=size,
         digest=hashlib.sha256(data).hexdigest(),
         mode=mode,
         orientation=orientation,

@@ -124,7 +124,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _csv_rows(path: Path, text: str, problems: list[CaptionProblem]) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=csv_delimiter(text), strict=True)
     columns: tuple[int, int] | None = None
     width = 2
     line = 1
@@ -134,21 +134,18 @@ def _csv_rows(path: Path, text: str, problems: list[CaptionProblem]) -> Iterator
             if not any(cell.strip() for cell in cells):
                 continue
             if columns is None:
-                header = [cell.strip().casefold() for cell in cells]
-                names = set(header)
-                if not names & {*FILENAME_COLUMNS, *CAPTION_COLUMNS}:
-                    columns = (0, 1)
-                elif names & set(FILENAME_COLUMNS) and names & set(CAPTION_COLUMNS):
-                    columns = (_first(header, FILENAME_COLUMNS), _first(header, CAPTION_COLUMNS))
-                    width = len(cells)
-                    continue
-                else:
+                found = find_columns(cells)
+                if found is None:
                     message = (
                         f"the header {', '.join(cells)!r} needs a column for the picture "
                         f"({', '.join(FILENAME_COLUMNS)}) and one for the caption ({', '.join(CAPTION_COLUMNS)})."
                     )
                     problems.append(CaptionProblem(path, start, message, fatal=True))
                     return
+                columns, is_header = found
+                if is_header:
+                    width = len(cells)
+                    continue
             yield from _csv_row(path, start, cells, columns, width, problems)
     except csv.Error as error:
         message = f"is not valid CSV ({error}); a quoted text must end with a quote, and quotes in it are doubled."
@@ -182,11 +179,24 @@ def _csv_row(
     yield Row(line, cells[filename_column].strip(), caption.strip())
 
 
+def find_columns(cells: list[str]) -> tuple[tuple[int, int], bool] | None:
+    """((picture's, caption's) column, whether this is a header), told by a CSV's first row with text; None for a header
+    that lacks one of them."""
+    header = [cell.strip().casefold() for cell in cells]
+    names = set(header)
+    if not names & {*FILENAME_COLUMNS, *CAPTION_COLUMNS}:
+        return (0, 1), False
+    if names & set(FILENAME_COLUMNS) and names & set(CAPTION_COLUMNS):
+        return (_first(header, FILENAME_COLUMNS), _first(header, CAPTION_COLUMNS)), True
+    return None
+
+
 def _first(header: list[str], names: tuple[str, ...]) -> int:
     return next(header.index(name) for name in names if name in header)
 
 
-def _delimiter(text: str) -> str:
+def csv_delimiter(text: str) -> str:
+    """What parts the cells of a CSV: a comma, or what its header shows."""
     # Excel writes semicolons in half of Europe; only a header that is otherwise unknown makes us believe it.
     first = text.lstrip().split("\n", 1)[0].casefold()
     for delimiter in (";", "\t"):

@@ -1,0 +1,39 @@
+"""Small pictures for galleries, kept in a cache so that pages of thousands turn quickly."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from lora_trainer.dataset.images import check_size, flatten, reading, rotate, to_srgb
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
+from lora_trainer.files import atomic_path
+
+THUMBNAIL_SIDE = 256
+
+
+class ThumbnailCache:
+    """JPEGs of at most 256 pixels a side under ``folder``; one per version of a picture and of its edit."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def get(self, picture: Path, edit: PictureEdit = UNTOUCHED) -> Path:
+        """The thumbnail's file, made when it is not there yet. Raises UserError for a picture that cannot be read."""
+        facts = picture.stat()
+        name = f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}\0{edit.rotate}\0{edit.crop}"
+        key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+        path = self.folder / key[:2] / f"{key}.jpg"
+        if not path.exists():
+            with reading(picture) as (image, _):
+                check_size(picture, image.size)
+                # A large JPEG is decoded at a fraction of its size, which is enough even for a narrow crop of it.
+                share = 1.0 if edit.crop is None else min(edit.crop[2] - edit.crop[0], edit.crop[3] - edit.crop[1])
+                side = round(THUMBNAIL_SIDE / share)
+                image.draft(None, (side, side))
+                image.load()
+                small = edit.apply(flatten(to_srgb(rotate(image), image.format)))
+            small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            with atomic_path(path) as temporary:
+                small.save(temporary, format="JPEG", quality=85)
+        return path
