@@ -125,6 +125,8 @@ class Trainer:
         self._warn_about_settings()
         self._resume()
         self.adapters.train()
+        if self.step == 0:
+            self._draw_previews()  # what the base draws, for all that follow to be compared with
         logs = self.output_dir / "logs"
         with MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning) as self.metrics:
             while self.step < self.total_steps:

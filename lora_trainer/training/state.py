@@ -67,7 +67,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Write ``state`` in one step. Raises ``UserError`` when the folder cannot be written."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {"format": torch.tensor(FORMAT)}  # safetensors 0.4 reads no file without a tensor
     content = {
         "format": FORMAT,
         "step": state.step,

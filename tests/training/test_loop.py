@@ -345,14 +345,14 @@ def test_previews_are_drawn_without_dropout_and_with_the_average(tmp_path):
     run = Run(config, previewer=painter)
     run.trainer.run()
     assert [(prompt, seed, step) for prompt, seed, step, *_ in painter.calls] == [
-        (prompt, 42 + index, step) for step in (2, 4, 6) for index, prompt in enumerate("ab")
-    ]
+        (prompt, 42 + index, step) for step in (0, 2, 4, 6) for index, prompt in enumerate("ab")
+    ], "step 0 is what the base draws"
     assert not any(training for _, _, _, training, _ in painter.calls) and run.adapters.training
-    assert same(painter.calls[0][4], run.saved[0][2]), "what is drawn is what is saved"
+    assert same(painter.calls[2][4], run.saved[0][2]), "what is drawn is what is saved"
     assert not same(run.final, dict(run.adapters.state_dict())), "the average is saved, the trained weights stay"
     assert [path.name for path, _, _ in run.recorder.previews[:2]] == [
-        "thing-step00000002-0.png",
-        "thing-step00000002-1.png",
+        "thing-step00000000-0.png",
+        "thing-step00000000-1.png",
     ]
     assert not run.model.released, "a model that draws previews keeps its VAE and text encoders"
 
