@@ -77,6 +77,9 @@ class HostModel:
                 return Tokenizer(copy.copy(tokenizer))
         return load_tokenizer()
 
+    def alphas_cumprod(self) -> Tensor:
+        return self.sd_model.alphas_cumprod_original  # the other one is rewritten by every generation
+
 
 def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
     """Raises UserError when this model, or the way in which the WebUI runs it, does not let it be trained."""

@@ -15,7 +15,7 @@ import torch
 ROOM_SECONDS = 0.01
 """Left free after every turn. A waiter that is woken needs a moment to take the lock: without the gap one was seen
 to starve for 60 turns, with 10 ms never."""
-PATIENCE_SECONDS = 0.25
+PATIENCE_SECONDS = 0.1
 """How long somebody who was seen waiting may need to take the lock before we ask again."""
 
 

@@ -222,7 +222,7 @@ class FakeA1111:
         return self.sd_models.model_data.sd_model
 
     def _load(self, info: Info) -> None:
-        tensors = load_file(info.filename)
+        tensors = {name: tensor.clone() for name, tensor in load_file(info.filename).items()}
         self.loads.append(info.name_for_extra)
         current = self.model
         if current is not None and {n: t.shape for n, t in named(current).items()} == {

@@ -39,12 +39,13 @@ def test_a_waiting_generation_goes_first_every_time(turns, lock):
         before = turns_taken[0]
         with lock:
             passed.append(turns_taken[0] - before)
-        time.sleep(0.003)
+            time.sleep(0.005)
+        time.sleep(0.03)
     over.set()
     trainer.join(10)
     assert not trainer.is_alive()
     assert max(passed) <= 2, f"turns taken while somebody waited: {passed}"
-    assert turns_taken[0] > 30, "training goes on"
+    assert turns_taken[0] >= 15, "training goes on"
 
 
 def test_several_waiting_generations_all_get_their_turn(turns, lock):
