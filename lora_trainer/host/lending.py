@@ -1,0 +1,278 @@
+"""What lending the model of a running WebUI comes to, whichever it is: begin, check at every turn, give back."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lora_trainer.errors import UserError
+from lora_trainer.files import sha256_file
+from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.fingerprint import Fingerprint
+from lora_trainer.host.turns import Turns
+from lora_trainer.models.architecture import Architecture, Hints
+from lora_trainer.models.assemble import DiffusionModel
+from lora_trainer.models.base import ModelAwayError, ModelInfo
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.detect import VAE
+from lora_trainer.models.folder import add_vae_file
+from lora_trainer.models.schedule import rescale_zero_terminal_snr
+from lora_trainer.models.tensors import Tensors
+from lora_trainer.models.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+PARTS = frozenset({"unet", "vae", "text_encoders"})
+
+
+class LoadedModel(Protocol):
+    """One model object of the WebUI, read by the names of single files."""
+
+    sd_model: Any
+
+    def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
+        """Single-file name -> the very tensor that the WebUI computes with, of these parts of the model."""
+        ...
+
+    def architecture(self, tensors: dict[str, Tensor], hints: Hints) -> Architecture: ...
+
+    def hints(self) -> Hints:
+        """What shapes do not tell."""
+        ...
+
+    def tokenizer(self) -> Tokenizer: ...
+
+    def alphas_cumprod(self) -> Tensor:
+        """The noise schedule that the model was trained with, whatever generations made of it."""
+        ...
+
+
+class WebuiLender(ABC):
+    """See ``Lender``. One object per run; all but ``describe`` and ``model_hash`` happens in turns.
+
+    checkpoint: entry of the WebUI's list (a ``CheckpointInfo``), which need not be the loaded one.
+    """
+
+    def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
+        self._webui, self._turns, self._options = webui, turns, options
+        self.checkpoint = checkpoint
+        self._host: Any = None
+        self._model: DiffusionModel | None = None
+
+    # Lender -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> ModelInfo:
+        sd_model = self._loaded()
+        if sd_model is not None and self._is_ours(sd_model):
+            self._refuse_unsuitable(sd_model)
+            host = self._read(sd_model)
+            return self._info(host, host.architecture(host.tensors(PARTS), host.hints()).family)
+        path = Path(self.checkpoint.filename)
+        file = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
+                          zero_terminal_snr=self._options.zero_terminal_snr)  # fmt: skip
+        return file.describe()
+
+    @contextmanager
+    def borrow(self) -> Iterator[DiffusionModel]:
+        with self._turns.hold() if self._options.hold else nullcontext():
+            try:
+                with self._turns.take():
+                    self._begin()
+                yield self._model
+            finally:
+                with self._turns.take():
+                    self._give_back()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._turns.take():
+            self._make_ready()
+            try:
+                yield
+            finally:
+                self._leave()
+
+    def model_hash(self) -> str | None:
+        # The WebUI has it already, unless it was told not to hash.
+        return self.checkpoint.sha256 or sha256_file(Path(self.checkpoint.filename))
+
+    # What WebUIs do differently -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _read(self, sd_model: Any) -> LoadedModel: ...
+
+    @abstractmethod
+    def _refuse_unsuitable(self, sd_model: Any) -> None:
+        """Raises UserError when this model, or the way in which it is run, does not let it be trained."""
+
+    @abstractmethod
+    def _load_ours(self) -> Any:
+        """The WebUI's model, holding our checkpoint. What the user selected stays selected. Raises UserError."""
+
+    @abstractmethod
+    def _select(self, title: str) -> None:
+        """Make this checkpoint the one that the next picture is drawn with."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """``_host``'s weights are where the turn needs them, and free of merged LoRAs."""
+
+    @abstractmethod
+    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel: ...
+
+    @abstractmethod
+    def _bind(self, tensors: dict[str, Tensor]) -> None:
+        """Have ``_model`` compute with these tensors of ``_host``."""
+
+    @abstractmethod
+    def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
+        """Tensors to go on with, although the WebUI changed the values of some. Raises ModelAwayError."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """A turn ends: whoever waits finds memory."""
+
+    @abstractmethod
+    def _restore(self) -> list[Callable[[], None]]:
+        """Steps that leave the WebUI as it was, in order."""
+
+    def _loaded(self) -> Any | None:
+        """The WebUI's model, if there is one."""
+        return self._webui.sd_models.model_data.sd_model
+
+    # Beginning ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._model = self._host = None
+        self._own_vae: dict[str, Tensor] = {}  # where the run computes with another than the WebUI's
+        self._waiting_switch: str | None = None
+        self._hash_option = self._webui.shared.opts.data.get("sd_checkpoint_hash")
+        self._follows_selection = self._selected() is self.checkpoint
+        sd_model = self._load_ours()
+        self._refuse_unsuitable(sd_model)
+        self._follow(sd_model)
+        self._settle()
+        tensors = self._tensors()
+        hints = self._host.hints()
+        if self._options.vae:
+            tensors.update(vae_file(self._options.vae))
+            self._own_vae = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
+        self._architecture = self._host.architecture(tensors, hints)
+        info = self._info(self._host, self._architecture.family)
+        schedule = self._host.alphas_cumprod()
+        if info.zero_terminal_snr:
+            schedule = rescale_zero_terminal_snr(schedule.float().cpu())
+        self._model = self._assemble(tensors, info, schedule)
+        self._fingerprint = Fingerprint(self._tensors())
+
+    def _follow(self, sd_model: Any) -> None:
+        """The WebUI's model object from now on."""
+        self._host = self._read(sd_model)
+
+    def _info(self, host: LoadedModel, family: str) -> ModelInfo:
+        hints, options = host.hints(), self._options
+        prediction = hints.prediction_type or "epsilon"
+        if options.v_prediction is not None:
+            prediction = "v_prediction" if options.v_prediction else "epsilon"
+        zero = bool(hints.zero_terminal_snr) if options.zero_terminal_snr is None else options.zero_terminal_snr
+        path = Path(self.checkpoint.filename)
+        return ModelInfo(family, prediction, path.stem, path, zero)
+
+    # Every turn ---------------------------------------------------------------------------------------------------
+
+    def _make_ready(self) -> None:
+        """Weights loaded, resident, pristine and bound; or ModelAwayError."""
+        sd_model = self._loaded()
+        if sd_model is None or not self._is_ours(sd_model):
+            self._refuse_when_switched()
+            sd_model = self._load_ours()
+        try:
+            self._refuse_unsuitable(sd_model)
+        except UserError as error:
+            raise ModelAwayError(str(error)) from error
+        if self._host is None or sd_model is not self._host.sd_model:
+            self._follow(sd_model)
+        self._settle()
+        tensors = self._tensors()
+        moved = self._fingerprint.moved(tensors)
+        if not moved:
+            return
+        altered = self._fingerprint.altered(tensors, moved)
+        if altered:
+            tensors = self._repaired(tensors, altered)
+        self._bind(tensors)
+        self._fingerprint.settle(tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Of the parts that the run still needs."""
+        parts = self._parts()
+        if "vae" in parts and self._own_vae:
+            return self._host.tensors(parts - {"vae"}) | self._own_vae
+        return self._host.tensors(parts)
+
+    def _parts(self) -> frozenset[str]:
+        if self._model is None:
+            return PARTS
+        needed = {"unet": True, "vae": self._model.vae is not None, "text_encoders": bool(self._model.text_encoders)}
+        return frozenset(part for part, wanted in needed.items() if wanted)
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _is_ours(self, sd_model: Any) -> bool:
+        return Path(sd_model.sd_checkpoint_info.filename) == Path(self.checkpoint.filename)
+
+    def _selected(self) -> Any:
+        """What the user chose: what the next generation will be drawn with."""
+        return self._webui.sd_models.select_checkpoint()
+
+    def _refuse_when_switched(self) -> None:
+        """Another checkpoint is loaded. One that only a single picture was drawn with may be replaced by ours again."""
+        selected = self._selected()
+        if not self._follows_selection or Path(selected.filename) == Path(self.checkpoint.filename):
+            return
+        if not self._options.wait_for_model:
+            raise ModelAwayError(
+                f"The WebUI was switched to {selected.title}. Training goes on when {self.checkpoint.title} is "
+                "selected again."
+            )
+        self._waiting_switch = selected.title
+        self._select(self.checkpoint.title)
+
+    def _could_not_load(self, error: Exception | None = None) -> UserError:
+        reason = f": {error}" if error is not None else "."
+        return UserError(
+            f"The WebUI could not load {self.checkpoint.title}{reason}", field="base_model",
+            remedy="Choose another base model, or look into the WebUI's console.",
+        )  # fmt: skip
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def _give_back(self) -> None:
+        """Everything as it was. Each step is tried, whatever became of the others; the first failure is raised."""
+        failures: list[Exception] = []
+        for step in (self._let_go, *self._restore()):
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - the other steps must follow; it is raised below
+                failures.append(error)
+        self._model = self._host = None
+        self._webui.devices.torch_gc()
+        if failures:
+            raise failures[0]
+
+    def _let_go(self) -> None:
+        if self._model is not None:
+            self._model.release("vae", "text_encoders", "unet")
+
+
+def vae_file(path: Path | str) -> dict[str, Tensor]:
+    """A VAE file's tensors by their single-file names."""
+    tensors = Tensors()
+    add_vae_file(tensors, Path(path))
+    return {name: tensors[name] for name in tensors}
