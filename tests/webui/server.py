@@ -64,11 +64,11 @@ script_callbacks.on_app_started(add_routes)
 class Server:
     """One running WebUI. ``with Server(folder) as webui: …``"""
 
-    def __init__(self, data: Path, *flags: str, config: dict[str, Any] | None = None):
+    def __init__(self, data: Path, *flags: str, extra_path: Path | None = None):
         self.webui = Path(os.environ["LORA_TRAINER_WEBUI"])
         self.python = os.environ["LORA_TRAINER_WEBUI_PYTHON"]
         self.data, self.flags = Path(data), flags
-        self.config = {"live_previews_enable": False, "samples_save": False, "grid_save": False} | (config or {})
+        self.extra_path = extra_path  # modules here are found before the environment's
         self.log = self.data / "webui.log"
         self.process: subprocess.Popen | None = None
 
@@ -93,7 +93,8 @@ class Server:
             extension.symlink_to(ROOT, target_is_directory=True)
         config = self.data / "config.json"
         if not config.exists():
-            config.write_text(json.dumps(self.config), encoding="utf-8")
+            # Live previews of SDXL would download their decoder.
+            config.write_text(json.dumps({"live_previews_enable": False}), encoding="utf-8")
 
     def start(self) -> None:
         self.port = free_port()
@@ -105,6 +106,8 @@ class Server:
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
         environment = {**os.environ, **offline, **threads}
         environment.pop("PYTHONPATH", None)
+        if self.extra_path is not None:
+            environment["PYTHONPATH"] = str(self.extra_path)
         begin = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
             command = [self.python, "launch.py", *flags, *self.flags]
@@ -184,6 +187,14 @@ class Server:
 
     def submit(self, **settings: Any) -> int:
         return self.post("/lora-trainer/v1/jobs", {"settings": settings})["id"]
+
+    def command(self, job_id: int, command: str) -> None:
+        """Tell a job something; one that is over cannot be told any more, which is no error here."""
+        try:
+            self.post(f"/lora-trainer/v1/jobs/{job_id}/{command}")
+        except RuntimeError as error:
+            if self.job(job_id)["status"] not in OVER and command != "resume":
+                raise AssertionError(f"{command} of a job that is not over") from error
 
     def job(self, job_id: int) -> dict[str, Any]:
         return self.get(f"/lora-trainer/v1/jobs/{job_id}")

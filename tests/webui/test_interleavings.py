@@ -1,0 +1,84 @@
+"""Anything in any order: no deadlock, no lost job, no lost memory, and every finished LoRA as if it had been alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from tests.webui.test_borrowing import RSS, facts, same
+
+COUNT = int(os.environ.get("LORA_TRAINER_INTERLEAVINGS", "100"))
+ACTIONS = ("pause", "resume", "stop", "generate", "generate", "lora", "switch", "unload", "reload", "both")
+
+
+@pytest.mark.slow
+def test_random_interleavings(webui, settings):
+    settings |= {"max_train_steps": 6}
+    first, second = webui.checkpoints()[:2]
+    twin = webui.submit(**settings, output_name="twin")
+    assert webui.wait(twin)["status"] == "finished"
+    pictures = {prompt: webui.generate(prompt) for prompt in ("a circle", "a ring <lora:twin:1>")}
+    webui.generate("a circle")
+    before, memory = facts(webui), None
+    chance, counts, jobs = random.Random(1), {}, []
+    for round_number in range(COUNT):
+        job = webui.submit(**settings, output_name=f"r{round_number}")
+        jobs.append(job)
+        stopped = False
+        for action in chance.choices(ACTIONS, k=chance.randint(1, 4)):
+            # Reload UI costs seconds; a few of them say as much as many.
+            if action == "reload" and chance.random() > 0.3:
+                action = "generate"
+            counts[action] = counts.get(action, 0) + 1
+            if chance.random() < 0.5:
+                webui.until(job, lambda job: job["step"] >= 1 or job["status"] in ("paused", "waiting", *OVER))
+            stopped |= action == "stop"
+            act(webui, job, action, pictures, (first, second))
+        webui.command(job, "resume")
+        done = webui.wait(job, timeout=240)
+        assert done["status"] == ("stopped" if stopped and done["step"] < 6 else "finished"), (round_number, done)
+        if done["status"] == "finished":
+            assert same(webui.lora(twin), webui.lora(job)), f"round {round_number}"
+        if round_number == min(20, COUNT // 3):
+            memory = webui.probe("import gc; gc.collect()\n" + RSS)
+    assert [job["id"] for job in webui.get("/lora-trainer/v1/jobs?limit=500")["jobs"]].count(jobs[0]) == 1
+    for prompt, picture in pictures.items():
+        assert np.array_equal(webui.generate(prompt), picture)
+    webui.generate("a circle")
+    after = facts(webui)
+    assert (after[0], after[2]) == (before[0], before[2])
+    growth = webui.probe("import gc; gc.collect()\n" + RSS) / memory - 1
+    print(f"\n{COUNT} rounds, {counts}; memory {growth:+.2%}")
+    assert growth < 0.02
+
+
+OVER = ("finished", "stopped", "failed", "interrupted")
+
+
+def act(webui, job, action, pictures, checkpoints):
+    if action in ("pause", "resume", "stop"):
+        webui.command(job, action)
+    elif action == "generate":
+        assert np.array_equal(webui.generate("a circle"), pictures["a circle"])
+    elif action == "lora":
+        assert np.array_equal(webui.generate("a ring <lora:twin:1>"), pictures["a ring <lora:twin:1>"])
+    elif action == "switch":
+        webui.select(checkpoints[1])
+        webui.generate("noise")
+        webui.select(checkpoints[0])
+    elif action == "unload":
+        webui.post("/sdapi/v1/unload-checkpoint")
+        webui.post("/sdapi/v1/reload-checkpoint")
+    elif action == "reload":
+        webui.reload_ui()
+    else:
+        threads = [threading.Thread(target=webui.generate, args=("a circle", seed)) for seed in (5, 6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+            assert not thread.is_alive()
