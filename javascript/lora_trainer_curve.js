@@ -2,7 +2,7 @@
 (function(app) {
     "use strict";
 
-    const HEIGHT = 170;
+    const HEIGHT = 220;
     const MARGIN = {left: 46, right: 10, top: 10, bottom: 22};
     const MAX_POINTS = 4000;
 

@@ -1,0 +1,124 @@
+"""The page as HTML: every setting, said once, labelled; nothing that could touch the host's page; every word in Chinese."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from lora_trainer.config import TrainConfig, field_docs, from_mapping
+from lora_trainer.ui import form, markup, results_tab, train_tab
+from tests.ui.words import ROOT, read_html, words_of_scripts
+
+SCRIPTS = sorted((ROOT / "javascript").glob("*.js"))
+CSS = (ROOT / "style.css").read_text(encoding="utf-8")
+CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page():
+    return read_html(train_tab.create_ui(), results_tab.create_ui())
+
+
+def controls(page):
+    return {attributes["data-setting"]: (tag, attributes) for tag, attributes in page.elements
+            if "data-setting" in attributes}  # fmt: skip
+
+
+def test_every_setting_is_asked_for_once(page):
+    named = [attributes["data-setting"] for _, attributes in page.elements if "data-setting" in attributes]
+    asked = [field.name for field in dataclasses.fields(TrainConfig)]
+    elsewhere = {"train_data_dir", *form.DECIDED_BY_THE_JOB}
+    assert sorted(named) == sorted(set(asked) - elsewhere)
+
+
+def test_the_explanations_are_those_of_the_schema(page):
+    for name in controls(page):
+        if name != "base_model":
+            assert field_docs()[name] in page.words
+
+
+def test_every_control_has_a_label_and_its_own_place_for_problems(page):
+    labelled = {attributes.get("for") for tag, attributes in page.elements if tag == "label"}
+    for name, (_, attributes) in controls(page).items():
+        assert attributes["id"] == f"lora_trainer_field_{name}" and attributes["id"] in labelled
+        described = attributes["aria-describedby"].split()
+        assert f"lora_trainer_problem_{name}" in described and set(described) <= set(page.ids)
+    for tag, attributes in page.elements:
+        if tag in ("input", "select", "textarea") and "data-setting" not in attributes:
+            assert attributes.get("aria-label") or attributes.get("id") in labelled or attributes.get("type") in (
+                "radio", "file"), attributes  # these stand inside their label  # fmt: skip
+
+
+def test_the_values_in_the_page_are_the_defaults(page):
+    values = {}
+    for name, (tag, attributes) in controls(page).items():
+        if attributes["data-type"] == "boolean":
+            values[name] = "checked" in attributes
+        elif tag == "input":
+            values[name] = attributes["value"]
+    assert from_mapping({name: value for name, value in values.items() if value != ""}) == TrainConfig()
+
+
+def test_ids_are_ours_and_unique(page):
+    assert all(name.startswith(markup.PREFIX) for name in [*page.ids, *page.classes])
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_styles_stay_inside_the_page():
+    rules = re.sub(r"/\*.*?\*/|@media[^{]*\{", "", CSS, flags=re.DOTALL)
+    selectors = [one.strip() for rule in re.findall(r"([^{}]+)\{[^{}]*\}", rules) for one in rule.split(",\n")]
+    assert len(selectors) > 100
+    for selector in selectors:
+        for one in re.split(r",(?![^(]*\))", selector):
+            assert re.match(r"(\.dark )?#lora_trainer\b", one.strip()), one
+
+
+def test_colors_are_the_hosts():
+    bare = re.sub(r"var\([^()]*\)|in srgb", "", CSS)  # a color may stand as the fallback of a variable only
+    assert not re.search(r"#[0-9a-fA-F]{3,8}\b|rgb|hsl", bare)
+
+
+def test_names_of_classes_in_scripts_have_a_style_or_are_found_by_them():
+    named = {name for path in SCRIPTS for names in re.findall(r'class: "([^"]+)"', path.read_text(encoding="utf-8"))
+             for name in names.split()}  # fmt: skip
+    everything = CSS + "".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
+    loose = {name for name in named if f".lora_trainer_{name}" not in everything}
+    assert loose <= {"series", "secondary", "run_text"}, loose
+
+
+def test_every_word_is_in_chinese(page):
+    settings = {field.name for field in dataclasses.fields(TrainConfig)}
+    choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset"}
+    examples = {"my_face_v2", "weight_decay: 0.01"}
+    said = (page.words | words_of_scripts() | {"Runs", "Train", "Use earlier pictures"}) - settings - choices - examples
+    said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
+    assert not said - set(CHINESE), "not translated"
+    assert not set(CHINESE) - said, "not said any more"
+
+
+def test_translations_keep_what_is_filled_in():
+    for text, chinese in CHINESE.items():
+        assert sorted(re.findall(r"\{\w+\}", chinese)) == sorted(re.findall(r"\{\w+\}", text)), text
+        assert chinese.strip()
+
+
+def test_scripts_make_no_html_of_text_and_one_global():
+    for path in SCRIPTS:
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", source), path.name
+        assert len(source.splitlines()) < 350, path.name
+        outside = re.findall(r"^(?:var|let|const|function|window\.)\s*(\w+)", source, flags=re.MULTILINE)
+        assert set(outside) <= {"loraTrainer"}, path.name
+
+
+def test_markup_escapes_what_is_not_markup():
+    made = markup.tag("p", "<b>", markup.tag("i", "&"), title='"x"', hidden=True, lang=None, data_n=0)
+    assert made == '<p title="&quot;x&quot;" hidden data-n="0">&lt;b&gt;<i>&amp;</i></p>'
+
+
+def test_folders_of_the_server_are_offered_only_where_they_may_be_named():
+    assert "lora_trainer_folder" in read_html(train_tab.create_ui(offer_folders=True)).ids
+    assert "lora_trainer_folder" not in read_html(train_tab.create_ui(offer_folders=False)).ids
