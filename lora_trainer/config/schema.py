@@ -144,7 +144,7 @@ class AdapterSettings:
     """Learn magnitude and direction apart (DoRA): slower, a little more faithful at low rank."""
 
     dropout: float = setting(0.0, minimum=0, maximum=0.95)
-    """Share of the LoRA's inputs switched off at random in training; 0.1–0.3 with few pictures."""
+    """Share of what passes through the LoRA that is switched off at random in training; 0.1–0.3 with few pictures."""
 
     rank_dropout: float = setting(0.0, minimum=0, maximum=0.95)
     """Share of the ranks switched off at random in training."""
