@@ -10,6 +10,7 @@ from lora_trainer import requirements
 log = logging.getLogger("lora_trainer")
 SECTION = ("lora_trainer", "LoRA trainer")
 TITLE, TAB_ID = "Train LoRA", "lora_trainer"
+IMPORT_SECONDS = 20  # the tab waits that long for the verdict; by then it is there, as a rule
 
 
 def start():
@@ -26,7 +27,6 @@ def start():
 
 
 def on_app_started(demo, app):
-    requirements.CHECK.start()
     host, manager, problem = start()
     if problem is not None:
         print(f"LoRA trainer: {problem}")
@@ -41,9 +41,7 @@ def on_app_started(demo, app):
 
 def on_ui_tabs():
     host, manager, problem = start()
-    # What is missing is known at once; whether what is there can be imported takes seconds, which a page that is
-    # opened later shows.
-    problem = problem or requirements.CHECK.problem(timeout=0)
+    problem = problem or requirements.CHECK.problem(timeout=IMPORT_SECONDS)
     if problem is None:
         try:
             from lora_trainer import ui
@@ -81,6 +79,8 @@ def on_script_unloaded():
     """Nothing to end: jobs belong to the server and go on, whatever becomes of the page."""
 
 
+# Importing takes seconds and goes on while the WebUI does other things.
+requirements.CHECK.start()
 script_callbacks.on_app_started(on_app_started)
 script_callbacks.on_ui_tabs(on_ui_tabs)
 script_callbacks.on_ui_settings(on_ui_settings)
