@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from PIL import Image
-
-from lora_trainer.errors import UserError
-from lora_trainer.host import a1111_drawing
 from lora_trainer.host.a1111_lender import A1111Lender
-from lora_trainer.host.a1111_loras import HostLoras
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
-from lora_trainer.host.publishing import place_lora
-from lora_trainer.host.settings import FOLDERS_OPTION, Settings, access_policy, data_folder
-from lora_trainer.host.turns import Turns
-
-_turns: Turns | None = None
-_turns_lock = threading.Lock()
+from lora_trainer.host.a1111_loras import A1111Loras
+from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.webui import WebuiHost
 
 
 def import_webui() -> SimpleNamespace:
@@ -33,109 +21,13 @@ def import_webui() -> SimpleNamespace:
     )  # fmt: skip
 
 
-class A1111Host:
-    """See ``Host``. Holds nothing of the user interface, so it outlives "Reload UI"."""
+class A1111Host(WebuiHost):
+    """See ``WebuiHost``."""
 
     name = "a1111"
 
     def __init__(self, webui: Any | None = None):
-        self._webui = webui or import_webui()
-        self._turns = turns_of(self._webui.call_queue.queue_lock)
-        self._loras = HostLoras()
+        super().__init__(webui or import_webui(), A1111Loras())
 
-    # Facts --------------------------------------------------------------------------------------------------------
-
-    def folders(self) -> Folders:
-        options = self._webui.shared.cmd_opts
-        lora = Path(options.lora_dir) if getattr(options, "lora_dir", None) else None
-        return Folders(data_folder(options, Path(self._webui.paths.data_path), lora), lora)
-
-    def access(self) -> AccessPolicy:
-        return access_policy(self._webui.shared.cmd_opts, str(self.option(FOLDERS_OPTION, "")))
-
-    def option(self, key: str, default: object) -> object:
-        # With --nowebui there is no settings page, and the options that we added are not known.
-        return Settings(self._webui.shared.opts).get(key, default)
-
-    def device(self) -> torch.device:
-        return self._webui.devices.device
-
-    def checkpoints(self) -> list[Checkpoint]:
-        loaded = self._webui.sd_models.model_data.sd_model
-        current = None if loaded is None else loaded.sd_checkpoint_info.filename
-        return [
-            Checkpoint(info.title, Path(info.filename), info.filename == current)
-            for info in self._webui.sd_models.checkpoints_list.values()
-        ]
-
-    # Lending and drawing ------------------------------------------------------------------------------------------
-
-    def lender(self, checkpoint: str, options: LenderOptions) -> A1111Lender:
-        return A1111Lender(self._webui, self._turns, self._checkpoint(checkpoint), options)
-
-    def draw(self, request: PreviewRequest) -> Image.Image:
-        info = self._checkpoint(request.checkpoint)
-        with self._turns.take():
-            return a1111_drawing.draw(self._webui, self._loras, info, request)
-
-    def _checkpoint(self, name: str) -> Any:
-        sd_models = self._webui.sd_models
-        if not name:
-            try:
-                return sd_models.select_checkpoint()
-            except FileNotFoundError as error:
-                raise UserError(
-                    "The WebUI has no base model.", field="base_model",
-                    remedy="Put a Stable Diffusion checkpoint into models/Stable-diffusion and refresh the list.",
-                ) from error  # fmt: skip
-        infos = list(sd_models.checkpoints_list.values())
-        for info in infos:
-            path = Path(info.filename)
-            if name in (info.title, info.filename, info.name, path.stem) or Path(name) == path:
-                return info
-        # A title changes when the WebUI computes the file's hash: "name.safetensors" -> "name.safetensors [12ab…]".
-        aliases = sd_models.checkpoint_aliases
-        if name in aliases:
-            return aliases[name]
-        raise UserError(
-            f"The WebUI's list has no base model {name!r}.", field="base_model",
-            remedy="Choose one of the list, or refresh the list if the file is new.",
-        )  # fmt: skip
-
-    # Publishing ---------------------------------------------------------------------------------------------------
-
-    def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
-        folder = self.folders().lora
-        if folder is None:
-            raise UserError("This WebUI has no LoRA folder.", remedy="Switch on its builtin Lora extension.")
-        path = place_lora(lora, folder, name, card, overwrite=overwrite)
-        with self._turns.take():
-            self._forget(name)
-            self._loras.announce(name)
-        return path
-
-    def forget(self, name: str) -> None:
-        with self._turns.take():
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        loaded = self._webui.sd_models.model_data.sd_model
-        if loaded is not None:
-            self._loras.forget(loaded, name, self._webui.processing)
-
-    def verify(self, lora: Path, prompt: str) -> str | None:
-        with self._turns.take():
-            return a1111_drawing.verify(self._webui, self._loras, lora, prompt)
-
-
-def turns_of(queue_lock: Any) -> Turns:
-    """One object for the process: who holds the lock must be known to every host object, old and new."""
-    global _turns
-    with _turns_lock:
-        if _turns is None or _turns.lock is not queue_lock:
-            _turns = Turns(
-                queue_lock,
-                waiting=lambda: bool(getattr(queue_lock, "_pending_threads", ())),
-                taken=lambda: queue_lock._lock.locked() if hasattr(queue_lock, "_lock") else True,
-            )
-        return _turns
+    def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
+        return A1111Lender(self._webui, self._turns, checkpoint, options)

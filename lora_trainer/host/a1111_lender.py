@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_trainer.host.a1111_loras import HostLoras
+from lora_trainer.host.a1111_loras import A1111Loras
 from lora_trainer.host.a1111_model import HostModel, refuse_unsuitable
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.lending import WebuiLender, vae_file
@@ -29,7 +29,7 @@ class A1111Lender(WebuiLender):
 
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         super().__init__(webui, turns, checkpoint, options)
-        self._loras = HostLoras()
+        self._loras = A1111Loras()
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

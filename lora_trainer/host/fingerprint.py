@@ -32,7 +32,7 @@ class Fingerprint:
         return [name for name, tensor in tensors.items() if self._places.get(name) != place(tensor)]
 
     def altered(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
-        """Those of ``names`` whose number format or values are not what they were."""
+        """Those of ``names`` whose values are not what they were. The same values in a finer format are the same."""
         return [name for name, content in contents(tensors, names).items() if self._contents.get(name) != content]
 
     def settle(self, tensors: Mapping[str, Tensor]) -> None:
@@ -41,8 +41,8 @@ class Fingerprint:
 
 
 @torch.no_grad()
-def contents(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tuple[torch.dtype, bytes]]:
-    """Number format and evenly spread values of each tensor, fetched from a device in one go."""
+def contents(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, bytes]:
+    """Evenly spread values of each tensor, fetched from a device in one go."""
     names = list(names)
     samples = []
     for name in names:
@@ -52,11 +52,11 @@ def contents(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, t
         return {}
     # A device is asked once, not once a tensor. Tensors of one model may lie on several.
     devices = {sample.device for sample in samples}
-    found: dict[str, tuple[torch.dtype, bytes]] = {}
+    found: dict[str, bytes] = {}
     for device in devices:
         here = [(name, sample) for name, sample in zip(names, samples) if sample.device == device]
         values = torch.cat([sample for _, sample in here]).cpu().numpy()
         ends = np.cumsum([len(sample) for _, sample in here])
         for (name, _), part in zip(here, np.split(values, ends[:-1])):
-            found[name] = tensors[name].dtype, part.tobytes()
+            found[name] = part.tobytes()
     return found

@@ -92,7 +92,11 @@ class WebuiLender(ABC):
     @contextmanager
     def turn(self) -> Iterator[None]:
         with self._turns.take():
-            self._make_ready()
+            try:
+                self._make_ready()
+            except ModelAwayError:
+                self._step_aside()
+                raise
             try:
                 yield
             finally:
@@ -142,9 +146,13 @@ class WebuiLender(ABC):
     def _restore(self) -> list[Callable[[], None]]:
         """Steps that leave the WebUI as it was, in order."""
 
+    def _step_aside(self) -> None:
+        """The WebUI needs the room for something else; nothing of its weights is held until the next turn."""
+        self._model.unbind()
+        self._fingerprint.settle({})
+
     def _loaded(self) -> Any | None:
-        """The WebUI's model, if there is one."""
-        return self._webui.sd_models.model_data.sd_model
+        return loaded_model(self._webui)
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
@@ -269,6 +277,12 @@ class WebuiLender(ABC):
     def _let_go(self) -> None:
         if self._model is not None:
             self._model.release("vae", "text_encoders", "unet")
+
+
+def loaded_model(webui: Any) -> Any | None:
+    """The WebUI's model, if there is one. Forge has a stand-in before it loads the first."""
+    sd_model = webui.sd_models.model_data.sd_model
+    return sd_model if hasattr(sd_model, "sd_checkpoint_info") else None
 
 
 def vae_file(path: Path | str) -> dict[str, Tensor]:

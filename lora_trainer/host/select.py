@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 
@@ -28,13 +29,25 @@ def current_host() -> Host:
 
 
 def _make() -> Host:
-    if "modules.sd_models" not in sys.modules:
+    sd_models = sys.modules.get("modules.sd_models")
+    if sd_models is None:
         raise UserError("This is no Stable Diffusion WebUI.", remedy="Start it with: python -m lora_trainer ui")
-    if "backend.memory_management" in sys.modules or "ldm_patched.modules.model_management" in sys.modules:
-        raise UserError(
-            "The LoRA trainer does not support this WebUI's memory management yet.",
-            remedy="Use AUTOMATIC1111's WebUI, or train with: python -m lora_trainer train",
-        )
+    memory = sys.modules.get("backend.memory_management")
+    if memory is not None and hasattr(sd_models, "forge_model_reload"):
+        if "hard_memory_preservation" not in inspect.signature(memory.load_models_gpu).parameters:
+            raise _unknown("This descendant of Forge manages memory in another way than Forge")
+        from lora_trainer.host.forge import ForgeHost
+
+        return ForgeHost()
+    if memory is not None or "ldm_patched.modules.model_management" in sys.modules:
+        raise _unknown("This WebUI (reForge, or an early or classic Forge) keeps its models in another way than Forge")
     from lora_trainer.host.a1111 import A1111Host
 
     return A1111Host()
+
+
+def _unknown(what: str) -> UserError:
+    return UserError(
+        f"{what}, and the LoRA trainer was not made for it.",
+        remedy="Use Forge or AUTOMATIC1111's WebUI, or train with: python -m lora_trainer ui",
+    )

@@ -118,6 +118,11 @@ class DiffusionModel:
             for binding in bindings[part]:
                 binding.bind(tensors, self.device if move else None)
 
+    def unbind(self) -> None:
+        """Let go of all weights until ``bind`` is called, so that their memory is not held while others need it."""
+        for binding in (*self._unet_bindings, *self._vae_bindings, *self._text_bindings):
+            binding.unbind()
+
     def compute_on(self, device: torch.device) -> None:
         """Compute there from now on; the lender sees to it that the weights are there when they are needed."""
         self.device = device

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 from lora_trainer.host.a1111 import A1111Host
 from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.forge import ForgeHost
 from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.models.checkpoint import FileLender
 from tests.host.fake_a1111 import FakeA1111
+from tests.host.fake_forge import FakeForge
 from tests.tiny import tiny_sd1, tiny_sdxl
 
 OPTIONS = LenderOptions()
@@ -72,11 +74,23 @@ def a1111(webui) -> A1111Host:
     return A1111Host(webui)
 
 
-@pytest.fixture(params=["a1111", "standalone"])
+@pytest.fixture
+def fake_forge(models, layers, tmp_path, monkeypatch) -> FakeForge:
+    fake = FakeForge(tmp_path / "webui", sorted(models.glob("*.safetensors")), layers)
+    monkeypatch.setitem(sys.modules, "networks", fake.networks)
+    return fake
+
+
+@pytest.fixture
+def forge(fake_forge) -> ForgeHost:
+    return ForgeHost(fake_forge)
+
+
+@pytest.fixture(params=["a1111", "forge", "standalone"])
 def host(request, models, tmp_path):
     """Every implementation, with the same three checkpoints in its list."""
-    if request.param == "a1111":
-        return request.getfixturevalue("a1111")
+    if request.param != "standalone":
+        return request.getfixturevalue(request.param)
     return StandaloneHost(tmp_path / "data", checkpoints=models, lora=tmp_path / "loras", device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Pictures by A1111's own sampler, without a trace in anything that belongs to the user."""
+"""Pictures by the WebUI's own sampler, without a trace in anything that belongs to the user."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.host.a1111_loras import HostLoras
 from lora_trainer.host.base import PreviewRequest
+from lora_trainer.host.lending import loaded_model
+from lora_trainer.host.loras import HostLoras
 
 _TEST_STEPS = 4
 
@@ -46,13 +47,13 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
             # The settings page sets the option before it waits for its turn, and drawing loads what it says.
             override_settings={"sd_model_checkpoint": checkpoint.title, "sd_lora": "None"},
         )
-        p.cached_c, p.cached_uc = [None, None], [None, None]  # not the ones that all other runs share
+        p.cached_c, p.cached_uc = [None] * 3, [None] * 3  # not the ones that all other runs share
         try:
             with closing(p):
                 images = webui.processing.process_images(p).images
             used = request.lora is None or any(net.name == name for net in loras.networks.loaded_networks)
         finally:
-            loaded = webui.sd_models.model_data.sd_model
+            loaded = loaded_model(webui)
             if loaded is not None:
                 loras.take_out(loaded)
         if webui.shared.state.interrupted or webui.shared.state.stopping_generation or not images:
@@ -64,10 +65,10 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
 
 def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
     """See ``Host.verify``. Call it in a turn."""
-    sd_model = webui.shared.sd_model
+    sd_model = loaded_model(webui)
     if loras.networks is None or sd_model is None:
         return "The LoRA was not checked in the WebUI: it has no Lora extension or no model loaded."
-    missing = loras.unmatched(lora)
+    missing = loras.unmatched(sd_model, lora)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         loaded = sd_model.sd_checkpoint_info.name_for_extra
@@ -89,7 +90,7 @@ def _state_kept(webui: Any) -> Iterator[None]:
     fields = {key: value for key, value in vars(state).items() if not key.startswith("_")}
     no_history = getattr(options, "no_prompt_history", False)
     schedules = {}
-    loaded = webui.sd_models.model_data.sd_model
+    loaded = loaded_model(webui)
     if loaded is not None:
         schedules[loaded] = getattr(loaded, "alphas_cumprod", None)
     options.no_prompt_history = True  # params.txt holds the user's last prompt

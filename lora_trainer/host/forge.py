@@ -1,0 +1,36 @@
+"""Forge as a host. The only file that imports its modules, when they are needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.forge_lender import ForgeLender
+from lora_trainer.host.forge_loras import ForgeLoras
+from lora_trainer.host.webui import WebuiHost
+
+
+def import_webui() -> SimpleNamespace:
+    """The WebUI's modules that we touch, under one name. Raises ImportError outside of Forge."""
+    from backend import memory_management
+    from modules import call_queue, devices, paths, processing, sd_models, shared
+    from modules_forge import main_entry
+
+    return SimpleNamespace(
+        call_queue=call_queue, devices=devices, main_entry=main_entry, memory_management=memory_management,
+        paths=paths, processing=processing, sd_models=sd_models, shared=shared,
+    )  # fmt: skip
+
+
+class ForgeHost(WebuiHost):
+    """See ``WebuiHost``."""
+
+    name = "forge"
+
+    def __init__(self, webui: Any | None = None):
+        webui = webui or import_webui()
+        super().__init__(webui, ForgeLoras(webui))
+
+    def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
+        return ForgeLender(self._webui, self._turns, checkpoint, options)

@@ -1,0 +1,153 @@
+"""Lending the model that Forge has loaded: aliases of its own tensors, checked at every turn, and its return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_trainer.host.forge_loras import holds_loras
+from lora_trainer.host.forge_memory import Residence
+from lora_trainer.host.forge_model import ForgeModel, refuse_storage, refuse_unsuitable
+from lora_trainer.host.lending import WebuiLender
+from lora_trainer.models.assemble import DiffusionModel, assemble
+from lora_trainer.models.base import ModelAwayError, ModelInfo
+
+_SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+
+
+class ForgeLender(WebuiLender):
+    """See ``WebuiLender``.
+
+    Forge builds another model object for every checkpoint, VAE or number format that is chosen, and frees the former.
+    Nothing of it may be held then, so between turns whoever waits finds our aliases gone.
+    """
+
+    def describe(self) -> ModelInfo:
+        name = self._webui.shared.opts.forge_unet_storage_dtype
+        wanted, _ = self._webui.main_entry.forge_unet_storage_dtype_options.get(name, (None, False))
+        refuse_storage(wanted or torch.float32, "UNet", "--unet-in-fp8")
+        if str(self.checkpoint.filename).lower().endswith(".gguf"):
+            refuse_storage("gguf", "UNet", "--unet-in-fp8")
+        return super().describe()
+
+    # Beginning ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._residence: Residence | None = None
+        self._merged: Any = None  # the model that LoRAs were taken out of
+        self._had_model = self._loaded() is not None
+        super()._begin()
+
+    def _read(self, sd_model: Any) -> ForgeModel:
+        return ForgeModel(sd_model)
+
+    def _refuse_unsuitable(self, sd_model: Any) -> None:
+        refuse_unsuitable(sd_model)
+
+    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
+        return assemble(
+            aliases(tensors),
+            self._architecture,
+            self._host.tokenizer(),
+            info=info,
+            device=self._webui.memory_management.get_torch_device(),
+            compute_dtype=self._options.compute_dtype,
+            clip_skip=self._options.clip_skip,
+            alphas_cumprod=schedule,
+        )
+
+    # Every turn ---------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        patchers = self._host.patchers
+        if self._residence is None:
+            side = _SIDES["sdxl" if self._host.sd_model.is_sdxl else "sd1"]
+            self._residence = Residence(self._webui.memory_management, side)
+        if any(holds_loras(patcher) for patcher in patchers.values()):
+            self._merged = self._host.sd_model
+        self._residence.enter(patchers, self._parts())
+
+    def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
+        raise ModelAwayError(
+            f"{self.checkpoint.title} was loaded in another form than the training began with. It goes on when VAE, "
+            'text encoder and "Diffusion in Low Bits" are chosen as before.'
+        )
+
+    def _bind(self, tensors: dict[str, Tensor]) -> None:
+        self._model.bind(aliases(tensors))
+
+    def _leave(self) -> None:
+        self._residence.leave()
+        if self._turns.somebody_waits:
+            self._step_aside()
+            self._webui.devices.torch_gc()
+
+    def _step_aside(self) -> None:
+        super()._step_aside()
+        self._host = None
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _select(self, title: str) -> None:
+        self._webui.shared.opts.data["sd_model_checkpoint"] = title
+        self._webui.main_entry.refresh_model_loading_parameters()
+
+    def _load_ours(self) -> Any:
+        data = self._webui.sd_models.model_data
+        if not data.forge_loading_parameters:
+            self._webui.main_entry.refresh_model_loading_parameters()
+        selected = data.forge_loading_parameters
+        data.forge_loading_parameters = selected | {"checkpoint_info": self.checkpoint}
+        try:
+            sd_model, _ = self._webui.sd_models.forge_model_reload()
+        except Exception as error:  # the host's loader raises whatever its libraries do
+            data.forge_hash = ""  # or Forge would believe that the former model is still there
+            raise self._could_not_load(error) from error
+        finally:
+            data.forge_loading_parameters = selected
+        if self._loaded() is None:
+            data.forge_hash = ""
+            raise self._could_not_load()
+        return sd_model
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._host = None
+
+    def _restore(self) -> list[Callable[[], None]]:
+        return [self._restore_selection, self._restore_loras]
+
+    def _restore_selection(self) -> None:
+        """The checkpoint that the user selected is loaded, be it the former one or one that had to wait."""
+        if self._waiting_switch is not None:
+            self._select(self._waiting_switch)
+        if self._had_model and not self._follows_selection:
+            self._webui.sd_models.forge_model_reload()
+
+    def _restore_loras(self) -> None:
+        """What the last prompt had merged is merged again, as Forge would do by itself for the next one."""
+        sd_model, self._merged = self._merged, None
+        if sd_model is not None and sd_model is self._loaded():
+            objects = sd_model.forge_objects_after_applying_lora
+            with torch.inference_mode():
+                self._webui.memory_management.load_models_gpu([objects.clip.patcher, objects.unet])
+
+
+@torch.no_grad()
+def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as tensors that autograd may save.
+
+    Forge's are inference tensors, and so is whatever detach, view or Parameter make of them; only a new tensor that is
+    set onto their storage is none.
+    """
+    return {name: alias(tensor) for name, tensor in tensors.items()}
+
+
+def alias(tensor: Tensor) -> Tensor:
+    new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return new.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -1,0 +1,139 @@
+"""Reading the Stable Diffusion that Forge has loaded: its tensors by single-file names, and whether it can be lent."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.architecture import Architecture, Hints
+from lora_trainer.models.detect import UNET, VAE, detect
+from lora_trainer.models.header import read_header
+from lora_trainer.models.hints import file_hints, merged
+from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
+
+_FIELD = "base_model"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PREFIXES = {
+    ("clip_l",): ("cond_stage_model.",),
+    ("clip_h",): ("cond_stage_model.",),
+    ("clip_g", "clip_l"): ("conditioner.embedders.1.", "conditioner.embedders.0."),
+}
+"""Forge's names of the text encoders -> what their tensors' names start with in a single file."""
+
+
+class ForgeModel:
+    """One ``sd_model`` object of Forge. Holds its modules, never its tensors: those are replaced when LoRAs are merged.
+
+    ``forge_objects_original`` is what LoRAs are never patched into; all its users share the modules.
+    """
+
+    def __init__(self, sd_model: Any):
+        self.sd_model = sd_model
+        self._slots = list(_slots(sd_model))
+
+    @property
+    def patchers(self) -> dict[str, Any]:
+        """What Forge's memory management loads and unloads, by the names of the parts."""
+        objects = self.sd_model.forge_objects_original
+        return {"unet": objects.unet, "vae": objects.vae.patcher, "text_encoders": objects.clip.patcher}
+
+    def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
+        """Single-file name -> the very tensor that Forge computes with, of these parts of the model."""
+        return {name: module._parameters[key] for part, name, module, key in self._slots if part in parts}
+
+    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Architecture:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        found = detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
+        factor = self.sd_model.forge_objects_original.vae.first_stage_model.config.scaling_factor
+        return dataclasses.replace(found, vae=dataclasses.replace(found.vae, scaling_factor=factor))
+
+    def hints(self) -> Hints:
+        """What shapes do not tell: what the file says, and over it what Forge made of it."""
+        path = Path(self.sd_model.sd_checkpoint_info.filename)
+        header = read_header(path) if path.suffix.lower() == ".safetensors" and path.is_file() else None
+        from_file = file_hints(path, header.shapes, header.metadata) if header else Hints()
+        prediction = self.sd_model.forge_objects_original.unet.model.predictor.prediction_type
+        from_host = Hints(
+            text_heads=tuple(encoder.transformer.config.num_attention_heads for _, encoder in _encoders(self.sd_model)),
+            prediction_type=prediction if prediction in ("epsilon", "v_prediction") else None,
+            zero_terminal_snr=bool(getattr(self.sd_model.model_config, "ztsnr", False)) or None,
+        )
+        return merged(from_file, from_host)
+
+    def tokenizer(self) -> Tokenizer:
+        """A copy of Forge's: ours sets another maximal length."""
+        tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
+        for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
+            if hasattr(tokenizer, "bos_token_id"):
+                return Tokenizer(copy.copy(tokenizer))
+        return load_tokenizer()
+
+    def alphas_cumprod(self) -> Tensor:
+        return self.sd_model.forge_objects_original.unet.model.predictor.alphas_cumprod  # only sigmas are rewritten
+
+
+def refuse_unsuitable(sd_model: Any) -> None:
+    """Raises UserError when this model, or the way in which Forge keeps it, does not let it be trained."""
+    name, objects = sd_model.sd_checkpoint_info.name_for_extra, sd_model.forge_objects_original
+    encoders = tuple(sorted(encoder for encoder, _ in objects.clip.cond_stage_model.named_children()))
+    if encoders == ("clip_g",):
+        raise UserError(f"{name} is the SDXL refiner.", field=_FIELD, remedy="Choose the SDXL base model.")
+    prediction = getattr(objects.unet.model.predictor, "prediction_type", None)
+    if encoders not in _PREFIXES or prediction not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{name} is no Stable Diffusion 1, 2 or XL.", field=_FIELD, remedy="Choose one of these models."
+        )
+    if sd_model.is_inpaint:
+        raise UserError(
+            f"{name} is an inpainting, depth or edit model, which cannot be trained here.",
+            field=_FIELD,
+            remedy="Choose the model that it was made from.",
+        )
+    refuse_storage(objects.unet.model.storage_dtype, "UNet", "--unet-in-fp8")
+    for weight in objects.clip.cond_stage_model.parameters():
+        refuse_storage(weight.dtype, "text encoder", "--clip-in-fp8")
+
+
+def refuse_storage(dtype: Any, what: str, flag: str) -> None:
+    """Raises UserError when weights are kept in a format too coarse to train on.
+
+    dtype: a torch.dtype, or Forge's name of a format that torch does not have ("nf4", "fp4", "gguf").
+    """
+    if dtype in _FLOATS:
+        return
+    raise UserError(
+        f"Forge keeps the {what} in {str(dtype).removeprefix('torch.')}, which is too coarse to train on.",
+        field=_FIELD,
+        remedy='Set "Diffusion in Low Bits" (shown with "UI: all", at the top) to Automatic, start Forge without '
+        f"{flag}…, and choose the fp16, bf16 or fp32 version of the model.",
+    )
+
+
+def _slots(sd_model: Any) -> Iterator[tuple[str, str, nn.Module, str]]:
+    """(part, single-file name, module, attribute) of every parameter that a lent model is made of."""
+    objects = sd_model.forge_objects_original
+    parts = [("unet", UNET, objects.unet.model.diffusion_model), ("vae", VAE, objects.vae.first_stage_model)]
+    parts += [("text_encoders", f"{prefix}transformer.", it.transformer) for prefix, it in _encoders(sd_model)]
+    for part, prefix, root in parts:
+        for path, module in root.named_modules():
+            # Forge wraps token embeddings, to put textual inversions in; the wrapper names the same weight once more.
+            if "wrapped" in module._modules or (path == "text_projection" and "embedders.1" not in prefix):
+                continue
+            steps = [step for step in path.split(".") if step and step != "wrapped"]
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield part, prefix + ".".join([*steps, attribute]), module, attribute
+
+
+def _encoders(sd_model: Any) -> list[tuple[str, nn.Module]]:
+    """Name prefix and module of each text encoder, in the order of the single file."""
+    encoders = dict(sd_model.forge_objects_original.clip.cond_stage_model.named_children())
+    names = tuple(sorted(encoders))
+    return sorted((prefix, encoders[name]) for name, prefix in zip(names, _PREFIXES[names]))

@@ -1,0 +1,139 @@
+"""What being a host comes to in every WebUI of this kind: one lock, one list of checkpoints, one LoRA folder."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_trainer.errors import UserError
+from lora_trainer.host import drawing
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
+from lora_trainer.host.lending import WebuiLender, loaded_model
+from lora_trainer.host.loras import HostLoras
+from lora_trainer.host.publishing import place_lora
+from lora_trainer.host.settings import FOLDERS_OPTION, Settings, access_policy, data_folder
+from lora_trainer.host.turns import Turns
+
+_turns: Turns | None = None
+_turns_lock = threading.Lock()
+
+
+class WebuiHost(ABC):
+    """See ``Host``. Holds nothing of the user interface, so it outlives "Reload UI".
+
+    webui: the WebUI's modules that we touch, under one name.
+    """
+
+    name: str
+
+    def __init__(self, webui: Any, loras: HostLoras):
+        self._webui, self._loras = webui, loras
+        self._turns = turns_of(webui.call_queue.queue_lock)
+
+    # Facts --------------------------------------------------------------------------------------------------------
+
+    def folders(self) -> Folders:
+        options = self._webui.shared.cmd_opts
+        lora = Path(options.lora_dir) if getattr(options, "lora_dir", None) else None
+        return Folders(data_folder(options, Path(self._webui.paths.data_path), lora), lora)
+
+    def access(self) -> AccessPolicy:
+        return access_policy(self._webui.shared.cmd_opts, str(self.option(FOLDERS_OPTION, "")))
+
+    def option(self, key: str, default: object) -> object:
+        # With --nowebui there is no settings page, and the options that we added are not known.
+        return Settings(self._webui.shared.opts).get(key, default)
+
+    def device(self) -> torch.device:
+        return self._webui.devices.device
+
+    def checkpoints(self) -> list[Checkpoint]:
+        loaded = loaded_model(self._webui)
+        current = None if loaded is None else loaded.sd_checkpoint_info.filename
+        return [
+            Checkpoint(info.title, Path(info.filename), info.filename == current)
+            for info in self._webui.sd_models.checkpoints_list.values()
+        ]
+
+    # Lending and drawing ------------------------------------------------------------------------------------------
+
+    def lender(self, checkpoint: str, options: LenderOptions) -> WebuiLender:
+        return self._lender(self._checkpoint(checkpoint), options)
+
+    @abstractmethod
+    def _lender(self, checkpoint: Any, options: LenderOptions) -> WebuiLender: ...
+
+    def draw(self, request: PreviewRequest) -> Image.Image:
+        info = self._checkpoint(request.checkpoint)
+        with self._turns.take():
+            return drawing.draw(self._webui, self._loras, info, request)
+
+    def _checkpoint(self, name: str) -> Any:
+        sd_models = self._webui.sd_models
+        if not name:
+            try:
+                selected = sd_models.select_checkpoint()
+            except FileNotFoundError:
+                selected = None
+            if selected is None:
+                raise UserError(
+                    "The WebUI has no base model.", field="base_model",
+                    remedy="Put a Stable Diffusion checkpoint into models/Stable-diffusion and refresh the list.",
+                )  # fmt: skip
+            return selected
+        infos = list(sd_models.checkpoints_list.values())
+        for info in infos:
+            path = Path(info.filename)
+            if name in (info.title, info.filename, info.name, path.stem) or Path(name) == path:
+                return info
+        # A title changes when the WebUI computes the file's hash: "name.safetensors" -> "name.safetensors [12ab…]".
+        aliases = sd_models.checkpoint_aliases
+        if name in aliases:
+            return aliases[name]
+        raise UserError(
+            f"The WebUI's list has no base model {name!r}.", field="base_model",
+            remedy="Choose one of the list, or refresh the list if the file is new.",
+        )  # fmt: skip
+
+    # Publishing ---------------------------------------------------------------------------------------------------
+
+    def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
+        folder = self.folders().lora
+        if folder is None:
+            raise UserError("This WebUI has no LoRA folder.", remedy="Switch on its builtin Lora extension.")
+        path = place_lora(lora, folder, name, card, overwrite=overwrite)
+        with self._turns.take():
+            self._forget(name)
+            self._loras.announce(name)
+        return path
+
+    def forget(self, name: str) -> None:
+        with self._turns.take():
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        loaded = loaded_model(self._webui)
+        if loaded is not None:
+            self._loras.forget(loaded, name, self._webui.processing)
+
+    def verify(self, lora: Path, prompt: str) -> str | None:
+        with self._turns.take():
+            return drawing.verify(self._webui, self._loras, lora, prompt)
+
+
+def turns_of(queue_lock: Any) -> Turns:
+    """One object for the process: who holds the lock must be known to every host object, old and new."""
+    global _turns
+    with _turns_lock:
+        if _turns is None or _turns.lock is not queue_lock:
+            _turns = Turns(
+                queue_lock,
+                waiting=lambda: bool(getattr(queue_lock, "_pending_threads", ())),
+                taken=lambda: queue_lock._lock.locked() if hasattr(queue_lock, "_lock") else True,
+            )
+        return _turns
