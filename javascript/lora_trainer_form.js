@@ -59,17 +59,17 @@
         if (value === undefined) delete form.given[name];
         else form.given[name] = value;
         form.problem(name, null);
-        form.changed(name);
+        form.changed(name, value === undefined ? undefined : name);
     };
 
     /** After anything changed: remember it, follow it, ask anew what the run would take. */
-    form.changed = function(name) {
+    form.changed = function(name, typing) {
         if (name === "output_name" || name === undefined) {
             // The trigger word follows the name, without its version, until it is given.
             const stem = String(form.given.output_name || "").replace(/[_\s-]?v?\d*$/i, "").replace(/[_-]+/g, " ").trim();
             form.suggested.trigger_word = stem || undefined;
         }
-        form.display(name);
+        form.display(typing);
         form.store();
         app.estimate.soon();
     };
