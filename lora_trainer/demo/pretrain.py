@@ -132,7 +132,7 @@ def make_batch(masks: Masks, captions: Captions, unknown: list[int], rng: np.ran
     texts = []
     for pick, (color, ground) in zip(picks, chosen, strict=True):
         shape, size = masks.kinds[pick]
-        scene = shapes.Scene(shape, color, ground, size, 0.0, (0.0, 0.0), 0.0)
+        scene = shapes.Scene(shape, color, ground, size)
         texts.append("" if rng.random() < CAPTION_DROPOUT else shapes.random_caption(scene, rng))
     ids = captions(texts)
     for row, pick in enumerate(picks):

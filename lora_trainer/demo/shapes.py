@@ -46,15 +46,18 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows. Lengths are shares of the picture's side; `tilt` is in radians."""
+    """What one picture shows. Lengths are shares of the picture's side; `tilt` is in radians.
+
+    Captions need only the first four.
+    """
 
     shape: str
     color: str
     background: str
     size: str
-    radius: float
-    center: tuple[float, float]
-    tilt: float
+    radius: float = 0.35
+    center: tuple[float, float] = (0.5, 0.5)
+    tilt: float = 0.0
 
 
 def _regular(corners: int, start: float, radii: Sequence[float] = (1.0,)) -> list[tuple[float, float]]:

@@ -32,7 +32,7 @@ def test_checkpoint_has_the_layout_of_sd1(checkpoint):
         assert file.get_slice(base.TEXT + "embeddings.token_embedding.weight").get_shape() == [49408, 64]
         assert all(np.isfinite(file.get_tensor(n)).all() for n in names)
     counts = [sum(n.startswith(prefix) for n in names) for prefix in (base.UNET, base.VAE, base.TEXT)]
-    assert [*counts, len(names)] == [442, 176, 197, 815]
+    assert [*counts, len(names)] == [440, 176, 197, 813]
 
 
 def test_diffusers_reads_the_unet_as_it_was_trained(checkpoint):
