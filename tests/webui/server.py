@@ -87,6 +87,10 @@ class Server:
         for source in sorted(Path(os.environ["LORA_TRAINER_WEBUI_MODELS"]).iterdir()):
             if source.is_file() and not (checkpoints / source.name).exists():
                 shutil.copyfile(source, checkpoints / source.name)
+        # Text encoders that a .yaml names relative to the WebUI's folder: the command line looks above the checkpoint.
+        for config in (self.webui / "models").glob("*/config.json"):
+            if not (link := self.data / "models" / config.parent.name).exists():
+                link.symlink_to(config.parent, target_is_directory=True)
         (self.data / "extensions" / "probe" / "scripts" / "probe.py").write_text(PROBE, encoding="utf-8")
         extension = self.data / "extensions" / "sd-webui-lora-trainer"
         if not extension.exists():
