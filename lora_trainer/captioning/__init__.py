@@ -1,0 +1,1 @@
+"""Captions by machine: captioners behind one interface, and what is done to their words before they are written."""

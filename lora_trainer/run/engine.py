@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.run.captioning import caption_for_training
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver, run_facts
 from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
@@ -101,6 +103,7 @@ def train(
     with concerning("init_lora"):
         initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()
+    caption_for_training(config, callbacks, commands, turn=getattr(lender, "device_turn", nullcontext))
     dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
     for skipped in dataset.skipped:
         callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
