@@ -65,18 +65,18 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
 
 def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
     """See ``Host.verify``. Call it in a turn."""
-    sd_model = loaded_model(webui)
-    if loras.networks is None or sd_model is None:
-        return "The LoRA was not checked in the WebUI: it has no Lora extension or no model loaded."
-    missing = loras.unmatched(sd_model, lora)
+    if loras.networks is None:
+        return "The LoRA was not checked in the WebUI: its builtin Lora extension is disabled."
+    before = loaded_model(webui)
+    checkpoint = webui.sd_models.select_checkpoint() if before is None else before.sd_checkpoint_info
+    side = 256 if getattr(before, "is_sdxl", False) else 128
+    request = {"prompt": prompt, "width": side, "height": side, "steps": _TEST_STEPS, "seed": 1}
+    without = draw(webui, loras, checkpoint, PreviewRequest(**request))
+    missing = loras.unmatched(loaded_model(webui), lora)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        loaded = sd_model.sd_checkpoint_info.name_for_extra
+        loaded = checkpoint.name_for_extra
         return f"The loaded model {loaded} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
-    side = 512 if getattr(sd_model, "is_sdxl", False) else 256
-    request = {"prompt": prompt, "width": side, "height": side, "steps": _TEST_STEPS, "seed": 1}
-    checkpoint = sd_model.sd_checkpoint_info
-    without = draw(webui, loras, checkpoint, PreviewRequest(**request))
     with_lora = draw(webui, loras, checkpoint, PreviewRequest(**request, lora=lora))
     if np.array_equal(np.asarray(without), np.asarray(with_lora)):
         return "The LoRA changes nothing in a test picture; it may have been trained too briefly."

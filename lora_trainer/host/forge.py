@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lora_trainer.host.base import LenderOptions
+from PIL import Image
+
+from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.host.forge_lender import ForgeLender
 from lora_trainer.host.forge_loras import ForgeLoras
 from lora_trainer.host.webui import WebuiHost
@@ -34,3 +37,18 @@ class ForgeHost(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
         return ForgeLender(self._webui, self._turns, checkpoint, options)
+
+    def draw(self, request: PreviewRequest) -> Image.Image:
+        with self._turns.take():
+            self._choose_model()
+            return super().draw(request)
+
+    def verify(self, lora: Path, prompt: str) -> str | None:
+        with self._turns.take():
+            self._choose_model()
+            return super().verify(lora, prompt)
+
+    def _choose_model(self) -> None:
+        """Forge's page does it when it is opened; drawing before that fails."""
+        if not self._webui.sd_models.model_data.forge_loading_parameters:
+            self._webui.main_entry.refresh_model_loading_parameters()

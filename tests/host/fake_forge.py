@@ -136,6 +136,12 @@ class Processing:
         pass
 
 
+class Engine(SimpleNamespace):
+    """An ``sd_model``."""
+
+    __hash__ = object.__hash__
+
+
 class FakeForge:
     """``import_webui()``'s namespace, and what a user can do."""
 
@@ -239,7 +245,7 @@ class FakeForge:
             vae=SimpleNamespace(patcher=Patcher(vae), first_stage_model=vae),
             clip=SimpleNamespace(patcher=Patcher(clip), cond_stage_model=clip, tokenizer=SimpleNamespace()),
         )
-        return SimpleNamespace(
+        return Engine(
             forge_objects_original=objects, forge_objects_after_applying_lora=objects, sd_checkpoint_info=info,
             current_lora_hash=str([]), is_inpaint=False, is_sdxl=sdxl, model_config=SimpleNamespace(ztsnr=False),
         )  # fmt: skip
@@ -337,6 +343,8 @@ def open_clip(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]
     }  # fmt: skip
     if name in whole:
         return [("text_model." + whole[name], tensor)]
+    if not name.startswith("transformer.resblocks."):
+        return []
     _, _, layer, *steps = name.split(".")
     body, rest = f"text_model.encoder.layers.{layer}.", ".".join(steps)
     if rest.startswith("attn.in_proj_"):
