@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from lora_trainer.api.access import RefusedError, check_caller, check_origin
 from lora_trainer.api.context import Context
 from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.jobs.desk import UnknownSessionError
 from lora_trainer.jobs.job import Problem, UnknownJobError, problems_of
 
 MAX_BODY = 4 << 20
@@ -45,7 +46,7 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
                 except RefusedError as error:
                     return _answer(context, error.status, [Problem(error.message, None, error.remedy)], error.headers)
                 except UserError as error:
-                    status = 404 if isinstance(error, UnknownJobError) else 400
+                    status = 404 if isinstance(error, (UnknownJobError, UnknownSessionError)) else 400
                     return _answer(context, status, problems_of(error), summary=error)
                 except RequestValidationError as error:
                     return _answer(context, 422, [_validation_problem(detail) for detail in error.errors()])

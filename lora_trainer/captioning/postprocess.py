@@ -18,7 +18,10 @@ from lora_trainer.errors import UserError
 
 ARTICLE_TEMPLATE = "**{caption}**, high quality, detailed"
 KAOMOJI = frozenset(
-    "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()
+    (
+        "0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3", "6_9", ">_o", "@_@", "^_^",
+        "o_o", "u_u", "x_x", "|_|", "||_||",
+    )
 )  # fmt: skip
 """Tags that are faces: their underscores stay."""
 

@@ -88,6 +88,14 @@ def choose(name: str, sources: Sources) -> str:
     return name
 
 
+def check_available(name: str, sources: Sources) -> None:
+    """Raises UnavailableError when a captioner (a name that ``choose`` gave) lacks weights or a package."""
+    for part in name.split("+"):
+        if part not in (sources.host or {}):
+            _check_packages(KINDS[part])
+            find(KINDS[part], sources.folders, sources.given)
+
+
 def open_captioner(name: str, settings: Settings, sources: Sources) -> Captioner:
     """Load a captioner, or several with ``+`` between their names; on a WebUI call it inside a turn.
 

@@ -57,7 +57,6 @@ class EditSession:
         self.saved_pictures = {key: edits.get(key, UNTOUCHED) for key in self.paths}
         self.captions = dict(self.saved_captions)
         self.pictures = dict(self.saved_pictures)
-        self.revision += 1
 
     # -- looking
 
@@ -215,6 +214,8 @@ class EditSession:
                     self.pictures[key] = pictures[key]
             self._done = [step for step in self._done if self._holds(step)]
             self._undone = [step for step in self._undone if self._holds(step)]
+            if (captions, pictures) != (self.captions, self.pictures):
+                self.revision += 1
             return ConflictError(conflicts) if conflicts else None
 
     def take_theirs(self, keys: Iterable[str]) -> Step:
@@ -232,6 +233,7 @@ class EditSession:
             self._done.clear()
             self._undone.clear()
             self._load()
+            self.revision += 1
 
     def _holds(self, step: Step) -> bool:
         return all(key in self.paths for key in step.keys)

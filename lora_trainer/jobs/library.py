@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_trainer.errors import UserError
-from lora_trainer.files import atomic_path, atomic_write, safe_name_problem
+from lora_trainer.files import atomic_path, safe_name_problem
 from lora_trainer.jobs.paths import check_name, confined
+
+if TYPE_CHECKING:
+    from lora_trainer.dataset.thumbnails import ThumbnailCache
 
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_CHARACTERS = 20_000
-THUMBNAIL_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class DatasetLibrary:
         Raises:
             UserError: a picture that is not there, or a caption that cannot be written. Nothing is written then.
         """
-        from lora_trainer.dataset.folder import read_captions
+        from lora_trainer.dataset.writing import CaptionFolder
 
         root = self.folder(name)
         for file, text in captions.items():
@@ -148,38 +148,17 @@ class DatasetLibrary:
                     field="captions",
                     remedy="Shorten it; 225 tokens are read at most.",
                 )
-        sources = read_captions(root, problems=[])
-        tabled = {file for file, source in sources.items() if source.kind == "metadata"}
-        in_table = {file: text for file, text in captions.items() if file in tabled}
-        tables = {sources[file].path for file in in_table}
-        if tables - {root / "metadata.csv"}:
-            raise UserError(
-                f"These captions stand in {next(iter(tables)).name}, which is only read.",
-                field="captions",
-                remedy="Edit that file, or save it as metadata.csv in the dataset's own folder.",
-            )
-        if in_table:
-            kept = {file: source.text for file, source in sources.items() if source.path in tables}
-            atomic_write(root / "metadata.csv", _csv({**kept, **in_table}))
-        for file, text in captions.items():
-            if file not in in_table:
-                source = sources.get(file)
-                path = source.path if source is not None else (root / file).with_suffix(".txt")
-                atomic_write(confined(root, path.relative_to(root).as_posix()), text.strip() + "\n")
+        CaptionFolder(root, confined=True).write(captions)
 
     def thumbnail(self, picture: Path) -> Path:
         """A JPEG of at most 256 pixels a side, made once for each version of the picture. Raises UserError."""
-        from lora_trainer.dataset.images import flatten, open_image
+        return self.thumbnails.get(picture)
 
-        facts = picture.stat()
-        key = hashlib.sha256(f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}".encode("utf-8", "replace")).hexdigest()
-        path = self._thumbnails / key[:2] / f"{key}.jpg"
-        if not path.exists():
-            image = flatten(open_image(picture))
-            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            with atomic_path(path) as temporary:
-                image.save(temporary, format="JPEG", quality=85)
-        return path
+    @property
+    def thumbnails(self) -> ThumbnailCache:
+        from lora_trainer.dataset.thumbnails import ThumbnailCache
+
+        return ThumbnailCache(self._thumbnails)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -205,11 +184,3 @@ def _free(root: Path, file: str, data: bytes) -> Path:
         ):
             return path
         number += 1
-
-
-def _csv(captions: Mapping[str, str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("filename", "prompt"))
-    writer.writerows(sorted(captions.items()))
-    return text.getvalue()

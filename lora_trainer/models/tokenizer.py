@@ -40,6 +40,11 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         return list(self._source(text, add_special_tokens=False, truncation=False)["input_ids"])
 
+    def pieces(self, text: str) -> list[str]:
+        """The text of each token, for people: a word's last piece ends with a blank."""
+        names = self._source.convert_ids_to_tokens(self.ids(text))
+        return [name.replace("</w>", " ") for name in names]
+
 
 def load_tokenizer(folders: Iterable[Path] = ()) -> Tokenizer:
     """The first tokenizer found in ``folders`` (vocab.json and merges.txt), transformers' cache, or open_clip.

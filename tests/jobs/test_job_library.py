@@ -85,11 +85,12 @@ def test_wrong_captions_change_nothing(library):
     assert library.pictures("cats")[0].caption == "old"
 
 
-def test_captions_in_a_table_that_is_only_read_are_refused(library):
+def test_captions_in_json_lines_go_back_there(library):
     library.add_picture("cats", "a.png", png())
-    (library.folder("cats") / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
-    with pytest.raises(UserError, match="only read"):
-        library.write_captions("cats", {"a.png": "new"})
+    (library.folder("cats") / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "id": 1}\n')
+    library.write_captions("cats", {"a.png": "new"})
+    table = library.folder("cats") / "metadata.jsonl"
+    assert table.read_text() == '{"file_name": "a.png", "text": "new", "id": 1}\n'
 
 
 def test_thumbnails_are_small_and_made_once(library):
