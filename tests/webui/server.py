@@ -1,6 +1,6 @@
 """A real WebUI under test: started in a data folder of its own, with this extension and a probe beside it.
 
-LORA_TRAINER_WEBUI          the WebUI's folder (with launch.py)
+LORA_TRAINER_WEBUI          the WebUI's folder (with launch.py); AUTOMATIC1111's or Forge's
 LORA_TRAINER_WEBUI_PYTHON   its Python, with this extension's packages installed
 LORA_TRAINER_WEBUI_MODELS   folder of base models (and their .yaml), the first by name of which is trained
 LORA_TRAINER_WEBUI_FLAGS    its command line; by default one that runs on a CPU
@@ -24,10 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 CPU_FLAGS = "--use-cpu all --no-half --precision full --do-not-download-clip --skip-torch-cuda-test"
+FORGE_FLAGS = "--always-cpu --skip-torch-cuda-test --gradio-allowed-path ."
+FORGE = (Path(os.environ.get("LORA_TRAINER_WEBUI", "")) / "modules_forge").is_dir()
+a1111_only = pytest.mark.skipif(FORGE, reason="a way of running models that Forge does not have")
+forge_only = pytest.mark.skipif(not FORGE, reason="a trap that only Forge has")
 START_SECONDS = 300
 OVER = ("finished", "stopped", "failed", "interrupted")
 
@@ -38,19 +43,29 @@ import torch
 from fastapi import Body
 from modules import script_callbacks, shared
 
+def parts():
+    model = shared.sd_model
+    objects = getattr(model, "forge_objects_original", None)
+    if objects is None:
+        return [model]
+    return [objects.unet.model, objects.vae.first_stage_model, objects.clip.cond_stage_model]
+
+def tensors():
+    return [(name, tensor) for part in parts() for name, tensor in sorted(part.state_dict().items())]
+
 def sha():
     """SHA-256 over every tensor of the loaded model: names, formats, shapes, devices, bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(shared.sd_model.state_dict().items()):
+    for name, tensor in tensors():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else
-                      str(tensor.item()).encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 def add_routes(demo, app):
     @app.post("/probe")
     def probe(body: dict = Body(...)):
-        space = {"sha": sha, "shared": shared, "torch": torch}
+        space = {"sha": sha, "parts": parts, "tensors": tensors, "shared": shared, "torch": torch}
         try:
             exec(body["code"], space)
         except Exception:
@@ -86,7 +101,10 @@ class Server:
             folder.mkdir(parents=True, exist_ok=True)
         for source in sorted(Path(os.environ["LORA_TRAINER_WEBUI_MODELS"]).iterdir()):
             if source.is_file() and not (checkpoints / source.name).exists():
-                shutil.copyfile(source, checkpoints / source.name)
+                try:
+                    os.link(source, checkpoints / source.name)  # nobody writes into a checkpoint
+                except OSError:
+                    shutil.copyfile(source, checkpoints / source.name)
         # Text encoders that a .yaml names relative to the WebUI's folder: the command line looks above the checkpoint.
         for config in (self.webui / "models").glob("*/config.json"):
             if not (link := self.data / "models" / config.parent.name).exists():
@@ -102,7 +120,8 @@ class Server:
 
     def start(self) -> None:
         self.port = free_port()
-        flags = shlex.split(os.environ.get("LORA_TRAINER_WEBUI_FLAGS", CPU_FLAGS))
+        default = FORGE_FLAGS if FORGE else CPU_FLAGS
+        flags = shlex.split(os.environ.get("LORA_TRAINER_WEBUI_FLAGS", default))
         # An installer of ours would be run; the packages are there already, and a test must not install any.
         flags += ["--skip-prepare-environment", "--no-download-sd-model", "--skip-version-check"]
         flags += ["--disable-console-progressbars", "--api", "--port", str(self.port), "--data-dir", str(self.data)]

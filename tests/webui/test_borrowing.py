@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.webui.server import Server
 
 FAULTS = {
-    "assembling": ("lora_trainer.host.a1111_lender", "assemble", 0),
+    "assembling": ("lora_trainer.models.assemble.DiffusionModel", "__init__", 0),
     "injecting": ("lora_trainer.adapters.inject.AdapterSet", "attach", 0),
     "latents": ("lora_trainer.models.assemble.DiffusionModel", "encode_images", 0),
     "captions": ("lora_trainer.models.assemble.DiffusionModel", "encode_prompts", 0),
@@ -54,7 +54,7 @@ setattr(owner, name, original) if own else delattr(owner, name)
 POINTERS = """
 import gc
 from lora_trainer.models.assemble import DiffusionModel
-host = {t.untyped_storage().data_ptr() for t in shared.sd_model.state_dict().values()}
+host = {t.untyped_storage().data_ptr() for _, t in tensors() if not t.is_meta}
 models = [o for o in gc.get_objects() if type(o) is DiffusionModel and not o.unet.conv_in.weight.is_meta]
 bound = {n: p for n, p in models[0].bound().items() if not p.is_meta}
 copied = {n: p for n, p in bound.items() if p.untyped_storage().data_ptr() not in host}
@@ -65,11 +65,12 @@ result = {"models": len(models), "bound": len(bound), "bytes": size(bound), "cop
 RSS = "result = int(open('/proc/self/statm').read().split()[1]) * 4096"
 OPTIONS = "result = {k: v for k, v in shared.opts.data.items()}"
 HIJACK = """
-m = shared.sd_model
-encoders = list(m.conditioner.embedders) if hasattr(m, "conditioner") else [m.cond_stage_model]
 layer = torch.nn.Linear
-result = [str(type(m)), [str(type(e)) for e in encoders], str(layer.forward), str(layer.__init__), m.training,
-          sum(p.requires_grad for p in m.parameters()), len(m._forward_pre_hooks), str(m.first_stage_model.encode)]
+modules = [module for part in parts() for module in part.modules()]
+result = [str(type(shared.sd_model)), [str(type(m)) for m in modules], str(layer.forward), str(layer.__init__),
+          [m.training for m in parts()], sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules),
+          [str(m.forward) for m in modules if "forward" in vars(m)],
+          sum(p.requires_grad for part in parts() for p in part.parameters())]
 """
 
 

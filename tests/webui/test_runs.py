@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.webui.server import Server
+from tests.webui.server import Server, a1111_only
 from tests.webui.test_borrowing import POINTERS, facts, same
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,7 @@ def test_a_lora_published_again_is_used_at_once(webui, settings):
     assert np.array_equal(webui.generate("a circle"), plain)
 
 
+@a1111_only
 def test_medvram_is_lent_from_without_a_copy(tmp_path, settings):
     with Server(tmp_path / "medvram", "--medvram") as webui:
         picture, before = webui.generate("a circle"), webui.sha()
@@ -99,6 +100,7 @@ def test_medvram_is_lent_from_without_a_copy(tmp_path, settings):
         assert np.array_equal(webui.generate("a circle"), picture)
 
 
+@a1111_only
 def test_lowvram_and_fp8_are_refused_in_a_sentence(tmp_path, settings):
     with Server(tmp_path / "lowvram", "--lowvram") as webui:
         done = webui.wait(webui.submit(**settings, output_name="lowvram"))
@@ -106,6 +108,7 @@ def test_lowvram_and_fp8_are_refused_in_a_sentence(tmp_path, settings):
         assert "--lowvram" in done["error"]["message"] and "--medvram" in done["error"]["remedy"]
 
 
+@a1111_only
 def test_fp8_needs_the_cached_fp16_weights(webui, settings):
     picture = webui.generate("a circle")
     webui.post("/sdapi/v1/options", {"fp8_storage": "Enable"})
