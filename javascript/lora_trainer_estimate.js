@@ -78,6 +78,7 @@
     estimate.start = async function() {
         const button = app.get("start");
         button.disabled = true;
+        app.setText(button, app.t("Starting …"));
         try {
             if (app.pictures.busy) await app.pictures.busy;
             app.live.askForNotifications();
@@ -98,6 +99,7 @@
             if (first) first.scrollIntoView({block: "center", behavior: "smooth"});
         } finally {
             button.disabled = false;
+            app.setText(button, app.t("Start training"));
         }
     };
 

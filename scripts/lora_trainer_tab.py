@@ -56,23 +56,16 @@ def on_ui_tabs():
 
 
 def on_ui_settings():
-    options = {
-        "lora_trainer_hold_model": shared.OptionInfo(
-            False, "Keep the model for the whole training (faster; no pictures can be made meanwhile)"
-        ),
-        "lora_trainer_switch_waits": shared.OptionInfo(
-            False, "A checkpoint chosen during a training is loaded when the training is over (instead of pausing it)"
-        ),
-        "lora_trainer_folders": shared.OptionInfo(
-            "",
-            "Folders of this computer that may be trained on when the WebUI can be reached from others (one a line)",
-            gr.Textbox,
-            {"lines": 3},
-        ),
-    }
-    for key, info in options.items():
-        info.section = SECTION
-        shared.opts.add_option(key, info)
+    from lora_trainer.ui.settings import OPTIONS
+
+    for option in OPTIONS:
+        component, arguments = None, None  # a checkbox, by the default's type
+        if option.choices:
+            component, arguments = gr.Radio, {"choices": list(option.choices)}
+        elif option.lines:
+            component, arguments = gr.Textbox, {"lines": option.lines}
+        info = shared.OptionInfo(option.default, option.label, component, arguments, section=SECTION)
+        shared.opts.add_option(option.key, info)
 
 
 def on_script_unloaded():

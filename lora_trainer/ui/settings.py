@@ -4,52 +4,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_trainer.host.settings import FOLDERS_OPTION
 from lora_trainer.jobs.execution import HOLD_OPTION, WAIT_OPTION
 from lora_trainer.jobs.presets import PRESETS
 
+# These three are read by the page: javascript/lora_trainer_main.js, _form.js and _live.js.
 KIND_OPTION = "lora_trainer_kind"
 DEFAULTS_OPTION = "lora_trainer_defaults"
 NOTIFY_OPTION = "lora_trainer_notify"
-"""The last three are read by the page (``javascript/lora_trainer_form.js``, ``lora_trainer_live.js``)."""
 
 
 @dataclass(frozen=True)
 class SettingOption:
-    """key: its name in the host's options. choices: of a radio; None lets the default's type decide
-    (checkbox, text). lines: height of a text."""
+    """key: its name in the host's options. choices: of a radio; lines: height of a text. Without either it is a
+    checkbox."""
 
     key: str
     default: bool | str
     label: str
-    explanation: str
-    choices: tuple[str, ...] | None = None
-    lines: int = 1
+    choices: tuple[str, ...] = ()
+    lines: int = 0
 
 
-def options() -> tuple[SettingOption, ...]:
-    """Every option, in the order in which the page shows them."""
-    return (
-        SettingOption(
-            KIND_OPTION, "character", "Kind that a new training begins with", "", choices=tuple(PRESETS)
-        ),
-        SettingOption(
-            DEFAULTS_OPTION,
-            "",
-            "Settings that every new training begins with",
-            "as YAML, one a line, such as optimizer: prodigy; they go before what the kind suggests",
-            lines=4,
-        ),
-        SettingOption(
-            HOLD_OPTION,
-            False,
-            "Keep the model to the training until it is over",
-            "faster, but nothing can be generated meanwhile",
-        ),
-        SettingOption(
-            WAIT_OPTION,
-            False,
-            "Switching the checkpoint waits for the training",
-            "otherwise the training pauses until its checkpoint is back",
-        ),
-        SettingOption(NOTIFY_OPTION, True, "Tell by a browser notification when a training is over", ""),
-    )
+OPTIONS = (
+    SettingOption(KIND_OPTION, "character", "Kind that a new training begins with", choices=tuple(PRESETS)),
+    SettingOption(
+        DEFAULTS_OPTION,
+        "",
+        "Settings that every new training begins with, as YAML (one a line, such as optimizer: prodigy)",
+        lines=3,
+    ),
+    SettingOption(NOTIFY_OPTION, True, "Tell by a browser notification when a training is over"),
+    SettingOption(
+        HOLD_OPTION, False, "Keep the model for the whole training (faster; no pictures can be made meanwhile)"
+    ),
+    SettingOption(
+        WAIT_OPTION,
+        False,
+        "A checkpoint chosen during a training is loaded when the training is over (instead of pausing it)",
+    ),
+    SettingOption(
+        FOLDERS_OPTION,
+        "",
+        "Folders of this computer that may be trained on when the WebUI can be reached from others (one a line)",
+        lines=3,
+    ),
+)
+"""Every option, in the order in which the page shows them."""

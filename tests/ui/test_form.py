@@ -10,6 +10,7 @@ import pytest
 
 from lora_trainer.config import TrainConfig, field_docs, from_mapping
 from lora_trainer.ui import form, markup, results_tab, train_tab
+from lora_trainer.ui.settings import OPTIONS
 from tests.ui.words import ROOT, read_html, words_of_scripts
 
 SCRIPTS = sorted((ROOT / "javascript").glob("*.js"))
@@ -93,8 +94,9 @@ def test_every_word_is_in_chinese(page):
     settings = {field.name for field in dataclasses.fields(TrainConfig)}
     choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset"}
     examples = {"my_face_v2", "weight_decay: 0.01"}
-    said = (page.words | words_of_scripts() | {"Runs", "Train", "Use earlier pictures"}) - settings - choices - examples
+    said = (page.words | words_of_scripts() | {"Runs", "Train", "Use earlier pictures", "LoRA trainer"}) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
+    said |= {option.label for option in OPTIONS}
     assert not said - set(CHINESE), "not translated"
     assert not set(CHINESE) - said, "not said any more"
 
