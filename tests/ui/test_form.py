@@ -1,4 +1,4 @@
-"""The page as HTML: every setting, said once, labelled; nothing that could touch the host's page; every word in Chinese."""
+"""The page as HTML: every setting once, labelled; nothing that touches the host's page; every word in Chinese."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_every_word_is_in_chinese(page):
     settings = {field.name for field in dataclasses.fields(TrainConfig)}
     choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset"}
     examples = {"my_face_v2", "weight_decay: 0.01"}
-    said = (page.words | words_of_scripts() | {"Runs", "Train", "Use earlier pictures", "LoRA trainer"}) - settings - choices - examples
+    elsewhere = {"Runs", "Train", "Use earlier pictures", "LoRA trainer"}
+    said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
     said |= {option.label for option in OPTIONS}
     assert not said - set(CHINESE), "not translated"

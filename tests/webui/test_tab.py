@@ -1,0 +1,129 @@
+"""The tab as a person meets it in a real WebUI, from pictures to prompt.
+
+Takes the WebUI that LORA_TRAINER_WEBUI_URL names (it trains there, and leaves a LoRA), else starts one as the other
+tests here do.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from tests.ui.browser import chromium
+
+TRAINED = "SETTINGS = {resolution: '128', min_bucket_resolution: 64, epochs: 2, lora_rank: 4}"
+
+
+@pytest.fixture(scope="module")
+def address(request):
+    url = os.environ.get("LORA_TRAINER_WEBUI_URL")
+    return url or request.getfixturevalue("webui").url("/")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, address):
+    errors = []
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address, wait_until="domcontentloaded")
+    yield page
+    page.close()
+    assert not errors
+
+
+def open_tab(page):
+    page.wait_for_selector("#txt2img_generate")
+    page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+    page.evaluate("() => loraTrainer.host.openTab('lora_trainer')")
+    page.wait_for_selector("#lora_trainer_start")
+
+
+def add(page, pictures):
+    page.evaluate("() => loraTrainer.pictures.choose(null)")
+    page.set_input_files("#lora_trainer_files", sorted(pictures.iterdir()))
+    page.wait_for_selector("#lora_trainer_pictures:not([hidden])")
+
+
+def until(page, condition, seconds=300):
+    page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
+
+
+def generate(page, prompt):
+    page.fill("#txt2img_prompt textarea", prompt)
+    page.evaluate(
+        """() => {
+        for (const [name, value] of [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]]) {
+            const field = document.querySelector(`#txt2img_${name} input[type=number]`);
+            field.value = value;
+            updateInput(field);
+        }
+        document.querySelectorAll("#txt2img_gallery img").forEach((one) => one.remove());
+    }"""
+    )
+    page.click("#txt2img_generate")
+    image = page.wait_for_selector("#txt2img_gallery img", timeout=300_000)
+    return page.evaluate("async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))",
+                         image.get_attribute("src"))  # fmt: skip
+
+
+def test_from_pictures_to_prompt(page, pictures):
+    name = f"ellipse_{int(time.time())}"
+    open_tab(page)
+    add(page, pictures)
+    page.check("input[value=object]")
+    page.fill("#lora_trainer_field_output_name", name)
+    page.evaluate(f"() => {{ const {TRAINED}; for (const [name, value] of Object.entries(SETTINGS)) "
+                  "loraTrainer.form.set(name, value); return loraTrainer.estimate.now(); }")  # fmt: skip
+    steps = int(page.inner_text("#lora_trainer_fact_steps"))
+    page.click("#lora_trainer_start")
+    mine = f"loraTrainer.live.job && loraTrainer.live.job.name === '{name}'"
+    until(page, f"{mine} && loraTrainer.live.job.step > 1")
+    page.reload()
+    open_tab(page)
+    until(page, f"{mine} && loraTrainer.live.points.length > 1")
+    page.evaluate("() => loraTrainer.host.openTab('txt2img')")
+    without = generate(page, "a red ellipse")
+    until(page, f"{mine} && loraTrainer.live.job.status === 'finished'")
+    assert page.evaluate("() => loraTrainer.live.job.step") == steps, "as many as it said before"
+    assert page.evaluate("() => [loraTrainer.live.job.published, loraTrainer.live.job.verified]") == [name, True]
+    page.evaluate("() => loraTrainer.host.openTab('lora_trainer')")
+    page.wait_for_selector("#lora_trainer_previews img")
+    page.click("#lora_trainer_job_buttons >> text=Try it")
+    page.wait_for_selector("#txt2img_prompt textarea:visible")
+    assert f"<lora:{name}:" in page.input_value("#txt2img_prompt textarea")
+    page.click("#txt2img_extra_tabs >> text=Lora")
+    card = page.wait_for_selector(f"#txt2img_lora_cards .card[data-name={name}]")
+    assert card.query_selector("img.preview"), "the card has its picture"
+    page.fill("#txt2img_prompt textarea", "")
+    card.click()
+    assert f"<lora:{name}:" in page.input_value("#txt2img_prompt textarea")
+    page.click("#txt2img_extra_tabs >> text=Generation")
+    assert generate(page, f"a red ellipse <lora:{name}:1>") != without
+
+
+def test_problems_stand_beside_their_fields(page, pictures):
+    open_tab(page)
+    page.evaluate("() => loraTrainer.pictures.choose('/there/is/no/folder')")
+    page.wait_for_selector("#lora_trainer_problem_train_data_dir:visible")
+    add(page, pictures)
+    page.evaluate("() => loraTrainer.form.set('base_model', 'no-such-model')")
+    page.click("#lora_trainer_start")
+    page.wait_for_selector("#lora_trainer_problem_base_model:visible")
+
+
+def test_every_id_is_ours(page):
+    open_tab(page)
+    ids = page.evaluate(
+        "() => Array.from(document.querySelectorAll('#lora_trainer [id]'), (one) => one.id)"
+        ".filter((id) => !id.startsWith('lora_trainer') && !id.startsWith('component-'))"
+    )
+    assert not ids
