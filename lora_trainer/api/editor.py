@@ -69,7 +69,7 @@ def routes(context: Context) -> APIRouter:
         path = _picture(bench, file)
         return send(context.library.thumbnails.get(path, bench.session.pictures[file]))
 
-    @router.get("/editor/{session}/images/{file:path}", response_class=FileResponse)
+    @router.get("/editor/{session}/pictures/{file:path}", response_class=FileResponse)
     def image(session: str, file: str) -> FileResponse:
         """The picture's own file."""
         return send(_picture(desk.get(session), file))

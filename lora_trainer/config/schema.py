@@ -98,6 +98,10 @@ class DataSettings:
     caption_extension: str = setting(".txt")
     """Ending of caption files, tried first; .txt and .caption are found anyway."""
 
+    caption_mapping: str | None = setting(None)
+    """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are read:
+    Stable Diffusion's CLIP barely reads Chinese."""
+
     trigger_word: str = setting("")
     """Word that calls the LoRA up later; put first in every caption that lacks it."""
 

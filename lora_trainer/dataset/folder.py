@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset import captions as grammar
 from lora_trainer.dataset.caption_files import CaptionSource, read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
 from lora_trainer.dataset.listing import (
@@ -30,7 +31,7 @@ from lora_trainer.dataset.listing import (
 )
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, concerning
 
 __all__ = [
     "CaptionProblem", "CaptionSource", "Dataset", "Listing", "Sample", "Skipped", "is_picture", "kohya_folder",
@@ -50,7 +51,8 @@ class Sample:
     """One picture of the training set.
 
     key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
-    caption: as written, with its marks; the class tokens or the trigger word where there was none.
+    caption: as written, with its marks, translated by ``caption_mapping``; the class tokens or the trigger word where
+        there was none.
     size: (width, height) in pixels, after EXIF rotation and ``edit``.
     digest: SHA-256 of the file's bytes, and of ``edit`` where there is one; hexadecimal.
     edit: how the picture is turned and cropped when it is read.
@@ -96,15 +98,29 @@ def scan(
     others = [path for path in (config.reg_data_dir, config.output_dir, config.cache_dir) if path]
     training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure)
     if not config.reg_data_dir:
-        return training
+        return _translated(training, config)
     others = [config.train_data_dir, *others[1:]]
     regularization = _scan_root(config, Path(config.reg_data_dir), others, True, progress, measure)
-    return Dataset(
+    both = Dataset(
         training.root,
         training.samples + regularization.samples,
         training.skipped + regularization.skipped,
         training.warnings + regularization.warnings,
     )
+    return _translated(both, config)
+
+
+def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
+    """The data set with ``caption_mapping`` applied to its captions. Raises UserError for an unreadable file."""
+    if not config.caption_mapping:
+        return dataset
+    with concerning("caption_mapping"):
+        mapping = grammar.load_mapping(config.caption_mapping)
+    samples = tuple(
+        dataclasses.replace(sample, caption=grammar.format(grammar.translate(grammar.parse(sample.caption), mapping)))
+        for sample in dataset.samples
+    )
+    return dataclasses.replace(dataset, samples=samples)
 
 
 def _scan_root(

@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of characte
 _LONGEST = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
-READ_FIELDS = ("metadata_path", "reg_data_dir", "init_lora", "vae")
+READ_FIELDS = ("metadata_path", "caption_mapping", "reg_data_dir", "init_lora", "vae")
 """Settings that name a file or folder to read, besides ``train_data_dir``, ``base_model`` and ``resume``."""
 
 _REFUSED = "This path may not be used here."

@@ -37,8 +37,9 @@ from lora_trainer.training.state import fingerprint
 # Settings that say where data comes from and results go, not what the result is. An interrupted run is continued
 # whatever they are; the data and the models behind the paths are compared by their content.
 _NOT_DECISIVE = {
-    "base_model", "vae", "device", "train_data_dir", "metadata_path", "reg_data_dir", "caption_extension", "cache_dir",
-    "init_lora", "output_dir", "output_name", "overwrite", "save_steps", "save_epochs", "keep_checkpoints",
+    "base_model", "vae", "device", "train_data_dir", "metadata_path", "reg_data_dir", "caption_extension",
+    "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps", "save_epochs",
+    "keep_checkpoints",
     "save_precision", "export_diffusers", "merge_into_base", "resume", "preview_prompts", "preview_steps",
     "description", "tensorboard", "gradient_checkpointing",
 }  # fmt: skip

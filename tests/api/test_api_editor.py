@@ -96,7 +96,7 @@ def test_edit_undo_redo_and_save(editor, root):
     assert row["crop"] == [0, 0, 0.5, 1] and row["rotate"] == 90
     answer = editor.client.get(f"/editor/{editor.id}/thumbnails/c.png?v={row['version']}")
     assert Image.open(io.BytesIO(answer.content)).size == (30, 80)
-    assert editor.client.get(f"/editor/{editor.id}/images/c.png").content == (root / "c.png").read_bytes()
+    assert editor.client.get(f"/editor/{editor.id}/pictures/c.png").content == (root / "c.png").read_bytes()
     editor.post("pictures/edit", files=["c.png"], clear_crop=True, rotate=0)
     editor.post("edit", kind="regex", pattern="black (dog)", value=r"\1", files=["c.png"])
     assert editor.files(text="a dog") == ["c.png"]
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_told_and_changes_nothing(editor, client, root):
     editor.post("undo", 400)
     assert editor.get()["unsaved"] == 0
     for file in ("../../jobs.sqlite", "a.txt", "/etc/passwd", "%2e%2e/x.png"):
-        for kind in ("images", "thumbnails"):
+        for kind in ("pictures", "thumbnails"):
             assert client.get(f"/editor/{editor.id}/{kind}/{file}").status_code in (400, 404)
     assert client.get("/editor/0123456789abcdef").status_code == 404
 

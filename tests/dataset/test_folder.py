@@ -444,3 +444,14 @@ def test_listing_an_unreadable_metadata_folder_does_not_recurse_for_ever(tmp_pat
     write(tmp_path / "metadata.csv" / "inner.txt", "a folder, not a file")
     listing = list_folder(tmp_path)
     assert len(listing.pictures) == 1 and read_captions(tmp_path) == {}
+
+
+def test_a_mapping_translates_captions_as_they_are_read(tmp_path):
+    picture(tmp_path / "data" / "a.png")
+    write(tmp_path / "data" / "a.txt", "**红色帽子**, sky, (雨:1.2)")
+    mapping = write(tmp_path / "terms.yaml", "红色帽子: red hat\n雨: rain\n")
+    found = scan_folder(tmp_path / "data", caption_mapping=str(mapping))
+    assert captions(found) == {"a.png": "**red hat**, sky, (rain:1.2)"}
+    assert captions(scan_folder(tmp_path / "data")) == {"a.png": "**红色帽子**, sky, (雨:1.2)"}
+    with pytest.raises(UserError, match=r"caption_mapping.*terms\.txt"):
+        scan_folder(tmp_path / "data", caption_mapping=str(tmp_path / "terms.txt"))
