@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from lora_trainer import __version__
-from lora_trainer.cli import caption, demo, tools, train
+from lora_trainer.cli import caption, demo, tools, train, ui
 from lora_trainer.errors import UserError
 
 FAILED, BAD_INPUT = 1, 2
@@ -43,6 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (train.add_parser, caption.add_parser, *tools.PARSERS, demo.add_parser):
+    for add in (train.add_parser, caption.add_parser, *tools.PARSERS, demo.add_parser, ui.add_parser):
         add(commands)
     return parser

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,3 +24,30 @@ def unsaved(component: Any) -> Any:
     """``component``, of which the host shall not freeze the first values into its ui-config.json."""
     component.do_not_save_to_config = True
     return component
+
+
+def serve_alone(app: Any, tab: gradio.Blocks, title: str, style: str, scripts: Sequence[str]) -> Any:
+    """``app`` with a page that holds nothing but the tab; ``scripts`` are addresses, loaded in their order.
+
+    Plays the part of the WebUIs' own scripts: those of ours begin when all are loaded and the page is there.
+    """
+    load = """() => {
+        const scripts = %s, begin = [];
+        window.onUiLoaded = (action) => begin.push(action);
+        const next = () => {
+            if (!scripts.length) return begin.forEach((action) => action());
+            const script = document.createElement("script");
+            script.src = scripts.shift();
+            script.onload = next;
+            document.head.append(script);
+        };
+        next();
+    }""" % json.dumps(list(scripts))  # noqa: UP031 - braces of JavaScript
+    # gradio's own theme asks another server for its fonts.
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gradio.Blocks(title=title, css=style, theme=theme, analytics_enabled=False) as page:
+        tab.render()
+        # gradio 4 renamed the argument.
+        name = "js" if "js" in inspect.signature(page.load).parameters else "_js"
+        page.load(None, None, None, **{name: load})
+    return gradio.mount_gradio_app(app, page, path="/")

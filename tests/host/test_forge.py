@@ -1,0 +1,206 @@
+"""Forge's own traps, sprung in a fake."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_trainer.errors import UserError
+from lora_trainer.host import select
+from lora_trainer.host.base import Card, PreviewRequest
+from lora_trainer.models.base import ModelAwayError
+from tests.host.conftest import OPTIONS, make_lora
+from tests.host.test_contract import answer
+
+LORA = "a cat <lora:cat:1>"
+
+
+def state(fake) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.clone()) for part in fake.parts() for name, tensor in part.state_dict().items()]
+
+
+def same(one, two) -> bool:
+    return len(one) == len(two) and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(one, two))
+
+
+def storages(tensors) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.fixture
+def lender(forge):
+    return forge.lender("first", OPTIONS)
+
+
+def test_aliases_share_memory_and_can_be_trained_through(lender, fake_forge):
+    with lender.borrow() as model, lender.turn():
+        bound = model.bound().values()
+        assert storages(bound) <= {s for part in fake_forge.parts() for s in storages(part.parameters())}
+        assert not any(tensor.is_inference() for tensor in bound)
+        assert all(parameter.is_inference() for parameter in fake_forge.parts()[0].parameters())
+        latents = torch.ones(1, 4, 8, 8, requires_grad=True)
+        with torch.no_grad():
+            prompts = model.encode_prompts(["a red cat"])
+        model.predict(latents, torch.tensor([500]), prompts, None).sum().backward()
+        assert torch.isfinite(latents.grad).all() and latents.grad.abs().sum() > 0
+
+
+def test_a_model_is_loaded_when_there_is_none(lender, fake_forge):
+    assert fake_forge.loads == []
+    assert lender.describe().name == "first" and fake_forge.loads == []
+    with lender.borrow(), lender.turn():
+        assert fake_forge.loads == ["first"]
+
+
+def test_weights_that_forge_moved_are_bound_again(lender, fake_forge):
+    with lender.borrow() as model:
+        expected = answer(model)
+        fake_forge.unload()
+        with lender.turn():
+            assert storages(model.bound().values()) <= {
+                s for part in fake_forge.parts() for s in storages(part.parameters())
+            }
+            assert torch.equal(answer(model), expected)
+
+
+def test_merged_loras_are_taken_out_and_merged_again(forge, lender, fake_forge, lora):
+    forge.publish(lora, "cat", Card())
+    plain, picture = fake_forge.generate("a cat"), fake_forge.generate(LORA)
+    assert picture.tobytes() != plain.tobytes()
+    before = state(fake_forge)
+    with lender.borrow() as model:
+        with lender.turn():
+            expected = answer(model)
+        assert fake_forge.generate(LORA).tobytes() == picture.tobytes()
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+    assert same(state(fake_forge), before)
+    assert fake_forge.generate(LORA).tobytes() == picture.tobytes()
+    assert fake_forge.generate("a cat").tobytes() == plain.tobytes()
+
+
+def test_a_preview_leaves_no_lora_behind(forge, fake_forge, lora):
+    plain = fake_forge.generate("a cat")
+    before = state(fake_forge)
+    forge.draw(PreviewRequest("a cat", width=64, height=64, lora=lora))
+    assert same(state(fake_forge), before)
+    assert fake_forge.generate("a cat").tobytes() == plain.tobytes()
+    assert not any(name.startswith("lora-trainer") for name in fake_forge.networks.available_networks)
+
+
+def test_twenty_overwrites_show_the_newest_weights_each_time(forge, fake_forge, models, tmp_path):
+    pictures = set()
+    for index in range(20):
+        path = make_lora(models / "first.safetensors", tmp_path / "again.safetensors", 0.1, seed=index)
+        forge.publish(path, "cat", Card(), overwrite=True)
+        picture = fake_forge.generate(LORA).tobytes()
+        assert picture == forge_picture_of(forge, fake_forge, path, index)
+        pictures.add(picture)
+    assert len(pictures) == 20
+
+
+def forge_picture_of(forge, fake_forge, path, index: int) -> bytes:
+    forge.publish(path, f"once-{index}", Card())
+    return fake_forge.generate(f"a cat <lora:once-{index}:1>").tobytes()
+
+
+def test_another_checkpoint_pauses_the_run_and_is_not_held_back(lender, fake_forge):
+    with lender.borrow() as model:
+        expected = answer(model)
+        former = weakref.ref(fake_forge.model)
+        fake_forge.select("second")
+        with pytest.raises(ModelAwayError, match="first"):
+            fake_forge.generate("a dog")
+            with lender.turn():
+                pass
+        gc.collect()
+        assert former() is None, "the former model's memory is held"
+        fake_forge.select("first")
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+
+
+def test_a_switch_can_wait_until_the_run_is_over(forge, fake_forge):
+    lender = forge.lender("first", dataclasses.replace(OPTIONS, wait_for_model=True))
+    with lender.borrow():
+        fake_forge.select("second")
+        fake_forge.generate("a dog")
+        with lender.turn():
+            assert fake_forge.model.sd_checkpoint_info.name_for_extra == "first"
+    assert "second" in fake_forge.shared.opts.data["sd_model_checkpoint"]
+    fake_forge.generate("a dog")
+    assert fake_forge.model.sd_checkpoint_info.name_for_extra == "second"
+
+
+def test_the_former_model_comes_back_after_another_was_trained(forge, fake_forge):
+    picture = fake_forge.generate("a cat")
+    with forge.lender("second", OPTIONS).borrow():
+        assert fake_forge.model.sd_checkpoint_info.name_for_extra == "second"
+        assert "first" in fake_forge.shared.opts.data["sd_model_checkpoint"]
+    assert fake_forge.model.sd_checkpoint_info.name_for_extra == "first"
+    assert fake_forge.generate("a cat").tobytes() == picture.tobytes()
+
+
+def test_after_a_failed_load_forge_loads_again(forge, fake_forge, monkeypatch):
+    fake_forge.generate("a cat")
+    build = fake_forge._build
+    monkeypatch.setattr(fake_forge, "_build", lambda *arguments: 1 / 0)
+    with pytest.raises(UserError) as error, forge.lender("second", OPTIONS).borrow():
+        pass
+    assert error.value.field == "base_model" and error.value.remedy
+    monkeypatch.setattr(fake_forge, "_build", build)
+    fake_forge.generate("a cat")
+    assert fake_forge.model.sd_checkpoint_info.name_for_extra == "first"
+
+
+def test_low_bits_are_refused_with_the_option_to_change(forge, fake_forge):
+    fake_forge.shared.opts.forge_unet_storage_dtype = "bnb-nf4"
+    with pytest.raises(UserError) as error:
+        forge.lender("first", OPTIONS).describe()
+    assert error.value.field == "base_model" and "Diffusion in Low Bits" in error.value.remedy
+
+
+def test_low_bits_chosen_in_the_middle_pause_the_run(lender, fake_forge):
+    with lender.borrow() as model:
+        expected = answer(model)
+        for choice, away in (("bnb-nf4", True), ("Automatic", False)):
+            fake_forge.shared.opts.forge_unet_storage_dtype = choice
+            fake_forge._refresh_model_loading_parameters()
+            fake_forge.generate("a cat")
+            if away:
+                with pytest.raises(ModelAwayError, match="Diffusion in Low Bits"), lender.turn():
+                    pass
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+
+
+def test_whoever_waits_finds_our_aliases_gone(lender, fake_forge, monkeypatch):
+    with lender.borrow() as model:
+        expected = answer(model)
+        monkeypatch.setattr(lender._turns, "_waiting", lambda: True)
+        with lender.turn():
+            pass
+        assert all(tensor.is_meta for tensor in model.bound().values())
+        monkeypatch.undo()
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+
+
+def test_a_fork_that_is_not_known_is_refused_in_a_sentence(monkeypatch):
+    for present in (
+        {"ldm_patched.modules.model_management": SimpleNamespace()},
+        {"backend.memory_management": SimpleNamespace(load_models_gpu=lambda models, force_full_load=False: None)},
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "modules.sd_models", SimpleNamespace(forge_model_reload=None))
+            for name, module in present.items():
+                patch.setitem(sys.modules, name, module)
+            with pytest.raises(UserError) as error:
+                select._make()
+            assert error.value.remedy
