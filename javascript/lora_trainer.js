@@ -34,8 +34,20 @@ var loraTrainer = window.loraTrainer || {};
         return node;
     };
 
-    app.button = (text, action, kind) =>
-        app.el("button", {type: "button", class: "button " + (kind || "secondary"), onclick: action}, app.t(text));
+    const TIPS = {
+        "Pause": "Waits after this step and leaves the graphics card to you; Resume goes on from here.",
+        "Save now": "Saves the LoRA as it is after this step, and the state to go on from.",
+        "Preview now": "Draws the preview prompts with the LoRA as it is now.",
+        "Stop and save": "Ends after this step; the LoRA as it is comes into your Lora tab.",
+        "Stop": "Ends after this step; only what was saved before stays.",
+        "Hold": "Lets the others go first, until you start it.",
+        "Continue from it": "A new training that begins with this LoRA, such as with more pictures.",
+        "Run again with changes": "Puts its settings into the form; nothing starts yet.",
+    };
+
+    app.button = (text, action, kind) => app.el("button", {
+        type: "button", class: "button " + (kind || "secondary"), title: TIPS[text] && app.t(TIPS[text]), onclick: action,
+    }, app.t(text));
 
     /** Change a text in place: no node comes or goes, so the host's own watchers of the page stay asleep. */
     app.setText = function(node, text) {

@@ -25,6 +25,9 @@
         const loaded = checkpoints.find((one) => one.loaded);
         const text = loaded ? app.t("{name} (loaded)", {name: loaded.title}) : app.t("the model that is loaded");
         const list = app.get("field_base_model");
+        const key = JSON.stringify(checkpoints);
+        if (list.dataset.key === key) return;
+        list.dataset.key = key;
         list.replaceChildren(
             app.el("option", {value: ""}, text),
             ...checkpoints.filter((one) => !one.loaded).map((one) => app.el("option", {value: one.title}, one.title)),
@@ -68,7 +71,16 @@
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
     }
 
+    /** The tab is opened: another model may have been loaded meanwhile. */
+    function opened() {
+        const tab = typeof get_uiCurrentTabContent === "function" && get_uiCurrentTabContent();
+        if (!app.begun || !tab || tab.id !== "tab_lora_trainer") return;
+        app.live.look();
+        fillModels().catch((error) => app.complain(error, app.get("trouble")));
+    }
+
     const whenReady = () => begin().catch((error) => app.complain(error, app.get("trouble")));
     if (typeof onUiLoaded === "function") onUiLoaded(whenReady);
     else document.addEventListener("DOMContentLoaded", whenReady);
+    if (typeof onUiTabChange === "function") onUiTabChange(opened);
 })(loraTrainer);
