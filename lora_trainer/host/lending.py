@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,10 @@ class WebuiLender(ABC):
                 yield
             finally:
                 self._leave()
+
+    def device_turn(self) -> AbstractContextManager[None]:
+        """The WebUI's device without the model, for what comes before ``borrow``: captions, if there are none."""
+        return self._turns.take()
 
     def model_hash(self) -> str | None:
         # The WebUI has it already, unless it was told not to hash.

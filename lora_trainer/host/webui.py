@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ class WebuiHost(ABC):
             f"The WebUI's list has no base model {name!r}.", field="base_model",
             remedy="Choose one of the list, or refresh the list if the file is new.",
         )  # fmt: skip
+
+    def device_turn(self) -> AbstractContextManager[None]:
+        """The WebUI's device for something else than its base model: a batch of captions."""
+        return self._turns.take()
 
     # Publishing ---------------------------------------------------------------------------------------------------
 

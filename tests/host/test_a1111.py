@@ -441,3 +441,12 @@ def test_with_medvram_weights_are_lent_without_a_copy(a1111, webui):
         with lender.turn():
             assert storages(model.bound().values()) <= storages(named(webui.model).values())
     assert sha(webui) == before
+
+
+def test_captions_take_their_turn_on_the_hosts_device(a1111, webui):
+    lender = a1111.lender("", LenderOptions())
+    lock = webui.call_queue.queue_lock
+    for turn in (a1111.device_turn, lender.device_turn):
+        with turn():
+            assert lock._lock.locked() if hasattr(lock, "_lock") else lock.locked()
+        assert not (lock._lock.locked() if hasattr(lock, "_lock") else lock.locked())
