@@ -15,6 +15,7 @@ from lora_trainer.models.architecture import Architecture, Hints
 from lora_trainer.models.detect import detect
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import file_hints, merged
+from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -78,7 +79,10 @@ class HostModel:
         return load_tokenizer()
 
     def alphas_cumprod(self) -> Tensor:
-        return self.sd_model.alphas_cumprod_original  # the other one is rewritten by every generation
+        """The usual one, unless the model has another: A1111 rounds its own to fp16 when fp8 is switched off again."""
+        theirs = self.sd_model.alphas_cumprod_original  # alphas_cumprod is rewritten by every generation
+        usual = scaled_linear_alphas_cumprod()
+        return usual if torch.allclose(theirs.float().cpu(), usual, rtol=0, atol=1e-3) else theirs
 
 
 def refuse_unsuitable(webui: Any, sd_model: Any) -> None:

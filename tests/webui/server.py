@@ -146,10 +146,18 @@ class Server:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended:\n{self.tail()}")
-            if b"Startup time" in self.log.read_bytes()[begin:]:
+            if b"Startup time" in self.log.read_bytes()[begin:] and self._answers():
                 return
             time.sleep(0.25)
         raise RuntimeError(f"the WebUI did not start:\n{self.tail()}")
+
+    def _answers(self) -> bool:
+        """Without its page the WebUI says that it has started before it listens."""
+        try:
+            self.get("/sdapi/v1/options")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+        return True
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         if self.process is not None and self.process.poll() is None:
