@@ -150,12 +150,16 @@ def test_the_former_model_comes_back_after_another_was_trained(forge, fake_forge
 def test_after_a_failed_load_forge_loads_again(forge, fake_forge, monkeypatch):
     fake_forge.generate("a cat")
     build = fake_forge._build
-    monkeypatch.setattr(fake_forge, "_build", lambda *arguments: 1 / 0)
+
+    def fail_for_second(info, storage):
+        if info.name_for_extra == "second":
+            raise OSError("not enough memory")
+        return build(info, storage)
+
+    monkeypatch.setattr(fake_forge, "_build", fail_for_second)
     with pytest.raises(UserError) as error, forge.lender("second", OPTIONS).borrow():
         pass
     assert error.value.field == "base_model" and error.value.remedy
-    monkeypatch.setattr(fake_forge, "_build", build)
-    fake_forge.generate("a cat")
     assert fake_forge.model.sd_checkpoint_info.name_for_extra == "first"
 
 
