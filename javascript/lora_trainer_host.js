@@ -39,6 +39,7 @@
         const trigger = settings.trigger_word;
         const words = trigger && !earlier.includes(trigger) ? [trigger, earlier] : [earlier];
         type(field, `${words.filter(Boolean).join(", ")} ${call}`.trim());
+        host.refreshPicker(); // this page may have been opened after the training ended
         host.openTab("txt2img");
         field.focus();
     };

@@ -101,7 +101,7 @@ def test_from_pictures_to_prompt(page, pictures):
     page.wait_for_selector("#txt2img_prompt textarea:visible")
     assert f"<lora:{name}:" in page.input_value("#txt2img_prompt textarea")
     page.click("#txt2img_extra_tabs >> text=Lora")
-    card = page.wait_for_selector(f"#txt2img_lora_cards .card[data-name={name}]")
+    card = page.wait_for_selector(f"#txt2img_lora_cards .card[data-name={name}]", state="attached")
     assert card.query_selector("img.preview"), "the card has its picture"
     page.fill("#txt2img_prompt textarea", "")
     card.click()
@@ -124,6 +124,6 @@ def test_every_id_is_ours(page):
     open_tab(page)
     ids = page.evaluate(
         "() => Array.from(document.querySelectorAll('#lora_trainer [id]'), (one) => one.id)"
-        ".filter((id) => !id.startsWith('lora_trainer') && !id.startsWith('component-'))"
+        ".filter((id) => id && !id.startsWith('lora_trainer') && !id.startsWith('component-'))"
     )
     assert not ids
