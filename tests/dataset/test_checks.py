@@ -258,7 +258,7 @@ def test_buckets_repeats_and_steps_are_previewed(tmp_path):
 
 def test_each_picture_is_decoded_once_and_progress_can_cancel(folder, monkeypatch):
     seen = []
-    monkeypatch.setattr("lora_trainer.dataset.checks.inspect", lambda path: seen.append(path) or inspect(path))
+    monkeypatch.setattr("lora_trainer.dataset.checks.inspect", lambda path, edit: seen.append(path) or inspect(path))
     monkeypatch.setattr("lora_trainer.dataset.checks.measure", lambda path: pytest.fail("decoded again"))
     calls = []
     check_folder(folder, progress=lambda done, total: calls.append((done, total)))
