@@ -199,6 +199,17 @@ def test_a_failing_load_is_an_error_that_names_the_field(a1111, webui, monkeypat
     assert not webui.call_queue.queue_lock._lock.locked()
 
 
+def test_a_schedule_that_the_host_only_rounded_is_the_usual_one(a1111, webui):
+    with a1111.lender("", OPTIONS).borrow() as model:
+        usual = model.schedule.alphas_cumprod
+    webui.model.alphas_cumprod_original = usual.half().float()
+    with a1111.lender("", OPTIONS).borrow() as model:
+        assert torch.equal(model.schedule.alphas_cumprod, usual)
+    webui.model.alphas_cumprod_original = usual**2
+    with a1111.lender("", OPTIONS).borrow() as model:
+        assert torch.equal(model.schedule.alphas_cumprod, usual**2)
+
+
 # VAE ------------------------------------------------------------------------------------------------------------------
 
 
