@@ -20,6 +20,9 @@ CANVAS = 48
 AREA_SHARE = 0.2
 """Share of that raster that every outline covers after normalization."""
 ROTATIONS = tuple(range(-45, 180, 5))
+STAR_WAISTS = (0.65, 0.8, 1.0, 1.15)
+CROSS_ARMS = (0.65, 0.8, 1.0, 1.15)
+"""Inner corners of a star and half width of a cross's arms, as multiples of the drawn ones."""
 MIN_AREA = 0.01
 """Share of the picture below which nothing is taken for a shape."""
 BORDER = 0.05
@@ -88,12 +91,28 @@ def _best_overlap(raster: np.ndarray, templates: np.ndarray) -> float:
 
 @cache
 def _templates() -> dict[str, np.ndarray]:
-    """For each shape its normalized outline in every rotation: [R, CANVAS, CANVAS]."""
+    """For each shape its normalized outlines, thin and stout, in every rotation: [R, CANVAS, CANVAS]."""
     made = {}
     for name in shapes.SHAPES:
-        scene = shapes.Scene(name, "black", "grey", "big", 0.35, (0.5, 0.5), 0.0)
-        # As blurred as eightfold latents leave it.
-        small = shapes.draw_mask(scene).reduce(8).resize((128, 128), Image.Resampling.BILINEAR)
-        cover = np.asarray(small, np.float64) / 255
-        made[name] = np.stack([_normalized(cover, angle) for angle in ROTATIONS])
+        rasters = []
+        for outline in _variants(name):
+            mask = shapes.draw_outline(outline, hole=shapes.RING_HOLE if name == "ring" else 0.0)
+            # As blurred as eightfold latents leave it.
+            cover = np.asarray(mask.reduce(8).resize((128, 128), Image.Resampling.BILINEAR), np.float64) / 255
+            rasters += [_normalized(cover, angle) for angle in ROTATIONS]
+        made[name] = np.stack(rasters)
     return made
+
+
+def _variants(name: str) -> list[list[tuple[float, float]]]:
+    """The shape's outline; for stars and crosses also those with thinner and stouter arms, which are no less theirs."""
+    outline = shapes.OUTLINES[name]
+    if name == "star":
+        return [[(x * f, y * f) if i % 2 else (x, y) for i, (x, y) in enumerate(outline)] for f in STAR_WAISTS]
+    if name == "cross":
+        arm = min(abs(x) for x, _ in outline)
+        return [
+            [tuple(math.copysign(arm * f, v) if abs(v) == arm else v for v in point) for point in outline]
+            for f in CROSS_ARMS
+        ]
+    return [outline]

@@ -119,18 +119,30 @@ def random_scene(
 
 def draw_mask(scene: Scene, side: int = 128) -> Image.Image:
     """Coverage of the shape as an anti-aliased 8-bit grey picture of `side` × `side` pixels."""
+    hole = RING_HOLE if scene.shape == "ring" else 0.0
+    return draw_outline(OUTLINES[scene.shape], scene.radius, scene.center, scene.tilt, hole, side)
+
+
+def draw_outline(
+    outline: Sequence[tuple[float, float]],
+    radius: float = 0.35,
+    center: tuple[float, float] = (0.5, 0.5),
+    tilt: float = 0.0,
+    hole: float = 0.0,
+    side: int = 128,
+) -> Image.Image:
+    """Coverage of any outline (one unit is `radius`), less a round hole of radius `hole`, as `draw_mask` gives it."""
     big = side * SUPERSAMPLING
-    cos, sin = math.cos(scene.tilt), math.sin(scene.tilt)
+    cos, sin = math.cos(tilt) * radius, math.sin(tilt) * radius
 
     def corner(x: float, y: float) -> tuple[float, float]:
-        x, y = x * scene.radius, y * scene.radius
-        return (scene.center[0] + cos * x - sin * y) * big, (scene.center[1] + sin * x + cos * y) * big
+        return (center[0] + cos * x - sin * y) * big, (center[1] + sin * x + cos * y) * big
 
     mask = Image.new("L", (big, big), 0)
     pen = ImageDraw.Draw(mask)
-    pen.polygon([corner(x, y) for x, y in OUTLINES[scene.shape]], fill=255)
-    if scene.shape == "ring":
-        pen.polygon([corner(RING_HOLE * x, RING_HOLE * y) for x, y in _regular(72, 0.0)], fill=0)
+    pen.polygon([corner(x, y) for x, y in outline], fill=255)
+    if hole:
+        pen.polygon([corner(hole * x, hole * y) for x, y in _regular(72, 0.0)], fill=0)
     return mask.reduce(SUPERSAMPLING)
 
 

@@ -22,11 +22,16 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def autoencoder():
+    return build(vae.construct())
+
+
+def build(constructed: dict[str, np.ndarray]):
+    """diffusers' autoencoder with these weights, renamed by diffusers itself."""
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     model = AutoencoderKL(**CONFIG)
-    weights = {"first_stage_model." + name: torch.from_numpy(value) for name, value in vae.construct().items()}
+    weights = {"first_stage_model." + name: torch.from_numpy(value) for name, value in constructed.items()}
     model.load_state_dict(convert_ldm_vae_checkpoint(weights, model.config))
     return model.eval().requires_grad_(False)
 
@@ -74,11 +79,13 @@ def test_decoding_enlarges_smoothly_up_to_the_edge(autoencoder, side):
     assert difference.max() < 0.05  # of a range of 2; without the repaired edge it is 0.8
 
 
-def test_half_precision_loses_less_than_an_eight_bit_level(autoencoder):
-    half = {name: value.astype(np.float16).astype(np.float32) for name, value in vae.construct().items()}
-    exact = vae.construct()
-    assert max(np.abs(half[name] - exact[name]).max() for name in exact if "conv_out" not in name) < 0.04
-    assert all(np.isfinite(value).all() for value in half.values())
+def test_weights_rounded_to_half_precision_lose_less_than_an_eight_bit_level(autoencoder):
+    """The checkpoint stores fp16."""
+    rounded = build({name: value.astype(np.float16).astype(np.float32) for name, value in vae.construct().items()})
+    images = torch.from_numpy(pictures(64)).permute(0, 3, 1, 2).float()
+    exact = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+    found = rounded.decode(rounded.encode(images).latent_dist.mean).sample
+    assert (found - exact).abs().max() < 2 / 255
 
 
 def test_shortcut_pictures_match_the_decoder(autoencoder):
