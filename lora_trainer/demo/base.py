@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_trainer.demo import networks, vae
 from lora_trainer.errors import UserError
-from lora_trainer.files import atomic_path, sha256_file
+from lora_trainer.files import atomic_write, sha256_file
 
 SHIPPED = Path(__file__).with_name("base.safetensors")
 CACHE_VARIABLE = "LORA_TRAINER_CACHE"
@@ -65,8 +65,12 @@ def build_base(path: Path | None = None) -> Path:
 
 
 def _write(path: Path) -> None:
+    import torch
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
+
+    # The library leaves the order of the metadata to chance; equal checkpoints must have equal hashes.
+    from lora_trainer.adapters.tensor_file import serialize
 
     try:
         tensors = load_file(SHIPPED)
@@ -78,5 +82,4 @@ def _write(path: Path) -> None:
     tensors[f"{TEXT}embeddings.token_embedding.weight"] = table
     tensors[f"{TEXT}embeddings.position_ids"] = np.arange(networks.CONTEXT_LENGTH, dtype=np.int64)[None]
     tensors |= {VAE + name: weight.astype(np.float16) for name, weight in vae.construct().items()}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, METADATA)
+    atomic_write(path, serialize({name: torch.from_numpy(value) for name, value in tensors.items()}, METADATA))

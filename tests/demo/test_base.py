@@ -48,6 +48,10 @@ def test_diffusers_reads_the_unet_as_it_was_trained(checkpoint):
     assert all(torch.equal(converted[name], expected[name]) for name in expected)
 
 
+def test_the_same_bytes_are_built_every_time(checkpoint, tmp_path):
+    assert base.build_base(tmp_path / "again.safetensors").read_bytes() == checkpoint.read_bytes()
+
+
 def test_it_is_built_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv(base.CACHE_VARIABLE, str(tmp_path))
     first = base.build_base()
