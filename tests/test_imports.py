@@ -63,9 +63,8 @@ def test_imports_go_one_way(path):
         root, *rest = name.split(".")
         if root == "lora_trainer" and rest and part != "__main__":
             allowed = MAY_IMPORT.get(part, INSIDE) | {part}
-            assert rest[0] in allowed or not (PACKAGE / rest[0]).exists() and not (PACKAGE / f"{rest[0]}.py").exists(), (
-                f"{path.name} ({part}) imports {name}"
-            )
+            is_ours = (PACKAGE / rest[0]).exists() or (PACKAGE / f"{rest[0]}.py").exists()
+            assert rest[0] in allowed or not is_ours, f"{path.name} ({part}) imports {name}"
         if root in HOST_ROOTS:
             assert path.parent.name == "host" and path.stem in {"a1111", "forge"}, f"{path} imports the host's {name}"
             assert not top, f"{path} imports the host's {name} at the top of the file; it must be lazy"

@@ -10,35 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
-from lora_trainer.dataset.folder import Dataset
+from lora_trainer.dataset.samples import Dataset, Item, Size
 from lora_trainer.errors import UserError
 
 LATENT_FACTOR = 8  # pixels of a latent's side; sides of buckets are multiples of it
-
-Size = tuple[int, int]  # (width, height) in pixels
-
-
-@dataclass(frozen=True)
-class Item:
-    """One visit of one picture in an epoch.
-
-    sample: index into ``dataset.samples``.
-    bucket: (width, height) of the picture that is trained; scaled: (width, height) before cropping to it.
-    crop: (left, top) of the crop in the scaled picture; flip: mirrored after cropping.
-    size_ids: SDXL's size embedding: original (h, w), crop (top, left), target (h, w), in pixels.
-    """
-
-    sample: int
-    bucket: Size
-    scaled: Size
-    crop: tuple[int, int]
-    flip: bool
-    size_ids: tuple[int, ...]
-
 
 class BatchPlan:
     """Which pictures make up which batch of which epoch.

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.dataset.buckets import Item
-from lora_trainer.dataset.folder import Sample
+from lora_trainer.dataset.samples import Item, Sample
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
 

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from lora_trainer.dataset.captions import Caption, mentions, train_text
 from lora_trainer.dataset.findings import Finding, enumerate_some
-from lora_trainer.dataset.folder import Listing
+from lora_trainer.dataset.listing import Listing
 from lora_trainer.dataset.tags import core_gaps, near_synonyms, universal_tags
 
 CHUNK_TOKENS = 75

@@ -13,13 +13,16 @@ from pathlib import Path
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.caption_checks import check_captions, orphans
+from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.captions import parse
 from lora_trainer.dataset.findings import Finding, Report, enumerate_some
-from lora_trainer.dataset.folder import CaptionProblem, Dataset, Listing, kohya_folder, list_folder, read_captions, scan
+from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.inspection import Picture, inspect
-from lora_trainer.dataset.listing import folder_notes
+from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder
+from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
+from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.similarity import find_pairs
 from lora_trainer.errors import UserError
 

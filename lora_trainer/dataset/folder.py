@@ -13,30 +13,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset import captions as grammar
-from lora_trainer.dataset.caption_files import CaptionSource, read_captions, some
+from lora_trainer.dataset.caption_files import read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
-from lora_trainer.dataset.listing import (
-    Listing,
-    Skipped,
-    folder_notes,
-    is_picture,
-    kohya_folder,
-    list_folder,
-    mask_of,
-)
+from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder, mask_of
 from lora_trainer.dataset.metadata import CaptionProblem
-from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
+from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
+from lora_trainer.dataset.samples import Dataset, Sample, Skipped
 from lora_trainer.errors import UserError, concerning
-
-__all__ = [
-    "CaptionProblem", "CaptionSource", "Dataset", "Listing", "Sample", "Skipped", "is_picture", "kohya_folder",
-    "list_folder", "mask_of", "read_captions", "scan",
-]  # fmt: skip
 
 REGULARIZATION_PREFIX = "reg:"
 """Starts the keys of regularization samples, so that they differ from those of the training folder."""
@@ -44,39 +31,6 @@ REGULARIZATION_PREFIX = "reg:"
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _KINDS_SHOWN = 5
 _NOTES_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture of the training set.
-
-    key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
-    caption: as written, with its marks, translated by ``caption_mapping``; the class tokens or the trigger word where
-        there was none.
-    size: (width, height) in pixels, after EXIF rotation and ``edit``.
-    digest: SHA-256 of the file's bytes, and of ``edit`` where there is one; hexadecimal.
-    edit: how the picture is turned and cropped when it is read.
-    """
-
-    path: Path
-    key: str
-    caption: str
-    size: tuple[int, int]
-    digest: str
-    repeats: int = 1
-    is_regularization: bool = False
-    mask_path: Path | None = None
-    edit: PictureEdit = UNTOUCHED
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Training samples first, then the regularization samples; both in the order of their keys."""
-
-    root: Path
-    samples: tuple[Sample, ...]
-    skipped: tuple[Skipped, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def scan(

@@ -18,13 +18,11 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
+from lora_trainer.dataset.samples import Item, Sample
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lora_trainer.dataset.buckets import Item
-    from lora_trainer.dataset.folder import Sample
 
 IMAGE_EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",

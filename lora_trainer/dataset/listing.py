@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS
+from lora_trainer.dataset.samples import Skipped
 from lora_trainer.errors import UserError
 
 MASK_SUFFIX = ".mask.png"
@@ -19,14 +20,6 @@ _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system
 _KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
 _MAX_REPEATS = 10_000
 _SURPRISING_REPEATS = 200
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A picture that is not trained on, and why."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True)

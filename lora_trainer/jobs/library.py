@@ -81,7 +81,8 @@ class DatasetLibrary:
 
     def pictures(self, name: str) -> list[Picture]:
         """Every picture with its caption, in order of its file name."""
-        from lora_trainer.dataset.folder import list_folder, read_captions
+        from lora_trainer.dataset.caption_files import read_captions
+        from lora_trainer.dataset.listing import list_folder
 
         root = self.folder(name)
         listing = list_folder(root)

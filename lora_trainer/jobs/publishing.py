@@ -99,7 +99,8 @@ def _verify(host: Host, path: Path, prompt: str) -> dict[str, Any]:
 
 def _captions(config: TrainConfig) -> tuple[list[str], Path | None]:
     """Every picture's caption as far as it has one, and the first picture. Nothing here may fail a finished job."""
-    from lora_trainer.dataset.folder import list_folder, read_captions
+    from lora_trainer.dataset.caption_files import read_captions
+    from lora_trainer.dataset.listing import list_folder
 
     try:
         root = Path(config.train_data_dir)

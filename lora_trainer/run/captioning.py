@@ -15,9 +15,10 @@ from lora_trainer.captioning.batches import describe_all
 from lora_trainer.captioning.postprocess import CaptionOptions, make_caption
 from lora_trainer.captioning.registry import AUTO, Sources, choose, open_captioner
 from lora_trainer.config import TrainConfig
+from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.captions import escape
-from lora_trainer.dataset.folder import kohya_folder, list_folder, read_captions
 from lora_trainer.dataset.images import flatten, open_image
+from lora_trainer.dataset.listing import kohya_folder, list_folder
 from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
 from lora_trainer.dataset.writing import MODES, CaptionFolder, Mode, merge
 from lora_trainer.errors import UserError

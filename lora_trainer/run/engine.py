@@ -18,7 +18,8 @@ from lora_trainer.adapters.merge import merge
 from lora_trainer.config import TrainConfig, to_mapping, to_yaml
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import TensorCache
-from lora_trainer.dataset.folder import Dataset, scan
+from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.samples import Dataset
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel

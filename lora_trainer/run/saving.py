@@ -15,7 +15,7 @@ from lora_trainer.adapters.metadata import RunFacts, build_metadata
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.captions import parse
-from lora_trainer.dataset.folder import Dataset
+from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.tags import tag_frequency
 from lora_trainer.models.base import Lender, ModelInfo
 from lora_trainer.run.outputs import RUN_KEY, Outputs

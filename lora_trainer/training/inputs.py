@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.dataset.buckets import BatchPlan, Item
+from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
 from lora_trainer.dataset.captions import parse, train_text
-from lora_trainer.dataset.folder import Dataset
 from lora_trainer.dataset.images import load_item, load_mask
+from lora_trainer.dataset.samples import Dataset, Item
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import LentModel, Prompts

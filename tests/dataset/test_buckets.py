@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_trainer.config import from_mapping
 from lora_trainer.dataset.buckets import BatchPlan, cover, make_buckets, nearest_bucket
-from lora_trainer.dataset.folder import Dataset, Sample
+from lora_trainer.dataset.samples import Dataset, Sample
 from lora_trainer.errors import UserError
 
 

@@ -12,9 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lora_trainer.dataset.buckets import Item
 from lora_trainer.dataset.cache import TensorCache, cache_key, latent_key, prompt_key
-from lora_trainer.dataset.folder import Sample
+from lora_trainer.dataset.samples import Item, Sample
 
 KEY = cache_key(kind="test")
 

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.dataset.folder import list_folder, read_captions, scan
+from lora_trainer.dataset.caption_files import read_captions
+from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.listing import list_folder
 from lora_trainer.dataset.metadata import CaptionProblem, read_rows
 from lora_trainer.errors import UserError
 

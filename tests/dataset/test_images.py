@@ -10,9 +10,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer.dataset import images
-from lora_trainer.dataset.buckets import Item
-from lora_trainer.dataset.folder import Sample
 from lora_trainer.dataset.images import flatten, load_item, load_mask, load_pixels, measure, open_image, resize
+from lora_trainer.dataset.samples import Item, Sample
 from lora_trainer.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -1,0 +1,69 @@
+"""What a training set is made of: its pictures, and the visits that are paid to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is not trained on, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the training set.
+
+    key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
+    caption: as written, with its marks, translated by ``caption_mapping``; the class tokens or the trigger word where
+        there was none.
+    size: (width, height) in pixels, after EXIF rotation and ``edit``.
+    digest: SHA-256 of the file's bytes, and of ``edit`` where there is one; hexadecimal.
+    edit: how the picture is turned and cropped when it is read.
+    """
+
+    path: Path
+    key: str
+    caption: str
+    size: tuple[int, int]
+    digest: str
+    repeats: int = 1
+    is_regularization: bool = False
+    mask_path: Path | None = None
+    edit: PictureEdit = UNTOUCHED
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training samples first, then the regularization samples; both in the order of their keys."""
+
+    root: Path
+    samples: tuple[Sample, ...]
+    skipped: tuple[Skipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One visit of one picture in an epoch.
+
+    sample: index into ``dataset.samples``.
+    bucket: (width, height) of the picture that is trained; scaled: (width, height) before cropping to it.
+    crop: (left, top) of the crop in the scaled picture; flip: mirrored after cropping.
+    size_ids: SDXL's size embedding: original (h, w), crop (top, left), target (h, w), in pixels.
+    """
+
+    sample: int
+    bucket: Size
+    scaled: Size
+    crop: tuple[int, int]
+    flip: bool
+    size_ids: tuple[int, ...]
