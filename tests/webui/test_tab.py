@@ -58,21 +58,22 @@ def until(page, condition, seconds=300):
 
 
 def generate(page, prompt):
+    """The bytes of the picture that txt2img makes of ``prompt``."""
+    shown = "(document.querySelector('#txt2img_gallery img') || {}).src"
     page.fill("#txt2img_prompt textarea", prompt)
-    page.evaluate(
-        """() => {
-        for (const [name, value] of [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]]) {
-            const field = document.querySelector(`#txt2img_${name} input[type=number]`);
+    before = page.evaluate(
+        f"""() => {{
+        for (const [name, value] of [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]]) {{
+            const field = document.querySelector(`#txt2img_${{name}} input[type=number]`);
             field.value = value;
             updateInput(field);
-        }
-        document.querySelectorAll("#txt2img_gallery img").forEach((one) => one.remove());
-    }"""
+        }}
+        return {shown};
+    }}"""
     )
     page.click("#txt2img_generate")
-    image = page.wait_for_selector("#txt2img_gallery img", timeout=300_000)
-    return page.evaluate("async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))",
-                         image.get_attribute("src"))  # fmt: skip
+    page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before, timeout=300_000)
+    return page.evaluate(f"async () => Array.from(new Uint8Array(await (await fetch({shown})).arrayBuffer()))")
 
 
 def test_from_pictures_to_prompt(page, pictures):
