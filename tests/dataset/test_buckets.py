@@ -203,13 +203,13 @@ def test_the_order_is_the_same_in_every_python():
 
 def test_the_order_does_not_depend_on_the_hash_seed():
     code = (
-        "from test_buckets import mixed; from lora_trainer.dataset.buckets import BatchPlan;"
+        "from tests.dataset.test_buckets import mixed; from lora_trainer.dataset.buckets import BatchPlan;"
         "print(BatchPlan(mixed(), (512, 512), batch_size=3, flip=True).epoch(1))"
     )
     here = Path(__file__)
     outputs = set()
     for seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(here.parents[2])}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
         outputs.add(done.stdout)
