@@ -6,7 +6,7 @@ var loraTrainer = window.loraTrainer || {};
     "use strict";
 
     const PREFIX = "lora_trainer_";
-    const API = "./lora-trainer/v1"; // relative, so that a --subpath is kept
+    const API = (app.API = "./lora-trainer/v1"); // relative, so that a --subpath is kept
 
     /** The element of ours with this id (without the prefix), or null. */
     app.get = (id) => document.getElementById(PREFIX + id);

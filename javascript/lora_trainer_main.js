@@ -44,7 +44,8 @@
             const button = event.target.closest("[data-action]");
             if (!button) return;
             event.preventDefault(); // a button inside a label must not also toggle its field
-            Promise.resolve(ACTIONS[button.dataset.action](button)).catch((error) => app.complain(error));
+            const action = ACTIONS[button.dataset.action] || app.editor.actions[button.dataset.action];
+            Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
         app.get("form").addEventListener("submit", (event) => event.preventDefault());
         app.get("form").addEventListener("change", (event) => {
@@ -61,6 +62,7 @@
         app.form.begin();
         app.pictures.begin();
         app.runs.begin();
+        app.editor.begin();
         app.live.begin();
         app.host.addSendButton();
         const remembered = app.recall("form");

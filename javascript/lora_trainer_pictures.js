@@ -202,7 +202,10 @@
             parts.push(captions ? app.t("{n} with a caption", {n: captions}) : app.t("no captions: the trigger word stands for all"));
         }
         const line = app.get("pictures");
-        line.replaceChildren(parts.join(" · ") + " ", app.button("Take others", () => pictures.choose(null), "link"));
+        line.replaceChildren(parts.join(" · ") + " ",
+            app.button("Caption them", () => app.editor.open(pictures.chosen, "caption"), "link"), " · ",
+            app.button("Edit", () => app.editor.open(pictures.chosen), "link"), " · ",
+            app.button("Take others", () => pictures.choose(null), "link"));
         app.show(line, true);
         showRefused(facts.refused);
         const hints = app.get("hints");

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_trainer.ui import results_tab, train_tab
+from lora_trainer.ui import dataset_tab, results_tab, train_tab
 from tests.ui.words import ROOT
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -27,8 +27,9 @@ HOST_PAGE = """<!doctype html><html lang="en"><head><meta name="viewport" conten
 <div class="tabitem" id="tab_txt2img" style="display: none"><div id="txt2img_prompt"><textarea></textarea></div>
 <div id="image_buttons_txt2img"><button class="lg">Save</button></div><button id="txt2img_lora_extra_refresh_internal"
 ></button></div><div class="tabitem" id="tab_lora_trainer"><div id="lora_trainer"><div id="lora_trainer_tabs">
-<div class="tab-nav"><button>Train</button><button>Runs</button></div>
+<div class="tab-nav"><button>Train</button><button>Dataset</button><button>Runs</button></div>
 <div class="tabitem" id="lora_trainer_tab_train">{train}</div>
+<div class="tabitem" id="lora_trainer_tab_dataset" style="display: none">{dataset}</div>
 <div class="tabitem" id="lora_trainer_tab_runs" style="display: none">{runs}</div></div></div></div></div>
 <script>
 var opts = {{}};
@@ -61,7 +62,8 @@ def host_page() -> str:
     scripts = "".join(f'<script src="/javascript/{path.name}"></script>' for path in
                       sorted((ROOT / "javascript").glob("*.js")))  # fmt: skip
     css = (ROOT / "style.css").read_text(encoding="utf-8")
-    return HOST_PAGE.format(css=css, train=train_tab.create_ui(), runs=results_tab.create_ui(), scripts=scripts)
+    return HOST_PAGE.format(css=css, train=train_tab.create_ui(), dataset=dataset_tab.create_ui(),
+                            runs=results_tab.create_ui(), scripts=scripts)  # fmt: skip
 
 
 @contextmanager

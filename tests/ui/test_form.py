@@ -9,7 +9,7 @@ import re
 import pytest
 
 from lora_trainer.config import TrainConfig, field_docs, from_mapping
-from lora_trainer.ui import form, markup, results_tab, train_tab
+from lora_trainer.ui import dataset_tab, form, markup, results_tab, train_tab
 from lora_trainer.ui.settings import OPTIONS
 from tests.ui.words import ROOT, read_html, words_of_scripts
 
@@ -20,7 +20,7 @@ CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding=
 
 @pytest.fixture(scope="module")
 def page():
-    return read_html(train_tab.create_ui(), results_tab.create_ui())
+    return read_html(train_tab.create_ui(), dataset_tab.create_ui(), results_tab.create_ui())
 
 
 def controls(page):
@@ -92,9 +92,9 @@ def test_names_of_classes_in_scripts_have_a_style_or_are_found_by_them():
 
 def test_every_word_is_in_chinese(page):
     settings = {field.name for field in dataclasses.fields(TrainConfig)}
-    choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset"}
+    choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset", "neither"}
     examples = {"my_face_v2", "weight_decay: 0.01"}
-    elsewhere = {"Runs", "Train", "Use earlier pictures", "LoRA trainer"}
+    elsewhere = {"Dataset", "Runs", "Train", "Use earlier pictures", "LoRA trainer"}
     said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
     said |= {option.label for option in OPTIONS}

@@ -1,0 +1,290 @@
+// The Dataset sub-tab: one open folder, what is unsaved in it, its background task, its keys.
+// The server holds the captions as they are edited; this page shows them and sends each change as one step.
+(function(app) {
+    "use strict";
+
+    const LOOK_MS = 600;
+    const REFRESH_MS = 5000;
+
+    // folder: as it was opened. state: what the server said last. row: the picture in hand.
+    const editor = (app.editor = {folder: null, state: null, row: null});
+    let looking = null;
+    let refreshed = 0;
+
+    /** A call about the open folder; its answer's state is shown. */
+    editor.call = async function(path, body) {
+        const answer = await app.post(`/editor/${editor.state.id}${path}`, body);
+        editor.heard(answer.state || (answer.id && answer));
+        return answer;
+    };
+
+    /** Something a person asked for: what goes wrong is said above the pictures. */
+    editor.act = function(action) {
+        app.show(app.get("editor_problem"), false);
+        return Promise.resolve().then(action).catch((error) => app.complain(error, app.get("editor_problem")));
+    };
+
+    editor.begin = function() {
+        app.get("editor_uploads").addEventListener("change", (event) => {
+            if (event.target.value) editor.open(event.target.value);
+        });
+        const folder = app.get("editor_folder");
+        if (folder) folder.addEventListener("keydown", (event) => event.key === "Enter" && editor.actions["editor-folder"]());
+        document.addEventListener("keydown", onKey);
+        window.addEventListener("beforeunload", (event) => {
+            if (!editor.state || !editor.state.unsaved) return;
+            event.preventDefault();
+            event.returnValue = ""; // what browsers ask for before they warn
+        });
+        window.addEventListener("focus", lookOutside);
+        new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && shown())
+            .observe(app.get("editor_open").parentElement);
+        editor.gallery.begin();
+        editor.picture.begin();
+        editor.tools.begin();
+    };
+
+    /** The sub-tab came into view: open the pictures of step 1, or offer what there is. */
+    async function shown() {
+        if (editor.state) return void lookOutside();
+        await editor.act(async() => {
+            const {datasets} = await app.fetchJson("/datasets");
+            app.get("editor_uploads").replaceChildren(
+                app.el("option", {value: ""}, app.t("choose …")),
+                ...datasets.map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
+            );
+            if (app.pictures.chosen && !editor.other) await editor.open(app.pictures.chosen);
+        });
+    }
+
+    /** Open a dataset or folder; panel: what to show at once. */
+    editor.open = function(folder, panel) {
+        return editor.act(async() => {
+            app.openSubTab("Dataset");
+            if (!folder) return;
+            if (editor.folder !== folder || !editor.state) {
+                const state = await app.post("/editor", {folder, trigger_word: app.form.value("trigger_word") || ""});
+                editor.folder = folder;
+                editor.row = null;
+                editor.gallery.forget();
+                editor.heard(state);
+                await editor.gallery.load(0);
+                await editor.tools.opened();
+            }
+            if (panel) editor.tools.panel(panel, true);
+        });
+    };
+
+    /** The server told how the folder stands. */
+    editor.heard = function(state) {
+        if (!state) return;
+        const before = editor.state;
+        editor.state = state;
+        app.show(app.get("editor_open"), false);
+        app.show(app.get("editor"), true);
+        app.setText(app.get("editor_name"), state.name);
+        const parts = [app.t(state.pictures === 1 ? "1 picture" : "{n} pictures", {n: state.pictures}),
+            app.t("{n} with a caption", {n: state.captioned})];
+        if (state.excluded) parts.push(app.t("{n} excluded", {n: state.excluded}));
+        parts.push(state.unsaved ? app.t("{n} not saved", {n: state.unsaved}) : app.t("all saved"));
+        app.setText(app.get("editor_counts"), parts.join(" · "));
+        const running = Boolean(state.task && state.task.status === "running");
+        app.get("editor_save").disabled = !state.unsaved;
+        app.get("editor_discard").disabled = !state.unsaved;
+        for (const [name, label] of [["undo", state.undo], ["redo", state.redo]]) {
+            app.get("editor_" + name).disabled = label === null || label === undefined;
+            app.get("editor_" + name).title = label || "";
+        }
+        showTask(state.task, running);
+        if (running && !looking) looking = setTimeout(look, LOOK_MS);
+        if (!before || before.id !== state.id || before.revision !== state.revision) editor.tools.changed();
+    };
+
+    function showTask(task, running) {
+        app.show(app.get("editor_task"), running);
+        if (!running) return;
+        const share = task.total ? Math.round(100 * task.done / task.total) : 0;
+        const text = task.kind === "caption" ? app.t("Describing the pictures") : app.t("Checking the pictures");
+        app.setText(app.get("editor_task_text"), task.total ? `${text} · ${task.done} / ${task.total}` : text + " …");
+        app.get("editor_bar_fill").style.width = share + "%";
+        app.get("editor_bar").setAttribute("aria-valuenow", share);
+    }
+
+    async function look() {
+        looking = null;
+        if (!editor.state) return;
+        await editor.act(async() => {
+            const state = await app.fetchJson("/editor/" + editor.state.id);
+            editor.heard(state);
+            if (!state.task || state.task.status === "running") return;
+            await editor.gallery.reload();
+            await editor.tools.finished(state.task);
+        });
+    }
+
+    /** Somebody else may have changed the files while this page was not looked at. */
+    async function lookOutside() {
+        const now = Date.now();
+        if (!editor.state || !visible() || now - refreshed < REFRESH_MS) return;
+        if (editor.state.task && editor.state.task.status === "running") return;
+        refreshed = now;
+        await editor.act(async() => {
+            const {revision} = editor.state;
+            const answer = await editor.call("/refresh");
+            showConflicts(answer.conflicts);
+            if (answer.state.revision !== revision) await editor.gallery.reload();
+        });
+    }
+
+    const visible = () => Boolean(app.get("editor").offsetParent);
+
+    /** A short sentence about what was done; nodes may follow it. */
+    editor.say = function(text, ...nodes) {
+        const place = app.get("editor_message");
+        place.replaceChildren(text, ...nodes.flatMap((node) => [" ", node]));
+        app.show(place, Boolean(text));
+    };
+
+    /** A step was made: show its pictures and say what it was. */
+    editor.stepped = async function(answer, text) {
+        const known = new Set(editor.gallery.rows.map((row) => row.file));
+        editor.gallery.merge(answer.rows);
+        if (answer.changed > answer.rows.length || answer.rows.some((row) => !known.has(row.file))) await editor.gallery.reload();
+        if (text) editor.say(text);
+    };
+
+    editor.undo = (which) => editor.act(async() => {
+        const label = editor.state[which];
+        if (label === null || label === undefined) return;
+        const answer = await editor.call("/" + which);
+        await editor.stepped(answer, which === "undo"
+            ? app.t("Undone: {step}, {n} pictures.", {step: label, n: answer.changed})
+            : app.t("Done again: {step}, {n} pictures.", {step: label, n: answer.changed}));
+        if (answer.rows.length && answer.rows.length < 3) editor.gallery.show(answer.rows[0].file);
+    });
+
+    editor.save = (force) => editor.act(async() => {
+        await editor.picture.keep();
+        if (!editor.state.unsaved) return;
+        const answer = await editor.call("/save", {force: Boolean(force)});
+        showConflicts(answer.conflicts);
+        if (!answer.saved) return;
+        await editor.gallery.reload();
+        editor.say(app.t("{n} files saved.", {n: answer.files}) + (answer.backup ? " " + app.t("What was there before is backup {n}.", {n: answer.backup}) : ""));
+        if (app.pictures.chosen === editor.folder) await app.pictures.choose(editor.folder);
+    });
+
+    function showConflicts(conflicts) {
+        const place = app.get("editor_conflicts");
+        app.show(place, conflicts.length);
+        if (!conflicts.length) return place.replaceChildren();
+        const take = (files) => editor.act(async() => {
+            await editor.stepped(await editor.call("/theirs", {files}));
+            showConflicts(conflicts.filter((one) => !files.includes(one.file)));
+        });
+        place.replaceChildren(
+            app.el("p", {}, app.t("Somebody else changed these captions meanwhile. Nothing is written yet.")),
+            app.el("ul", {class: "findings"}, ...conflicts.slice(0, 50).map((one) => app.el("li", {},
+                app.el("div", {}, app.el("b", {}, one.file),
+                    app.el("p", {}, app.t("Mine:") + " " + one.yours), app.el("p", {}, app.t("Theirs:") + " " + one.theirs)),
+                app.button("Take theirs", () => take([one.file]))))),
+            app.el("div", {class: "row"},
+                app.button("Keep mine, all", () => editor.save(true), "primary"),
+                app.button("Take theirs, all", () => take(conflicts.map((one) => one.file)))),
+        );
+    }
+
+    function discard() {
+        editor.say(app.t("This forgets {n} changes that are not saved.", {n: editor.state.unsaved}),
+            app.button("Discard them", () => editor.act(async() => {
+                editor.picture.putBack();
+                await editor.call("/discard");
+                showConflicts([]);
+                editor.say("");
+                await editor.gallery.reload();
+            }), "danger"),
+            app.button("Keep them", () => editor.say("")));
+    }
+
+    /** Back to the choice; what is unsaved stays with the server and is there when the folder is opened again. */
+    async function leave() {
+        if (editor.state && editor.state.unsaved) {
+            return editor.say(app.t("{n} changes are not saved.", {n: editor.state.unsaved}),
+                app.button("Save them", () => editor.save().then(() => editor.state.unsaved || leave()), "primary"),
+                app.button("Keep working", () => editor.say("")));
+        }
+        editor.state = editor.folder = editor.row = null;
+        editor.other = true;
+        editor.say("");
+        app.show(app.get("editor"), false);
+        app.show(app.get("editor_open"), true);
+        return shown();
+    }
+
+    async function train() {
+        await editor.save();
+        if (editor.state.unsaved) return;
+        const {folder} = editor;
+        app.openSubTab("Train");
+        await app.pictures.choose(folder);
+    }
+
+    editor.actions = {
+        "editor-folder": () => editor.open(app.get("editor_folder").value.trim()),
+        "editor-save": () => editor.save(),
+        "editor-undo": () => editor.undo("undo"),
+        "editor-redo": () => editor.undo("redo"),
+        "editor-discard": discard,
+        "editor-other": leave,
+        "editor-train": train,
+        "editor-cancel": () => editor.act(() => editor.call("/cancel")),
+    };
+
+    // -- keys
+
+    const writes = (target) => target.closest && target.closest("textarea, select, input:not([type=checkbox])");
+
+    function onKey(event) {
+        if (!editor.state || !visible() || event.altKey || event.defaultPrevented) return;
+        const caption = event.target === app.get("editor_caption");
+        const command = event.ctrlKey || event.metaKey;
+        const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+        const done = () => {
+            event.preventDefault();
+            event.stopPropagation(); // the host has keys of its own
+        };
+        if (command && key === "s") {
+            done();
+            return void editor.save();
+        }
+        if (command && (key === "z" || key === "y")) {
+            // While a text is being typed, its own undo comes first.
+            if (writes(event.target) && !(caption && !editor.picture.touched())) return;
+            done();
+            return void editor.undo(key === "y" || event.shiftKey ? "redo" : "undo");
+        }
+        if (command || event.isComposing) return;
+        if (caption) {
+            if (key === "Enter" && !event.shiftKey) {
+                done();
+                editor.act(() => editor.picture.keep());
+                editor.gallery.focus();
+            } else if (key === "Escape") {
+                done();
+                editor.picture.putBack();
+                editor.gallery.focus();
+            }
+            return;
+        }
+        if (writes(event.target)) return;
+        if (key === "ArrowRight" || key === "ArrowLeft") {
+            done();
+            editor.act(() => editor.gallery.walk(key === "ArrowRight" ? 1 : -1));
+        } else if (key === "Enter" && (!event.target.closest("button, summary, a") || event.target.closest("#lora_trainer_editor_grid"))) {
+            done();
+            editor.picture.edit();
+        } else if (key === "Escape") {
+            editor.picture.endCrop();
+        }
+    }
+})(loraTrainer);

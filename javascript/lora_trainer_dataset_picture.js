@@ -1,0 +1,306 @@
+// The Dataset sub-tab's picture in hand: large, with its caption, its tags, and what the tokenizer reads.
+(function(app) {
+    "use strict";
+
+    const PREVIEW_MS = 200;
+    const LARGEST = 1024; // pixels a side on the canvas
+    const SMALLEST_CROP = 0.05;
+    const editor = app.editor;
+    const picture = (editor.picture = {});
+    let image = null; // what is drawn, with the row it belongs to
+    let crop = null; // the rectangle being dragged: [left, top, right, bottom] as shares
+    let cropping = false;
+    let previewing = null;
+    let asked = 0;
+    let chosen = null; // the tag of the caption whose tools are shown
+
+    picture.begin = function() {
+        const field = app.get("editor_caption");
+        field.addEventListener("input", () => showCaption(field.value));
+        field.addEventListener("change", () => editor.act(() => picture.keep()));
+        const canvas = app.get("editor_canvas");
+        canvas.addEventListener("pointerdown", cropBegins);
+        canvas.addEventListener("pointermove", cropMoves);
+        canvas.addEventListener("pointerup", () => editor.act(cropEnds));
+        Object.assign(editor.actions, {
+            "editor-left": () => turn(270),
+            "editor-right": () => turn(90),
+            "editor-crop": () => (cropping ? picture.endCrop() : beginCrop()),
+            "editor-whole": () => change({clear_crop: true}),
+            "editor-exclude": () => change({excluded: !editor.row.excluded}),
+        });
+    };
+
+    /** Take a picture in hand; place: its number in the list. */
+    picture.hold = async function(row, place, total) {
+        const other = !row || !editor.row || editor.row.file !== row.file;
+        if (other) await picture.keep();
+        app.setText(app.get("editor_place_of"), row ? app.t("{n} of {total}", {n: place, total}) : "");
+        if (!other) return picture.follow(row);
+        picture.endCrop();
+        editor.row = row;
+        chosen = null;
+        if (!row) return;
+        app.setText(app.get("editor_file"), row.file);
+        app.get("editor_caption").value = row.caption;
+        showCaption(row.caption);
+        showRow();
+        load();
+        editor.tools.suggest();
+    };
+
+    /** The picture in hand changed on the server; what is being typed stays. */
+    picture.follow = function(row) {
+        const touched = picture.touched();
+        const seen = editor.row.version;
+        editor.row = row;
+        if (!touched) {
+            const field = app.get("editor_caption");
+            if (field.value !== row.caption) {
+                field.value = row.caption;
+                showCaption(row.caption);
+            }
+        }
+        showRow();
+        if (seen !== row.version) load();
+        else draw();
+        editor.tools.suggest();
+    };
+
+    function showRow() {
+        const {row} = editor;
+        app.setText(app.get("editor_exclude"), app.t(row.excluded ? "Include again" : "Exclude"));
+        app.get("editor_whole").disabled = !row.crop;
+    }
+
+    picture.touched = () => Boolean(editor.row) && app.get("editor_caption").value !== editor.row.caption;
+
+    picture.edit = function() {
+        const field = app.get("editor_caption");
+        field.focus();
+        field.setSelectionRange(field.value.length, field.value.length);
+    };
+
+    picture.putBack = function() {
+        if (!editor.row) return;
+        app.get("editor_caption").value = editor.row.caption;
+        showCaption(editor.row.caption);
+    };
+
+    /** Send what was typed, as one step. */
+    picture.keep = async function() {
+        if (!picture.touched()) return;
+        const {row} = editor;
+        const text = app.get("editor_caption").value;
+        const before = row.caption;
+        row.caption = text; // a second call meanwhile must not send it again
+        try {
+            const answer = await editor.call("/captions", {captions: {[row.file]: text}});
+            editor.gallery.merge(answer.rows);
+        } catch (error) {
+            row.caption = before;
+            throw error;
+        }
+    };
+
+    // -- the caption in colors
+
+    /** A caption as nodes: core and mood parts in their colors. For the eye only; the server parses. */
+    editor.marked = function(text) {
+        const nodes = [];
+        const pattern = /\\.|(\*{1,3})(?![\s*])((?:\\.|[^*,，、\n\\])+?)\1(?!\*)/g;
+        let end = 0;
+        for (const match of text.matchAll(pattern)) {
+            if (!match[1]) continue;
+            if (match.index > end) nodes.push(text.slice(end, match.index));
+            nodes.push(app.el("span", {class: match[1].length === 1 ? "mood" : match[1].length === 2 ? "core" : "core mood"}, match[2]));
+            end = match.index + match[0].length;
+        }
+        if (end < text.length) nodes.push(text.slice(end));
+        return nodes;
+    };
+
+    /** The items of a caption as they are written; brackets and escapes shield commas. */
+    function items(text) {
+        const found = [""];
+        let depth = 0;
+        for (let place = 0; place < text.length; place++) {
+            const letter = text[place];
+            if (letter === "\\") found[found.length - 1] += letter + (text[++place] || "");
+            else if (!depth && /[,，、\n]/.test(letter)) found.push("");
+            else {
+                if ("([{".includes(letter)) depth++;
+                if (")]}".includes(letter)) depth = Math.max(0, depth - 1);
+                found[found.length - 1] += letter;
+            }
+        }
+        return found.map((one) => one.trim()).filter(Boolean);
+    }
+
+    /** An item by the name that the server finds it by: without marks, weight and escapes. */
+    const plain = (item) => item
+        .replace(/^\((.*):\s*[\d.]+\)$/, "$1")
+        .replace(/\\.|\*{1,3}/g, (found) => (found[0] === "\\" ? found[1] : "")).trim();
+
+    function showCaption(text) {
+        const chips = items(text).map((item) => {
+            const name = plain(item);
+            const node = app.el("button", {type: "button", class: "chip", onclick: () => choose(name)}, ...editor.marked(item));
+            node.setAttribute("aria-pressed", String(name === chosen));
+            return node;
+        });
+        app.get("editor_items").replaceChildren(...chips);
+        showTools();
+        clearTimeout(previewing);
+        previewing = setTimeout(() => preview(text).catch((error) => app.complain(error, app.get("editor_problem"))), PREVIEW_MS);
+    }
+
+    function choose(name) {
+        chosen = chosen === name ? null : name;
+        showCaption(app.get("editor_caption").value);
+        const node = app.get("editor_items").querySelector("[aria-pressed=true]");
+        if (node) node.focus();
+    }
+
+    function showTools() {
+        const place = app.get("editor_item_tools");
+        app.show(place, chosen !== null);
+        if (chosen === null) return;
+        const edit = (wish) => editor.act(async() => {
+            await picture.keep();
+            await editor.stepped(await editor.call("/edit", {tags: [chosen], files: [editor.row.file], ...wish}));
+        });
+        place.replaceChildren(
+            app.button("Core", () => edit({kind: "mark", value: "core"})),
+            app.button("Mood", () => edit({kind: "mark", value: "mood"})),
+            app.button("Neither", () => edit({kind: "mark", value: "none"})),
+            app.button("To the start", () => edit({kind: "move", place: "start"})),
+            app.button("Remove", () => edit({kind: "remove"})),
+            app.button("Filter by it", () => editor.gallery.want("tags", chosen)),
+        );
+    }
+
+    async function preview(text) {
+        const mine = ++asked;
+        const seen = await app.post("/captions/preview", {caption: text, trigger_word: editor.state ? editor.state.trigger_word : ""});
+        if (mine !== asked) return;
+        const parts = [app.t(seen.tokens ? "{n} tokens" : "about {n} tokens", {n: seen.count})];
+        if (seen.chunks > 1) parts.push(app.t("read in {n} parts of 75", {n: seen.chunks}));
+        app.setText(app.get("editor_count"), parts.join(" · "));
+        app.get("editor_tokens").replaceChildren(...(seen.tokens
+            ? seen.tokens.map((token) => app.el("span", {class: "token"}, token))
+            : [seen.train || app.t("nothing: the picture is learned without words")]));
+        app.setText(app.get("editor_warnings"), seen.warnings.join(" "));
+        app.show(app.get("editor_warnings"), seen.warnings.length);
+    }
+
+    // -- the picture
+
+    const change = (wish) => editor.act(async() => {
+        picture.endCrop();
+        if (!editor.row) return;
+        await editor.stepped(await editor.call("/pictures/edit", {files: [editor.row.file], ...wish}));
+    });
+
+    // A crop belongs to the picture as it was turned.
+    const turn = (degrees) => change({rotate: (editor.row.rotate + degrees) % 360, clear_crop: true});
+
+    function load() {
+        const {row} = editor;
+        const next = new Image();
+        app.get("editor_canvas").setAttribute("aria-label", row.file);
+        next.onload = () => {
+            if (editor.row && editor.row.file === row.file) {
+                image = {node: next, file: row.file, ready: false};
+                draw();
+            }
+        };
+        next.onerror = () => { // a format that the browser cannot show; the thumbnail is turned and cropped already
+            const small = new Image();
+            small.onload = () => {
+                if (!editor.row || editor.row.file !== row.file) return;
+                image = {node: small, file: row.file, ready: true};
+                draw();
+            };
+            small.src = editor.gallery.url(row, "thumbnails");
+        };
+        next.src = editor.gallery.url(row, "pictures");
+    }
+
+    function draw() {
+        const {row} = editor;
+        if (!row || !image || image.file !== row.file) return;
+        const canvas = app.get("editor_canvas");
+        const turned = image.ready ? 0 : row.rotate;
+        const {naturalWidth, naturalHeight} = image.node;
+        const scale = Math.min(1, LARGEST / Math.max(naturalWidth, naturalHeight));
+        const [width, height] = [naturalWidth * scale, naturalHeight * scale];
+        const upright = turned % 180 === 0;
+        canvas.width = Math.round(upright ? width : height);
+        canvas.height = Math.round(upright ? height : width);
+        const paper = canvas.getContext("2d");
+        paper.translate(canvas.width / 2, canvas.height / 2);
+        paper.rotate(turned * Math.PI / 180);
+        paper.drawImage(image.node, -width / 2, -height / 2, width, height);
+        paper.setTransform(1, 0, 0, 1, 0, 0);
+        canvas.dataset.excluded = row.excluded;
+        const kept = crop || (image.ready ? null : row.crop);
+        if (!kept) return;
+        const [left, top, right, bottom] = kept.map((share, side) => share * (side % 2 ? canvas.height : canvas.width));
+        paper.beginPath();
+        paper.rect(0, 0, canvas.width, canvas.height);
+        paper.rect(left, top, right - left, bottom - top);
+        paper.globalAlpha = 0.6;
+        paper.fillStyle = "black";
+        paper.fill("evenodd");
+        paper.globalAlpha = 1;
+        paper.strokeStyle = "white";
+        paper.lineWidth = Math.max(1, canvas.width / 400);
+        paper.strokeRect(left, top, right - left, bottom - top);
+    }
+
+    function beginCrop() {
+        cropping = true;
+        app.get("editor_crop").setAttribute("aria-pressed", "true");
+        app.get("editor_canvas").dataset.cropping = "true";
+        editor.say(app.t("Drag over the part that should stay; Escape ends it."));
+    }
+
+    picture.endCrop = function() {
+        if (!cropping) return;
+        cropping = false;
+        crop = null;
+        app.get("editor_crop").setAttribute("aria-pressed", "false");
+        delete app.get("editor_canvas").dataset.cropping;
+        editor.say("");
+        draw();
+    };
+
+    function share(event) {
+        const box = app.get("editor_canvas").getBoundingClientRect();
+        const within = (value) => Math.min(1, Math.max(0, value));
+        return [within((event.clientX - box.left) / box.width), within((event.clientY - box.top) / box.height)];
+    }
+
+    let corner = null;
+    function cropBegins(event) {
+        if (!cropping) return;
+        event.preventDefault();
+        event.target.setPointerCapture(event.pointerId);
+        corner = share(event);
+    }
+
+    function cropMoves(event) {
+        if (!corner) return;
+        const [x, y] = share(event);
+        crop = [Math.min(x, corner[0]), Math.min(y, corner[1]), Math.max(x, corner[0]), Math.max(y, corner[1])];
+        draw();
+    }
+
+    async function cropEnds() {
+        if (!corner) return;
+        corner = null;
+        const wish = crop;
+        if (wish && wish[2] - wish[0] > SMALLEST_CROP && wish[3] - wish[1] > SMALLEST_CROP) await change({crop: wish});
+    }
+})(loraTrainer);
