@@ -19,7 +19,7 @@ from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.config import TrainConfig, from_mapping
 from lora_trainer.demo.base import build_base
 from lora_trainer.demo.score import score
-from lora_trainer.demo.shapes import NEW_SHAPE, Scene, held_out_pairs, plain_caption, write_dataset
+from lora_trainer.demo.shapes import KNOWN_SHAPES, NEW_SHAPE, Scene, held_out_pairs, plain_caption, write_dataset
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.training.preview import sample
@@ -44,27 +44,41 @@ class Comparison:
 
 
 def demo_config(folder: Path, base: Path) -> TrainConfig:
-    """Draw the training set into ``folder``/pictures and return the settings that train on it."""
-    pictures = folder / "pictures"
-    if not (pictures / "metadata.csv").is_file():
-        if pictures.exists() and any(pictures.iterdir()):
-            raise UserError(f"{pictures} holds other files.", remedy="Give an empty folder with --output.")
-        write_dataset(pictures, count=24, side=SIDE)
+    """Draw the training set into ``folder``/pictures, and pictures of what the base knows, which keep it from
+    forgetting them, into ``folder``/known; return the settings that train on them."""
+    pictures, known = folder / "pictures", folder / "known"
+    _draw_once(pictures, NEW_SHAPE, count=24)
+    for seed, shape in enumerate(KNOWN_SHAPES, start=1):
+        _draw_once(known / shape, shape, count=8, seed=seed, held_out=0)
     return from_mapping(
         {
             "base_model": str(base),
             "train_data_dir": str(pictures),
+            "reg_data_dir": str(known),
             "output_dir": str(folder),
-            "output_name": "star",
+            "output_name": NEW_SHAPE,
             "resolution": SIDE,
             "lora_rank": 16,
-            "train_text_encoder": True,
-            "batch_size": 8,
-            "epochs": 100,
-            "learning_rate": 1e-3,
+            "conv_rank": 16,  # a new outline is for the convolutions to learn
+            "train_text_encoder": True,  # the word is new as well
+            "learning_rate": 2e-3,
+            "text_encoder_lr": 1e-3,
+            "batch_size": 16,
+            "epochs": 1000,
+            "max_train_steps": 500,
+            "min_snr_gamma": None,
+            "debiased_estimation": True,  # as the base was trained
             "description": "A five-pointed star, taught to a base model that knew only other shapes.",
         }
     )
+
+
+def _draw_once(folder: Path, shape: str, **options: int) -> None:
+    if (folder / "metadata.csv").is_file():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files.", remedy="Give an empty folder with --output.")
+    write_dataset(folder, shape=shape, side=SIDE, **options)
 
 
 def prompts_for(shape: str, count: int) -> list[str]:
@@ -77,14 +91,11 @@ def prompts_for(shape: str, count: int) -> list[str]:
     ]
 
 
-def compare(base: Path, lora: Path, prompts: Sequence[str], seed: int = 1) -> list[Comparison]:
-    """Draw ``prompts`` with the base and with the LoRA file, read back as any other tool would read it."""
-    with FileLender(base).borrow() as model:
-        weights = read_lora(lora)
-        rank = max(module.rank for module in weights.modules.values())
-        config = from_mapping({"train_text_encoder": True, "lora_rank": rank})
+def compare(config: TrainConfig, lora: Path, prompts: Sequence[str], seed: int = 1) -> list[Comparison]:
+    """Draw ``prompts`` with the base of ``config`` and with the LoRA file, read back as other tools would read it."""
+    with FileLender(config.base_model).borrow() as model:
         adapters = AdapterSet.build(model.lora_targets(), config).eval()
-        init_from(adapters, weights)
+        init_from(adapters, read_lora(lora))
 
         def draw(index: int, prompt: str) -> Image.Image:
             size = {"width": SIDE, "height": SIDE}
@@ -120,7 +131,7 @@ def prepare(folder: Path) -> TrainConfig:
 
 def report(config: TrainConfig, lora: Path, count: int = 8) -> str:
     """Draw the comparison beside the LoRA and say what it shows."""
-    comparisons = compare(Path(config.base_model), lora, prompts_for(NEW_SHAPE, count))
+    comparisons = compare(config, lora, prompts_for(NEW_SHAPE, count))
     path = lora.with_name("before-after.png")
     contact_sheet(comparisons).save(path)
     seen = [comparison.shows(NEW_SHAPE) for comparison in comparisons]
