@@ -158,8 +158,8 @@
         if (label === null || label === undefined) return;
         const answer = await editor.call("/" + which);
         await editor.stepped(answer, which === "undo"
-            ? app.t("Undone: {step}, {n} pictures.", {step: label, n: answer.changed})
-            : app.t("Done again: {step}, {n} pictures.", {step: label, n: answer.changed}));
+            ? app.t("Undone: {step} ({n})", {step: label, n: answer.changed})
+            : app.t("Done again: {step} ({n})", {step: label, n: answer.changed}));
         if (answer.rows.length && answer.rows.length < 3) editor.gallery.show(answer.rows[0].file);
     });
 
@@ -230,6 +230,8 @@
     }
 
     editor.actions = {
+        "caption-chosen": () => editor.open(app.pictures.chosen, "caption"),
+        "edit-chosen": () => editor.open(app.pictures.chosen),
         "editor-folder": () => editor.open(app.get("editor_folder").value.trim()),
         "editor-save": () => editor.save(),
         "editor-undo": () => editor.undo("undo"),

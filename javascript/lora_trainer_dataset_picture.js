@@ -3,7 +3,7 @@
     "use strict";
 
     const PREVIEW_MS = 200;
-    const LARGEST = 1024; // pixels a side on the canvas
+    const SIDES = [640, 1024]; // least and most pixels of the canvas's longer side
     const SMALLEST_CROP = 0.05;
     const editor = app.editor;
     const picture = (editor.picture = {});
@@ -233,7 +233,8 @@
         const canvas = app.get("editor_canvas");
         const turned = image.ready ? 0 : row.rotate;
         const {naturalWidth, naturalHeight} = image.node;
-        const scale = Math.min(1, LARGEST / Math.max(naturalWidth, naturalHeight));
+        const longer = Math.max(naturalWidth, naturalHeight);
+        const scale = Math.min(SIDES[1], Math.max(SIDES[0], longer)) / longer;
         const [width, height] = [naturalWidth * scale, naturalHeight * scale];
         const upright = turned % 180 === 0;
         canvas.width = Math.round(upright ? width : height);

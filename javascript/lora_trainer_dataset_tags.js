@@ -50,7 +50,7 @@
         const most = Math.max(1, ...found.tags.map((one) => one.count));
         const cloud = found.tags.slice(0, CLOUD).map((one) => {
             const node = tagButton(one, `${one.text} ${one.count}`);
-            node.style.fontSize = (12 + 8 * Math.sqrt(one.count / most)).toFixed(1) + "px";
+            node.style.fontSize = (12 + 8 * Math.sqrt((one.count - 1) / Math.max(1, most - 1))).toFixed(1) + "px";
             return node;
         });
         const rows = found.tags.slice(0, TABLE).map((one) => app.el("tr", {},

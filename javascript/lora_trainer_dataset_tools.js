@@ -121,7 +121,8 @@
 
     async function check() {
         editor.say("");
-        const resolution = String(app.form.value("resolution") || "512");
+        const wanted = String(app.form.value("resolution"));
+        const resolution = /^\d/.test(wanted) ? wanted : "512"; // "auto" follows the base model
         await editor.call("/check", {resolution});
     }
 

@@ -168,6 +168,7 @@
         app.get("folder") && (app.get("folder").value = folder && !uploaded ? folder : "");
         if (folder && !uploaded) app.get("other_pictures").open = true;
         showThumbnails();
+        app.show(app.get("picture_links"), folder);
         app.show(app.get("pictures"), false);
         app.show(app.get("hints"), false);
         showRefused([]);
@@ -203,8 +204,6 @@
         }
         const line = app.get("pictures");
         line.replaceChildren(parts.join(" · ") + " ",
-            app.button("Caption them", () => app.editor.open(pictures.chosen, "caption"), "link"), " · ",
-            app.button("Edit", () => app.editor.open(pictures.chosen), "link"), " · ",
             app.button("Take others", () => pictures.choose(null), "link"));
         app.show(line, true);
         showRefused(facts.refused);

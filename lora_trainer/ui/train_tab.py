@@ -59,6 +59,8 @@ def _pictures(offer_folders: bool) -> Markup:
         tag("div", id_="thumbnails", class_="thumbnails", hidden=True),
         tag("p", id_="upload", class_="status", role="status", hidden=True),
         tag("p", id_="pictures", class_="status", role="status", hidden=True),
+        tag("div", button("Caption them", "caption-chosen"), button("Edit", "edit-chosen"), id_="picture_links",
+            class_="row", hidden=True),
         tag("details", tag("summary"), tag("ul"), id_="refused", class_="quiet", hidden=True),
         tag("ul", id_="hints", class_="hints", hidden=True),
         tag("p", id_="problem_train_data_dir", class_="problem", role="alert", hidden=True),

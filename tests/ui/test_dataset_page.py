@@ -1,0 +1,228 @@
+"""The Dataset sub-tab in a browser, against the real routes: keys, filters, many at once, checks, conflicts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("playwright.sync_api")
+from fastapi import FastAPI
+
+from lora_trainer.api import add_routes
+from lora_trainer.jobs.worker import JobManager
+from tests.jobs.fakes import FakeHost, FakeTrain
+from tests.ui.browser import chromium, served
+
+PICTURES = 60
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def manager(tmp_path):
+    manager = JobManager(FakeHost(tmp_path), train=FakeTrain())
+    manager.start_worker()
+    yield manager
+    manager.close()
+
+
+def make(folder, count):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.effect_noise((72, 64), 20 + index).convert("RGB").save(folder / f"{index:04d}.png")
+        (folder / f"{index:04d}.txt").write_text(f"**zwx**, *soft light*, number {index}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(manager):
+    return make(manager.folders.datasets / "mine", PICTURES)
+
+
+@pytest.fixture
+def open_page(browser, manager):
+    errors, pages = [], []
+    app = FastAPI()
+    add_routes(app, manager, manager.host)
+    with served(app) as address:
+
+        def open_one(name="mine", width=1400):
+            page = browser.new_page(viewport={"width": width, "height": 1000})
+            pages.append(page)
+            page.set_default_timeout(60_000)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(address)
+            page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+            page.evaluate(f"loraTrainer.editor.open('{name}')")
+            page.wait_for_selector("#lora_trainer_editor_grid li")
+            return page
+
+        yield open_one
+        for page in pages:
+            page.close()
+    assert not errors
+
+
+@pytest.fixture
+def page(open_page, folder):
+    return open_page()
+
+
+def text(page, name):
+    return page.inner_text(f"#lora_trainer_editor_{name}")
+
+
+def until(page, name, part):
+    page.wait_for_function("([id, part]) => document.getElementById(id).innerText.includes(part)",
+                           arg=[f"lora_trainer_editor_{name}", part])  # fmt: skip
+
+
+def caption(folder, index):
+    return (folder / f"{index:04d}.txt").read_text(encoding="utf-8").strip()
+
+
+def test_the_keyboard_alone(page, folder):
+    for index in range(10):
+        page.keyboard.press("Enter")
+        page.keyboard.type(f", word {index}")
+        page.keyboard.press("Enter")
+        page.keyboard.press("ArrowRight")
+        until(page, "place_of", f"{index + 2} of {PICTURES}")
+    until(page, "counts", "10 not saved")
+    page.keyboard.press("Control+z")
+    until(page, "counts", "9 not saved")
+    page.keyboard.press("Control+Shift+z")
+    until(page, "counts", "10 not saved")
+    page.keyboard.press("Enter")
+    page.keyboard.type(", never kept")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+s")
+    until(page, "counts", "all saved")
+    assert [caption(folder, index) for index in range(11)] == [
+        *(f"**zwx**, *soft light*, number {index}, word {index}" for index in range(10)),
+        "**zwx**, *soft light*, number 10",
+    ]
+
+
+def test_walking_over_the_edge_of_a_page(page):
+    page.evaluate("loraTrainer.editor.gallery.hold(47)")
+    page.keyboard.press("ArrowRight")
+    until(page, "file", "0048.png")
+    assert text(page, "range") == f"49–{PICTURES} of {PICTURES}"
+    page.keyboard.press("ArrowLeft")
+    until(page, "file", "0047.png")
+
+
+def test_many_at_once_and_back(page, folder):
+    page.fill("#lora_trainer_editor_text", "number 1")
+    until(page, "range", "of 11")
+    page.click("#lora_trainer_editor_opens_many")
+    page.select_option("#lora_trainer_editor_action", "replace")
+    page.fill("#lora_trainer_editor_old", "soft light")
+    page.fill("#lora_trainer_editor_value", "hard light")
+    page.click("text=Change them")
+    until(page, "message", "11 captions changed")
+    page.click("#lora_trainer_editor_message >> text=Undo")
+    until(page, "counts", "all saved")
+    page.click("#lora_trainer_editor_redo")
+    until(page, "counts", "11 not saved")
+    page.click("#lora_trainer_editor_save")
+    until(page, "counts", "all saved")
+    assert caption(folder, 1) == "**zwx**, *hard light*, number 1" and "soft" in caption(folder, 2)
+
+
+def test_tags_filter_and_marks_have_their_colors(page):
+    page.click("#lora_trainer_editor_opens_tags")
+    page.click("#lora_trainer_editor_tags .lora_trainer_chip >> text=number 7")
+    until(page, "range", "1–1 of 1")
+    assert page.inner_text("#lora_trainer_editor_items .lora_trainer_core") == "zwx"
+    assert page.inner_text("#lora_trainer_editor_items .lora_trainer_mood") == "soft light"
+    page.click("#lora_trainer_editor_items >> text=number 7")
+    page.click("#lora_trainer_editor_item_tools >> text=Core")
+    page.wait_for_function("() => loraTrainer.get('editor_caption').value.endsWith('**number 7**')")
+    page.click("#lora_trainer_editor_chips button")
+    until(page, "range", f"of {PICTURES}")
+
+
+def test_planted_faults_are_found_and_put_right(page, folder):
+    shutil.copy(folder / "0003.png", folder / "0099.png")
+    page.evaluate("loraTrainer.editor.state = null; loraTrainer.editor.open('mine')")
+    until(page, "counts", f"{PICTURES + 1} pictures")
+    page.click("#lora_trainer_editor_opens_check")
+    page.click("text=Check now")
+    until(page, "findings", "0099.png")
+    page.select_option("#lora_trainer_editor_kind", "duplicate")
+    page.wait_for_function("() => loraTrainer.editor.gallery.total <= 2")
+    page.click("text=Fix all that is safe")
+    until(page, "counts", "1 excluded")
+    assert (folder / "0099.png").exists(), "no file is touched"
+
+
+def test_a_crop_is_dragged_and_the_file_stays(page, folder):
+    before = (folder / "0000.png").read_bytes()
+    page.wait_for_function("() => loraTrainer.get('editor_canvas').width !== 512")
+    page.click("#lora_trainer_editor_crop")
+    page.locator("#lora_trainer_editor_canvas").scroll_into_view_if_needed()
+    box = page.locator("#lora_trainer_editor_canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.25)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5)
+    page.mouse.up()
+    page.wait_for_function("() => loraTrainer.editor.row.crop")
+    assert page.evaluate("loraTrainer.editor.row.crop") == pytest.approx([0.25, 0.25, 0.75, 0.5], abs=0.01)
+    assert (folder / "0000.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("choice", ["mine", "theirs"])
+def test_what_somebody_else_wrote_is_not_lost_unasked(page, folder, choice):
+    page.keyboard.press("Enter")
+    page.keyboard.type(", mine")
+    page.keyboard.press("Enter")
+    until(page, "counts", "1 not saved")
+    (folder / "0000.txt").write_text("theirs, and longer\n", encoding="utf-8")
+    page.click("#lora_trainer_editor_save")
+    until(page, "conflicts", "theirs, and longer")
+    assert caption(folder, 0) == "theirs, and longer"
+    page.click("text=Keep mine, all" if choice == "mine" else "text=Take theirs, all")
+    until(page, "counts", "all saved")
+    assert caption(folder, 0) == ("**zwx**, *soft light*, number 0, mine" if choice == "mine" else "theirs, and longer")
+
+
+def test_a_captioner_that_is_not_here_says_what_to_do(page):
+    page.click("#lora_trainer_editor_opens_caption")
+    until(page, "captioner_problem", "blip")
+    assert page.is_disabled("#lora_trainer_editor_caption_go")
+
+
+def test_two_thousand_pictures_stay_fluid(open_page, manager):
+    folder = manager.folders.datasets / "many"
+    make(folder, 1)
+    for index in range(1, 2000):
+        (folder / f"{index:04d}.png").hardlink_to(folder / "0000.png")
+        (folder / f"{index:04d}.txt").write_text(f"**zwx**, number {index % 50}", encoding="utf-8")
+    page = open_page("many")
+    took = page.evaluate("""async () => {
+        const {gallery} = loraTrainer.editor, times = [];
+        for (const action of [() => gallery.load(480), () => gallery.load(960), () => gallery.want("tags", "number 7")]) {
+            const begin = performance.now();
+            await action();
+            times.push(performance.now() - begin);
+        }
+        return times;
+    }""")
+    print("page turns and filter:", [round(one) for one in took], "ms")
+    assert page.evaluate("loraTrainer.editor.gallery.total") == 40
+    assert min(took) < 200, took
+
+
+def test_a_phone(open_page, folder):
+    page = open_page(width=390)
+    time.sleep(0.3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
