@@ -145,7 +145,8 @@ def _many() -> list[Markup]:
     fields = tag(
         "div",
         _field("What to do", _select("editor_action", ACTIONS), "editor_action"),
-        _field("Tags", _input("editor_old", placeholder="red hat, blue sky"), "editor_old", needed="remove replace move mark"),
+        _field("Tags", _input("editor_old", placeholder="red hat, blue sky"), "editor_old",
+               needed="remove replace move mark"),
         _field("Pattern", _input("editor_pattern"), "editor_pattern", needed="regex"),
         _field("New text", _input("editor_value"), "editor_value", needed="add replace regex"),
         _field("Place", _select("editor_place", (("start", "at the start"), ("end", "at the end"))), "editor_place",

@@ -92,7 +92,8 @@ def test_names_of_classes_in_scripts_have_a_style_or_are_found_by_them():
 
 def test_every_word_is_in_chinese(page):
     settings = {field.name for field in dataclasses.fields(TrainConfig)}
-    choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - {"no", "yes", "automatic", "reset", "neither"}
+    words = {"no", "yes", "automatic", "reset", "neither"}
+    choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - words
     examples = {"my_face_v2", "weight_decay: 0.01"}
     elsewhere = {"Dataset", "Runs", "Train", "Use earlier pictures", "LoRA trainer"}
     said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
