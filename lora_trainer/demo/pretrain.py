@@ -187,7 +187,7 @@ class Pretraining:
         self.parameters = [*self.unet.parameters(), *self.text.parameters()]
         self.ema = [p.detach().clone() for p in self.parameters]
         groups = [{"params": list(getattr(self, name).parameters()), "peak": lr} for name, lr in PEAK_LR.items()]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.elapsed = 0, 0.0
         self.alphas = sampling.alphas_cumprod()
 

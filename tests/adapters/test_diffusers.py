@@ -84,7 +84,8 @@ def _loaded(model, path):
         pipe = StableDiffusionPipeline(
             model.vae, model.text_encoders[0], None, model.unet, scheduler, None, None, requires_safety_checker=False
         )
-    pipe.load_lora_weights(str(path))
+    # Named in two parts, as diffusers wants it where HF_HUB_OFFLINE is set.
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     try:
         yield
     finally:
