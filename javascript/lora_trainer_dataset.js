@@ -88,6 +88,8 @@
         if (state.excluded) parts.push(app.t("{n} excluded", {n: state.excluded}));
         parts.push(state.unsaved ? app.t("{n} not saved", {n: state.unsaved}) : app.t("all saved"));
         app.setText(app.get("editor_counts"), parts.join(" · "));
+        // A training reads the files: step 1 says so, too.
+        app.setText(app.get("unsaved"), state.unsaved ? app.t("{n} changes are not saved.", {n: state.unsaved}) : "");
         const running = Boolean(state.task && state.task.status === "running");
         app.get("editor_save").disabled = !state.unsaved;
         app.get("editor_discard").disabled = !state.unsaved;

@@ -96,6 +96,7 @@ def test_the_keyboard_alone(page, folder):
         page.keyboard.press("ArrowRight")
         until(page, "place_of", f"{index + 2} of {PICTURES}")
     until(page, "counts", "10 not saved")
+    assert page.text_content("#lora_trainer_unsaved") == "10 changes are not saved."
     page.keyboard.press("Control+z")
     until(page, "counts", "9 not saved")
     page.keyboard.press("Control+Shift+z")
