@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from lora_trainer.adapters.describe import describe
 from lora_trainer.errors import UserError
 from lora_trainer.host import drawing
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
@@ -127,8 +129,27 @@ class WebuiHost(ABC):
             self._loras.forget(loaded, name, self._webui.processing)
 
     def verify(self, lora: Path, prompt: str) -> str | None:
-        with self._turns.take():
-            return drawing.verify(self._webui, self._loras, lora, prompt)
+        """On the base model that the LoRA says it was trained on, if the list has it; what was loaded comes back."""
+        try:
+            with self._turns.take(), self._loaded(self._base_of(lora)):
+                return drawing.verify(self._webui, self._loras, lora, prompt)
+        except UserError as error:
+            return f"The LoRA was not checked in the WebUI. {error}"
+
+    def _base_of(self, lora: Path) -> Any | None:
+        name = describe(lora).base_model
+        infos = self._webui.sd_models.checkpoints_list.values()
+        return next((info for info in infos if Path(info.filename).name == name), None)
+
+    @contextmanager
+    def _loaded(self, info: Any | None) -> Iterator[None]:
+        """Inside a turn: this checkpoint is loaded, and afterwards what was before. None: whichever is."""
+        loaded = loaded_model(self._webui)
+        if info is None or loaded is None or Path(loaded.sd_checkpoint_info.filename) == Path(info.filename):
+            yield
+            return
+        with self._lender(info, LenderOptions()).borrow():
+            yield
 
 
 def turns_of(queue_lock: Any) -> Turns:

@@ -58,13 +58,19 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
             raise UserError(reason, field="output_name", remedy="Choose another name, or allow overwriting it.")
     else:
         name = free_name(store, host, _plain_stem(config.train_data_dir))
+    # The model that is loaded now is meant, whatever is loaded when the job's turn comes.
+    base_model = config.base_model or next((it.title for it in host.checkpoints() if it.loaded), "")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
     def prepare(job_id: int) -> dict[str, Any]:
         folder = folders.create(job_id, name)
         atomic_write(folder / "config.yaml", text)
         effective = dataclasses.replace(
-            config, output_dir=str(folder / "output"), output_name=name, cache_dir=str(folders.cache)
+            config,
+            base_model=base_model,
+            output_dir=str(folder / "output"),
+            output_name=name,
+            cache_dir=str(folders.cache),
         )
         return {"folder": folder.name, "effective_config": to_yaml(effective)}
 
@@ -74,7 +80,7 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
         prepare,
         status="paused" if held else "queued",
         dataset=config.train_data_dir,
-        base_model=config.base_model,
+        base_model=base_model,
         host=host.name,
     )
 

@@ -47,7 +47,7 @@ def lora(models, tmp_path) -> Path:
     return make_lora(models / "first.safetensors", tmp_path / "source.safetensors", 0.1)
 
 
-def make_lora(base: Path, path: Path, strength: float, seed: int = 0) -> Path:
+def make_lora(base: Path, path: Path, strength: float, seed: int = 0, base_name: str = "") -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     with FileLender(base).borrow() as model:
@@ -58,7 +58,8 @@ def make_lora(base: Path, path: Path, strength: float, seed: int = 0) -> Path:
             tensors[f"{target.kohya_name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator) * strength
             tensors[f"{target.kohya_name}.lora_down.weight"] = torch.randn(2, columns, generator=generator)
             tensors[f"{target.kohya_name}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, path, {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"})
+    metadata = {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"}
+    save_file(tensors, path, metadata | {"ss_sd_model_name": base_name or base.name})
     return path
 
 

@@ -383,10 +383,28 @@ def test_a_lora_published_again_is_drawn_with_its_new_weights(a1111, webui, mode
 
 
 def test_layers_without_a_place_are_named(a1111, webui, models, tmp_path):
-    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1)
+    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1, base_name="gone.ckpt")
     assert any(name.startswith("lora_unet_input_blocks") for name in load_file(foreign))
     verdict = a1111.verify(a1111.publish(foreign, "foreign", Card()), "zwx")
     assert "no place" in verdict and "lora_unet_" in verdict
+
+
+def test_a_lora_is_verified_on_the_model_it_was_trained_on(a1111, webui, models, tmp_path):
+    before, options = sha(webui), dict(webui.shared.opts.data)
+    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1)
+    assert a1111.verify(a1111.publish(foreign, "foreign", Card()), "zwx") is None
+    assert webui.loads == ["first", "third", "first"]
+    assert (sha(webui), webui.shared.opts.data) == (before, options)
+
+
+def test_a_verification_that_was_interrupted_says_so(a1111, webui, lora, monkeypatch):
+    def interrupted(p):
+        webui.shared.state.interrupted = True
+        return SimpleNamespace(images=[])
+
+    path = a1111.publish(lora, "cat", Card())
+    monkeypatch.setattr(webui.processing, "process_images", interrupted)
+    assert "not checked" in a1111.verify(path, "zwx")
 
 
 # --medvram ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lora_trainer.jobs as jobs
+from lora_trainer.config import from_mapping, parse_yaml
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.jobs.lease import WorkerLease
 from lora_trainer.jobs.worker import JobManager
@@ -417,3 +418,10 @@ def test_the_lender_gets_the_runs_precision_and_the_hosts_options(manager, train
     wait_status(manager, manager.submit({**settings, "clip_skip": 2}), "finished")
     options = host.lender_options[0]
     assert options.hold and not options.wait_for_model and options.clip_skip == 2
+
+
+def test_a_job_keeps_the_model_that_was_loaded_when_it_was_sent(idle, settings):
+    job = idle.submit(settings)
+    assert job.base_model == "tiny.safetensors [abc]"
+    assert from_mapping(parse_yaml(job.effective_config)).base_model == "tiny.safetensors [abc]"
+    assert "base_model" not in parse_yaml(job.config), "a copy of the job means what is loaded then"

@@ -87,6 +87,21 @@ def test_a_lora_published_again_is_used_at_once(webui, settings):
 
 
 @a1111_only
+def test_a_waiting_job_keeps_the_model_that_was_loaded_when_it_was_sent(webui, settings):
+    first, second = webui.checkpoints()[:2]
+    webui.select(first)
+    job = webui.post("/lora-trainer/v1/jobs", {"settings": settings | {"output_name": "kept"}, "held": True})["id"]
+    webui.select(second)
+    try:
+        webui.command(job, "start")
+        done = webui.wait(job)
+        assert (done["status"], done["verified"]) == ("finished", True), done["warnings"]
+        assert first.startswith(done["base_model"])
+        assert webui.get("/sdapi/v1/options")["sd_model_checkpoint"] == second
+    finally:
+        webui.select(first)
+
+
 def test_medvram_is_lent_from_without_a_copy(tmp_path, settings):
     with Server(tmp_path / "medvram", "--medvram") as webui:
         picture, before = webui.generate("a circle"), webui.sha()
