@@ -95,7 +95,8 @@ def compare(config: TrainConfig, lora: Path, prompts: Sequence[str], seed: int =
     """Draw ``prompts`` with the base of ``config`` and with the LoRA file, read back as other tools would read it."""
     with FileLender(config.base_model).borrow() as model:
         adapters = AdapterSet.build(model.lora_targets(), config).eval()
-        init_from(adapters, read_lora(lora))
+        if problems := init_from(adapters, read_lora(lora)):
+            raise UserError(" ".join(problems), remedy="Compare it with the settings that it was trained with.")
 
         def draw(index: int, prompt: str) -> Image.Image:
             size = {"width": SIDE, "height": SIDE}
