@@ -3,10 +3,10 @@ and a tab whose packages are missing use it too."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,41 +72,6 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-class Check:
-    """Whether the packages work: imported once, in the background, because that takes seconds.
-
-    It also warms up what the first training would otherwise wait for.
-    """
-
-    def __init__(self) -> None:
-        self._problem: str | None = None
-        self._done = threading.Event()
-        self._lock = threading.Lock()
-        self._started = False
-
-    def start(self) -> None:
-        with self._lock:
-            if not self._started:
-                self._started = True
-                threading.Thread(target=self._run, name="lora-trainer-imports", daemon=True).start()
-
-    def problem(self, timeout: float | None = None) -> str | None:
-        """A sentence for the user, or None when all is well (or not known yet after ``timeout`` seconds)."""
-        self.start()
-        self._done.wait(timeout)
-        return self._problem
-
-    def _run(self) -> None:
-        try:
-            self._problem = problem()
-        finally:
-            self._done.set()
-
-
-CHECK = Check()
-"""Of this process; importing does not change its mind when it is asked twice."""
-
-
 def problem() -> str | None:
     """What keeps the trainer from working, and the remedy, as a sentence; None when nothing does."""
     wanted = requirements()
@@ -119,6 +84,16 @@ def problem() -> str | None:
             f'installed ones; to change them, run "{sys.executable}" -m pip install '
             + " ".join(f'"{wish}"' for wish, _ in wrong)
         )
+    return _import_problem()
+
+
+@functools.cache
+def _import_problem() -> str | None:
+    """Imported once, in the thread that asks first: the main one, as a rule.
+
+    Never in the background: a package that puts a lazy stand-in for itself into ``sys.modules``, as diffusers does,
+    fails in every thread that imports it at the same time, which may be another extension's.
+    """
     try:
         from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
         from transformers import CLIPTextModelWithProjection  # noqa: F401

@@ -10,11 +10,13 @@ from lora_trainer import requirements
 log = logging.getLogger("lora_trainer")
 SECTION = ("lora_trainer", "LoRA trainer")
 TITLE, TAB_ID = "Train LoRA", "lora_trainer"
-IMPORT_SECONDS = 20  # the tab waits that long for the verdict; by then it is there, as a rule
 
 
 def start():
     """The host and its job manager, or the sentence that says why there are none."""
+    problem = requirements.problem()
+    if problem is not None:
+        return None, None, problem
     try:
         from lora_trainer import jobs
         from lora_trainer.host.select import current_host
@@ -41,7 +43,6 @@ def on_app_started(demo, app):
 
 def on_ui_tabs():
     host, manager, problem = start()
-    problem = problem or requirements.CHECK.problem(timeout=IMPORT_SECONDS)
     if problem is None:
         try:
             from lora_trainer import ui
@@ -72,8 +73,6 @@ def on_script_unloaded():
     """Nothing to end: jobs belong to the server and go on, whatever becomes of the page."""
 
 
-# Importing takes seconds and goes on while the WebUI does other things.
-requirements.CHECK.start()
 script_callbacks.on_app_started(on_app_started)
 script_callbacks.on_ui_tabs(on_ui_tabs)
 script_callbacks.on_ui_settings(on_ui_settings)
