@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -218,7 +219,10 @@ class DiffusionModel:
             if shape.projection is not None:
                 ends = (ids[::count] == self._tokenizer.eos).int().argmax(dim=1)
                 last = output.last_hidden_state[::count]  # first chunks, after the final LayerNorm
-                pooled = encoder.text_projection(last[torch.arange(len(captions), device=self.device), ends])
+                # open_clip's matrix is bound transposed, transformers' as it is; a product's rounding goes by the order
+                # in memory, and must not depend on who lends.
+                projection = encoder.text_projection.weight.to(self.compute_dtype).contiguous()
+                pooled = F.linear(last[torch.arange(len(captions), device=self.device), ends], projection)
         return Prompts(torch.cat(contexts, dim=-1), pooled)
 
     def _hidden(self, encoder: nn.Module, output) -> Tensor:

@@ -102,6 +102,17 @@ def test_sdxl_text(checkpoints):
 
 
 @torch.no_grad()
+def test_the_pooled_prompt_does_not_depend_on_how_the_projection_lies_in_memory(checkpoints):
+    """Files have it transposed, Forge has not; LoRAs trained from either must agree."""
+    with FileLender(checkpoints["sdxl"]).borrow() as model:
+        pooled = model.encode_prompts([CAPTION]).pooled
+        projection = model.text_encoders[1].text_projection
+        assert not projection.weight.is_contiguous()
+        projection.weight = torch.nn.Parameter(projection.weight.contiguous(), requires_grad=False)
+        assert torch.equal(model.encode_prompts([CAPTION]).pooled, pooled)
+
+
+@torch.no_grad()
 def test_a_diffusers_folder_gives_the_same_model(checkpoints, family, tmp_path):
     checkpoint = load_file(str(checkpoints[family]))
     folder = tmp_path / "model"
