@@ -39,7 +39,7 @@ var loraTrainer = window.loraTrainer || {};
         "Save now": "Saves the LoRA as it is after this step, and the state to go on from.",
         "Preview now": "Draws the preview prompts with the LoRA as it is now.",
         "Stop and save": "Ends after this step; the LoRA as it is comes into your Lora tab.",
-        "Stop": "Ends after this step; only what was saved before stays.",
+        "Stop": "Ends after this step; only what was saved before stays, also in your Lora tab.",
         "Hold": "Lets the others go first, until you start it.",
         "Continue from it": "A new training that begins with this LoRA, such as with more pictures.",
         "Run again with changes": "Puts its settings into the form; nothing starts yet.",

@@ -6,7 +6,10 @@
     const OVER = ["finished", "stopped", "failed", "interrupted"];
 
     // job: what the panel shows. details: its settings, by name. jobs: every job heard of since the page was opened.
-    const live = (app.live = {job: null, details: null, points: [], lastEvent: 0, seenRunning: new Set(), looking: null});
+    // inPicker: which weights the LoRA pickers were last told of, by job.
+    const live = (app.live = {
+        job: null, details: null, points: [], lastEvent: 0, seenRunning: new Set(), looking: null, inPicker: new Map(),
+    });
     let cursor = null;
     let timer = null;
 
@@ -81,11 +84,19 @@
         }
         app.show(app.get("live"), true);
         if (live.pointsOf === job.id) live.curve.set(live.points);
+        pickerKnows(job);
         showStrip(job);
         showMessage(job);
         showButtons(job);
         await loadEvents(job);
         if (app.get("log_box").open) await loadLog();
+    }
+
+    /** The LoRA pickers list what was put there since they were drawn. */
+    function pickerKnows(job) {
+        const there = job.published && `${job.published} ${job.published_step}`;
+        if (there && live.inPicker.get(job.id) !== there) app.host.refreshPicker();
+        live.inPicker.set(job.id, there);
     }
 
     async function loadDetails(job) {
@@ -161,7 +172,7 @@
         if (job.status === "waiting") lines.push(job.phase);
         if (job.error) lines.push(app.sentence(job.error));
         if (job.status === "interrupted") lines.push(app.t("The WebUI ended in the middle. Resume goes on from the last saved state."));
-        if (job.status === "finished" && job.published) lines.push(app.t("It is in your Lora tab as {name}.", {name: job.published}));
+        if (job.published) lines.push(whatIsThere(job));
         if (job.verified) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
         const box = app.get("job_message");
@@ -174,6 +185,14 @@
         app.show(box, lines.length);
     }
 
+    /** Which of its weights the Lora tab has: the finished ones, or what was saved last on the way. */
+    function whatIsThere(job) {
+        const what = {name: job.published, step: job.published_step};
+        if (job.published_step === null) return app.t("It is in your Lora tab as {name}.", what);
+        if (job.active) return app.t("{name} can be tried in txt2img already, as it was at step {step}; each save renews it.", what);
+        return app.t("Your Lora tab keeps {name} as it was at step {step}.", what);
+    }
+
     // -- what can be done
 
     live.command = (job, command) => app.post(`/jobs/${job.id}/${command}`).then(live.look, (error) => app.complain(error, app.get("trouble")));
@@ -181,6 +200,7 @@
     /** Buttons for a job: [text, what it does, kind]. */
     live.actions = function(job) {
         const to = (command) => () => live.command(job, command);
+        const tryIt = ["Try it", () => app.host.tryIt(job), "primary"];
         if (job.active || job.status === "paused") {
             return [
                 job.status === "paused" ? ["Resume", to("resume"), "primary"] : job.status !== "stopping" && ["Pause", to("pause")],
@@ -188,10 +208,11 @@
                 job.active && ["Preview now", to("preview-now")],
                 job.active && ["Stop and save", to("stop-and-save")],
                 ["Stop", to("stop")],
+                job.published && [tryIt[0], tryIt[1]],
             ].filter(Boolean);
         }
         return [
-            job.published && ["Try it", () => app.host.tryIt(job), "primary"],
+            job.published && tryIt,
             job.status !== "finished" && ["Resume", to("resume"), "primary"],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             ["Run again with changes", () => app.runs.again(job, false)],
@@ -264,7 +285,7 @@
         const text = `${job.name}: ${live.state(job)}`;
         title(text);
         if (document.hasFocus()) setTimeout(() => title(null), 5000);
-        if (job.published) app.host.refreshPicker();
+        pickerKnows(job);
         if (job.error && job.error.field) app.form.showProblems([job.error]);
         if (wanted() && Notification.permission === "granted") {
             const body = job.error ? app.sentence(job.error) : job.published ? app.t("It is in your Lora tab as {name}.", {name: job.published}) : "";

@@ -54,6 +54,7 @@ class Context:
             "diffusers": job.result.get("diffusers"),
             "thumbnail": job.result.get("thumbnail"),
             "published": Path(published).stem if published else None,
+            "published_step": job.result.get("published_step"),
             "verified": job.result.get("verified"),
         }
         if detailed:

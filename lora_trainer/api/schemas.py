@@ -56,6 +56,7 @@ class JobModel(BaseModel):
     diffusers: str | None = None
     thumbnail: str | None = None
     published: str | None = None
+    published_step: int | None = None
     verified: bool | None = None
     revision: int
 

@@ -11,6 +11,7 @@ from typing import Any
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path, atomic_write, safe_name_problem
 from lora_trainer.host.base import Card
+from lora_trainer.run.outputs import run_of
 
 _RESERVED = {"none", "addams"}  # names that the WebUIs' Lora extension never finds by themselves
 
@@ -19,8 +20,9 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
     """Copy ``lora`` to ``folder/name.safetensors``, with ``name.json`` and ``name.preview.png`` beside it.
 
     Each file appears whole or not at all; the LoRA itself comes last, so that it is never seen without its card.
-    A name in use in some sub-folder is taken too, because the picker knows a LoRA by its name alone. Fields of an
-    earlier card that ours does not fill (a person's own, say) are kept.
+    A name in use in some sub-folder is taken too, because the picker knows a LoRA by its name alone. An earlier version
+    that the same run wrote is replaced where it lies. Fields of an earlier card that ours does not fill (a person's
+    own, say) are kept.
 
     Raises:
         UserError: naming ``output_name`` when it cannot be a name, or is taken and not ``overwrite``; or the folder
@@ -30,15 +32,15 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
     if problem:
         raise UserError(f"{name!r} cannot be a name: {problem}.", field="output_name", remedy="Choose another name.")
     path, json_path, picture = (folder / f"{name}{end}" for end in (".safetensors", ".json", ".preview.png"))
-    if not overwrite and (
-        name.casefold() in {other.casefold() for other in names_on_disk(folder)}
-        or any(p.exists() for p in (path, json_path, picture))
-    ):
+    known = [other for other in loras_on_disk(folder) if other.stem.casefold() == name.casefold()]
+    earlier = known and run_of(lora) is not None and all(run_of(other) == run_of(lora) for other in known)
+    if not overwrite and not earlier and (known or any(p.exists() for p in (path, json_path, picture))):
         raise UserError(
             f"There is a LoRA {name} already.", field="output_name", remedy="Choose another name, or allow overwriting."
         )
-    if not path.exists() and (elsewhere := next(iter(sorted(folder.rglob(f"{name}.safetensors"))), None)):
-        path = elsewhere  # to be overwritten where it lies
+    elsewhere = [other for other in known if other.name == path.name]
+    if not path.exists() and elsewhere:
+        path = elsewhere[0]  # to be overwritten where it lies
         json_path, picture = (path.with_name(f"{name}{end}") for end in (".json", ".preview.png"))
     if card.thumbnail is not None:
         with atomic_path(picture) as temporary:
@@ -51,14 +53,14 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
     return path
 
 
-def names_on_disk(folder: Path) -> set[str]:
-    """Stems of every LoRA file below ``folder``."""
-    return {
-        os.path.splitext(file)[0]
-        for _, _, files in os.walk(folder, followlinks=True)
+def loras_on_disk(folder: Path) -> list[Path]:
+    """Every LoRA file below ``folder``."""
+    return sorted(
+        Path(place, file)
+        for place, _, files in os.walk(folder, followlinks=True)
         for file in files
         if file.lower().endswith((".safetensors", ".pt", ".ckpt"))
-    }
+    )
 
 
 def card_fields(card: Card) -> dict[str, Any]:

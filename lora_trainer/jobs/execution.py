@@ -14,7 +14,7 @@ from lora_trainer.jobs import submitting
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, Problem
 from lora_trainer.jobs.previews import HostPreviewer
-from lora_trainer.jobs.publishing import publish
+from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
 from lora_trainer.jobs.store import JobStore
 
@@ -48,6 +48,7 @@ def execute(
         try:
             folders.create(job.id, job.name)  # somebody may have tidied up
             config = submitting.run_config(job, folders)
+            reporter.on_lora = _newest(current_host, store, job, config, reporter)
             result = _train(current_host(), store, job, config, reporter, commands, train)
         except UserError as error:
             log.error("%s", error)
@@ -58,7 +59,7 @@ def execute(
             return _failed(reporter, _unexpected(error, log_path))
         reporter.flush()
         ending = {"status": result.status, "error": None}
-        ending["result"] = _files(result, reporter, folders.of(job), job)
+        ending["result"] = _files(result, reporter, folders.of(job), store.get(job.id))
         if result.lora is not None and (result.status == "finished" or commands.saves_before_stop):
             ending["result"] |= _publish(current_host(), store, job, config, Path(result.lora), reporter)
         return ending
@@ -104,6 +105,33 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
         hold=bool(host.option(HOLD_OPTION, False)),
         wait_for_model=bool(host.option(WAIT_OPTION, False)),
     )
+
+
+def _newest(
+    current_host: Callable[[], Host], store: JobStore, job: Job, config: TrainConfig, reporter: JobReporter
+) -> Callable[[Path, int], None] | None:
+    """What puts every LoRA that is saved on the way into the host's LoRA folder, if it has one.
+
+    Trouble with that is told once and no reason to end the training.
+    """
+    if current_host().folders().lora is None:
+        return None
+    newest, told = NewestWeights(current_host, store, job.id, config), []
+
+    def show(lora: Path, step: int) -> None:
+        if lora.stem == config.output_name:
+            return  # the last one, which comes with all that belongs to it when the run is over
+        try:
+            newest.show(lora, step, reporter.last_preview)
+        except Exception as error:  # the host's code, or a full disk
+            log.warning("The LoRA of step %s could not be put into the LoRA folder", step, exc_info=True)
+            if not told:
+                reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                remedy = "The training goes on, and the finished LoRA is put there at its end."
+                reporter.warn(Problem(f"It cannot be tried in txt2img before it is finished: {reason}", remedy=remedy))
+            told.append(step)
+
+    return show
 
 
 def _files(result: Any, reporter: JobReporter, folder: Path, job: Job) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Job:
     position: place in the queue; the lowest queued one is next. Times are seconds since 1970.
     config: YAML as it was submitted; effective_config: YAML as it ran, every setting named.
     folder: name of its folder under ``<data>/jobs``. result: ``lora``, ``diffusers`` and ``thumbnail`` (paths inside
-    that folder), ``published`` (path in the host's LoRA folder) and ``verified`` (bool), as far as they exist.
+    that folder), ``published`` (path in the host's LoRA folder), ``published_step`` (when that is no finished LoRA but
+    what the run saved at this step) and ``verified`` (bool), as far as they exist.
     speed: optimizer steps per second. memory: peak bytes on the device. revision: grows with every change of any job.
     """
 

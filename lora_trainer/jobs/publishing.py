@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lora_trainer.host.base import Card, Host
+    from lora_trainer.jobs.store import JobStore
 
 SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 PREFERRED_WEIGHT = 0.8
@@ -68,20 +71,50 @@ def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, pi
             overwrite: bool) -> dict[str, Any]:  # fmt: skip
     """Hand the LoRA to the host and have it checked there.
 
-    Returns what to remember: ``published`` (path), ``verified`` and ``verdict``.
+    Returns what to remember: ``published`` (path), ``published_step`` (None: it is the last), ``verified`` and
+    ``verdict``.
 
     Raises:
         UserError: the name is taken, the disk is full; the LoRA stays where it is.
     """
+    path = _copied(host, lora, name, make_card(job, config, picture), overwrite=overwrite)
+    return {"published": str(path), "published_step": None, **_verify(host, path, config.trigger_word or job.name)}
+
+
+class NewestWeights:
+    """Keeps what a run saved last in the host's LoRA folder while it trains, under the LoRA's name, to be prompted.
+
+    Somebody else's LoRA of this name stays, also where the finished one may replace it: that is asked of the end.
+    """
+
+    def __init__(self, host: Callable[[], Host], store: JobStore, job_id: int, config: TrainConfig):
+        """``host``: asked anew each time, as "Reload UI" may have exchanged it."""
+        self._host, self._store, self._job_id, self._config = host, store, job_id, config
+
+    def show(self, lora: Path, step: int, picture: Path | None) -> None:
+        """Publish ``lora`` as it is at ``step``. ``picture``: the last preview.
+
+        Raises:
+            UserError: the name is taken, the disk is full.
+        """
+        host, job = self._host(), self._store.get(self._job_id)
+        card = make_card(job, self._config, picture)
+        note = f"Still in training: step {step} of {job.total_steps}.\n{card.notes}"
+        path = _copied(host, lora, job.name, replace(card, notes=note), overwrite=False)
+        facts = {"published": str(path), "published_step": step, "verified": None, "verdict": ""}
+        self._store.update(job.id, result={**job.result, **facts})
+        self._store.add_event(job.id, "published", job.name, {"step": step})
+
+
+def _copied(host: Host, lora: Path, name: str, card: Card, *, overwrite: bool) -> Path:
     try:
-        path = host.publish(lora, name, make_card(job, config, picture), overwrite=overwrite)
+        return host.publish(lora, name, card, overwrite=overwrite)
     except OSError as error:
         raise UserError(
             f"{name} could not be copied into the LoRA folder: {error.strerror or error}.",
             field="output_name",
             remedy="Free some space or mend the folder's permissions, then publish it again from the job.",
         ) from error
-    return {"published": str(path), **_verify(host, path, config.trigger_word or job.name)}
 
 
 def _verify(host: Host, path: Path, prompt: str) -> dict[str, Any]:

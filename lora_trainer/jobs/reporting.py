@@ -38,7 +38,10 @@ class JobReporter(TrainCallbacks):
         status: Callable[[bool], str],
         clock: Callable[[], float] = time.monotonic,
     ):
-        """``status(waiting)`` says which status a run has that is (not) waiting for its model."""
+        """``status(waiting)`` says which status a run has that is (not) waiting for its model.
+
+        ``on_lora(path, step)``, set later, is called with every LoRA that the run saves.
+        """
         self._store, self._job_id, self._output, self._status, self._clock = store, job_id, output, status, clock
         self._lock = threading.Lock()
         self._values: dict[str, Any] = {}
@@ -48,6 +51,7 @@ class JobReporter(TrainCallbacks):
         self._speed: float | None = None
         self.waiting = False
         self.last_preview: Path | None = None
+        self.on_lora: Callable[[Path, int], None] | None = None
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         self._proceed()
@@ -84,6 +88,8 @@ class JobReporter(TrainCallbacks):
 
     def on_saved(self, path: Path, step: int, kind: str) -> None:
         self._event("saved", Path(path).name, {"step": step, "kind": kind, "path": self._inside(path)})
+        if kind == "lora" and self.on_lora is not None:
+            self.on_lora(Path(path), step)
 
     def on_preview(self, path: Path, step: int, prompt: str) -> None:
         self.last_preview = Path(path)

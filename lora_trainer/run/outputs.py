@@ -67,11 +67,16 @@ class Outputs:
         return [path for path in files if path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit()]
 
     def _is_ours(self, path: Path) -> bool:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                return (file.metadata() or {}).get(RUN_KEY) == self.fingerprint
-        except (SafetensorError, OSError):
-            return False
+        return run_of(path) == self.fingerprint
+
+
+def run_of(path: Path) -> str | None:
+    """The fingerprint of the run that wrote a LoRA; None when no run of ours did."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get(RUN_KEY)
+    except (SafetensorError, OSError):
+        return None
 
 
 def output_name(config: TrainConfig) -> str:

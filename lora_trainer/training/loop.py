@@ -261,14 +261,14 @@ class Trainer:
             try:
                 with self.train_step.averaged():
                     image = self.previewer.draw(prompt, self.config.seed + index, self.step, self.adapters)
+                with atomic_path(path) as temporary:
+                    image.save(temporary, format="PNG")
             except UserError as error:
                 # A person may interrupt a host's sampler, or take its model away: no reason to end the training.
                 self.callbacks.on_warning(f"No preview at step {self.step}: {error}")
                 return
             finally:
                 self.adapters.train()
-            with atomic_path(path) as temporary:
-                image.save(temporary, format="PNG")
             self.callbacks.on_preview(path, self.step, prompt)
 
     # -- beginning and end ----------------------------------------------------------------------------------------

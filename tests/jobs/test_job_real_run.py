@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
+from lora_trainer.host.publishing import place_lora
 from lora_trainer.jobs.worker import JobManager
 from lora_trainer.models.base import ModelAwayError
 from lora_trainer.run import file_lender
@@ -25,9 +27,20 @@ ROOT = Path(__file__).parents[2]
 
 
 class RealHost(FakeHost):
-    """A host whose loaded model is the tiny one."""
+    """A host whose loaded model is the tiny one, with a real LoRA folder; what is put there is told with its step."""
 
     base = ""
+    lora_folder = True
+
+    def folders(self):
+        folders = super().folders()
+        return folders if self.lora_folder else dataclasses.replace(folders, lora=None)
+
+    def publish(self, lora, name, card, *, overwrite=False):
+        path = place_lora(lora, self.root / "Lora", name, card, overwrite=overwrite)
+        with safe_open(str(path), framework="pt") as file:
+            self.published.append((int(file.metadata()["ss_steps"]), card))
+        return path
 
     def lender(self, checkpoint, options):
         return file_lender(from_mapping({"base_model": self.base}))
@@ -77,8 +90,8 @@ def test_a_job_trains_and_is_published(host, settings):
     job = finish(manager, manager.submit(settings))
     assert (job.status, job.error, job.warnings) == ("finished", None, ())
     assert (job.step, job.total_steps, job.family) == (12, 12, "sd1") and 0 < job.loss < 10
-    (name, card) = host.published[0]
-    assert name == "disc" and card.activation_text == "zwx, disc" and card.sd_version == "SD1"
+    (step, card) = host.published[-1]
+    assert step == 12 and card.activation_text == "zwx, disc" and card.sd_version == "SD1"
     assert card.thumbnail is not None and "4 pictures" in card.notes
     manager.close()
 
@@ -108,6 +121,75 @@ def test_a_preview_that_fails_is_a_warning(host, settings, error):
     job = finish(manager, manager.submit({**settings, "preview_prompts": ["a disc"], "preview_steps": 6}))
     assert job.status == "finished" and any(str(error) in warning.message for warning in job.warnings)
     manager.close()
+
+
+def trained(host, settings):
+    manager = JobManager(host)
+    manager.start_worker()
+    job = finish(manager, manager.submit(settings))
+    made = weights(manager, job)
+    manager.close()
+    return job, made
+
+
+def test_the_newest_weights_are_in_the_lora_folder_while_it_trains(host, settings):
+    job, made = trained(host, {**settings, "save_steps": 4})
+    assert (job.status, job.warnings) == ("finished", ())
+    assert [step for step, _ in host.published] == [4, 8, 12]
+    assert "step 4 of 12" in host.published[0][1].notes and "Still" not in host.published[-1][1].notes
+    assert job.result["published_step"] is None and job.result["verified"] is True
+    assert sorted(path.name for path in (host.root / "Lora").iterdir()) == [
+        "disc.json", "disc.preview.png", "disc.safetensors",
+    ]  # fmt: skip
+    host.lora_folder = False
+    _, alone = trained(host, {**settings, "save_steps": 4, "output_name": "alone"})
+    assert made.keys() == alone.keys() and all(torch.equal(made[key], alone[key]) for key in made)
+
+
+def test_a_failed_run_leaves_what_was_saved_last(host, settings):
+
+    def fail(path, prompt):
+        raise AssertionError("nothing is finished")
+
+    host.verify = fail
+    manager = JobManager(host)
+    manager.store.update = stop_at(manager, 5)
+    manager.start_worker()
+    job = finish(manager, manager.submit({**settings, "save_steps": 4}))
+    assert job.status == "stopped" and job.result["published_step"] == 4
+    assert (host.root / "Lora" / "disc.safetensors").exists() and job.result["published"]
+    manager.close()
+
+
+def stop_at(manager, step):
+    update = manager.store.update
+
+    def stopping(job_id, **values):
+        update(job_id, **values)
+        if values.get("step", 0) >= step:
+            manager.stop(job_id)
+
+    return stopping
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_somebody_elses_lora_stays_while_it_trains(host, settings, replaces):
+    """Also one that the finished LoRA may replace."""
+    theirs = host.root / "Lora" / "mine" / "disc.safetensors"
+    theirs.parent.mkdir()
+    seen = []
+    original = host.publish
+
+    def publish(lora, name, card, *, overwrite=False):
+        seen.append(theirs.read_bytes())
+        return original(lora, name, card, overwrite=overwrite)
+
+    host.publish = publish
+    theirs.write_bytes(b"theirs")
+    job, _ = trained(host, {**settings, "save_steps": 4, "overwrite": replaces})
+    assert job.status == "finished" and seen == [b"theirs"] * 3
+    assert any("before it is finished" in warning.message for warning in job.warnings)
+    assert (theirs.read_bytes() == b"theirs") is not replaces
 
 
 SERVER = """
