@@ -180,9 +180,7 @@ class JobManager:
         """Put a job that waits, was stopped, failed or was interrupted into the queue; it goes on where it was."""
         job = self.store.get(job_id)
         if job.status == "finished":
-            raise UserError(
-                f"{job.name} is finished.", remedy="Run it again with changes, or continue from its LoRA."
-            )
+            raise UserError(f"{job.name} is finished.", remedy="Run it again with changes, or continue from its LoRA.")
         if not job.active:
             self.store.set_status(job_id, "queued", unless=("queued", "running", "waiting", "stopping"), finished=None)
             self._wake.set()
@@ -191,7 +189,8 @@ class JobManager:
         return self.store.get(job_id)
 
     def pause(self, job_id: int) -> Job:
-        """Wait after this step, or hold a queued job back."""
+        """Wait after this step, or hold a queued job back. A job that is paused keeps its place: whoever pauses wants
+        the device, so the next job does not take it. To let that one go first, save, stop, and resume later."""
         return self._command(job_id, "pause", idle={"queued": "paused"})
 
     def resume(self, job_id: int) -> Job:

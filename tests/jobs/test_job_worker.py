@@ -102,6 +102,22 @@ def test_paused_takes_no_step(manager, train, settings):
     assert _lines(manager, job) == 1 and status_of(manager, job) == "paused"
 
 
+def test_a_paused_job_keeps_the_device_free_and_its_place(manager, train, settings):
+    first = manager.submit(settings)
+    train.allow(1)
+    wait_step(manager, first, 1)
+    manager.pause(first.id)
+    second = manager.submit({**settings, "output_name": "second"})
+    train.free = True
+    looks = iter(range(20))
+    wait_for(lambda: next(looks) == 19)
+    assert (status_of(manager, first), status_of(manager, second)) == ("paused", "queued")
+    manager.stop(first.id)
+    wait_status(manager, second, "finished")
+    manager.resume(first.id)
+    wait_status(manager, first, "finished")
+
+
 def test_stop_and_save_publishes(manager, train, settings, host):
     job = manager.submit(settings)
     train.allow(2)

@@ -9,6 +9,7 @@ LORA_TRAINER_WEBUI_FLAGS    its command line; by default one that runs on a CPU
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -79,11 +80,17 @@ script_callbacks.on_app_started(add_routes)
 class Server:
     """One running WebUI. ``with Server(folder) as webui: …``"""
 
-    def __init__(self, data: Path, *flags: str, extra_path: Path | None = None):
+    def __init__(
+        self, data: Path, *flags: str, extra_path: Path | None = None, credentials: tuple[str, str] | None = None
+    ):
+        """credentials: user and password of the API, sent with every request."""
         self.webui = Path(os.environ["LORA_TRAINER_WEBUI"])
         self.python = os.environ["LORA_TRAINER_WEBUI_PYTHON"]
         self.data, self.flags = Path(data), flags
         self.extra_path = extra_path  # modules here are found before the environment's
+        self.headers: dict[str, str] = {}
+        if credentials is not None:
+            self.headers["Authorization"] = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
         self.log = self.data / "webui.log"
         self.process: subprocess.Popen | None = None
 
@@ -170,12 +177,29 @@ class Server:
     # Requests -----------------------------------------------------------------------------------------------------
 
     def get(self, path: str, timeout: float = 120) -> Any:
-        return self._send(urllib.request.Request(self.url(path)), timeout)
+        return self._send(urllib.request.Request(self.url(path), headers=self.headers), timeout)
 
     def post(self, path: str, body: Any = None, timeout: float = 600) -> Any:
         data = json.dumps({} if body is None else body).encode()
-        request = urllib.request.Request(self.url(path), data=data, headers={"Content-Type": "application/json"})
-        return self._send(request, timeout)
+        headers = {"Content-Type": "application/json", **self.headers}
+        return self._send(urllib.request.Request(self.url(path), data=data, headers=headers), timeout)
+
+    def raw(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        """Status and body of a request that is sent as it is, without credentials; (0, …) when it was cut off."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.putrequest(method, "/", skip_accept_encoding=True)
+            # What http.client itself would refuse to send goes out as well.
+            connection._buffer[0] = f"{method} {path} HTTP/1.1".encode("utf-8", "surrogatepass")
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                connection.putheader(name.replace("_", "-"), value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (http.client.HTTPException, ConnectionError) as error:
+            return 0, str(error).encode()
+        finally:
+            connection.close()
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"

@@ -23,8 +23,12 @@ FAULTS = {
     "saving": ("lora_trainer.run.saving.LoraSaver", "__call__", 0),
 }
 
+# What a user does there instead of an error: nothing is broken, but a stop is said in the middle.
+STAGES = {name: FAULTS[name] for name in ("assembling", "latents", "captions", "a step's backward", "saving")}
+SLOW = "time.sleep(2) if count[0] == calls + 1 else None"
+
 PLANT = """
-import importlib
+import importlib, time
 from lora_trainer.errors import UserError
 def resolve(path):
     parts = path.split(".")
@@ -36,14 +40,16 @@ def resolve(path):
         for part in parts[cut:]:
             found = getattr(found, part)
         return found
-owner, name, calls, error = resolve({owner!r}), {name!r}, {calls}, {error}
+owner, name, calls = resolve({owner!r}), {name!r}, {calls}
+def fail(error):
+    raise error
 original = getattr(owner, name)
 shared.planted = (owner, name, original, name in vars(owner))
-count = [0]
+count = shared.planted_calls = [0]
 def failing(*args, **kwargs):
     count[0] += 1
     if count[0] > calls:
-        raise error
+        {action}
     return original(*args, **kwargs)
 setattr(owner, name, failing)
 """
@@ -61,6 +67,17 @@ copied = {n: p for n, p in bound.items() if p.untyped_storage().data_ptr() not i
 def size(tensors):
     return sum(p.numel() * p.element_size() for p in tensors.values())
 result = {"models": len(models), "bound": len(bound), "bytes": size(bound), "copied": size(copied)}
+"""
+# How long somebody waits for the lock while a job trains, 40 times.
+LOCK_WAITS = """
+import time
+from modules.call_queue import queue_lock
+result = []
+for _ in range(40):
+    begin = time.monotonic()
+    with queue_lock:
+        result.append(time.monotonic() - begin)
+    time.sleep(0.03)
 """
 RSS = "result = int(open('/proc/self/statm').read().split()[1]) * 4096"
 OPTIONS = "result = {k: v for k, v in shared.opts.data.items()}"
@@ -84,24 +101,43 @@ def same(one, two) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_nothing_is_copied_and_it_starts_at_once(webui, settings, record_property):
-    webui.generate("a big red circle")  # the WebUI has done everything that it does only once
-    warm = webui.submit(**settings, output_name="warm")
-    webui.wait(warm)
-    before = webui.probe(RSS)
-    begin = time.monotonic()
-    job = webui.submit(**settings | {"max_train_steps": 60}, output_name="measured")
-    webui.until(job, lambda job: job["step"] >= 1 or job["status"] == "failed")
-    seconds, growth = time.monotonic() - begin, webui.probe(RSS) - before
-    webui.until(job, lambda job: job["step"] >= 2)
-    found = webui.probe(POINTERS)
-    webui.post(f"/lora-trainer/v1/jobs/{job}/stop")
-    webui.wait(job)
-    print(f"\nPOST to first step {seconds:.2f} s; resident memory +{growth / 1e6:.1f} MB; {found}")
+@pytest.mark.parametrize("index", [0, 1])
+def test_nothing_is_copied_and_it_starts_at_once(webui, settings, index):
+    title = webui.checkpoints()[index]
+    webui.select(title)
+    try:
+        webui.generate("a big red circle")  # the WebUI has done everything that it does only once
+        webui.wait(webui.submit(**settings, output_name=f"warm-{index}"))
+        before = webui.probe(RSS)
+        begin = time.monotonic()
+        job = webui.submit(**settings | {"max_train_steps": 60}, output_name=f"measured-{index}")
+        webui.until(job, lambda job: job["step"] >= 1 or job["status"] == "failed")
+        seconds, growth = time.monotonic() - begin, webui.probe(RSS) - before
+        webui.until(job, lambda job: job["step"] >= 2)
+        found = webui.probe(POINTERS)
+        webui.post(f"/lora-trainer/v1/jobs/{job}/stop")
+        webui.wait(job)
+    finally:
+        webui.select(webui.checkpoints()[0])
+    print(f"\n{title}: POST to first step {seconds:.2f} s; resident memory {growth / 1e6:+.1f} MB; {found}")
     assert found["models"] == 1 and found["bound"] > 100
     assert found["copied"] == 0
     assert growth < found["bytes"]
-    assert seconds < 10  # the requirement is 3 s on a machine that does nothing else
+    assert seconds < 3, "pictures and captions were encoded before"
+
+
+def test_who_waits_for_the_lock_waits_for_one_step(webui, settings):
+    job = webui.submit(**settings | {"max_train_steps": 400}, output_name="fair")
+    webui.until(job, lambda job: job["step"] >= 2)
+    waits = webui.probe(LOCK_WAITS)
+    points = webui.get(f"/lora-trainer/v1/jobs/{job}/metrics")["points"]
+    webui.post(f"/lora-trainer/v1/jobs/{job}/stop")
+    webui.wait(job)
+    steps = [point["seconds"] for point in points]
+    print(f"\nwaited {np.median(waits):.3f} s, at most {max(waits):.3f} s; a step takes {np.median(steps):.3f} s, "
+          f"at most {max(steps):.3f} s")  # fmt: skip
+    assert len(steps) > 10, "training goes on meanwhile"
+    assert max(waits) <= max(steps) + 0.1
 
 
 def test_weights_options_and_hijacks_are_as_they_were_after_success_and_stop(webui, settings):
@@ -127,13 +163,35 @@ def test_weights_options_and_hijacks_are_as_they_were_after_an_error(webui, sett
     owner, name, calls = FAULTS[stage]
     # Encoded pictures and captions must not come from an earlier test.
     shutil.rmtree(webui.data / "lora_trainer" / "cache", ignore_errors=True)
-    webui.probe(PLANT.format(owner=owner, name=name, calls=calls, error=error))
+    webui.probe(PLANT.format(owner=owner, name=name, calls=calls, action=f"fail({error})"))
     try:
         job = webui.wait(webui.submit(**settings, output_name=f"broken-{time.time_ns()}"))
     finally:
         webui.probe(PULL_OUT)
     assert job["status"] == "failed", f"{stage}: {job['status']}"
     assert job["error"]["remedy"]
+    assert facts(webui) == before
+    assert np.array_equal(webui.generate("a big red circle"), picture)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_options_and_hijacks_are_as_they_were_after_a_stop(webui, settings, stage):
+    picture = webui.generate("a big red circle")
+    before = facts(webui)
+    owner, name, calls = STAGES[stage]
+    shutil.rmtree(webui.data / "lora_trainer" / "cache", ignore_errors=True)
+    webui.probe(PLANT.format(owner=owner, name=name, calls=calls, action=SLOW))
+    try:
+        job = webui.submit(**settings, output_name=f"cut-{time.time_ns()}")
+        until = time.monotonic() + 60
+        while webui.probe("result = shared.planted_calls[0]") <= calls:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        webui.post(f"/lora-trainer/v1/jobs/{job}/stop")
+        done = webui.wait(job)
+    finally:
+        webui.probe(PULL_OUT)
+    assert done["status"] == ("finished" if stage == "saving" else "stopped"), done
     assert facts(webui) == before
     assert np.array_equal(webui.generate("a big red circle"), picture)
 
@@ -157,7 +215,9 @@ def test_pictures_and_training_do_not_disturb_each_other(webui, settings):
     undisturbed = webui.submit(**settings, output_name="alone")
     assert webui.wait(undisturbed)["status"] == "finished"
     prompts = ["a red circle", "a blue ring <lora:alone:1>", "a star", "a ring <lora:alone:0.5>", "a green cross"]
+    begin = time.monotonic()
     expected = [webui.generate(prompt, seed) for prompt in prompts for seed in (1, 2)]
+    alone = (time.monotonic() - begin) / len(expected)
     job = webui.submit(**settings, output_name="disturbed")
     webui.until(job, lambda job: job["step"] >= 1)
     drawn, waits, at = [], [], []
@@ -172,7 +232,8 @@ def test_pictures_and_training_do_not_disturb_each_other(webui, settings):
         waits.append(time.monotonic() - begin)
         at.append(webui.job(job)["step"])
     assert webui.job(job)["status"] in ("running", "waiting", "finished")
-    print(f"\nsteps at the pictures {at}, seconds per picture {[round(wait, 1) for wait in waits]}")
+    print(f"\nsteps at the pictures {at}, seconds per picture {[round(wait, 1) for wait in waits]}, "
+          f"without training {alone:.1f}")  # fmt: skip
     assert at[0] < 30, "the job was over before the first picture"
     assert webui.wait(job)["status"] == "finished"
     assert [np.array_equal(*pair) for pair in zip(drawn, expected)] == [True] * 10
@@ -201,7 +262,7 @@ def test_reload_ui_in_the_middle_of_a_step_changes_nothing(webui, settings):
     settings |= {"max_train_steps": 20}
     undisturbed = webui.submit(**settings, output_name="quiet")
     webui.wait(undisturbed)
-    before = facts(webui)
+    picture, before = webui.generate("a red circle"), facts(webui)
     job = webui.submit(**settings, output_name="reloaded")
     webui.until(job, lambda job: job["step"] >= 2)
     webui.reload_ui()
@@ -209,3 +270,4 @@ def test_reload_ui_in_the_middle_of_a_step_changes_nothing(webui, settings):
     assert done["status"] == "finished" and done["attempt"] == 1
     assert same(webui.lora(undisturbed), webui.lora(job))
     assert facts(webui) == before
+    assert np.array_equal(webui.generate("a red circle"), picture)
