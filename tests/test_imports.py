@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "captioning": LEAVES,
     "training": LEAVES | {"dataset", "adapters", "models", "captioning"},
     "run": LEAVES | {"dataset", "adapters", "models", "captioning", "training"},
-    "host": LEAVES | {"models", "adapters", "training", "run"},
+    "host": LEAVES | {"models", "adapters", "captioning", "training", "run"},
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
     "jobs": LEAVES | {"dataset", "captioning", "training", "models", "host", "run", "adapters"},
 }

@@ -93,8 +93,7 @@ class HostCaptioning(Protocol):
     """
 
     def captioners(self) -> Mapping[str, HostCaptioner]:
-        """The host's own captioners whose files are present (they would download them otherwise), by name: "host-blip",
-        "host-deepbooru"."""
+        """The host's own captioners by name, "host-blip" and "host-deepbooru"; also those whose files are missing."""
         ...
 
     def device_turn(self) -> AbstractContextManager[None]:
@@ -104,10 +103,13 @@ class HostCaptioning(Protocol):
 
 @dataclass(frozen=True)
 class HostCaptioner:
-    """A captioner of the host. ``open`` loads it; called inside a turn."""
+    """A captioner of the host. ``open`` loads it; called inside a turn, and never while there is a ``problem``: a host
+    downloads what it misses. problem, remedy: which files are missing, how large they are and where they go."""
 
     title: str
     open: Callable[[Settings], Captioner]
+    problem: str | None = None
+    remedy: str | None = None
 
 
 class Combined:

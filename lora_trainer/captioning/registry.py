@@ -57,7 +57,7 @@ class Availability:
 
 def available(sources: Sources) -> list[Availability]:
     """Every captioner, and why those that cannot run here cannot."""
-    rows = [Availability(name, one.title) for name, one in (sources.host or {}).items()]
+    rows = [Availability(name, one.title, one.problem, one.remedy) for name, one in (sources.host or {}).items()]
     for kind in KINDS.values():
         try:
             _check_packages(kind)
@@ -91,9 +91,11 @@ def choose(name: str, sources: Sources) -> str:
 def check_available(name: str, sources: Sources) -> None:
     """Raises UnavailableError when a captioner (a name that ``choose`` gave) lacks weights or a package."""
     for part in name.split("+"):
-        if part not in (sources.host or {}):
-            _check_packages(KINDS[part])
-            find(KINDS[part], sources.folders, sources.given)
+        if sources.host and part in sources.host:
+            _check_host(sources.host[part])
+            continue
+        _check_packages(KINDS[part])
+        find(KINDS[part], sources.folders, sources.given)
 
 
 def open_captioner(name: str, settings: Settings, sources: Sources) -> Captioner:
@@ -106,6 +108,7 @@ def open_captioner(name: str, settings: Settings, sources: Sources) -> Captioner
     try:
         for part in choose(name, sources).split("+"):
             if sources.host and part in sources.host:
+                _check_host(sources.host[part])
                 opened.append(sources.host[part].open(settings))
                 continue
             kind = KINDS[part]
@@ -125,6 +128,11 @@ def _folder(kind: Kind, sources: Sources) -> Path:
         if not sources.download or sources.given is not None:
             raise
         return download(kind)
+
+
+def _check_host(captioner: HostCaptioner) -> None:
+    if captioner.problem is not None:
+        raise UnavailableError(captioner.problem, field="captioner", remedy=captioner.remedy)
 
 
 def _check_packages(kind: Kind) -> None:

@@ -93,5 +93,6 @@ def _missing(kind: Kind, folders: Sequence[Path]) -> UnavailableError:
     return UnavailableError(
         f"The weights of the captioner {kind.name} ({kind.title}) are not on this machine: {files}, {weights.size}.",
         field="captioner",
-        remedy=f"Put the files of huggingface.co/{weights.repository} {place}, or let them be fetched with --download.",
+        remedy=f"Put the files of huggingface.co/{weights.repository} {place}, or let "
+        "`python -m lora_trainer caption … --download` fetch them.",
     )

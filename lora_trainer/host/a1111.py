@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from lora_trainer.captioning.base import HostCaptioner
+from lora_trainer.host.a1111_captioning import a1111_captioners
 from lora_trainer.host.a1111_lender import A1111Lender
 from lora_trainer.host.a1111_loras import A1111Loras
 from lora_trainer.host.base import LenderOptions
@@ -13,11 +15,13 @@ from lora_trainer.host.webui import WebuiHost
 
 def import_webui() -> SimpleNamespace:
     """The WebUI's modules that we touch, under one name. Raises ImportError outside of A1111."""
-    from modules import call_queue, devices, lowvram, paths, processing, sd_models, sd_unet, sd_vae, shared
+    from modules import (
+        call_queue, deepbooru, devices, images, lowvram, paths, processing, sd_models, sd_unet, sd_vae, shared,
+    )  # fmt: skip
 
     return SimpleNamespace(
-        call_queue=call_queue, devices=devices, lowvram=lowvram, paths=paths, processing=processing,
-        sd_models=sd_models, sd_unet=sd_unet, sd_vae=sd_vae, shared=shared,
+        call_queue=call_queue, deepbooru=deepbooru, devices=devices, images=images, lowvram=lowvram, paths=paths,
+        processing=processing, sd_models=sd_models, sd_unet=sd_unet, sd_vae=sd_vae, shared=shared,
     )  # fmt: skip
 
 
@@ -31,3 +35,6 @@ class A1111Host(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
         return A1111Lender(self._webui, self._turns, checkpoint, options)
+
+    def captioners(self) -> dict[str, HostCaptioner]:
+        return a1111_captioners(self._webui, self._turns)

@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.host.base import LenderOptions, PreviewRequest
+from lora_trainer.host.forge_captioning import forge_captioners
 from lora_trainer.host.forge_lender import ForgeLender
 from lora_trainer.host.forge_loras import ForgeLoras
 from lora_trainer.host.webui import WebuiHost
@@ -17,12 +19,14 @@ from lora_trainer.host.webui import WebuiHost
 def import_webui() -> SimpleNamespace:
     """The WebUI's modules that we touch, under one name. Raises ImportError outside of Forge."""
     from backend import memory_management
-    from modules import call_queue, devices, paths, processing, sd_models, shared
+    from backend.patcher.base import ModelPatcher
+    from modules import call_queue, deepbooru, devices, images, paths, processing, sd_models, shared
     from modules_forge import main_entry
 
     return SimpleNamespace(
-        call_queue=call_queue, devices=devices, main_entry=main_entry, memory_management=memory_management,
-        paths=paths, processing=processing, sd_models=sd_models, shared=shared,
+        ModelPatcher=ModelPatcher, call_queue=call_queue, deepbooru=deepbooru, devices=devices, images=images,
+        main_entry=main_entry, memory_management=memory_management, paths=paths, processing=processing,
+        sd_models=sd_models, shared=shared,
     )  # fmt: skip
 
 
@@ -37,6 +41,9 @@ class ForgeHost(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
         return ForgeLender(self._webui, self._turns, checkpoint, options)
+
+    def captioners(self) -> dict[str, HostCaptioner]:
+        return forge_captioners(self._webui, self._turns)
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         with self._turns.take():
