@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_trainer.errors import UserError
@@ -37,7 +37,6 @@ class SafetensorsSource:
         self._header = read_header(self.path)
         self.shapes, self.dtypes = self._header.shapes, self._header.dtypes
         self.metadata = self._header.metadata
-        self._map = None
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """The tensor; on the CPU and without a change of format it is the file itself, mapped into memory."""
@@ -47,28 +46,20 @@ class SafetensorsSource:
             raise UserError(f"{self.path}: {name} has the number format {entry.dtype}, which cannot be trained on.")
         if not stored.is_floating_point:
             dtype = None
-        if device.type == "cpu" and dtype in (None, stored):
-            return self._mapped(name)
-        # Read instead of mapped: converting a mapped file would keep its pages in memory next to the converted copy.
-        data = bytearray(entry.stop - entry.start)
-        try:
-            with open(self.path, "rb") as handle:
-                handle.seek(entry.start)
-                if handle.readinto(data) != len(data):
-                    raise UserError(f"{self.path} became shorter while it was read.")
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        if not data:
+        if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=dtype or stored, device=device)
-        return torch.frombuffer(data, dtype=stored).reshape(entry.shape).to(device, dtype or stored)
-
-    def _mapped(self, name: str) -> Tensor:
         try:
-            if self._map is None:
-                self._map = safe_open(str(self.path), framework="pt", device="cpu")
-            return self._map.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path} cannot be read: {error}.") from error
+            if device.type == "cpu" and dtype in (None, stored) and entry.start % stored.itemsize == 0:
+                # A map of its own for each tensor, so that its pages leave memory as soon as nobody holds it.
+                data = np.memmap(self.path, mode="c", offset=entry.start, shape=(entry.stop - entry.start,))
+                return torch.from_numpy(data).view(stored).reshape(entry.shape)
+            # Read instead of mapped: converting would keep the mapped pages in memory next to the converted copy.
+            data = np.fromfile(self.path, np.uint8, entry.stop - entry.start, offset=entry.start)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        if len(data) != entry.stop - entry.start:
+            raise UserError(f"{self.path} became shorter while it was read.")
+        return torch.from_numpy(data).view(stored).reshape(entry.shape).to(device, dtype or stored)
 
 
 class PickleSource:

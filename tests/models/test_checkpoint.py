@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.header import read_header
+from lora_trainer.models.tensors import SafetensorsSource
 from tests.models import reference
 from tests.tiny import (
     SD1,
@@ -380,3 +382,26 @@ def test_an_sd2_that_nobody_describes_is_asked_itself(tmp_path):
     assert FileLender(path, v_prediction=False).describe().prediction_type == "epsilon"
     save_file(tensors, str(path), {"modelspec.prediction_type": "epsilon"})
     assert FileLender(path).describe().prediction_type == "epsilon"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_what_is_released_leaves_memory(tmp_path):
+    path = tiny_sd1(tmp_path / "base.safetensors")
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(path))
+
+    with FileLender(path).borrow() as model:
+        everything = maps()
+        model.release("vae", "text_encoders")
+        assert len(list(model.unet.parameters())) == maps() < everything
+    assert maps() == 0
+
+
+def test_tensors_that_are_not_aligned_are_read(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    value = torch.arange(6.0).reshape(2, 3)
+    header = json.dumps({"value": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    header += b" " * (3 - len(header) % 4)  # the data begin at an address that floats cannot have
+    path.write_bytes(struct.pack("<Q", len(header)) + header + value.numpy().tobytes())
+    assert torch.equal(SafetensorsSource(path).read("value", torch.device("cpu"), None), value)
