@@ -16,8 +16,18 @@ from lora_trainer.host.webui import WebuiHost
 def import_webui() -> SimpleNamespace:
     """The WebUI's modules that we touch, under one name. Raises ImportError outside of A1111."""
     from modules import (
-        call_queue, deepbooru, devices, images, lowvram, paths, processing, sd_models, sd_unet, sd_vae, shared,
-    )  # fmt: skip
+        call_queue,
+        deepbooru,
+        devices,
+        images,
+        lowvram,
+        paths,
+        processing,
+        sd_models,
+        sd_unet,
+        sd_vae,
+        shared,
+    )
 
     return SimpleNamespace(
         call_queue=call_queue, deepbooru=deepbooru, devices=devices, images=images, lowvram=lowvram, paths=paths,

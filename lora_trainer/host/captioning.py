@@ -146,7 +146,10 @@ def own_captioners(
 def _lacks_blip(folder: Path, places: dict[str, str]) -> tuple[str, str] | None:
     """(problem, remedy), or None when BLIP can be loaded without a download."""
     if "BLIP" not in places:
-        return "The WebUI's BLIP lacks its program, repositories/BLIP.", "Start the WebUI once as it comes: it fetches it."
+        return (
+            "The WebUI's BLIP lacks its program, repositories/BLIP.",
+            "Start the WebUI once as it comes: it fetches it.",
+        )
     if not _holds(folder, ".pth"):
         return (
             "The weights of the WebUI's BLIP are not on this machine: model_base_caption_capfilt_large.pth, 0.9 GB.",
