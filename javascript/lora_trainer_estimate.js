@@ -47,8 +47,8 @@
         app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
         app.setText(app.get("fact_steps"), String(facts.steps));
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));
-        app.setText(app.get("fact_time"), facts.minutes === null ? app.t("not measured yet") : app.about(facts.minutes));
-        app.setText(app.get("fact_memory"), facts.memory === null ? app.t("not measured yet") : app.bytes(facts.memory));
+        app.setText(app.get("fact_time"), facts.minutes === null ? app.t("known after the first steps") : app.about(facts.minutes));
+        app.setText(app.get("fact_memory"), facts.memory === null ? app.t("known after the first steps") : app.bytes(facts.memory));
         app.pictures.judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());
@@ -84,6 +84,8 @@
             app.live.askForNotifications();
             const {continues} = app.form;
             const settings = app.form.settings();
+            // Pictures and base model are looked at before anything starts, not when its turn comes.
+            await app.post("/estimate", {settings});
             const job = continues
                 ? await app.post(`/jobs/${continues.id}/continue`, {changes: settings})
                 : await app.post("/jobs", {settings});

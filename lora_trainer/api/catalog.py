@@ -12,7 +12,8 @@ from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
 from lora_trainer.config.schema import GROUPS
-from lora_trainer.jobs.estimate import estimate
+from lora_trainer.jobs.estimate import estimate, free_memory
+from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.presets import PRESETS, preset
 from lora_trainer.jobs.submitting import read_settings
 
@@ -24,10 +25,13 @@ def routes(context: Context) -> APIRouter:
     def list_presets(
         pictures: int | None = Query(None, ge=0, le=10_000_000), family: str | None = Query(None, max_length=20)
     ) -> dict[str, Any]:
-        """Settings to begin with, adapted to so many pictures and a model of this family (sd1, sd2, sdxl)."""
+        """Settings to begin with, adapted to so many pictures, a model of this family (sd1, sd2, sdxl), and the memory
+        that is free now."""
+        # What a training in hand has taken will be free again when the next one begins.
+        free = None if context.manager.store.list(ACTIVE) else free_memory(context.host)
         return {
             "presets": [
-                {"kind": kind, "title": one.title, "hint": one.hint, "settings": preset(kind, pictures, family)}
+                {"kind": kind, "title": one.title, "hint": one.hint, "settings": preset(kind, pictures, family, free)}
                 for kind, one in PRESETS.items()
             ]
         }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
@@ -16,8 +19,12 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Host
     from lora_trainer.models.base import ModelInfo
 
-_RECENT = 50  # finished jobs that are looked at for one that is comparable
+_RECENT = 50  # jobs that are looked at for one that is comparable
 _MIN_STEPS = 5  # a shorter run says nothing about speed
+_TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
+
+# Two pages that ask at once: the second finds what the first has measured, instead of decoding beside it.
+_scanning = threading.Lock()
 
 
 def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
@@ -25,7 +32,8 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
     ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``minutes`` and ``memory`` (bytes) with
-    ``basis`` (id of the job they were measured on), None as long as nothing comparable was trained here.
+    ``basis`` (id of the job they were measured on, which may still run), None as long as nothing comparable was
+    trained here for some steps: what an unknown machine will take is not guessed.
 
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
@@ -33,10 +41,12 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     from lora_trainer.dataset.buckets import BatchPlan
     from lora_trainer.dataset.folder import scan
     from lora_trainer.jobs.execution import lender_options
+    from lora_trainer.jobs.measured import measure
 
     config = check_settings(settings, host)
     info = host.lender(config.base_model, lender_options(host, config)).describe()
-    dataset = scan(config)
+    with _scanning:
+        dataset = scan(config, measure=measure)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     steps = total_steps(config, plan.steps_per_epoch)
     regularization = sum(sample.is_regularization for sample in dataset.samples)
@@ -64,7 +74,7 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
 def _cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: JobStore) -> dict[str, Any]:
     """Minutes and memory by the newest comparable job: the same kind of model and memory-saving settings."""
     unknown = {"minutes": None, "memory": None, "basis": None}
-    for job in store.list(("finished",), limit=_RECENT):
+    for job in store.list(_TRAINED, limit=_RECENT):
         if job.host != host.name or job.family != info.family or job.step < _MIN_STEPS or not job.speed:
             continue
         before = _stored(store, job)
@@ -75,6 +85,23 @@ def _cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: J
         same_memory = config.batch_size == before.batch_size and work == work_before
         return {"minutes": seconds / 60, "memory": job.memory if same_memory else None, "basis": job.id}
     return unknown
+
+
+def free_memory(host: Host) -> int | None:
+    """Bytes that a run could take on the host's device beside what lies there now; None where that is not known."""
+    torch = sys.modules.get("torch")
+    device = host.device()
+    if torch is not None and device.type == "cuda" and torch.cuda.is_initialized():
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(available) * 1024 if available else None
 
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:

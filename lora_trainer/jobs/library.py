@@ -108,8 +108,8 @@ class DatasetLibrary:
         Raises:
             UserError: naming the file: too large, not a picture, or not a name.
         """
-        from lora_trainer.dataset.images import measure
         from lora_trainer.dataset.listing import is_picture
+        from lora_trainer.jobs.measured import measure
 
         root = self.folder(name)
         check_name(file, "pictures")

@@ -117,8 +117,8 @@ _FACTS = (
     ("visits", "Pictures × visits", "How many pictures, and how often each is seen in all"),
     ("steps", "Steps", "One step learns from one batch of pictures"),
     ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
-    ("time", "Time", "Measured on this machine: known after the first training of this kind"),
-    ("memory", "Memory", "Measured on this machine: known after the first training of this kind"),
+    ("time", "Time", "Measured on this machine: known after the first steps of a training of this kind"),
+    ("memory", "Memory", "Measured on this machine: known after the first steps of a training of this kind"),
 )
 
 

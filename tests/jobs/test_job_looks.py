@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_trainer.dataset import images
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimate import estimate
 from lora_trainer.jobs.metrics import read_points
@@ -123,8 +124,26 @@ def test_presets_are_the_articles_and_adapt(tmp_path):
     assert few["dropout"] == 0.1 and few["repeats"] == 8 and "dropout" not in many and many["repeats"] == 1
     large = preset("scene", 20, "sdxl")
     assert (large["batch_size"], large["gradient_accumulation_steps"], large["gradient_checkpointing"]) == (1, 8, True)
+    roomy, little, tight = (preset("character", 20, "sd1", free << 30) for free in (16, 6, 2))
+    assert roomy == preset("character", 20, "sd1")
+    assert (little["batch_size"], little["gradient_accumulation_steps"], little["lora_rank"]) == (1, 4, 12)
+    assert (tight["batch_size"], tight["lora_rank"], tight["alpha"]) == (1, 6, 12)
+    assert preset("character", 20, "sdxl", 40 << 30)["batch_size"] == 4
     with pytest.raises(UserError):
         preset("nothing")
+
+
+def test_a_picture_is_decoded_once_for_all_estimates(idle, host, tmp_path, settings, monkeypatch):
+    make_pictures(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"not a picture")
+    looked, look_at = [], images.measure
+    monkeypatch.setattr(images, "measure", lambda path: looked.append(path.name) or look_at(path))
+    options = {**settings, "train_data_dir": str(tmp_path / "photos"), "trigger_word": "zwx"}
+    first = estimate(options, host, idle.store)
+    assert sorted(looked) == ["0000.png", "0001.png", "0002.png", "broken.png"]
+    assert estimate(options, host, idle.store) == first and len(looked) == 4 and len(first["refused"]) == 1
+    (tmp_path / "photos" / "0001.png").write_bytes(b"changed")
+    assert len(estimate(options, host, idle.store)["refused"]) == 2 and len(looked) == 5
 
 
 @pytest.mark.parametrize("kind", PRESETS)
