@@ -46,6 +46,7 @@ def test_random_interleavings(webui, settings):
         assert done["status"] == ("stopped" if stopped and done["step"] < 6 else "finished"), (round_number, done)
         if done["status"] == "finished":
             assert same(webui.lora(twin), webui.lora(job)), f"round {round_number}"
+        print(round_number, done["status"], flush=True)
         if round_number == min(20, COUNT // 3):
             memory = webui.probe(TRIMMED)
     listed = [job["id"] for job in webui.get("/lora-trainer/v1/jobs?limit=5000")["jobs"]]
