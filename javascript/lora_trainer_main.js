@@ -21,9 +21,10 @@
     };
 
     async function fillModels() {
-        const {checkpoints} = await app.fetchJson("/checkpoints");
+        const {checkpoints, has_one: hasOne} = await app.fetchJson("/checkpoints");
         const loaded = checkpoints.find((one) => one.loaded);
-        const text = loaded ? app.t("{name} (loaded)", {name: loaded.title}) : app.t("the model that is loaded");
+        const own = hasOne ? app.t("the model that is loaded") : app.t(checkpoints.length ? "choose …" : "no base model found");
+        const text = loaded ? app.t("{name} (loaded)", {name: loaded.title}) : own;
         const list = app.get("field_base_model");
         const key = JSON.stringify(checkpoints);
         if (list.dataset.key === key) return;
@@ -32,6 +33,7 @@
             app.el("option", {value: ""}, text),
             ...checkpoints.filter((one) => !one.loaded).map((one) => app.el("option", {value: one.title}, one.title)),
         );
+        if (!hasOne && !loaded && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
         list.value = app.form.value("base_model") || "";
         if (list.selectedIndex < 0) list.selectedIndex = 0;
     }

@@ -40,7 +40,8 @@ def routes(context: Context) -> APIRouter:
     def list_checkpoints() -> dict[str, Any]:
         """The host's base models; a job names one by its title in ``base_model``, or none for the loaded one."""
         found = context.host.checkpoints()
-        return {"checkpoints": [{"title": context.plain(one.title), "loaded": one.loaded} for one in found]}
+        rows = [{"title": context.plain(one.title), "loaded": one.loaded} for one in found]
+        return {"checkpoints": rows, "has_one": context.host.name != "standalone"}
 
     @router.get("/settings", response_model=schemas.SettingListModel)
     def list_settings() -> dict[str, Any]:

@@ -239,7 +239,10 @@ class CheckpointModel(BaseModel):
 
 
 class CheckpointListModel(BaseModel):
+    """has_one: a job that names none trains on the model that the host has loaded or selected."""
+
     checkpoints: list[CheckpointModel]
+    has_one: bool
 
 
 class SettingModel(BaseModel):

@@ -213,7 +213,8 @@ def test_the_catalog(client):
     presets = client.get("/presets", params={"pictures": 12, "family": "sdxl"}).json()["presets"]
     assert [one["kind"] for one in presets] == ["style", "character", "scene", "object"]
     assert presets[0]["settings"]["batch_size"] == 1
-    assert client.get("/checkpoints").json() == {"checkpoints": [{"title": "tiny.safetensors [abc]", "loaded": True}]}
+    rows = [{"title": "tiny.safetensors [abc]", "loaded": True}]
+    assert client.get("/checkpoints").json() == {"checkpoints": rows, "has_one": False}
     rows = client.get("/settings").json()["settings"]
     assert all(row["explanation"] for row in rows) and {"lora_rank", "base_model"} <= {row["name"] for row in rows}
     checked = client.post("/settings/check", json={"yaml": "rank: 4\nlearning_rate: 2e-4"}).json()
