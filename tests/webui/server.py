@@ -193,7 +193,7 @@ class Server:
             connection.putrequest(method, "/", skip_accept_encoding=True)
             # What http.client itself would refuse to send goes out as well.
             connection._buffer[0] = f"{method} {path} HTTP/1.1".encode("utf-8", "surrogatepass")
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            for name, value in {"Content_Length": str(len(body)), **headers}.items():
                 connection.putheader(name.replace("_", "-"), value)
             connection.endheaders(body)
             answer = connection.getresponse()

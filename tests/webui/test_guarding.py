@@ -117,7 +117,7 @@ def test_settings_that_name_paths_outside_are_refused(reachable, tmp_path):
     webui, before = reachable, len(reachable.get(f"{PREFIX}/jobs")["jobs"])
     fields = ("train_data_dir", "metadata_path", "caption_mapping", "reg_data_dir", "init_lora", "vae", "base_model",
               "resume", "merge_into_base")  # fmt: skip
-    outside = [str(webui.folder / "secret"), "/etc/passwd", "../../secret", "/", "~", "/proc/self/environ"]
+    outside = [str(webui.folder / "secret"), "/etc/passwd", "../../secret", "/", "~/x", "/proc/self/environ"]
     good = {"train_data_dir": "cats", "output_name": "refused"}
     for path in ("jobs", "estimate"):
         for field in fields:
@@ -151,8 +151,6 @@ def test_nothing_that_is_sent_breaks_it(reachable):
     names = sorted({name for schema in schemas.values() for name in schema.get("properties", {})})
     count = 0
     for method, path in routes(webui):
-        if path.endswith(("/{job_id}/delete",)):
-            continue
         for _ in range(25):
             body = {chance.choice(names): chance.choice(values) for _ in range(chance.randint(0, 5))}
             body = chance.choice([body, {"settings": body}, {"yaml": json.dumps(body)}, chance.choice(values)])
