@@ -13,6 +13,7 @@ from lora_trainer.api.editor import PAGE, Views, free_bench
 from lora_trainer.api.route import guarded
 from lora_trainer.config import parse_resolution
 from lora_trainer.errors import UserError
+from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.desk import Bench, desk_of
 
 _CHUNK = 75
@@ -77,7 +78,7 @@ def routes(context: Context) -> APIRouter:
         bench = desk.get(session)
         if not 1 <= wish.batch_size <= 256:
             raise UserError("Use 1 to 256 pictures at once.", field="batch_size", remedy="8 is usual.")
-        sources = desk.sources()
+        sources = captioner_sources(context.host)
         name = choose(wish.captioner, sources)
         check_available(name, sources)
         options = CaptionOptions(
@@ -120,7 +121,7 @@ def routes(context: Context) -> APIRouter:
             "captioners": [
                 {"name": one.name, "title": one.title,
                  "problem": context.plain(one.problem), "remedy": context.plain(one.remedy)}
-                for one in available(desk.sources())
+                for one in available(captioner_sources(context.host))
             ],
             "kinds": [{"kind": one.kind, "title": one.title, "hint": one.hint} for one in PRESETS.values()],
             "modes": list(MODES),

@@ -127,8 +127,9 @@ def own_captioners(
 ) -> dict[str, HostCaptioner]:
     """Both by name, as this kind of WebUI runs them; for one whose files are missing, which, how large and where to."""
     models = Path(webui.paths.models_path)
-    blip_problem, blip_remedy = _lacks_blip(models / "BLIP", webui.paths.paths) or (None, None)
-    tags_problem, tags_remedy = _lacks_deepbooru(models / "torch_deepdanbooru") or (None, None)
+    shown = Path("models") if getattr(webui.shared.cmd_opts, "hide_ui_dir_config", False) else models
+    blip_problem, blip_remedy = _lacks_blip(models, shown, webui.paths.paths) or (None, None)
+    tags_problem, tags_remedy = _lacks_deepbooru(models, shown) or (None, None)
     return {
         "host-blip": HostCaptioner(
             "The WebUI's BLIP, a sentence",
@@ -143,17 +144,17 @@ def own_captioners(
     }  # fmt: skip
 
 
-def _lacks_blip(folder: Path, places: dict[str, str]) -> tuple[str, str] | None:
-    """(problem, remedy), or None when BLIP can be loaded without a download."""
+def _lacks_blip(models: Path, shown: Path, places: dict[str, str]) -> tuple[str, str] | None:
+    """(problem, remedy), or None when BLIP can be loaded without a download. shown: how a page may call ``models``."""
     if "BLIP" not in places:
         return (
             "The WebUI's BLIP lacks its program, repositories/BLIP.",
             "Start the WebUI once as it comes: it fetches it.",
         )
-    if not _holds(folder, ".pth"):
+    if not _holds(models / "BLIP", ".pth"):
         return (
             "The weights of the WebUI's BLIP are not on this machine: model_base_caption_capfilt_large.pth, 0.9 GB.",
-            f"Put the file into {folder}, or let the WebUI fetch it: Interrogate CLIP in img2img does.",
+            f"Put the file into {shown / 'BLIP'}, or let the WebUI fetch it: Interrogate CLIP in img2img does.",
         )
     if not _has_tokenizer():
         return (
@@ -164,12 +165,13 @@ def _lacks_blip(folder: Path, places: dict[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _lacks_deepbooru(folder: Path) -> tuple[str, str] | None:
-    if _holds(folder, ".pt"):
+def _lacks_deepbooru(models: Path, shown: Path) -> tuple[str, str] | None:
+    if _holds(models / "torch_deepdanbooru", ".pt"):
         return None
     return (
         "The weights of the WebUI's deepbooru are not on this machine: model-resnet_custom_v3.pt, 0.6 GB.",
-        f"Put the file into {folder}, or let the WebUI fetch it: Interrogate DeepBooru in img2img does.",
+        f"Put the file into {shown / 'torch_deepdanbooru'}, or let the WebUI fetch it: Interrogate DeepBooru in img2img"
+        " does.",
     )
 
 

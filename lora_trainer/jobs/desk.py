@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError
@@ -259,17 +258,6 @@ class Desk:
             }
 
         return bench.start("caption", work)
-
-    def sources(self) -> Sources:
-        """Where captioners are found on this server."""
-        from lora_trainer.captioning.registry import Sources
-
-        captioners = getattr(self.manager.host, "captioners", None)
-        return Sources(folders=[self.weights_folder], host=captioners() if captioners is not None else {})
-
-    @property
-    def weights_folder(self) -> Path:
-        return self.manager.folders.data / "captioners"
 
 
 _desks: weakref.WeakKeyDictionary[JobManager, Desk] = weakref.WeakKeyDictionary()

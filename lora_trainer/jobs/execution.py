@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.jobs import submitting
+from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, Problem
 from lora_trainer.jobs.previews import HostPreviewer
@@ -84,7 +85,10 @@ def _train(
     previewer = None
     if config.preview_prompts and host.name != "standalone":  # which has no sampler but the run's own
         previewer = HostPreviewer(host, lender, config, info, Path(config.output_dir).parent)
-    return train(config, lender, callbacks=reporter, commands=commands, previewer=previewer)
+    captioners = captioner_sources(host)
+    return train(
+        config, lender, callbacks=reporter, commands=commands, previewer=previewer, captioners=captioners
+    )  # fmt: skip
 
 
 def lender_options(host: Host, config: TrainConfig) -> LenderOptions:

@@ -135,6 +135,12 @@ def caption_folder(
     return CaptionResult(name, writer.written, len(kept) + writer.unchanged, tuple(skipped), unseen > 0)
 
 
+def training_captioner(config: TrainConfig, sources: Sources) -> str | None:
+    """The captioner that a training with this configuration would use first, as its folder has not a single caption.
+    None where it has, and where no captioner can run: the scan then says what is missing."""
+    return _usable(sources) if _wordless(config) else None
+
+
 def caption_for_training(
     config: TrainConfig,
     callbacks: TrainCallbacks,
@@ -142,24 +148,13 @@ def caption_for_training(
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     sources: Sources | None = None,
 ) -> CaptionResult | None:
-    """Write metadata.csv for a training folder without a single caption, if a captioner's weights are here.
-
-    Does nothing where the training has words already: a caption, a class in a folder's name, a trigger word. Without
-    a captioner it does nothing either, and the scan says what is missing.
-    """
-    root = Path(config.train_data_dir)
-    if not config.train_data_dir or config.metadata_path or config.trigger_word.strip() or not root.is_dir():
-        return None
-    listing = list_folder(root, [Path(path) for path in (config.output_dir, config.cache_dir) if path])
-    problems: list = []
-    captions = read_captions(root, None, config.caption_extension, problems=problems, listing=listing)
-    if not listing.pictures or captions or problems or any(kohya_folder(root, key) for key in listing.pictures):
-        return None
+    """Write metadata.csv for a training folder that ``training_captioner`` has a captioner for; else do nothing."""
     sources = sources or Sources()
-    try:
-        name = choose(AUTO, sources)
-    except UnavailableError:
+    pictures = _wordless(config)
+    name = _usable(sources) if pictures else None
+    if name is None:
         return None
+    root = Path(config.train_data_dir)
     callbacks.on_warning(f"No picture has a caption: {name} describes them, in {root / 'metadata.csv'}.")
     heard = CaptionCallbacks()
     heard.on_progress = lambda done, total: callbacks.on_phase("captioning", done, total)  # type: ignore[method-assign]
@@ -168,9 +163,30 @@ def caption_for_training(
         CaptionFolder(root, None, config.caption_extension, output=root / "metadata.csv"),
         name,
         settings=Settings(device=str(resolve(config.device, "no").device)),
-        keys=listing.pictures.keys(),
+        keys=pictures,
     )
     return caption_folder(job, sources, callbacks=heard, cancelled=lambda: commands.stopping, turn=turn)
+
+
+def _wordless(config: TrainConfig) -> list[str]:
+    """The pictures of a training folder without any words: no caption, no class in a folder's name, no trigger word.
+    Empty where there are some."""
+    root = Path(config.train_data_dir)
+    if not config.train_data_dir or config.metadata_path or config.trigger_word.strip() or not root.is_dir():
+        return []
+    listing = list_folder(root, [Path(path) for path in (config.output_dir, config.cache_dir) if path])
+    problems: list = []
+    captions = read_captions(root, None, config.caption_extension, problems=problems, listing=listing)
+    if captions or problems or any(kohya_folder(root, key) for key in listing.pictures):
+        return []
+    return list(listing.pictures)
+
+
+def _usable(sources: Sources) -> str | None:
+    try:
+        return choose(AUTO, sources)
+    except UnavailableError:
+        return None
 
 
 class _Writer:

@@ -15,6 +15,7 @@ from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
 from lora_trainer.adapters.merge import merge
+from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, to_mapping, to_yaml
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import TensorCache
@@ -92,10 +93,12 @@ def train(
     callbacks: TrainCallbacks | None = None,
     commands: TrainCommands | None = None,
     previewer: Previewer | None = None,
+    captioners: Sources | None = None,
 ) -> Result:
     """Train a LoRA as ``config`` says on the model that ``lender`` lends.
 
     previewer: draws the previews; by default our own sampler on the lent model.
+    captioners: where one is looked for that describes the pictures, if there is not a single caption.
 
     Raises:
         UserError: something the user can put right, before or during the training; what was saved stays.
@@ -105,7 +108,7 @@ def train(
     with concerning("init_lora"):
         initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()
-    caption_for_training(config, callbacks, commands, turn=getattr(lender, "device_turn", nullcontext))
+    caption_for_training(config, callbacks, commands, getattr(lender, "device_turn", nullcontext), captioners)
     dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
     for skipped in dataset.skipped:
         callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")

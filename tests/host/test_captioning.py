@@ -108,6 +108,8 @@ def test_missing_files_are_named_with_their_place_and_size_and_nothing_is_loaded
             check_available(name, sources)
         with pytest.raises(UnavailableError):
             open_captioner(name, Settings(), sources)
+    fake.shared.cmd_opts.hide_ui_dir_config = True
+    assert not any(str(fake.folder) in one.remedy for one in host.captioners().values())
     put_files(fake)
     monkeypatch.setattr(captioning, "_has_tokenizer", lambda: False)
     assert "bert-base-uncased" in host.captioners()["host-blip"].problem

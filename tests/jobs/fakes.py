@@ -140,7 +140,9 @@ class FakeTrain:
         for _ in range(steps):
             self._permits.release()
 
-    def __call__(self, config: Any, lender: Any, *, callbacks: Any, commands: Any, previewer: Any) -> FakeResult:
+    def __call__(
+        self, config: Any, lender: Any, *, callbacks: Any, commands: Any, previewer: Any, captioners: Any
+    ) -> FakeResult:
         self.configs.append(config)
         output = Path(config.output_dir)
         (output / "logs").mkdir(parents=True, exist_ok=True)
