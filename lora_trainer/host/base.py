@@ -18,7 +18,11 @@ from lora_trainer.models.base import Lender
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One base model of the host's list. ``title`` is what the user sees and what ``Host.lender`` takes."""
+    """One base model of the host's list.
+
+    title: what the user sees and what ``Host.lender`` takes.
+    loaded: what "" means to ``Host.lender``; in a host that loads late, what it will load next.
+    """
 
     title: str
     path: Path | None

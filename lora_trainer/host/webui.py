@@ -56,12 +56,16 @@ class WebuiHost(ABC):
         return self._webui.devices.device
 
     def checkpoints(self) -> list[Checkpoint]:
-        loaded = loaded_model(self._webui)
-        current = None if loaded is None else loaded.sd_checkpoint_info.filename
+        current = self._current()
         return [
             Checkpoint(info.title, Path(info.filename), info.filename == current)
             for info in self._webui.sd_models.checkpoints_list.values()
         ]
+
+    def _current(self) -> str | None:
+        """File of the checkpoint that a run without one is meant for."""
+        loaded = loaded_model(self._webui)
+        return None if loaded is None else loaded.sd_checkpoint_info.filename
 
     # Lending and drawing ------------------------------------------------------------------------------------------
 

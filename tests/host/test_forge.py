@@ -58,6 +58,13 @@ def test_a_model_is_loaded_when_there_is_none(lender, fake_forge):
         assert fake_forge.loads == ["first"]
 
 
+def test_what_is_selected_counts_as_loaded(forge, fake_forge):
+    fake_forge.generate("a cat")
+    fake_forge.select("second")  # which Forge loads for the next picture
+    assert [it.path.stem for it in forge.checkpoints() if it.loaded] == ["second"]
+    assert forge.lender("", OPTIONS).describe().name == "second"
+
+
 def test_weights_that_forge_moved_are_bound_again(lender, fake_forge):
     with lender.borrow() as model:
         expected = answer(model)

@@ -86,7 +86,6 @@ def test_a_lora_published_again_is_used_at_once(webui, settings):
     assert np.array_equal(webui.generate("a circle"), plain)
 
 
-@a1111_only
 def test_a_waiting_job_keeps_the_model_that_was_loaded_when_it_was_sent(webui, settings):
     first, second = webui.checkpoints()[:2]
     webui.select(first)
