@@ -68,6 +68,7 @@ def routes(context: Context) -> APIRouter:
             {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
         ]
         facts["warnings"] = [context.plain(text) for text in facts["warnings"]]
+        facts["problems"] = [context.problem(problem) for problem in facts["problems"]]
         return facts
 
     return router

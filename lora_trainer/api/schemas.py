@@ -269,7 +269,8 @@ class RefusedPictureModel(BaseModel):
 
 
 class EstimateModel(BaseModel):
-    """minutes and memory (bytes) are as job ``basis`` took them; null while nothing comparable was trained here."""
+    """minutes and memory (bytes) are as job ``basis`` took them; null while nothing comparable was trained here.
+    captioner: will describe the pictures first, as they have no captions. problems: would stop the run."""
 
     pictures: int
     regularization_pictures: int
@@ -283,4 +284,6 @@ class EstimateModel(BaseModel):
     resolution: str
     minutes: float | None = None
     memory: int | None = None
+    captioner: str | None = None
+    problems: list[ProblemModel] = []
     basis: int | None = None

@@ -33,24 +33,31 @@ _KINDS_SHOWN = 5
 _NOTES_SHOWN = 20
 
 
+class UncaptionedError(UserError):
+    """Pictures have no caption, nor anything that stands for one."""
+
+
 def scan(
     config: TrainConfig,
     progress: Callable[[int, int], None] | None = None,
     measure: Callable[[Path], tuple[tuple[int, int], str]] = measure,
+    stand_in: str = "",
 ) -> Dataset:
     """The training set of a configuration. Every picture is decoded once, so that damaged ones are found now.
 
     progress: called with (pictures done, pictures in all).
     measure: what tells a picture's (width, height) and digest or raises ``UserError``; the dataset checks, which have
         looked at every picture already, give what they know.
+    stand_in: the caption of training pictures that have none yet; "" refuses them.
 
     Raises:
-        UserError: no folder, no usable picture, an unreadable caption file, or a picture without any caption.
+        UncaptionedError: a picture without any caption.
+        UserError: no folder, no usable picture, an unreadable caption file.
     """
     if not config.train_data_dir:
         raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
     others = [path for path in (config.reg_data_dir, config.output_dir, config.cache_dir) if path]
-    training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure)
+    training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure, stand_in)
     if not config.reg_data_dir:
         return _translated(training, config)
     others = [config.train_data_dir, *others[1:]]
@@ -84,6 +91,7 @@ def _scan_root(
     is_regularization: bool,
     progress: Callable[[int, int], None] | None,
     measure: Callable[[Path], tuple[tuple[int, int], str]],
+    stand_in: str = "",
 ) -> Dataset:
     setting = "reg_data_dir" if is_regularization else "train_data_dir"
     try:
@@ -122,7 +130,8 @@ def _scan_root(
             skipped.append(Skipped(path, "its folder's name says 0 repeats"))
             continue
         source = captions.get(key)
-        caption = source.text if source else class_tokens or ("" if is_regularization else config.trigger_word.strip())
+        trigger_word = "" if is_regularization else config.trigger_word.strip()
+        caption = source.text if source else class_tokens or trigger_word or stand_in
         if not caption:
             without_caption.append(path)
             continue
@@ -141,7 +150,7 @@ def _scan_root(
             )
         )  # fmt: skip
     if without_caption:
-        raise UserError(
+        raise UncaptionedError(
             f"{len(without_caption)} of {len(listing.pictures)} pictures have no caption: "
             f"{some([str(path) for path in without_caption])}." + "".join(f"\n{note}" for note in row_notes[:3]),
             field=setting,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.job import Job
+from lora_trainer.errors import UserError, concerning
+from lora_trainer.jobs.captioners import captioner_sources
+from lora_trainer.jobs.job import Job, Problem
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import check_settings, stored_config
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _RECENT = 50  # jobs that are looked at for one that is comparable
 _MIN_STEPS = 5  # a shorter run says nothing about speed
 _TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
+_STAND_IN = "a picture"  # for captions that are not there yet; what they say changes none of the figures
 
 # Two pages that ask at once: the second finds what the first has measured, instead of decoding beside it.
 _scanning = threading.Lock()
@@ -33,20 +35,30 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
     ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``minutes`` and ``memory`` (bytes) with
     ``basis`` (id of the job they were measured on, which may still run), None as long as nothing comparable was
-    trained here for some steps: what an unknown machine will take is not guessed.
+    trained here for some steps: what an unknown machine will take is not guessed. ``captioner`` describes the pictures
+    first, as they have no captions; None where none is needed, or can run. ``problems`` [``Problem``]: what would stop
+    the run although its pictures can be counted.
 
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
     """
     from lora_trainer.dataset.buckets import BatchPlan
-    from lora_trainer.dataset.folder import scan
+    from lora_trainer.dataset.folder import UncaptionedError, scan
     from lora_trainer.jobs.execution import lender_options
     from lora_trainer.jobs.measured import measure
 
+    from lora_trainer.run.captioning import training_captioner
     config = check_settings(settings, host)
-    info = host.lender(config.base_model, lender_options(host, config)).describe()
+    with concerning("base_model"):
+        info = host.lender(config.base_model, lender_options(host, config)).describe()
+    captioner, problems = None, []
     with _scanning:
-        dataset = scan(config, measure=measure)
+        try:
+            dataset = scan(config, measure=measure)
+        except UncaptionedError as error:
+            captioner = training_captioner(config, captioner_sources(host))
+            problems = [] if captioner else [Problem.of(error)]
+            dataset = scan(config, measure=measure, stand_in=_STAND_IN)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     steps = total_steps(config, plan.steps_per_epoch)
     regularization = sum(sample.is_regularization for sample in dataset.samples)
@@ -56,6 +68,8 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "refused": [{"file": str(item.path), "reason": item.reason} for item in dataset.skipped],
         "warnings": list(dataset.warnings),
         "buckets": plan.table(),
+        "captioner": captioner,
+        "problems": problems,
         "steps_per_epoch": math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps),
         "steps": steps,
         "base_model": info.name,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.dataset import images
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimate import estimate
@@ -149,6 +150,24 @@ def test_a_picture_is_decoded_once_for_all_estimates(idle, host, tmp_path, setti
 @pytest.mark.parametrize("kind", PRESETS)
 def test_every_preset_is_a_configuration(idle, settings, kind):
     assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"
+
+
+def test_the_estimate_of_pictures_without_captions_says_who_writes_them(idle, host, tmp_path, settings):
+    make_pictures(tmp_path / "photos", 4)
+    settings = {**settings, "trigger_word": ""}
+    (tmp_path / "photos" / "0001.txt").unlink()
+    facts = estimate({**settings, "epochs": 2}, host, idle.store)
+    (problem,) = facts["problems"]
+    assert (facts["pictures"], facts["steps"], facts["captioner"]) == (4, 8, None)
+    assert "1 of 4 pictures have no caption" in problem.message and problem.field == "train_data_dir"
+    for path in (tmp_path / "photos").glob("*.txt"):
+        path.unlink()
+    host.captioners = lambda: {"host-blip": HostCaptioner("BLIP", lambda settings: None)}
+    facts = estimate({**settings, "epochs": 2}, host, idle.store)
+    assert (facts["pictures"], facts["steps"], facts["captioner"], facts["problems"]) == (4, 8, "host-blip", [])
+    assert estimate({**settings, "trigger_word": "sks"}, host, idle.store)["captioner"] is None
+    host.captioners = lambda: {"host-blip": HostCaptioner("BLIP", lambda settings: None, "no weights", "fetch them")}
+    assert estimate(settings, host, idle.store)["problems"]
 
 
 def test_the_estimate_counts_pictures_steps_and_buckets(idle, host, tmp_path, settings):
