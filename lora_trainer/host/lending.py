@@ -102,6 +102,10 @@ class WebuiLender(ABC):
             finally:
                 self._leave()
 
+    def rest(self) -> AbstractContextManager[None]:
+        """Between two turns: the WebUI is its own inside, though the run keeps it otherwise (``hold``)."""
+        return self._turns.rest()
+
     def device_turn(self) -> AbstractContextManager[None]:
         """The WebUI's device without the model, for what comes before ``borrow``: captions, if there are none."""
         return self._turns.take()

@@ -53,22 +53,40 @@ class Turns:
         if self._owner == threading.get_ident():
             yield
             return
-        self._leave_room()
-        self.lock.acquire()
-        self._owner = threading.get_ident()
+        self._acquire()
         try:
             with rng_kept():
                 yield
         finally:
-            self._owner = None
-            somebody_waits = self._waiting()
-            self.lock.release()
-            if somebody_waits:
-                self._let_in()
-            self._open_at = time.monotonic() + ROOM_SECONDS
+            self._release()
 
     hold = take
     """The same, by the name for a whole run: turns taken inside it are then free."""
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        """Within ``hold`` and between two turns: the host is its own inside. Elsewhere it is anyway."""
+        if self._owner != threading.get_ident():
+            yield
+            return
+        self._release()
+        try:
+            yield
+        finally:
+            self._acquire()
+
+    def _acquire(self) -> None:
+        self._leave_room()
+        self.lock.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        self._owner = None
+        somebody_waits = self._waiting()
+        self.lock.release()
+        if somebody_waits:
+            self._let_in()
+        self._open_at = time.monotonic() + ROOM_SECONDS
 
     def _let_in(self) -> None:
         """Wait until whoever was waiting has the lock; woken threads can be slow on a busy machine."""

@@ -28,7 +28,7 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run.captioning import caption_for_training
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver, run_facts
-from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
+from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns, resting
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
@@ -116,6 +116,7 @@ def train(
         callbacks.on_warning(warning)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     turn = patient_turns(lender, callbacks, commands)
+    commands.resting = resting(lender)
 
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)

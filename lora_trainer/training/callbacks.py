@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +50,14 @@ class TrainCallbacks:
 
 
 class TrainCommands:
-    """Thread-safe wishes of a person to a run."""
+    """Thread-safe wishes of a person to a run.
+
+    resting: what the run waits in while it is paused; a lender that keeps the device for a whole run gives it back
+    inside.
+    """
 
     def __init__(self) -> None:
+        self.resting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._running = threading.Event()
         self._running.set()
         self._stop = threading.Event()
@@ -98,8 +105,10 @@ class TrainCommands:
         return self._save_before_stop.is_set()
 
     def wait_while_paused(self, timeout: float | None = None) -> None:
-        """Return when ``resume`` or a stop is said, or after ``timeout`` seconds."""
-        self._running.wait(timeout)
+        """Return when ``resume`` or a stop is said, or after ``timeout`` seconds. Called by the run, between turns."""
+        if self.paused:
+            with self.resting():
+                self._running.wait(timeout)
 
     def take_save(self) -> bool:
         """Whether a save was asked for since the last call."""

@@ -14,6 +14,8 @@ from lora_trainer.errors import UserError
 from lora_trainer.host.base import Card, LenderOptions, PreviewRequest
 from lora_trainer.host.residence import Residence
 from lora_trainer.models.base import ModelAwayError
+from lora_trainer.run.turns import patient_turns, resting
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.host.conftest import OPTIONS, make_lora, sha
 from tests.host.fake_a1111 import named
 from tests.host.test_contract import answer
@@ -334,6 +336,26 @@ def test_the_model_can_be_held_for_the_whole_run(a1111, webui):
         assert not done.wait(0.1)
     assert done.wait(10)
     thread.join(10)
+
+
+def test_a_run_that_holds_the_model_and_is_paused_lets_the_host_draw(a1111, webui):
+    with a1111.lender("", LenderOptions()).borrow() as model:
+        expected = answer(model)
+    lender, commands = a1111.lender("", LenderOptions(hold=True)), TrainCommands()
+    commands.resting = resting(lender)
+    with lender.borrow() as model:
+        commands.pause()
+        waiting = threading.Thread(target=lambda: (webui.generate("a"), webui.select("second"), commands.resume()))
+        waiting.start()
+        commands.wait_while_paused(10)
+        waiting.join(10)
+        assert not waiting.is_alive() and not commands.paused
+        assert webui.call_queue.queue_lock._lock.locked()
+        back = threading.Timer(0.2, lambda: webui.select("first"))
+        back.start()
+        with patient_turns(lender, TrainCallbacks(), commands)():  # waits until the user has the first one again
+            assert torch.equal(answer(model), expected)
+        back.join(10)
 
 
 # Drawing and publishing -----------------------------------------------------------------------------------------------

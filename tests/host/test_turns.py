@@ -78,6 +78,21 @@ def test_a_turn_within_a_turn_of_the_same_thread_is_free(turns, lock):
     assert not lock._lock.locked()
 
 
+def test_what_is_held_can_be_lent_out_for_a_while(turns, lock):
+    with turns.rest():
+        assert not lock._lock.locked()
+    with turns.hold():
+        with pytest.raises(ZeroDivisionError), turns.rest():
+            assert not lock._lock.locked()
+            with lock:
+                pass
+            raise ZeroDivisionError
+        assert lock._lock.locked()
+        with turns.take():
+            assert lock._lock.locked()
+    assert not lock._lock.locked()
+
+
 def test_another_thread_waits_for_the_turn(turns):
     entered = threading.Event()
 
