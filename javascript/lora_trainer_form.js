@@ -170,14 +170,16 @@
     /** Each problem beside its field; what has none stands under Start. */
     form.showProblems = function(problems) {
         form.clearProblems();
-        for (const problem of problems) {
-            const known = problem.field && form.problem(problem.field, app.sentence(problem));
-            if (!known) {
-                const where = problem.field ? problem.field + ": " : "";
-                form.problem("", where + app.sentence(problem));
-            }
-            if (problem.field === "output_name" && / already\.$/.test(problem.message)) offerToReplace();
+        problems.forEach(form.showProblem);
+    };
+
+    form.showProblem = function(problem) {
+        const known = problem.field && form.problem(problem.field, app.sentence(problem));
+        if (!known) {
+            const where = problem.field ? problem.field + ": " : "";
+            form.problem("", where + app.sentence(problem));
         }
+        if (problem.field === "output_name" && / already\.$/.test(problem.message)) offerToReplace();
     };
 
     function offerToReplace() {

@@ -2,7 +2,8 @@
 (function(app) {
     "use strict";
 
-    const SHOWN = 11;
+    const SHOWN = 11; // and a tile that leads to more
+    const MORE = 96;
     const BATCH_BYTES = 16 << 20;
     const BATCH_FILES = 16;
     const TEXT = /\.(txt|caption)$/i;
@@ -168,7 +169,7 @@
         app.get("folder") && (app.get("folder").value = folder && !uploaded ? folder : "");
         if (folder && !uploaded) app.get("other_pictures").open = true;
         showThumbnails();
-        app.show(app.get("picture_links"), folder);
+        app.show(app.get("picture_links"), pictures.rows.length);
         app.show(app.get("pictures"), false);
         app.show(app.get("hints"), false);
         showRefused([]);
@@ -176,37 +177,64 @@
         return app.estimate.now();
     };
 
-    function showThumbnails() {
+    const included = () => pictures.rows.filter((row) => !row.excluded);
+
+    function showThumbnails(limit = SHOWN) {
         const box = app.get("thumbnails");
-        app.show(box, pictures.rows.length);
-        const shown = pictures.rows.slice(0, SHOWN);
-        const left = pictures.rows.length - shown.length;
-        box.replaceChildren(
-            ...shown.map((row) => app.el("img", {
-                src: app.thumbnailUrl(pictures.chosen, row.file), alt: row.caption || row.file, title: row.caption || row.file,
-                loading: "lazy",
-            })),
-            ...(left > 0 ? [app.el("span", {}, "+" + left)] : []),
-        );
+        const rows = included();
+        app.show(box, rows.length);
+        const left = Math.max(0, rows.length - limit);
+        box.replaceChildren(...rows.slice(0, limit).map((row) => thumbnail(row, limit)));
+        if (left) {
+            box.append(app.el("button", {
+                type: "button", class: "more_pictures", title: app.t("Show more"), onclick: () => showThumbnails(limit + MORE),
+            }, "+" + left));
+        }
+    }
+
+    function thumbnail(row, limit) {
+        const name = row.caption || row.file;
+        return app.el("span", {class: "small_picture"},
+            app.el("img", {src: app.thumbnailUrl(pictures.chosen, row.file), alt: name, title: name, loading: "lazy"}),
+            app.el("button", {
+                type: "button", class: "take_out", title: app.t("Leave this picture out; your file stays."),
+                "aria-label": app.t("Leave out {name}", {name: row.file}),
+                onclick: () => exclude([row], true, limit).catch((error) => app.complain(error, app.get("problem_train_data_dir"))),
+            }, "×"));
+    }
+
+    /** Leave pictures out of the training, or take them in again. */
+    async function exclude(rows, excluded, limit) {
+        await app.post(`/datasets/${encodeURIComponent(pictures.chosen)}/exclude`, {files: rows.map((row) => row.file), excluded});
+        rows.forEach((row) => (row.excluded = excluded));
+        showThumbnails(limit);
+        return app.estimate.now();
     }
 
     pictures.firstCaption = function() {
-        const row = pictures.rows.find((one) => one.caption.trim());
+        const row = included().find((one) => one.caption.trim());
         return row ? row.caption.replace(/\*+/g, "").trim() : "";
     };
 
+    pictures.captioned = () => included().filter((row) => row.caption.trim()).length;
+
     /** What the server said of the pictures. */
     pictures.judged = function(facts) {
-        const captions = pictures.rows.filter((row) => row.caption.trim()).length;
+        const captions = pictures.captioned();
         const parts = [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})];
         if (pictures.rows.length) {
             parts.push(captions ? app.t("{n} with a caption", {n: captions}) : app.t("no captions: the trigger word stands for all"));
         }
         const line = app.get("pictures");
+        const out = pictures.rows.filter((row) => row.excluded);
+        if (out.length) parts.push(app.t("{n} left out", {n: out.length}));
         line.replaceChildren(parts.join(" · ") + " ",
+            out.length ? app.button("Take them in again", () => exclude(out, false).catch(app.complain), "link") : "", " ",
             app.button("Take others", () => pictures.choose(null), "link"));
         app.show(line, true);
-        showRefused(facts.refused);
+        app.show(app.get("picture_links"), true);
+        const known = new Set(out.map((row) => row.file));
+        showRefused(facts.refused.filter(({file}) => !known.has(file.split(/[\\/]/).pop())));
         const hints = app.get("hints");
         hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, text)));
         app.show(hints, facts.warnings.length);
@@ -217,7 +245,10 @@
         const box = app.get("refused");
         app.setText(box.querySelector("summary"), app.t(all.length === 1 ? "1 file is left out" : "{n} files are left out", {n: all.length}));
         box.querySelector("ul").replaceChildren(
-            ...all.map((one) => app.el("li", {}, app.el("b", {}, one.file.split(/[\\/]/).pop()), " " + one.reason)),
+            ...all.map(({file, reason}) => {
+                const name = file.split(/[\\/]/).pop();
+                return app.el("li", {}, app.el("b", {}, name), " " + reason.replace(file, "").replace(name, "").trim());
+            }),
         );
         app.show(box, all.length);
     }

@@ -36,7 +36,10 @@ def routes(context: Context) -> APIRouter:
     def get_dataset(name: str) -> dict[str, Any]:
         """Every picture with its caption."""
         pictures = library.pictures(name)
-        rows = [{"file": one.file, "caption": context.plain(one.caption), "size": one.size} for one in pictures]
+        rows = [
+            {"file": one.file, "caption": context.plain(one.caption), "size": one.size, "excluded": one.excluded}
+            for one in pictures
+        ]
         return {"name": name, "pictures": rows}
 
     @router.get("/datasets/{name}/pictures/{file:path}", response_class=FileResponse)
@@ -53,6 +56,12 @@ def routes(context: Context) -> APIRouter:
         """Replace the captions of these pictures."""
         library.write_captions(name, new.captions)
         return {"captions": new.captions}
+
+    @router.post("/datasets/{name}/exclude", response_model=schemas.ExcludeModel)
+    def exclude(name: str, wish: schemas.ExcludeModel) -> dict[str, Any]:
+        """Leave pictures out of training, or take them in again; their files stay as they are."""
+        library.exclude(name, wish.files, wish.excluded)
+        return {"files": wish.files, "excluded": wish.excluded}
 
     @uploads.post("/datasets/{name}/pictures", response_model=schemas.UploadedModel)
     def upload(name: str, new: schemas.UploadsModel) -> dict[str, Any]:

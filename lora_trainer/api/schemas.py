@@ -190,6 +190,7 @@ class PictureModel(BaseModel):
     file: str
     caption: str
     size: int
+    excluded: bool = False
 
 
 class PictureListModel(BaseModel):
@@ -214,6 +215,13 @@ class UploadedModel(BaseModel):
 
     added: list[str]
     refused: list[ProblemModel]
+
+
+class ExcludeModel(BaseModel):
+    """files: of one dataset. excluded: false takes them in again."""
+
+    files: list[str]
+    excluded: bool = True
 
 
 class CaptionsModel(BaseModel):
@@ -276,14 +284,15 @@ class EstimateModel(BaseModel):
     regularization_pictures: int
     refused: list[RefusedPictureModel]
     warnings: list[str]
+    captioner: str | None = None
+    problems: list[ProblemModel] = []
     buckets: list[dict[str, Any]]
     steps_per_epoch: int
     steps: int
     base_model: str
     family: str
+    name_taken: str | None = None
     resolution: str
     minutes: float | None = None
     memory: int | None = None
-    captioner: str | None = None
-    problems: list[ProblemModel] = []
     basis: int | None = None

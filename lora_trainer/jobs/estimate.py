@@ -14,7 +14,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.job import Job, Problem
 from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import check_settings, stored_config
+from lora_trainer.jobs.submitting import check_settings, name_taken, stored_config
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
@@ -33,7 +33,8 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     """Pictures that would be used and refused, buckets, steps; minutes and memory as a comparable job took them.
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
-    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``minutes`` and ``memory`` (bytes) with
+    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``,
+    ``name_taken`` (why the LoRA cannot be called so, or None), ``minutes`` and ``memory`` (bytes) with
     ``basis`` (id of the job they were measured on, which may still run), None as long as nothing comparable was
     trained here for some steps: what an unknown machine will take is not guessed. ``captioner`` describes the pictures
     first, as they have no captions; None where none is needed, or can run. ``problems`` [``Problem``]: what would stop
@@ -46,8 +47,8 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     from lora_trainer.dataset.folder import UncaptionedError, scan
     from lora_trainer.jobs.execution import lender_options
     from lora_trainer.jobs.measured import measure
-
     from lora_trainer.run.captioning import training_captioner
+
     config = check_settings(settings, host)
     with concerning("base_model"):
         info = host.lender(config.base_model, lender_options(host, config)).describe()
@@ -67,13 +68,14 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "regularization_pictures": regularization,
         "refused": [{"file": str(item.path), "reason": item.reason} for item in dataset.skipped],
         "warnings": list(dataset.warnings),
-        "buckets": plan.table(),
         "captioner": captioner,
         "problems": problems,
+        "buckets": plan.table(),
         "steps_per_epoch": math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps),
         "steps": steps,
         "base_model": info.name,
         "family": info.family,
+        "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
         "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
         **_cost(config, info, steps, host, store),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, concerning
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.folders import JobFolders
@@ -78,8 +78,9 @@ def _train(
     if train is None:
         from lora_trainer.run import train  # torch is slow to import: not before the first job
 
-    lender = host.lender(config.base_model, lender_options(host, config))
-    info = lender.describe()
+    with concerning("base_model"):
+        lender = host.lender(config.base_model, lender_options(host, config))
+        info = lender.describe()
     store.update(job.id, base_model=info.name, family=info.family, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
     previewer = None

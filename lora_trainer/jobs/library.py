@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,15 +31,18 @@ class DatasetSummary:
 
 @dataclass(frozen=True)
 class Picture:
-    """file: posix path inside the dataset. caption: as written, empty when there is none. size: bytes."""
+    """file: posix path inside the dataset. caption: as written, empty when there is none. size: bytes. excluded: it
+    stays in the dataset but is not trained on."""
 
     file: str
     caption: str
     size: int
+    excluded: bool = False
 
 
 class DatasetLibrary:
-    """Adds pictures and captions; overwrites a caption when asked, never a picture, and deletes nothing."""
+    """Adds pictures and captions, leaves pictures out; overwrites a caption when asked, never a picture, and deletes
+    nothing."""
 
     def __init__(self, data: Path):
         self.root = Path(data) / "datasets"
@@ -83,15 +86,30 @@ class DatasetLibrary:
         """Every picture with its caption, in order of its file name."""
         from lora_trainer.dataset.caption_files import read_captions
         from lora_trainer.dataset.listing import list_folder
+        from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
 
         root = self.folder(name)
+        edits = load_edits(root)
         listing = list_folder(root)
         captions = read_captions(root, problems=[], listing=listing)
         return [
-            Picture(key, captions[key].text if key in captions else "", path.stat().st_size)
+            Picture(
+                key, captions[key].text if key in captions else "", path.stat().st_size,
+                edits.get(key, UNTOUCHED).excluded,
+            )
             for key, path in listing.pictures.items()
             if path.exists()
-        ]
+        ]  # fmt: skip
+
+    def exclude(self, name: str, files: Sequence[str], excluded: bool = True) -> None:
+        """Leave these pictures out of training, or take them in again; their files stay. Raises UserError."""
+        from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits, save_edits
+
+        root = self.folder(name)
+        for file in files:
+            self.picture(name, file)
+        edits = load_edits(root)
+        save_edits(root, {file: replace(edits.get(file, UNTOUCHED), excluded=excluded) for file in files})
 
     def picture(self, name: str, file: str) -> Path:
         """The path of one picture. Raises UserError when it is not a picture inside the dataset."""

@@ -88,6 +88,8 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
 def name_taken(store: JobStore, host: Host, name: str) -> str | None:
     """Why a LoRA cannot be called ``name``: there is one, or a job that will make one. None when it can."""
     lora = host.folders().lora
+    if not name:
+        return None
     if lora is not None and (Path(lora) / f"{name}.safetensors").exists():
         return f"There is a LoRA named {name} already."
     if any(job.name.casefold() == name.casefold() for job in store.list((*WAITING_TO_START, *ACTIVE))):

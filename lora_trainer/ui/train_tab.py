@@ -90,7 +90,7 @@ def _kind() -> Markup:
 
 
 def _start() -> Markup:
-    model = tag("div", tag("label", "On", for_="field_base_model"),
+    model = tag("div", tag("label", "Base model", for_="field_base_model", title=_BASE_HELP),
                 tag("select", id_="field_base_model", data_setting="base_model", data_type="choice",
                     aria_describedby="problem_base_model"),
                 tag("p", id_="problem_base_model", class_="problem", role="alert", hidden=True),
@@ -112,6 +112,8 @@ def _start() -> Markup:
         tag("p", "You can keep generating while it trains, and close this page.", class_="help"),
     )
 
+
+_BASE_HELP = "The checkpoint that learns from your pictures. The LoRA works with its relatives as well."
 
 _FACTS = (
     ("visits", "Pictures × visits", "How many pictures, and how often each is seen in all"),

@@ -149,6 +149,18 @@ def test_from_pictures_to_the_prompt(page, files, train, manager):
     assert page.input_value("#txt2img_prompt textarea") == "hat <lora:hat_v1:0.8>"
 
 
+def test_a_picture_can_be_left_out_and_taken_in_again(page, files, manager):
+    add(page, files)
+    page.hover(".lora_trainer_small_picture >> nth=2")
+    page.click(".lora_trainer_take_out >> nth=2")
+    wait_for_text(page, "pictures", "11 pictures are fine")
+    assert "1 left out" in text(page, "pictures") and page.locator("#lora_trainer_thumbnails img").count() == 11
+    dataset = manager.folders.datasets / page.evaluate("loraTrainer.pictures.chosen")
+    assert (dataset / "02.png").exists() and not page.is_visible("#lora_trainer_refused")
+    page.click("text=Take them in again")
+    wait_for_text(page, "pictures", "12 pictures are fine")
+
+
 def test_captions_that_came_along_are_kept(page, files, manager):
     add(page, files)
     dataset = page.evaluate("loraTrainer.pictures.chosen")
@@ -190,6 +202,7 @@ def test_the_queue_waits_its_turn(page, files, train):
 
 
 PROBLEMS = {
+    "no captions": ("trigger_word", {"bare": True, "trigger_word": ""}, "Your pictures have no captions"),
     "no pictures": ("train_data_dir", {}, "No pictures are chosen"),
     "wrong folder": ("train_data_dir", {"folder": "/there/is/nothing"}, "/there/is/nothing"),
     "name that exists": ("output_name", {"pictures": True, "output_name": "old"}, "There is a LoRA named old already"),
@@ -208,7 +221,9 @@ def test_a_problem_stands_beside_what_it_concerns(page, files, manager, case):
         page.click("#lora_trainer_other_pictures > summary")
         page.fill("#lora_trainer_folder", given["folder"])
         page.press("#lora_trainer_folder", "Enter")
-    for name in set(given) - {"pictures", "folder"}:
+    if "bare" in given:
+        add(page, files[:-1])
+    for name in set(given) - {"pictures", "folder", "bare"}:
         page.evaluate("document.querySelectorAll('#lora_trainer details').forEach((one) => (one.open = true))")
         page.fill(f"#lora_trainer_field_{name}", given[name])
         page.evaluate("document.querySelectorAll('#lora_trainer details').forEach((one) => (one.open = false))")
