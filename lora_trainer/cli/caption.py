@@ -71,13 +71,18 @@ def run(options: argparse.Namespace) -> int:
         ),
         Settings(str(resolve(options.device, "no").device), options.threshold, options.character_threshold),
         options.batch_size,
-        copy_kept=isinstance(output, Path),
+        # Unasked, a metadata file gets no copies: later changes of the text files would not count any more.
+        copy_kept=isinstance(output, Path) and bool(options.output or options.format),
     )
     progress = _progress()
     with _cancellable() as cancelled:
         sources = Sources(given=options.weights, download=options.download)
         result = caption_folder(job, sources, callbacks=progress, cancelled=cancelled.is_set)
     progress.close()
+    if result.kept and not (result.written or result.skipped or result.cancelled):
+        again = "; --mode append, prepend or replace describes them again" if options.mode == "keep" else ""
+        print(f"All {result.kept} pictures have their caption{again}.")
+        return DONE
     place = output if isinstance(output, Path) else f"{options.input}, one {output} file each"
     counts = f"{result.written} captions by {result.captioner}, {result.kept} kept, {len(result.skipped)} left out"
     print(f"{counts}: {place}")

@@ -244,6 +244,16 @@ def test_the_command_with_a_tagger(root, capsys, tmp_path):
     assert (root / "b.txt").read_text() == "sks, **dress**, high quality, detailed, hatsune miku \\(vocaloid\\), gown\n"
 
 
+def test_the_command_where_nothing_is_left_to_describe(root, capsys):
+    for name in COLORS:
+        (root / name).with_suffix(".txt").write_text("by hand")
+    assert main(["caption", "--input", str(root)]) == 0
+    assert "All 3 pictures have their caption; --mode append" in capsys.readouterr().out
+    assert not (root / "metadata.csv").exists(), "the text files go on counting"
+    assert main(["caption", "--input", str(root), "--format", "csv"]) == 0
+    assert (root / "metadata.csv").read_text().count("by hand") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -63,10 +63,9 @@ def cache(tmp_path_factory):
     """Hugging Face's cache, empty."""
     folder = tmp_path_factory.mktemp("huggingface")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(folder))
         for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
-            patch.delenv(name, raising=False)
-        yield folder / "hub"
+            patch.setenv(name, str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
