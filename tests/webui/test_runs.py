@@ -31,6 +31,9 @@ def difference(one: Path, two: Path) -> float:
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_command_line_makes_the_same_lora(webui, settings, tmp_path, index):
     title = webui.checkpoints()[index]
+    # AdamW's first steps have this size however small a gradient is, so where one is near zero, another environment's
+    # rounding turns it round: the files agree in parts of the learning rate, here the default one.
+    settings |= {"learning_rate": 1e-4}
     job = webui.submit(**settings, output_name=f"inside-{index}", base_model=title)
     assert webui.wait(job)["status"] == "finished"
     base = webui.data / "models" / "Stable-diffusion" / title.partition(" [")[0]
@@ -47,7 +50,7 @@ def test_the_command_line_makes_the_same_lora(webui, settings, tmp_path, index):
         assert done.returncode == 0, done.stderr[-2000:]
         apart = difference(webui.lora(job), tmp_path / "out" / "outside.safetensors")
         print(f"\n{title} against the command line with {python}: {apart:.2e}")
-        assert apart <= 1e-5
+        assert apart <= (0 if python == webui.python else 1e-5)
 
 
 def test_previews_are_the_hosts_and_disturb_nothing(webui, settings):
@@ -101,10 +104,11 @@ def test_a_waiting_job_keeps_the_model_that_was_loaded_when_it_was_sent(webui, s
         webui.select(first)
 
 
-def test_medvram_is_lent_from_without_a_copy(tmp_path, settings):
-    with Server(tmp_path / "medvram", "--medvram") as webui:
+@pytest.mark.parametrize("flag", ["--medvram", pytest.param("--opt-channelslast", marks=a1111_only)])
+def test_every_way_of_keeping_the_weights_is_lent_from_without_a_copy(tmp_path, settings, flag):
+    with Server(tmp_path / "data", flag) as webui:
         picture, before = webui.generate("a circle"), webui.sha()
-        job = webui.submit(**settings | {"max_train_steps": 12}, output_name="medvram")
+        job = webui.submit(**settings | {"max_train_steps": 12}, output_name="lent")
         webui.until(job, lambda job: job["step"] >= 2 or job["status"] == "failed")
         found = webui.probe(POINTERS)
         assert found["bound"] and found["copied"] == 0
@@ -193,6 +197,14 @@ def test_the_model_can_be_held_and_a_switch_can_wait(webui, settings):
         webui.until(job, lambda job: job["step"] >= 1)
         webui.generate("a circle")
         assert webui.job(job)["step"] == 10, "the picture waited for the whole run"
+        assert webui.wait(job)["status"] == "finished"
+        assert same(webui.lora(plain), webui.lora(job))
+        job = webui.submit(**settings, output_name="held-and-paused")
+        webui.until(job, lambda job: job["step"] >= 1)
+        webui.command(job, "pause")
+        webui.generate("a circle")
+        assert webui.job(job)["step"] < 10, "a pause gives the model back meanwhile"
+        webui.command(job, "resume")
         assert webui.wait(job)["status"] == "finished"
         assert same(webui.lora(plain), webui.lora(job))
     finally:
