@@ -106,12 +106,14 @@
 
     async function caption() {
         const whole = !editor.gallery.selected.size && editor.gallery.total === editor.state.pictures;
+        const trigger = app.get("editor_trigger").value.trim();
         editor.say("");
+        if (trigger && !app.form.given.trigger_word) app.form.set("trigger_word", trigger); // the training's, too
         await editor.call("/caption", {
             captioner: app.get("editor_captioner").value,
             mode: app.get("editor_mode").value,
             kind: app.get("editor_caption_kind").value,
-            trigger_word: app.get("editor_trigger").value.trim(),
+            trigger_word: trigger,
             template: app.get("editor_template").value,
             files: whole ? null : await editor.gallery.scopeFiles(),
         });
@@ -123,7 +125,7 @@
         editor.say("");
         const wanted = String(app.form.value("resolution"));
         const resolution = /^\d/.test(wanted) ? wanted : "512"; // "auto" follows the base model
-        await editor.call("/check", {resolution});
+        await editor.call("/check", {resolution, trigger_word: app.form.value("trigger_word") || ""});
     }
 
     async function loadReport() {

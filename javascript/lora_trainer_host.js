@@ -27,6 +27,9 @@
         else field.dispatchEvent(new Event("input", {bubbles: true}));
     }
 
+    /** Whether there is a prompt to try LoRAs in; without a WebUI this page is all there is. */
+    host.hasPrompt = () => Boolean(root().querySelector("#txt2img_prompt textarea"));
+
     /** Put <lora:name:0.8> and the trigger word into txt2img's prompt and go there. Other LoRAs and words stay. */
     host.tryIt = async function(job) {
         const field = root().querySelector("#txt2img_prompt textarea");

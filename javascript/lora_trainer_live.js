@@ -173,7 +173,7 @@
         if (job.error) lines.push(app.sentence(job.error));
         if (job.status === "interrupted") lines.push(app.t("The WebUI ended in the middle. Resume goes on from the last saved state."));
         if (job.published) lines.push(whatIsThere(job));
-        if (job.verified) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
+        if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
         const box = app.get("job_message");
         const text = lines.join("\n");
@@ -188,6 +188,7 @@
     /** Which of its weights the Lora tab has: the finished ones, or what was saved last on the way. */
     function whatIsThere(job) {
         const what = {name: job.published, step: job.published_step};
+        if (!app.host.hasPrompt()) return app.t("It is in the folder of LoRAs as {name}.", what);
         if (job.published_step === null) return app.t("It is in your Lora tab as {name}.", what);
         if (job.active) return app.t("{name} can be tried in txt2img already, as it was at step {step}; each save renews it.", what);
         return app.t("Your Lora tab keeps {name} as it was at step {step}.", what);
@@ -200,7 +201,7 @@
     /** Buttons for a job: [text, what it does, kind]. */
     live.actions = function(job) {
         const to = (command) => () => live.command(job, command);
-        const tryIt = ["Try it", () => app.host.tryIt(job), "primary"];
+        const tryIt = job.published && app.host.hasPrompt() && ["Try it", () => app.host.tryIt(job), "primary"];
         if (job.active || job.status === "paused") {
             return [
                 job.status === "paused" ? ["Resume", to("resume"), "primary"] : job.status !== "stopping" && ["Pause", to("pause")],
@@ -208,11 +209,11 @@
                 job.active && ["Preview now", to("preview-now")],
                 job.active && ["Stop and save", to("stop-and-save")],
                 ["Stop", to("stop")],
-                job.published && [tryIt[0], tryIt[1]],
+                tryIt && [tryIt[0], tryIt[1]],
             ].filter(Boolean);
         }
         return [
-            job.published && tryIt,
+            tryIt,
             job.status !== "finished" && ["Resume", to("resume"), "primary"],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             ["Run again with changes", () => app.runs.again(job, false)],
@@ -288,7 +289,7 @@
         pickerKnows(job);
         if (job.error && job.error.field) app.form.showProblems([job.error]);
         if (wanted() && Notification.permission === "granted") {
-            const body = job.error ? app.sentence(job.error) : job.published ? app.t("It is in your Lora tab as {name}.", {name: job.published}) : "";
+            const body = job.error ? app.sentence(job.error) : job.published ? whatIsThere(job) : "";
             new Notification(text, {body, tag: "lora_trainer_" + job.id});
         }
         app.estimate.soon(); // what it took is now known

@@ -247,9 +247,10 @@
         box.querySelector("ul").replaceChildren(
             ...all.map(({file, reason}) => {
                 const name = file.split(/[\\/]/).pop();
-                return app.el("li", {}, app.el("b", {}, name), " " + reason.replace(file, "").replace(name, "").trim());
+                return app.el("li", {}, app.el("b", {}, name), " " + (reason.startsWith(file) ? reason.slice(file.length) : reason.startsWith(name) ? reason.slice(name.length) : reason).trim());
             }),
         );
         app.show(box, all.length);
+        if (pictures.refusedUploads.length) box.open = true;
     }
 })(loraTrainer);

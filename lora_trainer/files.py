@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -52,6 +53,13 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     """Replace ``path`` with ``data`` (text as UTF-8) in one step. Raises ``UserError`` as ``atomic_path`` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error of the system, of SQLite or of safetensors means that there is no room left."""
+    return getattr(error, "errno", None) == errno.ENOSPC or any(
+        words in str(error) for words in ("database or disk is full", "No space left on device")
+    )
 
 
 def sha256_file(path: Path) -> str:

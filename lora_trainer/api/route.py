@@ -15,8 +15,9 @@ from starlette.exceptions import HTTPException
 from lora_trainer.api.access import RefusedError, check_caller, check_origin
 from lora_trainer.api.context import Context
 from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.files import disk_is_full
 from lora_trainer.jobs.desk import UnknownSessionError
-from lora_trainer.jobs.job import Problem, UnknownJobError, problems_of
+from lora_trainer.jobs.job import Problem, UnknownJobError, full_disk, problems_of
 
 MAX_BODY = 4 << 20
 """Bytes of a request, uploads apart: the captions of some thousand pictures."""
@@ -58,6 +59,8 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
                 except Exception as error:
                     # The host would show a bare "Internal Server Error"; a person should learn more.
                     log.exception("%s %s failed", request.method, request.url.path)
+                    if disk_is_full(error):
+                        return _answer(context, 507, [full_disk(context.manager.folders.data)])
                     problem = Problem(
                         f"Something unexpected happened: {type(error).__name__}: {error}",
                         None,

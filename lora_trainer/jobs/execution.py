@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError, concerning
+from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import Job, Problem
+from lora_trainer.jobs.job import Job, Problem, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
@@ -53,7 +54,7 @@ def execute(
             result = _train(current_host(), store, job, config, reporter, commands, train)
         except UserError as error:
             log.error("%s", error)
-            return _failed(reporter, Problem.of(error))
+            return _failed(reporter, _no_room(log_path) if disk_is_full(error) else Problem.of(error))
         except BaseException as error:
             # Whatever happens in a job must neither end the worker nor vanish: it stays with the job, in words.
             log.exception("Job %s failed", job.id)
@@ -190,7 +191,14 @@ def _unexpected(error: BaseException, log_path: Path) -> Problem:
             "Set batch_size: 1, gradient_accumulation_steps: 4, gradient_checkpointing: true and lora_rank: 4 or 8,"
             " or a smaller resolution; then start it again.",
         )
+    if disk_is_full(error):
+        return _no_room(log_path)
     return Problem(
         f"Something unexpected happened: {type(error).__name__}: {error}",
         remedy=f"The job can be started again and goes on from its last state. Details are in {log_path}.",
     )
+
+
+def _no_room(log_path: Path) -> Problem:
+    message = full_disk(log_path.parent).message
+    return Problem(message, remedy="Free some space, then resume it: it goes on from its last state.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_trainer.errors import ConfigError, UserError
@@ -34,6 +35,12 @@ class Problem:
 
     def to_dict(self) -> dict[str, str | None]:
         return {"message": self.message, "field": self.field, "remedy": self.remedy}
+
+
+def full_disk(folder: Path) -> Problem:
+    """What a person reads when there is no room for what the trainer writes."""
+    message = f"The disk is full: nothing more can be written to {folder}."
+    return Problem(message, remedy="Free some space and try again.")
 
 
 def problems_of(error: UserError) -> list[Problem]:

@@ -139,13 +139,14 @@ class DatasetLibrary:
                             field="pictures", remedy="Make it smaller; training scales it down anyway.")  # fmt: skip
         target = _free(root, file, data)
         if not target.exists():
-            with atomic_path(target) as temporary:
-                temporary.write_bytes(data)
-                try:
+            temporary = target
+            try:
+                with atomic_path(target) as temporary:
+                    temporary.write_bytes(data)
                     measure(temporary)
-                except UserError as error:
-                    message = error.message.replace(str(temporary), file)
-                    raise UserError(message, field="pictures", remedy=error.remedy) from None
+            except UserError as error:
+                message = error.message.replace(str(temporary), file).replace(str(target), file)
+                raise UserError(message, field="pictures", remedy=error.remedy) from None
         if caption.strip():
             self.write_captions(name, {target.name: caption})
         return target.name

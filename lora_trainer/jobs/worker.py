@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
+from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.execution import execute
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError
+from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
 from lora_trainer.jobs.paths import check_name
 from lora_trainer.jobs.publishing import publish
@@ -162,9 +163,12 @@ class JobManager:
         while True:
             try:
                 self.store.set_status(job_id, status, **values)
+                self.trouble = None
                 return
             except sqlite3.Error as error:
                 log.error("The end of job %s could not be written: %s", job_id, error)
+                if disk_is_full(error):
+                    self.trouble = full_disk(self.folders.data)
                 if self._closing.wait(_TAKE_OVER_SECONDS):
                     return
 
