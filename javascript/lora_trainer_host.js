@@ -59,30 +59,61 @@
             onclick: () => host.send().catch((error) => app.complain(error)),
         }, app.t("Train LoRA"));
         button.className = model ? model.className : "";
-        button.style.width = "auto";
-        row.append(button);
+        // The host's are squares for one sign each.
+        Object.assign(button.style, {width: "auto", minWidth: "max-content", maxWidth: "none", paddingInline: "10px", whiteSpace: "nowrap"});
+        (model ? model.parentElement : row).append(button);
     };
 
     host.send = async function() {
         const images = new Map();
         root().querySelectorAll("#txt2img_gallery img").forEach((image) => images.set(image.src.replace(/\?.*$/, ""), image));
         if (!images.size) return;
-        const caption = prompt();
         const files = [];
-        for (const address of images.keys()) {
+        for (const address of withoutGrid(images)) {
             const name = decodeURIComponent(address.split("/").pop());
-            const file = new File([await (await fetch(address)).blob()], name);
-            file.caption = caption;
+            const data = await (await fetch(address)).arrayBuffer();
+            const file = new File([data], name);
+            file.caption = promptOf(parameters(data) || shownParameters());
             files.push(file);
         }
         host.openTab("lora_trainer");
-        await app.pictures.add(files.filter((file) => !/grid/.test(file.name)));
+        await app.pictures.add(files);
     };
 
-    /** The prompt of what the gallery shows, without LoRA calls: the first line of its generation parameters. */
-    function prompt() {
-        const info = root().querySelector("#html_info_txt2img");
-        const first = info ? info.innerText.split("\n").find((line) => line.trim()) || "" : "";
-        return first.replace(/<[^>]*>/g, "").replace(/\s+/g, " ").trim().replace(/^[,\s]+|[,\s]+$/g, "");
+    /** The addresses of the pictures, without the overview that the host draws of several: it is of another size. */
+    function withoutGrid(images) {
+        const sizes = Array.from(images.values(), (image) => image.naturalWidth * image.naturalHeight);
+        const largest = Math.max(...sizes);
+        const others = new Set(sizes.filter((size) => size !== largest));
+        const one = sizes.indexOf(largest) === sizes.lastIndexOf(largest) && others.size === 1 && sizes.length > 2;
+        return Array.from(images.keys()).filter((address, index) => !one || sizes[index] !== largest);
+    }
+
+    /** The generation parameters that a PNG carries, as text; "" where it has none. */
+    function parameters(data) {
+        const view = new DataView(data);
+        const text = (start, length) => new TextDecoder().decode(new Uint8Array(data, start, length));
+        for (let place = 8; place + 12 <= data.byteLength;) {
+            const length = view.getUint32(place);
+            const kind = text(place + 4, 4);
+            const key = "parameters\0";
+            if ((kind === "tEXt" || kind === "iTXt") && length > key.length && text(place + 8, key.length) === key) {
+                // An iTXt has flags, a language and a translated key, none of which the host sets, before its text.
+                const skip = key.length + (kind === "iTXt" ? 4 : 0);
+                return kind === "iTXt" ? text(place + 8 + skip, length - skip)
+                    : new TextDecoder("latin1").decode(new Uint8Array(data, place + 8 + skip, length - skip));
+            }
+            place += length + 12;
+        }
+        return "";
+    }
+
+    /** The parameters of the picture that the gallery shows. */
+    const shownParameters = () => (root().querySelector("#html_info_txt2img") || {innerText: ""}).innerText.trim();
+
+    /** The prompt in generation parameters, without LoRA calls. */
+    function promptOf(text) {
+        const prompt = text.split(/\n(?:Negative prompt: |Steps: )/)[0];
+        return prompt.replace(/<[^>]*>/g, "").replace(/\s+/g, " ").trim().replace(/^[,\s]+|[,\s]+$/g, "");
     }
 })(loraTrainer);

@@ -57,20 +57,19 @@ def until(page, condition, seconds=300):
     page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
 
 
+SIZES = """(values) => values.forEach(([name, value]) => {
+    const field = document.querySelector(`#txt2img_${name} input[type=number]`);
+    field.value = value;
+    updateInput(field);
+})"""
+
+
 def generate(page, prompt):
     """The bytes of the picture that txt2img makes of ``prompt``."""
     shown = "(document.querySelector('#txt2img_gallery img') || {}).src"
     page.fill("#txt2img_prompt textarea", prompt)
-    before = page.evaluate(
-        f"""() => {{
-        for (const [name, value] of [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]]) {{
-            const field = document.querySelector(`#txt2img_${{name}} input[type=number]`);
-            field.value = value;
-            updateInput(field);
-        }}
-        return {shown};
-    }}"""
-    )
+    page.evaluate(SIZES, [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]])
+    before = page.evaluate(f"() => {shown}")
     page.click("#txt2img_generate")
     page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before, timeout=300_000)
     return page.evaluate(f"async () => Array.from(new Uint8Array(await (await fetch({shown})).arrayBuffer()))")
@@ -109,6 +108,20 @@ def test_from_pictures_to_prompt(page, pictures):
     assert f"<lora:{name}:" in page.input_value("#txt2img_prompt textarea")
     page.click("#txt2img_extra_tabs >> text=Generation")
     assert generate(page, f"a red ellipse <lora:{name}:1>") != without
+
+
+def test_pictures_go_from_the_gallery_to_the_trainer(page):
+    """Each with its own prompt as caption, without LoRA calls; the overview that the host draws of several stays."""
+    page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+    page.evaluate(SIZES, [["batch_size", 2]])
+    generate(page, "a red ellipse, 背景 <lora:nothing:1>")
+    page.click("#lora_trainer_send")
+    page.wait_for_selector("#lora_trainer_pictures:visible")
+    captions = page.evaluate("() => loraTrainer.pictures.rows.map((row) => row.caption)")
+    assert captions == ["a red ellipse, 背景"] * 2
+    page.hover(".lora_trainer_small_picture >> nth=0")
+    page.click(".lora_trainer_take_out >> nth=0")
+    until(page, "document.querySelector('#lora_trainer_pictures').innerText.includes('1 left out')")
 
 
 def test_problems_stand_beside_their_fields(page, pictures):
