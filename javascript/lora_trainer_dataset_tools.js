@@ -84,7 +84,7 @@
         const list = app.get("editor_captioner");
         const before = list.value;
         list.replaceChildren(...found.captioners.map((one) =>
-            app.el("option", {value: one.name}, one.problem ? app.t("{name} (not here yet)", {name: one.title}) : one.title)));
+            app.el("option", {value: one.name}, one.problem ? app.t("{name} (not here yet)", {name: app.t(one.title)}) : app.t(one.title))));
         const usable = found.captioners.find((one) => !one.problem);
         list.value = before || (usable || found.captioners[0]).name;
         const kinds = app.get("editor_caption_kind");
@@ -134,7 +134,7 @@
         const count = (severity) => report.findings.filter((one) => one.severity === severity).length;
         const verdict = report.stops_training ? app.t("A training would not start.") : app.t("A training can start.");
         app.setText(app.get("editor_verdict"), report.findings.length
-            ? verdict + " " + app.t("{errors} errors, {warnings} warnings, {notes} notes.", {errors: count("error"), warnings: count("warning"), notes: count("info")})
+            ? verdict + " " + app.t("Errors: {errors}, warnings: {warnings}, notes: {notes}.", {errors: count("error"), warnings: count("warning"), notes: count("info")})
             : verdict + " " + app.t("Nothing was found."));
         const left = report.findings.length - FINDINGS;
         app.get("editor_findings").replaceChildren(...report.findings.slice(0, FINDINGS).map(line),
@@ -149,7 +149,7 @@
         const before = list.value;
         list.replaceChildren(app.el("option", {value: ""}, app.t("With or without problems")),
             app.el("option", {value: "any"}, app.t("With a problem")),
-            ...kinds.sort().map((kind) => app.el("option", {value: kind}, kind)));
+            ...kinds.sort().map((kind) => app.el("option", {value: kind}, app.t(kind))));
         list.value = before;
         if (list.selectedIndex < 0) list.value = "";
         app.show(list, kinds.length);
@@ -170,7 +170,7 @@
             app.el("span", {class: "row"}, ...finding.fixes.map((fixed) => app.el("button", {
                 type: "button", class: "button secondary",
                 onclick: (event) => editor.act(() => fix({index: finding.index, name: fixed.name}, event.target)),
-            }, fixed.label))));
+            }, app.t(fixed.label)))));
     }
 
     async function fix(wish, button) {

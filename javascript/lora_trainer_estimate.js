@@ -23,9 +23,7 @@
                 if (mine.signal.aborted) return;
                 app.form.display(focused());
                 if (!app.pictures.chosen) return showNothing();
-                // A trigger word will stand for missing captions; that there is none yet is said at Start.
-                const settings = {trigger_word: "trigger word", ...app.form.settings()};
-                const facts = await app.post("/estimate", {settings}, mine.signal);
+                const facts = await app.post("/estimate", {settings: app.form.settings()}, mine.signal);
                 const known = facts.pictures === estimate.pictures && facts.family === estimate.family;
                 Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
                 if (!known && round === 0) continue;
@@ -87,11 +85,12 @@
             app.live.askForNotifications();
             const {continues} = app.form;
             const settings = app.form.settings();
-            if (app.pictures.rows.length && !app.pictures.captioned() && !settings.trigger_word) {
+            // Pictures and base model are looked at before anything starts, not when its turn comes.
+            const {problems} = await app.post("/estimate", {settings});
+            if (problems.length && app.pictures.rows.length && !app.pictures.captioned()) {
                 throw new app.ServerError(0, {field: "trigger_word", message: app.t("Your pictures have no captions."), remedy: app.t("Give a trigger word that stands for what they show, or caption them in step 1.")});
             }
-            // Pictures and base model are looked at before anything starts, not when its turn comes.
-            await app.post("/estimate", {settings});
+            if (problems.length) throw new app.ServerError(0, {problems});
             const job = continues
                 ? await app.post(`/jobs/${continues.id}/continue`, {changes: settings})
                 : await app.post("/jobs", {settings});

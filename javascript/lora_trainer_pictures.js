@@ -223,7 +223,8 @@
         const captions = pictures.captioned();
         const parts = [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})];
         if (pictures.rows.length) {
-            parts.push(captions ? app.t("{n} with a caption", {n: captions}) : app.t("no captions: the trigger word stands for all"));
+            if (captions) parts.push(app.t("{n} with a caption", {n: captions}));
+            else parts.push(app.t(facts.problems.length ? "no captions yet" : facts.captioner ? "a captioner describes them first" : "no captions: the trigger word stands for all"));
         }
         const line = app.get("pictures");
         const out = pictures.rows.filter((row) => row.excluded);

@@ -182,9 +182,10 @@ class TagsModel(BaseModel):
 
 
 class CheckModel(BaseModel):
-    """resolution: side in pixels, or ``768x512``."""
+    """resolution: side in pixels, or ``768x512``. trigger_word: that captions should have; "" for the one known."""
 
     resolution: str = "512"
+    trigger_word: str = ""
 
 
 class FixModel(BaseModel):

@@ -38,6 +38,7 @@ def routes(context: Context) -> APIRouter:
         size = parse_resolution(wish.resolution)
         if not isinstance(size, tuple):
             raise UserError(f"{wish.resolution!r} is no size.", field="resolution", remedy="Write 512 or 768x512.")
+        bench.trigger_word = wish.trigger_word.strip() or bench.trigger_word
         desk.check(bench, size)
         return views.state(bench)
 

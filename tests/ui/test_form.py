@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from lora_trainer.captioning.registry import KINDS
 from lora_trainer.config import TrainConfig, field_docs, from_mapping
 from lora_trainer.ui import dataset_tab, form, markup, results_tab, train_tab
 from lora_trainer.ui.settings import OPTIONS
@@ -15,6 +16,12 @@ from tests.ui.words import ROOT, read_html, words_of_scripts
 
 SCRIPTS = sorted((ROOT / "javascript").glob("*.js"))
 CSS = (ROOT / "style.css").read_text(encoding="utf-8")
+HOST_CAPTIONERS = ("The WebUI's BLIP, a sentence", "The WebUI's deepbooru, tags")
+FINDINGS = set(re.findall(
+    r'"([a-z0-9]+(?:-[a-z]+)*)"(?:, |: \()(?:"(?:error|warning|info)"|severity\b)',
+    "".join(re.sub(r",\s+", ", ", path.read_text(encoding="utf-8"))
+            for path in sorted((ROOT / "lora_trainer" / "dataset").glob("*check*.py"))),
+)) - {"error", "warning"}
 CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding="utf-8"))
 
 
@@ -98,7 +105,8 @@ def test_every_word_is_in_chinese(page):
     elsewhere = {"Dataset", "Runs", "Train", "Use earlier pictures", "LoRA trainer"}
     said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
-    said |= {option.label for option in OPTIONS}
+    said |= {option.label for option in OPTIONS} | {kind.title for kind in KINDS.values()} | set(HOST_CAPTIONERS)
+    said |= {*FINDINGS, "Exclude the picture", "Crop to 2:1 around the center"}
     assert not said - set(CHINESE), "not translated"
     assert not set(CHINESE) - said, "not said any more"
 
