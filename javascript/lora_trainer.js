@@ -18,6 +18,27 @@ var loraTrainer = window.loraTrainer || {};
         return values ? found.replace(/\{(\w+)\}/g, (all, name) => (name in values ? String(values[name]) : all)) : found;
     };
 
+    /** What the server says, in the host's language where that has it: its sentences are known with {0}, {1} for what
+     * they name. */
+    app.said = function(text) {
+        const words = window.localization || {};
+        if (!text || text in words) return text && words[text];
+        if (saidIn !== words) {
+            saidIn = words;
+            patterns = Object.keys(words).filter((key) => key.includes("{0}")).sort((one, other) => fixed(other) - fixed(one))
+                .map((key) => [new RegExp("^" + key.split(/\{\d\}/).map(escaped).join("([^]*?)") + "$"), words[key]]);
+        }
+        for (const [pattern, translated] of patterns) {
+            const found = pattern.exec(text);
+            if (found) return translated.replace(/\{(\d)\}/g, (all, index) => app.said(found[Number(index) + 1]));
+        }
+        return text;
+    };
+    let saidIn = null;
+    let patterns = [];
+    const fixed = (key) => key.replace(/\{\d\}/g, "").length;
+    const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+
     /** A new element. class and id get the prefix; on… are listeners; strings become text. */
     app.el = function(name, attributes, ...children) {
         const node = name === "svg" || name === "path" || name === "line" || name === "text" || name === "g"
@@ -103,7 +124,7 @@ var loraTrainer = window.loraTrainer || {};
     app.thumbnailUrl = (dataset, file) =>
         `${API}/datasets/${encodeURIComponent(dataset)}/thumbnails/${file.split("/").map(encodeURIComponent).join("/")}`;
 
-    app.sentence = (problem) => [problem.message, problem.remedy].filter(Boolean).join(" ");
+    app.sentence = (problem) => [problem.message, problem.remedy].filter(Boolean).map(app.said).join(" ");
 
     /** Show in one place what went wrong with an action. */
     app.complain = function(error, node) {
@@ -145,9 +166,7 @@ var loraTrainer = window.loraTrainer || {};
             : app.t("{n} s per step", {n: (1 / perSecond).toFixed(1)});
 
     app.date = (seconds) =>
-        new Date(seconds * 1000).toLocaleString(document.documentElement.lang || undefined, {
-            dateStyle: "medium", timeStyle: "short",
-        });
+        new Date(seconds * 1000).toLocaleString(undefined, {dateStyle: "medium", timeStyle: "short"});
 
     app.loss = (value) => (value === null || value === undefined ? "–" : value.toPrecision(3));
 

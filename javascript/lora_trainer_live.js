@@ -169,7 +169,7 @@
 
     function showMessage(job) {
         const lines = [];
-        if (job.status === "waiting") lines.push(job.phase);
+        if (job.status === "waiting") lines.push(app.said(job.phase));
         if (job.error) lines.push(app.sentence(job.error));
         if (job.status === "interrupted") lines.push(app.t("The WebUI ended in the middle. Resume goes on from the last saved state."));
         if (job.published) lines.push(whatIsThere(job));

@@ -38,6 +38,13 @@
         if (list.selectedIndex < 0) list.selectedIndex = 0;
     }
 
+    /** The host translates texts; what is said on hover, in empty fields and to screen readers is ours to do. */
+    function translateAttributes(page) {
+        for (const name of ["title", "placeholder", "aria-label"]) {
+            page.querySelectorAll(`[${name}]`).forEach((node) => node.setAttribute(name, app.t(node.getAttribute(name))));
+        }
+    }
+
     async function begin() {
         if (app.begun || !app.get("form")) return;
         app.begun = true;
@@ -49,6 +56,7 @@
             const action = ACTIONS[button.dataset.action] || app.editor.actions[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
+        translateAttributes(page);
         app.get("form").addEventListener("submit", (event) => event.preventDefault());
         app.get("form").addEventListener("change", (event) => {
             if (event.target.name !== "lora_trainer_kind") return;

@@ -87,7 +87,7 @@
         app.show(status, true);
         const send = async() => {
             const answer = await app.post(`/datasets/${encodeURIComponent(dataset)}/pictures`, {pictures: batch});
-            answer.refused.forEach((one) => pictures.refusedUploads.push({file: one.field, reason: app.sentence(one)}));
+            answer.refused.forEach((one) => pictures.refusedUploads.push({file: one.field, reason: one.message, remedy: one.remedy}));
             done += batch.length;
             batch = [];
             bytes = 0;
@@ -237,7 +237,7 @@
         const known = new Set(out.map((row) => row.file));
         showRefused(facts.refused.filter(({file}) => !known.has(file.split(/[\\/]/).pop())));
         const hints = app.get("hints");
-        hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, text)));
+        hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, app.said(text))));
         app.show(hints, facts.warnings.length);
     };
 
@@ -246,9 +246,11 @@
         const box = app.get("refused");
         app.setText(box.querySelector("summary"), app.t(all.length === 1 ? "1 file is left out" : "{n} files are left out", {n: all.length}));
         box.querySelector("ul").replaceChildren(
-            ...all.map(({file, reason}) => {
+            ...all.map(({file, reason, remedy}) => {
                 const name = file.split(/[\\/]/).pop();
-                return app.el("li", {}, app.el("b", {}, name), " " + (reason.startsWith(file) ? reason.slice(file.length) : reason.startsWith(name) ? reason.slice(name.length) : reason).trim());
+                const text = app.sentence({message: reason, remedy});
+                const known = [file, name].find((one) => text.startsWith(one)) || "";
+                return app.el("li", {}, app.el("b", {}, name), " " + text.slice(known.length).trim());
             }),
         );
         app.show(box, all.length);

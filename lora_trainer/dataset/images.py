@@ -195,10 +195,10 @@ def _open(path: Path, data: bytes) -> Image.Image:
         if data[4:12] in (b"ftypavif", b"ftypavis"):
             reason = "is an AVIF picture, which this Pillow cannot read; install pillow 11.3 or pillow-avif-plugin"
         elif data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"):
-            reason = "is a HEIC picture, which cannot be read; convert it to PNG or JPEG"
+            message = f"{path} is a HEIC picture, which cannot be read; convert it to PNG or JPEG."
         else:
-            reason = "is no picture that can be read (damaged, or another kind of file)"
-        raise UserError(f"{path} {reason}.") from None
+            message = f"{path} is no picture that can be read (damaged, or another kind of file)."
+        raise UserError(message) from None
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}×{image.height}"
         raise UserError(f"{path} is too large: {size} pixels, more than {MAX_PIXELS // 10**6} million.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -58,6 +60,31 @@ def words_of_scripts() -> set[str]:
         for table in _TABLE.findall(source):
             words |= set(re.findall(r":\s*" + _STRING, table))
     return words
+
+
+def words_of_the_server() -> set[str]:
+    """Sentences that the package's errors and warnings may say, with {0}, {1} for what they name."""
+    said: set[str] = set()
+    for path in (ROOT / "lora_trainer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                for part in (*node.args, *(one.value for one in node.keywords)):
+                    said |= set(_templates(part))
+            elif isinstance(node, (ast.Return, ast.Assign)):
+                said |= set(_templates(node.value))
+    return said
+
+
+def _templates(node: ast.AST | None) -> list[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.IfExp):
+        return _templates(node.body) + _templates(node.orelse)
+    if isinstance(node, ast.JoinedStr):
+        numbers = itertools.count()
+        parts = (one.value if isinstance(one, ast.Constant) else f"{{{next(numbers)}}}" for one in node.values)
+        return ["".join(parts)]
+    return []
 
 
 def _first_argument(source: str, start: int) -> str:
