@@ -43,7 +43,7 @@ def test_the_page_its_scripts_and_its_routes_are_served(tmp_path):
         assert script.name in page
         assert client.get(f"/lora-trainer/assets/javascript/{script.name}").text == script.read_text("utf-8")
     assert "lora_trainer_form" in page
-    assert client.get("/lora-trainer/v1/checkpoints").json() == {"checkpoints": []}
+    assert client.get("/lora-trainer/v1/checkpoints").json()["checkpoints"] == []
 
 
 def test_a_missing_folder_of_models_is_said(tmp_path):

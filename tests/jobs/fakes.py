@@ -171,9 +171,12 @@ class FakeTrain:
         return self._end(output, config, step, callbacks, commands)
 
     def _may_step(self, callbacks: Any, commands: Any) -> bool:
+        told = None
         while not commands.stopping:
             if self.away is not None:
-                callbacks.on_waiting(self.away)
+                if told != self.away:
+                    told = self.away
+                    callbacks.on_waiting(told)
             elif not commands.paused and (self.free or self._permits.acquire(blocking=False)):
                 return True
             time.sleep(0.005)
