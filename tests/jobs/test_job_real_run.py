@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.host.publishing import place_lora
+from lora_trainer.jobs import reporting
 from lora_trainer.jobs.worker import JobManager
 from lora_trainer.models.base import ModelAwayError
 from lora_trainer.run import file_lender
@@ -146,7 +147,8 @@ def test_the_newest_weights_are_in_the_lora_folder_while_it_trains(host, setting
     assert made.keys() == alone.keys() and all(torch.equal(made[key], alone[key]) for key in made)
 
 
-def test_a_failed_run_leaves_what_was_saved_last(host, settings):
+def test_a_failed_run_leaves_what_was_saved_last(host, settings, monkeypatch):
+    monkeypatch.setattr(reporting, "MIN_INTERVAL", 0)  # stopped at the very step, however fast they are
 
     def fail(path, prompt):
         raise AssertionError("nothing is finished")
@@ -195,6 +197,7 @@ def test_somebody_elses_lora_stays_while_it_trains(host, settings, replaces):
 SERVER = """
 import os, signal, sys
 from pathlib import Path
+from lora_trainer.jobs import reporting
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.test_job_real_run import RealHost
 import json
