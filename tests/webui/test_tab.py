@@ -12,8 +12,11 @@ import time
 import pytest
 
 from tests.ui.browser import chromium
+from tests.webui.server import FORGE, PICTURE
 
 TRAINED = "SETTINGS = {resolution: '128', min_bucket_resolution: 64, epochs: 2, lora_rank: 4}"
+if FORGE:
+    TRAINED = "SETTINGS = {resolution: '64', min_bucket_resolution: 64, max_train_steps: 8, lora_rank: 4}"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def generate(page, prompt):
     """The bytes of the picture that txt2img makes of ``prompt``."""
     shown = "(document.querySelector('#txt2img_gallery img') || {}).src"
     page.fill("#txt2img_prompt textarea", prompt)
-    page.evaluate(SIZES, [["width", 128], ["height", 128], ["steps", 6], ["seed", 5]])
+    page.evaluate(SIZES, list((PICTURE | {"seed": 5}).items()))
     before = page.evaluate(f"() => {shown}")
     page.click("#txt2img_generate")
     page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before, timeout=300_000)
