@@ -47,6 +47,7 @@
             this.y = (loss) => MARGIN.top + (1 - (Math.min(loss, high) - low) / (high - low)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
             const right = width - MARGIN.right;
             const rows = all.length ? [low, (low + high) / 2, high] : [];
+            if (!rows.length) [0, 1, 2].forEach((index) => this.label(index, 0, 0, "", "end"));
             this.grid.setAttribute("d", rows.map((loss) => `M${MARGIN.left} ${this.y(loss)}H${right}`).join(""));
             rows.forEach((loss, index) => this.label(index, MARGIN.left - 6, this.y(loss) + 4, app.loss(loss), "end"));
             this.label(3, MARGIN.left, HEIGHT - 5, all.length ? app.t("step {n}", {n: first}) : "", "start");

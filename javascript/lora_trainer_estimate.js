@@ -29,7 +29,7 @@
                 if (!known && round === 0) continue;
                 app.form.clearProblems();
                 show(facts);
-                if (facts.name_taken) app.form.showProblem({field: "output_name", message: facts.name_taken, remedy: app.t("Choose another name, or allow overwriting it.")});
+                if (facts.name_taken && settings.output_name !== app.form.started) app.form.showProblem({field: "output_name", message: facts.name_taken, remedy: app.t("Choose another name, or allow overwriting it.")});
                 return;
             }
         } catch (error) {
@@ -96,6 +96,7 @@
                 : await app.post("/jobs", {settings});
             app.form.clearProblems();
             app.form.continues = null;
+            app.form.started = settings.output_name;
             app.form.set("overwrite", undefined);
             await app.live.look();
             app.live.focus(job.id);

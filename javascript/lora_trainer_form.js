@@ -2,7 +2,8 @@
 (function(app) {
     "use strict";
 
-    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false});
+    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false, started: null});
+    // started: the name under which this form was started last, so that it is no news that it is taken
     // faithful: the values are an earlier run's; nothing is suggested instead of its defaults
 
     form.controls = () => document.querySelectorAll("#lora_trainer [data-setting]");
@@ -77,13 +78,14 @@
     form.store = () =>
         app.remember("form", {
             given: form.given, kind: form.kind(), folder: app.pictures.chosen,
-            continues: form.continues, faithful: form.faithful,
+            continues: form.continues, faithful: form.faithful, started: form.started,
         });
 
     form.restore = function(remembered) {
         form.given = remembered.given || {};
         form.continues = remembered.continues || null;
         form.faithful = Boolean(remembered.faithful);
+        form.started = remembered.started || null;
         form.chooseKind(remembered.kind);
     };
 

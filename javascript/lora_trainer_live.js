@@ -80,6 +80,7 @@
         if (other) {
             Object.assign(live, {details: null, lastEvent: 0});
             live.previews.clear();
+            live.curve.set([]);
             loadDetails(job);
         }
         app.show(app.get("live"), true);

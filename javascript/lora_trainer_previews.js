@@ -14,7 +14,8 @@
             this.steps = new Map(); // step -> prompt -> address
             this.chosen = null; // null follows the newest
             this.prompts = [];
-            this.node.replaceChildren(app.el("p", {class: "lead"}, sentence || app.t("The first picture comes with the first save.")));
+            this.node.replaceChildren(app.el("p", {class: "lead"}, sentence || app.t("The first picture is drawn before the first step.")));
+            app.setText(this.reading, "");
         }
 
         /** Events of a job; those that are no previews are passed over. */
