@@ -3,7 +3,7 @@
     "use strict";
 
     const PAGE = 48;
-    const TYPING_MS = 150;
+    const TYPING_MS = 80;
     const editor = app.editor;
 
     // index: of the picture in hand within rows. filter: see the API's FilterModel.
