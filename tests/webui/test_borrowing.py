@@ -8,9 +8,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.webui.server import Server
+from tests.webui.server import Server, a1111_only
+
+VAE = "first_stage_model."
 
 FAULTS = {
     "assembling": ("lora_trainer.models.assemble.DiffusionModel", "__init__", 0),
@@ -26,6 +28,13 @@ FAULTS = {
 # What a user does there instead of an error: nothing is broken, but a stop is said in the middle.
 STAGES = {name: FAULTS[name] for name in ("assembling", "latents", "captions", "a step's backward", "saving")}
 SLOW = "time.sleep(2) if count[0] == calls + 1 else None"
+
+# Ways in which the WebUI keeps models and LoRAs, by its own settings.
+WAYS = {
+    "as it comes": {},
+    "several checkpoints loaded": {"sd_checkpoints_limit": 2, "sd_checkpoint_cache": 1},
+    "LoRAs not merged": {"lora_functional": True},
+}
 
 PLANT = """
 import importlib, time
@@ -93,6 +102,25 @@ result = [str(type(shared.sd_model)), [str(type(m)) for m in modules], str(layer
 
 def facts(webui: Server) -> tuple:
     return webui.sha(), webui.probe(OPTIONS), webui.probe(HIJACK)
+
+
+@pytest.fixture
+def options(webui):
+    """Sets options of the WebUI for one test."""
+    before = webui.get("/sdapi/v1/options")
+    changed = {}
+
+    def change(**values) -> None:
+        unknown = values.keys() - before.keys()
+        if unknown:
+            pytest.skip(f"this WebUI has no {', '.join(unknown)}")
+        changed.update(values)
+        if values:
+            webui.post("/sdapi/v1/options", values)
+
+    yield change
+    if changed:
+        webui.post("/sdapi/v1/options", {name: before[name] for name in changed})
 
 
 def same(one, two) -> bool:
@@ -208,17 +236,20 @@ def test_loras_that_prompts_merged_do_not_leak_and_stay_merged(webui, settings):
     assert webui.sha() == before
 
 
-def test_pictures_and_training_do_not_disturb_each_other(webui, settings):
+@pytest.mark.parametrize("way", WAYS)
+def test_pictures_and_training_do_not_disturb_each_other(webui, settings, options, way):
     """Ten pictures, some with LoRAs, and a switch of checkpoint there and back, while a job trains."""
+    options(**WAYS[way])
     settings |= {"max_train_steps": 30}
     first, second = webui.checkpoints()[:2]
-    undisturbed = webui.submit(**settings, output_name="alone")
+    alone = f"alone-{way.split()[0]}"
+    undisturbed = webui.submit(**settings, output_name=alone)
     assert webui.wait(undisturbed)["status"] == "finished"
-    prompts = ["a red circle", "a blue ring <lora:alone:1>", "a star", "a ring <lora:alone:0.5>", "a green cross"]
+    prompts = ["a red circle", f"a blue ring <lora:{alone}:1>", "a star", f"a ring <lora:{alone}:0.5>", "a green cross"]
     begin = time.monotonic()
     expected = [webui.generate(prompt, seed) for prompt in prompts for seed in (1, 2)]
-    alone = (time.monotonic() - begin) / len(expected)
-    job = webui.submit(**settings, output_name="disturbed")
+    usual = (time.monotonic() - begin) / len(expected)
+    job = webui.submit(**settings, output_name=f"disturbed-{way.split()[0]}")
     webui.until(job, lambda job: job["step"] >= 1)
     drawn, waits, at = [], [], []
     for index, (prompt, seed) in enumerate((prompt, seed) for prompt in prompts for seed in (1, 2)):
@@ -233,10 +264,42 @@ def test_pictures_and_training_do_not_disturb_each_other(webui, settings):
         at.append(webui.job(job)["step"])
     assert webui.job(job)["status"] in ("running", "waiting", "finished")
     print(f"\nsteps at the pictures {at}, seconds per picture {[round(wait, 1) for wait in waits]}, "
-          f"without training {alone:.1f}")  # fmt: skip
+          f"without training {usual:.1f}")  # fmt: skip
     assert at[0] < 30, "the job was over before the first picture"
     assert webui.wait(job)["status"] == "finished"
     assert [np.array_equal(*pair) for pair in zip(drawn, expected)] == [True] * 10
+    assert same(webui.lora(undisturbed), webui.lora(job))
+
+
+@a1111_only
+def test_settings_changed_meanwhile_do_not_change_the_training(webui, settings):
+    settings |= {"max_train_steps": 24}
+    stored = load_file(webui.data / "models" / "Stable-diffusion" / webui.checkpoints()[0].partition(" [")[0])
+    (webui.data / "models" / "VAE").mkdir(exist_ok=True)
+    vae = {name.removeprefix(VAE): tensor * 0.9 for name, tensor in stored.items() if name.startswith(VAE)}
+    save_file(vae, webui.data / "models" / "VAE" / "dull.safetensors")
+    webui.post("/sdapi/v1/refresh-vae")
+    undisturbed = webui.submit(**settings, output_name="unchanged")
+    webui.wait(undisturbed)
+    picture = webui.generate("a red circle")
+    changes = {
+        "CLIP_stop_at_last_layers": 2, "sd_vae": "dull.safetensors", "token_merging_ratio": 0.5,
+        "cross_attention_optimization": "sub-quadratic", "upcast_attn": True, "fp8_storage": "Enable",
+    }  # fmt: skip
+    shutil.rmtree(webui.data / "lora_trainer" / "cache", ignore_errors=True)
+    job = webui.submit(**settings, output_name="changed")
+    seen = {}
+    for key, value in changes.items():
+        if key == "fp8_storage":  # afterwards the WebUI's noise schedule is rounded to fp16
+            assert np.array_equal(webui.generate("a red circle"), picture)
+        old = webui.get("/sdapi/v1/options")[key]
+        webui.post("/sdapi/v1/options", {key: value})
+        webui.generate("a red circle")
+        step = webui.job(job)["step"]
+        seen[key] = webui.until(job, lambda job, step=step: job["step"] > step or job["status"] == "waiting")["status"]
+        webui.post("/sdapi/v1/options", {key: old})
+    assert webui.wait(job)["status"] == "finished"
+    assert seen.pop("fp8_storage") == "waiting" and set(seen.values()) == {"running"}
     assert same(webui.lora(undisturbed), webui.lora(job))
 
 
