@@ -108,7 +108,10 @@ var loraTrainer = window.loraTrainer || {};
             if (error.name === "AbortError") throw error;
             throw new app.ServerError(0, {message: app.t("The WebUI does not answer."), remedy: app.t("It may be restarting.")});
         }
-        const answer = await response.json().catch(() => null);
+        const answer = await response.json().catch((error) => {
+            if (error.name === "AbortError") throw error;
+            return null;
+        });
         if (response.ok && answer !== null) return answer;
         throw new app.ServerError(response.status, {
             message: app.t("The WebUI answered with an error ({status}).", {status: response.status}),
