@@ -96,7 +96,6 @@
                 : await app.post("/jobs", {settings});
             app.form.clearProblems();
             app.form.continues = null;
-            app.form.started = settings.output_name;
             app.form.set("overwrite", undefined);
             await app.live.look();
             app.live.focus(job.id);
