@@ -91,6 +91,8 @@
                 throw new app.ServerError(0, {field: "trigger_word", message: app.t("Your pictures have no captions."), remedy: app.t("Give a trigger word that stands for what they show, or caption them in step 1.")});
             }
             if (problems.length) throw new app.ServerError(0, {problems});
+            app.form.started = settings.output_name; // before the answer: a page may be reloaded while it comes
+            app.form.store();
             const job = continues
                 ? await app.post(`/jobs/${continues.id}/continue`, {changes: settings})
                 : await app.post("/jobs", {settings});
@@ -100,6 +102,7 @@
             await app.live.look();
             app.live.focus(job.id);
         } catch (error) {
+            app.form.started = null;
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
             const first = document.querySelector("#lora_trainer_form .lora_trainer_problem:not([hidden])");
