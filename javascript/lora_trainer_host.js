@@ -60,7 +60,7 @@
         }, app.t("Train LoRA"));
         button.className = model ? model.className : "";
         // The host's are squares for one sign each.
-        Object.assign(button.style, {width: "auto", minWidth: "max-content", maxWidth: "none", paddingInline: "10px", whiteSpace: "nowrap"});
+        Object.assign(button.style, {flex: "0 0 auto", width: "auto", minWidth: "max-content", maxWidth: "none", paddingInline: "10px", whiteSpace: "nowrap"});
         (model ? model.parentElement : row).append(button);
     };
 
