@@ -88,6 +88,7 @@
         const send = async() => {
             const answer = await app.post(`/datasets/${encodeURIComponent(dataset)}/pictures`, {pictures: batch});
             answer.refused.forEach((one) => pictures.refusedUploads.push({file: one.field, reason: one.message, remedy: one.remedy}));
+            if (answer.refused.length) app.get("refused").open = true;
             done += batch.length;
             batch = [];
             bytes = 0;
@@ -254,6 +255,5 @@
             }),
         );
         app.show(box, all.length);
-        if (pictures.refusedUploads.length) box.open = true;
     }
 })(loraTrainer);

@@ -211,7 +211,7 @@ class WebuiLender(ABC):
         try:
             self._refuse_unsuitable(sd_model)
         except UserError as error:
-            raise ModelAwayError(str(error)) from error
+            raise ModelAwayError(f"{error.message} {error.remedy or ''}".strip()) from error
         if self._host is None or sd_model is not self._host.sd_model:
             self._follow(sd_model)
         self._settle()

@@ -268,7 +268,7 @@ def test_killed_at_any_moment_and_resumed_it_is_bit_identical(settings, tmp_path
     # sums over several threads are rounded differently: both runs use one
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for name, kills in (("undisturbed", 0), ("killed", 20)):
-        config = json.dumps({**settings, "output_dir": str(tmp_path / name), "epochs": 12, "save_steps": 1})
+        config = json.dumps({**settings, "output_dir": str(tmp_path / name), "epochs": 40, "save_steps": 1})
         output = subprocess.run(
             [sys.executable, script, config, str(kills)], env=environment, capture_output=True, text=True, timeout=300
         )
