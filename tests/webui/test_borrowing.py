@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.webui.server import Server, a1111_only
+from tests.webui.server import FORGE, Server, a1111_only
 
 VAE = "first_stage_model."
 
@@ -240,7 +240,7 @@ def test_loras_that_prompts_merged_do_not_leak_and_stay_merged(webui, settings):
 def test_pictures_and_training_do_not_disturb_each_other(webui, settings, options, way):
     """Ten pictures, some with LoRAs, and a switch of checkpoint there and back, while a job trains."""
     options(**WAYS[way])
-    settings |= {"max_train_steps": 30}
+    settings |= {"max_train_steps": 60 if FORGE else 30}
     first, second = webui.checkpoints()[:2]
     alone = f"alone-{way.split()[0]}"
     undisturbed = webui.submit(**settings, output_name=alone)
@@ -265,7 +265,7 @@ def test_pictures_and_training_do_not_disturb_each_other(webui, settings, option
     assert webui.job(job)["status"] in ("running", "waiting", "finished")
     print(f"\nsteps at the pictures {at}, seconds per picture {[round(wait, 1) for wait in waits]}, "
           f"without training {usual:.1f}")  # fmt: skip
-    assert at[0] < 30, "the job was over before the first picture"
+    assert at[0] < settings["max_train_steps"], "the job was over before the first picture"
     assert webui.wait(job)["status"] == "finished"
     assert [np.array_equal(*pair) for pair in zip(drawn, expected)] == [True] * 10
     assert same(webui.lora(undisturbed), webui.lora(job))
@@ -314,11 +314,12 @@ def test_another_checkpoint_is_trained_and_the_former_one_comes_back(webui, sett
     done = webui.wait(job)
     assert done["status"] == "finished", done
     assert second.startswith(done["base_model"])
+    # Drawn first: Forge widens its text encoder's embeddings for the first picture.
+    assert np.array_equal(webui.generate("a red circle"), picture)
     after = facts(webui)
     assert after[0] == before[0] and after[2] == before[2]
     changed = {key for key in after[1] if after[1][key] != before[1].get(key)}
     assert not changed - {"sd_checkpoint_hash"}, changed
-    assert np.array_equal(webui.generate("a red circle"), picture)
 
 
 def test_reload_ui_in_the_middle_of_a_step_changes_nothing(webui, settings):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from lora_trainer.ui.settings import OPTIONS
 from tests.webui.server import Server, a1111_only
 from tests.webui.test_borrowing import POINTERS, facts, same
 
@@ -173,8 +174,10 @@ def test_without_working_packages_the_webui_starts_and_the_tab_says_why(tmp_path
 
 
 def test_settings_of_ours_are_on_the_settings_page(webui):
-    options = webui.get("/sdapi/v1/options")
-    assert options["lora_trainer_hold_model"] is False and options["lora_trainer_switch_waits"] is False
+    page = json.dumps(webui.get("/config"), ensure_ascii=False)
+    assert all(json.dumps(option.label, ensure_ascii=False) in page for option in OPTIONS)
+    values = webui.probe("result = {key: value for key, value in shared.opts.data.items() if 'lora_trainer' in key}")
+    assert values == {option.key: option.default for option in OPTIONS}
 
 
 def test_the_model_can_be_held_and_a_switch_can_wait(webui, settings):
