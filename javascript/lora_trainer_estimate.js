@@ -23,7 +23,8 @@
                 if (mine.signal.aborted) return;
                 app.form.display(focused());
                 if (!app.pictures.chosen) return showNothing();
-                const facts = await app.post("/estimate", {settings: app.form.settings()}, mine.signal);
+                const settings = app.form.settings();
+                const facts = await app.post("/estimate", {settings}, mine.signal);
                 const known = facts.pictures === estimate.pictures && facts.family === estimate.family;
                 Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
                 if (!known && round === 0) continue;

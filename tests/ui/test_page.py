@@ -245,6 +245,20 @@ def test_a_taken_name_can_be_replaced(page, files, manager, train):
     assert (manager.host.root / "Lora" / "old.safetensors").read_bytes() != b"before"
 
 
+def test_a_name_is_said_to_be_taken_while_it_is_typed_and_not_of_its_own_training(page, files, manager, train):
+    train.free = True
+    (manager.host.root / "Lora" / "old.safetensors").write_bytes(b"before")
+    add(page, files)
+    page.fill("#lora_trainer_field_output_name", "old")
+    wait_for_text(page, "problem_output_name", "There is a LoRA named old already")
+    page.fill("#lora_trainer_field_output_name", "hat_v1")
+    page.wait_for_selector("#lora_trainer_problem_output_name", state="hidden")
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "job_message", "in your Lora tab as hat_v1")
+    estimated(page)
+    assert not page.is_visible("#lora_trainer_problem_output_name") and not page.is_visible("#lora_trainer_problem_")
+
+
 def test_what_is_no_picture_is_named_and_the_rest_is_used(page, files, tmp_path):
     broken, note = tmp_path / "broken.png", tmp_path / "note.pdf"
     broken.write_bytes(b"no picture")
