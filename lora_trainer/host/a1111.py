@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from lora_trainer.host.a1111_captioning import a1111_captioners
 from lora_trainer.host.a1111_lender import A1111Lender
 from lora_trainer.host.a1111_loras import A1111Loras
 from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.drawing import model_kept
 from lora_trainer.host.webui import WebuiHost
 
 
@@ -45,6 +47,9 @@ class A1111Host(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
         return A1111Lender(self._webui, self._turns, checkpoint, options)
+
+    def _model_kept(self) -> AbstractContextManager[None]:
+        return model_kept(self._webui, "reload_model_weights", lambda sd_model: sd_model)
 
     def captioners(self) -> dict[str, HostCaptioner]:
         return a1111_captioners(self._webui, self._turns)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from lora_trainer.host.loras import HostLoras
 _TEST_STEPS = 4
 
 
-def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest) -> Image.Image:
-    """One picture. Call it in a turn.
+def draw(webui: Any, loras: HostLoras, request: PreviewRequest) -> Image.Image:
+    """One picture of the model that is loaded. Call it in a turn, with the model kept (``model_kept``).
 
     The LoRA gets a name that was never used before, because weights and encoded prompts are kept by name.
+
+    No option is overridden for it: the WebUI would set the former value again afterwards, and what the user chose
+    meanwhile would be gone.
     """
     name = f"lora-trainer-preview-{uuid.uuid4().hex}"
     if request.lora is not None and loras.networks is None:
@@ -30,6 +34,9 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
     prompt = request.prompt
     if request.lora is not None:
         prompt += f" <lora:{name}:{request.lora_weight:g}>"
+    added = webui.shared.opts.data.get("sd_lora")
+    if added not in (None, "", "None"):
+        prompt += f" <lora:{added}:0>"  # or the WebUI adds it, at full strength, to every prompt without it
     with _state_kept(webui), loras.registered(name, request.lora) if request.lora is not None else nullcontext():
         p = webui.processing.StableDiffusionProcessingTxt2Img(
             sd_model=webui.shared.sd_model,
@@ -44,13 +51,11 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
             scheduler="Automatic",
             do_not_save_samples=True,
             do_not_save_grid=True,
-            # The settings page sets the option before it waits for its turn, and drawing loads what it says.
-            override_settings={"sd_model_checkpoint": checkpoint.title, "sd_lora": "None"},
         )
         p.cached_c, p.cached_uc = [None] * 3, [None] * 3  # not the ones that all other runs share
         try:
             with closing(p):
-                images = webui.processing.process_images(p).images
+                images = webui.processing.process_images_inner(p).images
             used = request.lora is None or any(net.name == name for net in loras.networks.loaded_networks)
         finally:
             loaded = loaded_model(webui)
@@ -64,23 +69,45 @@ def draw(webui: Any, loras: HostLoras, checkpoint: Any, request: PreviewRequest)
 
 
 def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
-    """See ``Host.verify``. Call it in a turn."""
+    """See ``Host.verify``. Call it as ``draw``."""
     if loras.networks is None:
         return "The LoRA was not checked in the WebUI: its builtin Lora extension is disabled."
-    before = loaded_model(webui)
-    checkpoint = webui.sd_models.select_checkpoint() if before is None else before.sd_checkpoint_info
-    side = 256 if getattr(before, "is_sdxl", False) else 128
+    loaded = loaded_model(webui)
+    side = 256 if getattr(loaded, "is_sdxl", False) else 128
     request = {"prompt": prompt, "width": side, "height": side, "steps": _TEST_STEPS, "seed": 1}
-    without = draw(webui, loras, checkpoint, PreviewRequest(**request))
-    missing = loras.unmatched(loaded_model(webui), lora)
+    without = draw(webui, loras, PreviewRequest(**request))
+    missing = loras.unmatched(loaded, lora)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        loaded = checkpoint.name_for_extra
-        return f"The loaded model {loaded} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
-    with_lora = draw(webui, loras, checkpoint, PreviewRequest(**request, lora=lora))
+        title = loaded.sd_checkpoint_info.name_for_extra
+        return f"The loaded model {title} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
+    with_lora = draw(webui, loras, PreviewRequest(**request, lora=lora))
     if np.array_equal(np.asarray(without), np.asarray(with_lora)):
         return "The LoRA changes nothing in a test picture; it may have been trained too briefly."
     return None
+
+
+@contextmanager
+def model_kept(webui: Any, loader: str, answer: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, this thread's pictures are drawn with the model that is loaded now.
+
+    Drawing first loads what the settings say, and the settings page sets the option before it waits for its turn.
+
+    loader: the function of ``sd_models`` that drawing calls for that. answer: the model -> what that returns.
+    """
+    sd_models, thread = webui.sd_models, threading.get_ident()
+    original, kept = getattr(sd_models, loader), [answer(loaded_model(webui))]
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return kept[0] if kept and threading.get_ident() == thread else original(*args, **kwargs)
+
+    setattr(sd_models, loader, load)
+    try:
+        yield
+    finally:
+        kept.clear()  # somebody may have wrapped it meanwhile
+        if getattr(sd_models, loader) is load:
+            setattr(sd_models, loader, original)
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image
-
 from lora_trainer.captioning.base import HostCaptioner
-from lora_trainer.host.base import LenderOptions, PreviewRequest
+from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.drawing import model_kept
 from lora_trainer.host.forge_captioning import forge_captioners
 from lora_trainer.host.forge_lender import ForgeLender
 from lora_trainer.host.forge_loras import ForgeLoras
@@ -42,6 +41,9 @@ class ForgeHost(WebuiHost):
     def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
         return ForgeLender(self._webui, self._turns, checkpoint, options)
 
+    def _model_kept(self) -> AbstractContextManager[None]:
+        return model_kept(self._webui, "forge_model_reload", lambda sd_model: (sd_model, False))
+
     def captioners(self) -> dict[str, HostCaptioner]:
         return forge_captioners(self._webui, self._turns)
 
@@ -52,18 +54,3 @@ class ForgeHost(WebuiHost):
         except FileNotFoundError:
             return None
         return None if selected is None else selected.filename
-
-    def draw(self, request: PreviewRequest) -> Image.Image:
-        with self._turns.take():
-            self._choose_model()
-            return super().draw(request)
-
-    def verify(self, lora: Path, prompt: str) -> str | None:
-        with self._turns.take():
-            self._choose_model()
-            return super().verify(lora, prompt)
-
-    def _choose_model(self) -> None:
-        """Forge's page does it when it is opened; drawing before that fails."""
-        if not self._webui.sd_models.model_data.forge_loading_parameters:
-            self._webui.main_entry.refresh_model_loading_parameters()

@@ -15,6 +15,7 @@ from lora_trainer.host.lending import WebuiLender
 from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 
+_TRIES = 3
 _SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 
 
@@ -97,21 +98,26 @@ class ForgeLender(WebuiLender):
 
     def _load_ours(self) -> Any:
         data = self._webui.sd_models.model_data
-        if not data.forge_loading_parameters:
-            self._webui.main_entry.refresh_model_loading_parameters()
-        selected = data.forge_loading_parameters
-        data.forge_loading_parameters = selected | {"checkpoint_info": self.checkpoint}
-        try:
-            sd_model, _ = self._webui.sd_models.forge_model_reload()
-        except Exception as error:  # the host's loader raises whatever its libraries do
-            data.forge_hash = ""  # or Forge would believe that the former model is still there
-            raise self._could_not_load(error) from error
-        finally:
-            data.forge_loading_parameters = selected
-        if self._loaded() is None:
-            data.forge_hash = ""
-            raise self._could_not_load()
-        return sd_model
+        for _ in range(_TRIES):
+            if not data.forge_loading_parameters:
+                self._webui.main_entry.refresh_model_loading_parameters()
+            selected = data.forge_loading_parameters
+            ours = selected | {"checkpoint_info": self.checkpoint}
+            data.forge_loading_parameters = ours
+            try:
+                self._webui.sd_models.forge_model_reload()
+            except Exception as error:  # the host's loader raises whatever its libraries do
+                data.forge_hash = ""  # or Forge would believe that the former model is still there
+                raise self._could_not_load(error) from error
+            finally:
+                # Who selects a checkpoint does not wait for a turn; the choice stands.
+                if data.forge_loading_parameters is ours:
+                    data.forge_loading_parameters = selected
+            loaded = self._loaded()
+            if loaded is not None and self._is_ours(loaded):
+                return loaded
+            data.forge_hash = ""  # selected while Forge was about to load ours: it took that for ours
+        raise self._could_not_load()
 
     # The end ------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ class WebuiHost(ABC):
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         info = self._checkpoint(request.checkpoint)
-        with self._turns.take():
-            return drawing.draw(self._webui, self._loras, info, request)
+        with self._turns.take(), self._loaded(info):
+            return drawing.draw(self._webui, self._loras, request)
 
     def _checkpoint(self, name: str) -> Any:
         sd_models = self._webui.sd_models
@@ -147,13 +147,20 @@ class WebuiHost(ABC):
 
     @contextmanager
     def _loaded(self, info: Any | None) -> Iterator[None]:
-        """Inside a turn: this checkpoint is loaded, and afterwards what was before. None: whichever is."""
+        """Inside a turn: pictures come from this checkpoint, and afterwards what was loaded before is. None: whichever
+        is loaded, or selected."""
         loaded = loaded_model(self._webui)
-        if info is None or loaded is None or Path(loaded.sd_checkpoint_info.filename) == Path(info.filename):
+        if loaded is None:
+            info = info or self._checkpoint("")
+        is_there = loaded is not None and (
+            info is None or Path(loaded.sd_checkpoint_info.filename) == Path(info.filename)
+        )
+        with nullcontext() if is_there else self._lender(info, LenderOptions()).borrow(), self._model_kept():
             yield
-            return
-        with self._lender(info, LenderOptions()).borrow():
-            yield
+
+    @abstractmethod
+    def _model_kept(self) -> AbstractContextManager[None]:
+        """Inside a turn: drawing does not load what is selected."""
 
 
 def turns_of(queue_lock: Any) -> Turns:

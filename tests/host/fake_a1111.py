@@ -107,16 +107,17 @@ class Networks:
                 module.w[kind] = tensor
         return SimpleNamespace(name=name, modules=modules, bundle_embeddings={})
 
-    def load_networks(self, names: list[str]) -> None:
-        """A name that is in memory keeps its old weights."""
+    def load_networks(self, multipliers: dict[str, float]) -> None:
+        """By names. A name that is in memory keeps its old weights."""
         self.loaded_networks.clear()
-        for name in names:
+        for name, multiplier in multipliers.items():
             if name not in self.networks_in_memory:
                 self.networks_in_memory[name] = self.load_network(name, self.available_networks[name])
+            self.networks_in_memory[name].unet_multiplier = multiplier
             self.loaded_networks.append(self.networks_in_memory[name])
 
     def network_apply_weights(self, layer: nn.Module) -> None:
-        wanted = tuple((net.name, 1.0, 1.0, None) for net in self.loaded_networks)
+        wanted = tuple((net.name, net.unet_multiplier, net.unet_multiplier, None) for net in self.loaded_networks)
         if vars(layer).get("network_current_names", ()) == wanted or "weight" not in layer._parameters:
             return
         if wanted and "network_weights_backup" not in vars(layer):
@@ -126,7 +127,8 @@ class Networks:
             module = net.modules.get(layer.network_layer_name)
             if module is not None:
                 up, down = module.w["lora_up.weight"], module.w["lora_down.weight"]
-                layer.weight += (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape).to(layer.weight)
+                change = (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape).to(layer.weight)
+                layer.weight += net.unet_multiplier * change
         layer.network_current_names = wanted
 
     def network_restore_weights_from_backup(self, layer: nn.Module) -> None:
@@ -177,7 +179,7 @@ class FakeA1111:
         self.processing = SimpleNamespace(
             StableDiffusionProcessing=Processing,
             StableDiffusionProcessingTxt2Img=Processing,
-            process_images=self._process_images,
+            process_images_inner=self._process_images_inner,
         )
         self.networks = Networks(self)
         self.loads: list[str] = []
@@ -285,20 +287,15 @@ class FakeA1111:
 
     def generate(self, prompt: str) -> Image.Image:
         with self.call_queue.queue_lock:
-            return self._process_images(
-                Processing(prompt=prompt, width=64, height=64, seed=1, override_settings={})
-            ).images[0]
+            return self._process_images_inner(Processing(prompt=prompt, width=64, height=64, seed=1)).images[0]
 
-    def _process_images(self, p: Processing) -> Any:
+    def _process_images_inner(self, p: Processing) -> Any:
         """A picture that every weight has a part in. Leaves the traces that the real one leaves."""
-        title = p.override_settings.get("sd_model_checkpoint")
-        stored, data = self.shared.opts.data["sd_model_checkpoint"], self.shared.opts.data
-        if title:
-            data["sd_model_checkpoint"] = title
         self.sd_models.reload_model_weights()
-        data["sd_model_checkpoint"] = stored
-        names = [part.split(":")[1] for part in p.prompt.split("<lora")[1:]]
-        self.networks.load_networks(names)
+        tags = [part.partition(">")[0].split(":") for part in p.prompt.split("<lora:")[1:]]
+        multipliers = {name: float(multiplier) for name, multiplier in tags}
+        added = self.shared.opts.data["sd_lora"]
+        self.networks.load_networks(multipliers if added in (*multipliers, "None") else multipliers | {added: 1.0})
         with torch.no_grad():
             for layer in self.model.network_layer_mapping.values():
                 self.networks.network_apply_weights(layer)

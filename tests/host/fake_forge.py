@@ -178,7 +178,7 @@ class FakeForge:
         self.processing = SimpleNamespace(
             StableDiffusionProcessing=Processing,
             StableDiffusionProcessingTxt2Img=Processing,
-            process_images=self._process_images,
+            process_images_inner=self._process_images_inner,
         )
         self.sd_models = SimpleNamespace(
             model_data=SimpleNamespace(sd_model=SimpleNamespace(), forge_loading_parameters={}, forge_hash=""),
@@ -282,19 +282,14 @@ class FakeForge:
 
     def generate(self, prompt: str) -> Image.Image:
         with self.call_queue.queue_lock:
-            return self._process_images(
-                Processing(prompt=prompt, width=64, height=64, seed=1, override_settings={})
-            ).images[0]
+            if not self.sd_models.model_data.forge_loading_parameters:
+                self._refresh_model_loading_parameters()  # the page does it when it is opened
+            return self._process_images_inner(Processing(prompt=prompt, width=64, height=64, seed=1)).images[0]
 
     @torch.inference_mode()
-    def _process_images(self, p: Processing) -> Any:
+    def _process_images_inner(self, p: Processing) -> Any:
         """A picture that every weight has a part in. Leaves the traces that the real one leaves."""
-        data, stored = self.shared.opts.data, self.shared.opts.data["sd_model_checkpoint"]
-        title = p.override_settings.get("sd_model_checkpoint", stored)
-        if title != stored or not self.sd_models.model_data.forge_loading_parameters:
-            data["sd_model_checkpoint"] = title
-            self._refresh_model_loading_parameters()
-        self._forge_model_reload()
+        self.sd_models.forge_model_reload()
         self.networks.load_networks([part.split(":")[1] for part in p.prompt.split("<lora")[1:]])
         objects = self.model.forge_objects_after_applying_lora
         self._load_models_gpu([objects.clip.patcher])
@@ -309,9 +304,6 @@ class FakeForge:
         sums = [float(parameter.double().sum()) for part in self.parts() for parameter in part.parameters()]
         shade = np.frombuffer(np.float64(sum(sums)).tobytes(), np.uint8)
         p.cached_c[:] = [p.prompt, shade, {}]
-        if title != stored:
-            data["sd_model_checkpoint"] = stored
-            self._refresh_model_loading_parameters()
         return SimpleNamespace(images=[Image.fromarray(np.resize(shade, (p.height, p.width, 3)))])
 
 

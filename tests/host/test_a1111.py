@@ -382,15 +382,38 @@ def test_drawing_leaves_no_trace(a1111, webui, lora):
 
 
 def test_a_picture_somebody_interrupted_is_none(a1111, webui, monkeypatch):
-    draw = webui.processing.process_images
+    draw = webui.processing.process_images_inner
 
     def interrupted(p):
         webui.shared.state.interrupted = True
         return draw(p)
 
-    monkeypatch.setattr(webui.processing, "process_images", interrupted)
+    monkeypatch.setattr(webui.processing, "process_images_inner", interrupted)
     with pytest.raises(UserError, match="interrupted"):
         a1111.draw(REQUEST)
+
+
+def test_a_checkpoint_selected_while_a_preview_is_drawn_stays_selected(a1111, webui, monkeypatch):
+    draw = webui.processing.process_images_inner
+    second = next(info.title for info in webui.sd_models.checkpoints_list.values() if info.name_for_extra == "second")
+
+    def selecting(p):  # as the settings page: at once, and loading it waits for the turn
+        webui.shared.opts.data["sd_model_checkpoint"] = second
+        return draw(p)
+
+    expected = a1111.draw(REQUEST)
+    monkeypatch.setattr(webui.processing, "process_images_inner", selecting)
+    assert a1111.draw(REQUEST).tobytes() == expected.tobytes()
+    assert webui.shared.opts.data["sd_model_checkpoint"] == second
+    assert webui.loads == ["first"]
+
+
+def test_a_lora_that_the_settings_add_to_every_prompt_is_not_in_previews(a1111, webui, lora):
+    a1111.publish(lora, "cat", Card())
+    plain = a1111.draw(REQUEST)
+    webui.shared.opts.data["sd_lora"] = "cat"
+    assert a1111.draw(REQUEST).tobytes() == plain.tobytes()
+    assert webui.shared.opts.data["sd_lora"] == "cat"
 
 
 def test_a_lora_published_again_is_drawn_with_its_new_weights(a1111, webui, models, lora, tmp_path):
@@ -425,7 +448,7 @@ def test_a_verification_that_was_interrupted_says_so(a1111, webui, lora, monkeyp
         return SimpleNamespace(images=[])
 
     path = a1111.publish(lora, "cat", Card())
-    monkeypatch.setattr(webui.processing, "process_images", interrupted)
+    monkeypatch.setattr(webui.processing, "process_images_inner", interrupted)
     assert "not checked" in a1111.verify(path, "zwx")
 
 

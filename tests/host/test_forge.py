@@ -92,6 +92,44 @@ def test_merged_loras_are_taken_out_and_merged_again(forge, lender, fake_forge, 
     assert fake_forge.generate("a cat").tobytes() == plain.tobytes()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_checkpoint_selected_while_another_is_loaded_stays_selected(forge, fake_forge, monkeypatch, moment):
+    """Selecting does not wait for a turn."""
+    fake_forge.select("first")
+    picture = fake_forge.generate("a cat")
+    build, selections = fake_forge._build, iter(["first"])
+
+    def building(info, storage):
+        for stem in selections if moment == "before" else ():
+            fake_forge.select(stem)
+        model = build(fake_forge.sd_models.model_data.forge_loading_parameters["checkpoint_info"], storage)
+        for stem in selections:
+            fake_forge.select(stem)
+        return model
+
+    fake_forge.select("third")
+    with forge.lender("second", OPTIONS).borrow():
+        monkeypatch.setattr(fake_forge, "_build", building)
+        fake_forge.sd_models.model_data.forge_hash = ""
+        with forge.lender("second", OPTIONS).borrow() as model:
+            assert model.info.name == "second"
+    assert fake_forge.generate("a cat").tobytes() == picture.tobytes()
+
+
+def test_a_checkpoint_selected_while_a_preview_is_drawn_stays_selected(forge, fake_forge, monkeypatch):
+    fake_forge.generate("a cat")
+    draw, request = fake_forge.processing.process_images_inner, PreviewRequest("a cat", width=64, height=64)
+    plain = forge.draw(request)
+
+    def selecting(p):
+        fake_forge.select("second")
+        return draw(p)
+
+    monkeypatch.setattr(fake_forge.processing, "process_images_inner", selecting)
+    assert forge.draw(PreviewRequest("a cat", checkpoint="first", width=64, height=64)).tobytes() == plain.tobytes()
+    assert [it.path.stem for it in forge.checkpoints() if it.loaded] == ["second"]
+
+
 def test_a_preview_leaves_no_lora_behind(forge, fake_forge, lora):
     plain = fake_forge.generate("a cat")
     before = state(fake_forge)
