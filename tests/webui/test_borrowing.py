@@ -301,6 +301,9 @@ def test_settings_changed_meanwhile_do_not_change_the_training(webui, settings):
     assert webui.wait(job)["status"] == "finished"
     assert seen.pop("fp8_storage") == "waiting" and set(seen.values()) == {"running"}
     assert same(webui.lora(undisturbed), webui.lora(job))
+    for title in webui.checkpoints()[1::-1]:  # a model that is loaded anew has the noise schedule of its file
+        webui.select(title)
+        webui.generate("noise")
 
 
 def test_another_checkpoint_is_trained_and_the_former_one_comes_back(webui, settings):
