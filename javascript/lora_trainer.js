@@ -61,6 +61,8 @@ var loraTrainer = window.loraTrainer || {};
         "Preview now": "Draws the preview prompts with the LoRA as it is now.",
         "Stop and save": "Ends after this step; the LoRA as it is comes into your Lora tab.",
         "Stop": "Ends after this step; only what was saved before stays, also in your Lora tab.",
+        "Compare checkpoints": "Shows the pictures of all saved steps beside each other, to use the best one.",
+        "Use this one": "Puts what was saved at this step into your Lora tab, instead of what is there; nothing is lost.",
         "Hold": "Lets the others go first, until you start it.",
         "Continue from it": "A new training that begins with this LoRA, such as with more pictures.",
         "Run again with changes": "Puts its settings into the form; nothing starts yet.",

@@ -15,7 +15,8 @@
 
     live.begin = function() {
         live.curve = new app.Curve(app.get("curve"), app.get("curve_reading"));
-        live.previews = new app.Previews(app.get("previews"), app.get("preview_step"));
+        live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (step) =>
+            app.runs.publish(live.job, {step}).then(live.look, (error) => app.complain(error, app.get("trouble"))));
         app.get("log_box").addEventListener("toggle", loadLog);
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
         window.addEventListener("focus", () => title(null));
@@ -80,6 +81,7 @@
         if (other) {
             Object.assign(live, {details: null, lastEvent: 0});
             live.previews.clear();
+            live.previews.compare(false);
             live.curve.set([]);
             loadDetails(job);
         }
@@ -88,6 +90,7 @@
         pickerKnows(job);
         showStrip(job);
         showMessage(job);
+        live.previews.isThere(live.stepThere(job));
         showButtons(job);
         await loadEvents(job);
         if (app.get("log_box").open) await loadLog();
@@ -186,6 +189,9 @@
         app.show(box, lines.length);
     }
 
+    /** The step of the weights that the Lora tab has of this job; null for none. */
+    live.stepThere = (job) => (job.published ? job.published_step || job.step : null);
+
     /** Which of its weights the Lora tab has: the finished ones, or what was saved last on the way. */
     function whatIsThere(job) {
         const what = {name: job.published, step: job.published_step};
@@ -199,8 +205,8 @@
 
     live.command = (job, command) => app.post(`/jobs/${job.id}/${command}`).then(live.look, (error) => app.complain(error, app.get("trouble")));
 
-    /** Buttons for a job: [text, what it does, kind]. */
-    live.actions = function(job) {
+    /** Buttons for a job: [text, what it does, kind]. previews: where its pictures are shown. */
+    live.actions = function(job, previews) {
         const to = (command) => () => live.command(job, command);
         const tryIt = job.published && app.host.hasPrompt() && ["Try it", () => app.host.tryIt(job), "primary"];
         if (job.active || job.status === "paused") {
@@ -216,13 +222,19 @@
         return [
             tryIt,
             job.status !== "finished" && ["Resume", to("resume"), "primary"],
+            job.step > 1 && ["Compare checkpoints", () => compare(previews)],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             ["Run again with changes", () => app.runs.again(job, false)],
         ].filter(Boolean);
     };
 
+    function compare(previews) {
+        previews.compare(!previews.comparing);
+        previews.node.scrollIntoView({block: "nearest", behavior: "smooth"});
+    }
+
     function showButtons(job) {
-        const actions = live.actions(job);
+        const actions = live.actions(job, live.previews);
         if (OVER.includes(job.status)) {
             actions.push(["Files", () => app.runs.open(job.id)], ["Close", () => close(job)]);
         }

@@ -1,17 +1,20 @@
-// Previews: the same prompts and noise at every saved step; a slider walks through the steps.
+// Previews: the same prompts and noise at every saved step; a slider walks through the steps, or all are shown beside
+// each other, to take the best one.
 (function(app) {
     "use strict";
 
-    /** A strip in node; reading is where the shown step is written. */
+    /** A strip in node; reading is where the shown step is written. take(step) puts what was saved then into the Lora
+     * tab. */
     app.Previews = class {
-        constructor(node, reading) {
-            this.node = node;
-            this.reading = reading;
+        constructor(node, reading, take) {
+            Object.assign(this, {node, reading, take, comparing: false});
             this.clear();
         }
 
         clear(sentence) {
             this.steps = new Map(); // step -> prompt -> address
+            this.saved = new Set(); // steps of which there is a LoRA
+            this.there = null; // the step that the Lora tab has
             this.chosen = null; // null follows the newest
             this.prompts = [];
             this.node.replaceChildren(app.el("p", {class: "lead"}, sentence || app.t("The first picture is drawn before the first step.")));
@@ -21,6 +24,7 @@
         /** Events of a job; those that are no previews are passed over. */
         add(events) {
             const news = events.filter((event) => event.kind === "preview" && event.data.path);
+            for (const {kind, data} of events) if (kind === "saved" && data.kind === "lora") this.saved.add(data.step);
             for (const {job_id: job, data, text} of news) {
                 if (!this.steps.has(data.step)) this.steps.set(data.step, new Map());
                 this.steps.get(data.step).set(text, app.fileUrl(job, data.path));
@@ -29,8 +33,23 @@
             if (news.length) this.build();
         }
 
+        /** Show all steps beside each other, or one at a time. */
+        compare(comparing) {
+            this.comparing = comparing;
+            this.node.closest(".lora_trainer_panels").toggleAttribute("data-comparing", comparing);
+            if (this.steps.size) this.build();
+        }
+
+        /** The step that the Lora tab has; null: none. */
+        isThere(step) {
+            if (this.there === step) return;
+            this.there = step;
+            if (this.comparing) this.build();
+        }
+
         build() {
             const order = (this.order = [...this.steps.keys()].sort((one, other) => one - other));
+            if (this.comparing && order.length) return this.buildComparison();
             const first = this.prompts[0];
             this.pictures = this.prompts.map((prompt) => app.el("img", {alt: prompt, title: prompt}));
             this.thumbnails = order.map((step) => {
@@ -51,6 +70,19 @@
             );
             if (focused) this.slider.focus();
             this.display();
+        }
+
+        buildComparison() {
+            const under = (step) => {
+                if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
+                return this.saved.has(step) && app.button("Use this one", () => this.take(step));
+            };
+            const card = (step) => app.el("figure", {class: "checkpoint"},
+                ...this.prompts.map((prompt) => this.steps.get(step).get(prompt))
+                    .map((address, index) => address && app.el("img", {src: address, alt: this.prompts[index], title: this.prompts[index]})),
+                app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
+            this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...this.order.map(card)));
+            app.setText(this.reading, "");
         }
 
         choose(step) {

@@ -115,12 +115,19 @@
         const place = app.el("div", {class: "curve"});
         const step = app.el("span");
         const strip = app.el("div", {class: "previews"});
+        const previews = new app.Previews(strip, step, async(at) => {
+            try {
+                previews.isThere(app.live.stepThere(await runs.publish(job, {step: at})));
+            } catch (error) {
+                app.complain(error, message);
+            }
+        });
         const others = app.el("select", {"aria-label": app.t("Lay another run's curve over it")},
             app.el("option", {value: ""}, app.t("compare with …")),
             ...runs.jobs.filter((one) => one.id !== job.id && one.step).map((one) => app.el("option", {value: one.id}, one.name)));
         const node = app.el("div", {class: "inside"},
             ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
-            app.el("div", {class: "row"}, ...app.live.actions(job).map((action) => app.button(...action)),
+            app.el("div", {class: "row"}, ...app.live.actions(job, previews).map((action) => app.button(...action)),
                 job.lora ? publishing(job, message) : null,
                 job.active ? null : deleting(job, message)),
             message,
@@ -136,7 +143,8 @@
             const second = others.value ? (await app.fetchJson(`/jobs/${others.value}/metrics`)).points : null;
             curve.set(...[points, second].filter(Boolean));
         });
-        new app.Previews(strip, step).add(events);
+        previews.isThere(app.live.stepThere(job));
+        previews.add(events);
         return node;
     }
 
@@ -146,12 +154,18 @@
             app.el("a", {href: app.fileUrl(job.id, file.path), download: file.path.split("/").pop()}, file.path.replace(/^output\//, "")),
             " ", app.el("span", {class: "help"}, app.bytes(file.size)))));
 
+    /** Put its LoRA into the Lora tab: {name, step, overwrite}, each of which may be left out. */
+    runs.publish = async function(job, choice) {
+        const done = await app.post(`/jobs/${job.id}/publish`, {name: job.published || job.name, ...choice});
+        app.host.refreshPicker();
+        return done;
+    };
+
     function publishing(job, message) {
         const name = app.el("input", {type: "text", value: job.published || job.name, "aria-label": app.t("Name in the Lora tab")});
         const go = async(overwrite) => {
             try {
-                const done = await app.post(`/jobs/${job.id}/publish`, {name: name.value.trim(), overwrite});
-                app.host.refreshPicker();
+                const done = await runs.publish(job, {name: name.value.trim(), overwrite});
                 app.setText(message, app.t("It is in your Lora tab as {name}.", {name: done.published}));
                 app.show(message, true);
                 app.live.look();

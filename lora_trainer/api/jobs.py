@@ -96,7 +96,8 @@ def routes(context: Context) -> APIRouter:
     @router.post("/jobs/{job_id}/publish", response_model=schemas.JobDetailModel)
     def publish(options: schemas.PublishModel, job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
         """Copy the job's LoRA into the host's LoRA folder, with its card."""
-        return context.job(manager.publish(job_id, options.name, overwrite=options.overwrite), detailed=True)
+        job = manager.publish(job_id, options.name, step=options.step, overwrite=options.overwrite)
+        return context.job(job, detailed=True)
 
     for command, explanation in COMMANDS.items():
         _add_command(router, context, command, explanation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from lora_trainer.errors import UserError
 
@@ -107,9 +107,10 @@ class ConfirmModel(BaseModel):
 
 
 class PublishModel(BaseModel):
-    """``name``: another name than the job's, where that is taken."""
+    """``name``: another name than the job's, where that is taken. ``step``: what was saved at it, not the last."""
 
     name: str | None = None
+    step: int | None = Field(None, ge=1)
     overwrite: bool = False
 
 

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ Train = Callable[..., Any]
 """``run.train`` or what stands for it in a test."""
 
 _TAKE_OVER_SECONDS = 2.0  # between two looks whether another server has gone, or the disk has room again
+_MAX_EVENTS = 100_000  # of one job; the oldest save of a long run is among them
 
 log = logging.getLogger(__name__)
 
@@ -255,14 +256,24 @@ class JobManager:
         self.folders.remove(job)
         self.store.delete(job_id)
 
-    def publish(self, job_id: int, name: str | None = None, *, overwrite: bool = False) -> Job:
-        """Copy a job's LoRA into the host's LoRA folder, under another name if need be."""
+    def publish(
+        self, job_id: int, name: str | None = None, *, step: int | None = None, overwrite: bool = False
+    ) -> Job:
+        """Copy a job's LoRA into the host's LoRA folder, under another name if need be.
+
+        ``step``: the one that was saved at this step, instead of the last.
+        """
         job = self.store.get(job_id)
         name = check_name(name or job.name, "output_name")
-        lora = self.result_file(job_id, "lora")
-        config = self.effective_config(job)
-        facts = publish(self.host, job, config, lora, name, self._picture(job), overwrite=overwrite)
-        self.store.update(job_id, result={**job.result, **facts})
+        if step == job.step and job.result.get("lora"):
+            step = None
+        if step is None:
+            lora, picture = self.result_file(job_id, "lora"), self._picture(job)
+        else:
+            lora, picture = self._checkpoint(job, step)
+        told = job if step is None else replace(job, step=step, loss=None)
+        facts = publish(self.host, told, self.effective_config(job), lora, name, picture, overwrite=overwrite)
+        self.store.update(job_id, result={**job.result, **facts, "published_step": step})
         self.store.add_event(job_id, "published", name, {})
         return self.store.get(job_id)
 
@@ -289,6 +300,18 @@ class JobManager:
         if not job.effective_config:
             job = self.store.get(job.id)  # lists leave the configuration out
         return submitting.stored_config(job)
+
+    def _checkpoint(self, job: Job, step: int) -> tuple[Path, Path | None]:
+        """The LoRA that was saved at ``step``, and the picture that was drawn with it."""
+        folder, made = self.folders.of(job), {}
+        for event in self.store.events(job.id, limit=_MAX_EVENTS):
+            if event.data.get("step") == step and event.data.get("path"):
+                made[event.data.get("kind", event.kind)] = folder / event.data["path"]
+        if "lora" not in made or not made["lora"].is_file():
+            raise UserError(
+                f"{job.name} has no LoRA of step {step}.", field="step", remedy="Choose a step at which it was saved."
+            )
+        return made["lora"], made.get("preview")
 
     def _picture(self, job: Job) -> Path | None:
         inside = job.result.get("thumbnail")

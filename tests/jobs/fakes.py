@@ -100,7 +100,7 @@ class FakeHost:
         if self.publish_error is not None:
             raise self.publish_error
         path = self.root / "Lora" / f"{name}.safetensors"
-        if path.exists() and not overwrite:
+        if path.exists() and not overwrite and name not in [earlier for earlier, _ in self.published]:
             raise UserError(f"{name} exists.", field="output_name", remedy="Choose another name.")
         path.write_bytes(Path(lora).read_bytes())
         self.published.append((name, card))
@@ -134,6 +134,7 @@ class FakeTrain:
         self.away: str | None = None
         self.configs: list[Any] = []
         self.saves = 0
+        self.checkpoints: tuple[int, ...] = ()  # steps at which a LoRA is saved on the way, with a preview
         self._permits = threading.Semaphore(0)
 
     def allow(self, steps: int = 1) -> None:
@@ -164,8 +165,10 @@ class FakeTrain:
             callbacks.on_step(StepReport(step, self.total_steps, 1, 1, 1 / step, 1e-4, 0.01, 1))
             if commands.take_save():
                 self.saves += 1
-            if commands.take_preview():
+            if commands.take_preview() or step in self.checkpoints:
                 self._preview(output, config, step, callbacks)
+            if step in self.checkpoints:
+                self._save(output / f"{config.output_name}-step{step}.safetensors", step, callbacks)
             state.parent.mkdir(exist_ok=True)
             state.write_text(str(step))
         return self._end(output, config, step, callbacks, commands)
@@ -187,9 +190,12 @@ class FakeTrain:
         lora = None
         if finished or commands.saves_before_stop:
             lora = output / f"{config.output_name}.safetensors"
-            lora.write_bytes(b"weights at step %d" % step)
-            callbacks.on_saved(lora, step, "lora")
+            self._save(lora, step, callbacks)
         return FakeResult("finished" if finished else "stopped", lora, None, step, self.total_steps, 0.5)
+
+    def _save(self, lora: Path, step: int, callbacks: Any) -> None:
+        lora.write_bytes(b"weights at step %d" % step)
+        callbacks.on_saved(lora, step, "lora")
 
     def _preview(self, output: Path, config: Any, step: int, callbacks: Any) -> None:
         path = output / "previews" / f"{step}.png"

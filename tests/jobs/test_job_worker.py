@@ -213,6 +213,19 @@ def test_a_publishing_failure_is_a_warning_and_can_be_repeated(manager, train, s
         manager.publish(job.id, "../evil")
 
 
+def test_an_earlier_checkpoint_can_be_published_instead(manager, train, settings, host):
+    train.free, train.checkpoints = True, (2,)
+    job = wait_status(manager, manager.submit(settings), "finished")
+    path = host.root / "Lora" / "cat.safetensors"
+    chosen = manager.publish(job.id, step=2)
+    assert (path.read_bytes(), chosen.result["published_step"]) == (b"weights at step 2", 2)
+    assert host.published[-1][1].notes.splitlines()[1].startswith("2 steps")
+    with pytest.raises(UserError, match="no LoRA of step 3"):
+        manager.publish(job.id, step=3)
+    last = manager.publish(job.id, step=4)
+    assert (path.read_bytes(), last.result["published_step"]) == (b"weights at step 4", None)
+
+
 @pytest.mark.parametrize("verdict, verified", [(None, True), ("It changed nothing.", False), (OSError("busy"), None)])
 def test_the_host_checks_the_lora_and_what_is_wrong_is_told(manager, train, settings, host, verdict, verified):
     train.free, host.verdict = True, verdict

@@ -312,6 +312,26 @@ def test_a_changed_value_stays_until_it_is_reset(page, files):
     assert page.input_value("#lora_trainer_field_epochs") == "10" and text(page, "changed") == ""
 
 
+def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
+    train.free, train.checkpoints = True, (5, 10)
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
+    shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
+    said = [one.inner_text().split("\n") for one in shown.all()]
+    assert said == [["step 5", "Use this one"], ["step 10", "Use this one"]]
+    shown.nth(0).get_by_text("Use this one").click()
+    wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
+    assert "in your Lora tab" in shown.nth(0).inner_text()
+    page.click("#lora_trainer_job_buttons >> text=Files")
+    inside = page.locator(".lora_trainer_inside")
+    inside.get_by_text("Compare checkpoints").click()
+    inside.get_by_text("Use this one").click()
+    page.wait_for_function("() => loraTrainer.live.job.published_step === 10")
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
+
+
 def test_history(page, files, train, manager):
     train.free = True
     start(page, files)
