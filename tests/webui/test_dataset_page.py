@@ -5,9 +5,7 @@ LORA_TRAINER_SHOTS names a folder for screenshots of every station. Clicks and s
 
 from __future__ import annotations
 
-import base64
 import inspect
-import os
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from tests.captioning import models
 from tests.dataset.test_checks import photograph
+from tests.webui.person import Walk, drop, shot
 from tests.webui.test_tab import TRAINED, address, browser, open_tab, page, until  # noqa: F401 - fixtures
 
 SIDE = 300
@@ -25,14 +24,6 @@ FAULTS = {
     "blurred.png": "blurred", "print.jpg": "cmyk",
 }  # fmt: skip
 GRID = "#lora_trainer_editor_grid"
-DROP = """(pictures) => {
-    const transfer = new DataTransfer();
-    for (const [name, data] of pictures) {
-        transfer.items.add(new File([Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))], name));
-    }
-    const drop = new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true});
-    loraTrainer.get("drop").dispatchEvent(drop);
-}"""
 MEASURE = """async () => {
     const {editor, get} = loraTrainer, times = {turn: [], tag: [], text: []};
     const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
@@ -65,26 +56,6 @@ MEASURE = """async () => {
     }
     return times;
 }"""
-
-
-class Walk:
-    """A person at the page: counts clicks, takes the time and a picture at each station."""
-
-    def __init__(self, page):  # noqa: F811
-        self.page, self.clicks, self.begun, self.lines = page, 0, time.monotonic(), []
-
-    def click(self, selector):
-        self.clicks += 1
-        self.page.click(selector)
-
-    def station(self, name):
-        seconds = time.monotonic() - self.begun
-        self.lines.append(f"{name}: {self.clicks} clicks, {seconds:.1f} s")
-        print(self.lines[-1])
-        if folder := os.environ.get("LORA_TRAINER_SHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(folder, f"{len(self.lines)}-{name.replace(' ', '-')}.png"))
-        self.clicks, self.begun = 0, time.monotonic()
 
 
 def twenty(folder: Path) -> list[Path]:
@@ -125,9 +96,8 @@ def test_from_twenty_raw_pictures_to_a_training(page, webui, tmp_path):  # noqa:
     open_tab(page)
     page.evaluate(f"() => {{ const {TRAINED}; for (const [name, value] of Object.entries(SETTINGS)) "
                   "loraTrainer.form.set(name, value); loraTrainer.pictures.choose(null); }")  # fmt: skip
-    files = [[path.name, base64.b64encode(path.read_bytes()).decode()] for path in twenty(tmp_path)]
-    walk = Walk(page)
-    page.evaluate(DROP, files)
+    walk = Walk(page, "dataset")
+    drop(page, twenty(tmp_path))
     page.wait_for_selector("#lora_trainer_picture_links:visible")
     page.wait_for_function("() => loraTrainer.pictures.rows.length === 19")
     assert "cut.jpg" in page.text_content("#lora_trainer_refused ul"), "what cannot be read is refused at once"
@@ -246,8 +216,7 @@ def test_two_thousand_pictures_stay_fluid(page, two_thousand):  # noqa: F811
         print(f"{kind}: median {statistics.median(values):.0f} ms, most {max(values):.0f} ms of {len(values)}")
     print(f"{each:.0f} ms of it in the page itself")
     assert each < 100
-    if folder := os.environ.get("LORA_TRAINER_SHOTS"):
-        page.screenshot(path=Path(folder, "two-thousand.png"))
+    shot(page, "two-thousand")
 
 
 def test_what_is_not_saved_is_warned_of_and_what_others_write_is_told(page, two_thousand):  # noqa: F811
@@ -271,8 +240,7 @@ def test_what_is_not_saved_is_warned_of_and_what_others_write_is_told(page, two_
     page.click("#lora_trainer_editor_save")
     page.wait_for_selector("#lora_trainer_editor_conflicts:visible")
     assert first.read_text(encoding="utf-8") == "theirs"
-    if folder := os.environ.get("LORA_TRAINER_SHOTS"):
-        page.screenshot(path=Path(folder, "conflict.png"))
+    shot(page, "conflict")
     page.click("text=Keep mine, all")
     unsaved(page, 0)
     assert first.read_text(encoding="utf-8").endswith(", mine\n")
