@@ -43,7 +43,8 @@ class A1111Host(WebuiHost):
     name = "a1111"
 
     def __init__(self, webui: Any | None = None):
-        super().__init__(webui or import_webui(), A1111Loras())
+        webui = webui or import_webui()
+        super().__init__(webui, A1111Loras(webui))
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
         return A1111Lender(self._webui, self._turns, checkpoint, options)

@@ -29,7 +29,7 @@ class A1111Lender(WebuiLender):
 
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         super().__init__(webui, turns, checkpoint, options)
-        self._loras = A1111Loras()
+        self._loras = A1111Loras(webui)
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import FileOnDisk, HostLoras, forget_prompts
 
 
@@ -15,6 +17,9 @@ class A1111Loras(HostLoras):
     """It merges LoRAs into the host's weights in place, when a layer next runs, and leaves them merged; each layer
     remembers in ``network_current_names`` what is merged into it.
     """
+
+    def __init__(self, webui: Any):
+        self._webui = webui
 
     def take_out(self, sd_model: Any) -> list[Any]:
         """Restore the weights of every layer that a LoRA is merged into; returns these layers.
@@ -47,6 +52,19 @@ class A1111Loras(HostLoras):
             self.take_out(sd_model)
         forget_prompts(processing)
 
+    @contextmanager
+    def registered(self, name: str, path: Path) -> Iterator[None]:
+        # The extension copies a layer's weights before it merges a LoRA, and keeps the copy as long as the model: what
+        # it copied for us alone is a second model in memory for nothing.
+        bare = [layer for layer in _layers(loaded_model(self._webui)) if not _has_copy(layer)]
+        try:
+            with super().registered(name, path):
+                yield
+        finally:
+            for layer in bare:
+                if _has_copy(layer) and not _merged(layer):
+                    layer.network_weights_backup = layer.network_bias_backup = None
+
     def unmatched(self, sd_model: Any, path: Path) -> list[str]:
         from safetensors import safe_open
 
@@ -59,6 +77,10 @@ class A1111Loras(HostLoras):
 
 def _merged(layer: Any) -> tuple:
     return vars(layer).get("network_current_names", ())  # getattr is slow where a module has none
+
+
+def _has_copy(layer: Any) -> bool:
+    return vars(layer).get("network_weights_backup") is not None
 
 
 def _layers(sd_model: Any) -> Iterable[Any]:

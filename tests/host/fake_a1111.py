@@ -120,7 +120,7 @@ class Networks:
         wanted = tuple((net.name, net.unet_multiplier, net.unet_multiplier, None) for net in self.loaded_networks)
         if vars(layer).get("network_current_names", ()) == wanted or "weight" not in layer._parameters:
             return
-        if wanted and "network_weights_backup" not in vars(layer):
+        if wanted and vars(layer).get("network_weights_backup") is None:
             layer.network_weights_backup = layer.weight.detach().clone()
         self.network_restore_weights_from_backup(layer)
         for net in self.loaded_networks:
@@ -132,7 +132,7 @@ class Networks:
         layer.network_current_names = wanted
 
     def network_restore_weights_from_backup(self, layer: nn.Module) -> None:
-        if "network_weights_backup" in vars(layer):
+        if vars(layer).get("network_weights_backup") is not None:
             layer.weight.copy_(layer.network_weights_backup)
 
 

@@ -381,6 +381,20 @@ def test_drawing_leaves_no_trace(a1111, webui, lora):
     assert not networks.loaded_networks
 
 
+def test_a_preview_leaves_no_copy_of_the_weights(a1111, webui, lora):
+    def copies():
+        return sum(vars(layer).get("network_weights_backup") is not None for layer in webui.model.modules())
+
+    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
+    assert not copies()
+    a1111.publish(lora, "cat", Card())
+    picture = webui.generate("a <lora:cat:1>")
+    kept = copies()
+    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
+    assert copies() == kept > 0, "what the WebUI copied for the user's prompts is the WebUI's"
+    assert webui.generate("a <lora:cat:1>").tobytes() == picture.tobytes()
+
+
 def test_a_picture_somebody_interrupted_is_none(a1111, webui, monkeypatch):
     draw = webui.processing.process_images_inner
 
