@@ -76,9 +76,15 @@
         app.live.begin();
         app.host.addSendButton();
         const remembered = app.recall("form");
-        const settingsPage = typeof opts === "undefined" ? {} : opts;
-        app.form.restore(remembered || {kind: settingsPage.lora_trainer_kind});
+        app.form.restore(remembered || {});
         app.form.changed();
+        // The host fetches its options after its page is there.
+        if (!remembered && typeof onOptionsAvailable === "function") {
+            onOptionsAvailable(() => {
+                app.form.chooseKind(opts.lora_trainer_kind);
+                app.form.changed();
+            });
+        }
         await fillModels();
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
     }

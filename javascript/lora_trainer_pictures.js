@@ -58,11 +58,11 @@
         const list = app.get("earlier");
         list.replaceChildren(
             app.el("option", {value: ""}, app.t("choose …")),
-            ...datasets.map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
+            ...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
         );
         pictures.library = new Set(datasets.map((one) => one.name));
-        app.show(app.get("earlier_field"), datasets.length);
-        if (datasets.length) app.show(app.get("other_pictures"), true);
+        app.show(app.get("earlier_field"), list.options.length > 1);
+        if (list.options.length > 1) app.show(app.get("other_pictures"), true);
     };
 
     /** Upload files with their captions, into the chosen dataset or a new one. */
@@ -83,12 +83,14 @@
         let batch = [];
         let bytes = 0;
         let done = 0;
+        let added = 0;
         const status = app.get("upload");
         app.show(status, true);
         const send = async() => {
             const answer = await app.post(`/datasets/${encodeURIComponent(dataset)}/pictures`, {pictures: batch});
             answer.refused.forEach((one) => pictures.refusedUploads.push({file: one.field, reason: one.message, remedy: one.remedy}));
             if (answer.refused.length) app.get("refused").open = true;
+            added += answer.added.length;
             done += batch.length;
             batch = [];
             bytes = 0;
@@ -101,6 +103,10 @@
             if (batch.length >= BATCH_FILES || bytes > BATCH_BYTES) await send();
         }
         if (batch.length) await send();
+        if (!added && images.length && dataset !== pictures.chosen) {
+            showRefused([]);
+            throw new app.ServerError(0, {message: app.t("None of these files can be used."), remedy: app.t("The reasons stand below.")});
+        }
         await pictures.listEarlier();
         await pictures.choose(dataset);
     }
@@ -184,8 +190,8 @@
         const box = app.get("thumbnails");
         const rows = included();
         app.show(box, rows.length);
-        const left = Math.max(0, rows.length - limit);
-        box.replaceChildren(...rows.slice(0, limit).map((row) => thumbnail(row, limit)));
+        const left = rows.length > limit + 1 ? rows.length - limit : 0; // a tile for one more is that one
+        box.replaceChildren(...rows.slice(0, rows.length - left).map((row) => thumbnail(row, limit)));
         if (left) {
             box.append(app.el("button", {
                 type: "button", class: "more_pictures", title: app.t("Show more"), onclick: () => showThumbnails(limit + MORE),

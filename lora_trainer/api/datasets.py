@@ -14,6 +14,7 @@ from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
 from lora_trainer.api.route import MAX_UPLOAD, guarded
 from lora_trainer.errors import UserError
+from lora_trainer.files import disk_is_full
 
 
 def routes(context: Context) -> APIRouter:
@@ -73,6 +74,8 @@ def routes(context: Context) -> APIRouter:
             try:
                 added.append(library.add_picture(name, picture.name, _decode(picture), picture.caption))
             except UserError as error:
+                if error.__cause__ is not None and disk_is_full(error.__cause__):
+                    raise
                 refused.append(
                     {"message": context.plain(error.message), "field": picture.name[:200], "remedy": error.remedy}
                 )

@@ -47,6 +47,8 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
                 except RefusedError as error:
                     return _answer(context, error.status, [Problem(error.message, None, error.remedy)], error.headers)
                 except UserError as error:
+                    if error.__cause__ is not None and disk_is_full(error.__cause__):
+                        return _answer(context, 507, [full_disk(context.manager.folders.data)])
                     status = 404 if isinstance(error, (UnknownJobError, UnknownSessionError)) else 400
                     return _answer(context, status, problems_of(error), summary=error)
                 except RequestValidationError as error:

@@ -146,7 +146,7 @@ class DatasetLibrary:
                     measure(temporary)
             except UserError as error:
                 message = error.message.replace(str(temporary), file).replace(str(target), file)
-                raise UserError(message, field="pictures", remedy=error.remedy) from None
+                raise UserError(message, field="pictures", remedy=error.remedy) from error.__cause__
         if caption.strip():
             self.write_captions(name, {target.name: caption})
         return target.name

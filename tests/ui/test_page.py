@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import time
 
 import pytest
@@ -120,7 +122,7 @@ def curve(page):
 def test_from_pictures_to_the_prompt(page, files, train, manager):
     add(page, files)
     assert "12 pictures are fine" in text(page, "pictures") and "12 with a caption" in text(page, "pictures")
-    assert page.locator("#lora_trainer_thumbnails img").count() == 11 and "+1" in text(page, "thumbnails")
+    assert page.locator("#lora_trainer_thumbnails img").count() == 12
     page.check("input[value=style]")
     page.fill("#lora_trainer_field_output_name", "hat_v1")
     estimated(page)
@@ -266,6 +268,29 @@ def test_what_is_no_picture_is_named_and_the_rest_is_used(page, files, tmp_path)
     add(page, [*files, broken, note])
     assert "12 pictures are fine" in text(page, "pictures")
     assert "broken.png" in text(page, "refused") and "note.pdf" in text(page, "refused")
+
+
+def test_nothing_but_what_is_no_picture(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.set_input_files("#lora_trainer_files", [broken])
+    wait_for_text(page, "problem_train_data_dir", "None of these files can be used.")
+    assert "broken.png" in text(page, "refused") and page.evaluate("loraTrainer.pictures.chosen") is None
+
+
+def test_a_full_disk_is_said_once(page, files, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        page.set_input_files("#lora_trainer_files", files)
+        wait_for_text(page, "problem_train_data_dir", "The disk is full")
+    assert not page.is_visible("#lora_trainer_refused")
+    time.sleep(1)  # the new folder is named by the second
+    add(page, files)
+    assert "12 pictures are fine" in text(page, "pictures")
+    assert not page.is_visible("#lora_trainer_problem_train_data_dir")
 
 
 def test_words_of_others_are_text(page, tmp_path, manager, train):

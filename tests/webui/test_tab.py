@@ -7,12 +7,17 @@ tests here do.
 from __future__ import annotations
 
 import os
+import re
 import time
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tests.ui.browser import chromium
-from tests.webui.server import FORGE, PICTURE
+from tests.webui.person import drop, shot
+from tests.webui.server import FORGE, PICTURE, a1111_only
 
 TRAINED = "SETTINGS = {resolution: '128', min_bucket_resolution: 64, epochs: 2, lora_rank: 4}"
 if FORGE:
@@ -127,14 +132,74 @@ def test_pictures_go_from_the_gallery_to_the_trainer(page):
     until(page, "document.querySelector('#lora_trainer_pictures').innerText.includes('1 left out')")
 
 
-def test_problems_stand_beside_their_fields(page, pictures):
+def beside(page, field, words):
+    """The sentence beside ``field``, once it holds ``words``."""
+    page.wait_for_function("([id, words]) => document.getElementById(id).offsetParent && "
+                           "document.getElementById(id).innerText.includes(words)",
+                           arg=[f"lora_trainer_problem_{field}", words])  # fmt: skip
+    shot(page, f"problem-{field}-{re.sub('[^a-z]+', '-', words.lower())[:12]}", full_page=True)
+
+
+def inpainting(source, target):
+    """``source`` as a model whose first layer also takes a mask and a picture."""
+    with safe_open(source, "np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[first] = np.pad(tensors[first], ((0, 0), (0, 5), (0, 0), (0, 0)))
+    save_file(tensors, target)
+
+
+@a1111_only  # whose models are small enough to be written anew
+def test_each_failure_is_a_sentence_beside_its_field(page, webui, pictures, tmp_path):
+    folder = webui.data / "models"
+    checkpoints = folder / "Stable-diffusion"
+    inpainting(next(checkpoints.glob("*.safetensors")), checkpoints / "fills.safetensors")
+    (folder / "Lora" / "taken.safetensors").write_bytes(b"somebody's")
+    webui.post("/sdapi/v1/refresh-checkpoints")
     open_tab(page)
-    page.evaluate("() => loraTrainer.pictures.choose('/there/is/no/folder')")
-    page.wait_for_selector("#lora_trainer_problem_train_data_dir:visible")
-    add(page, pictures)
-    page.evaluate("() => loraTrainer.form.set('base_model', 'no-such-model')")
+    page.fill("#lora_trainer_field_output_name", "failing")
     page.click("#lora_trainer_start")
-    page.wait_for_selector("#lora_trainer_problem_base_model:visible")
+    beside(page, "train_data_dir", "No pictures are chosen")
+    page.click("#lora_trainer_other_pictures > summary")
+    page.fill("#lora_trainer_folder", "/there/is/no/folder")
+    page.click("[data-action=use-folder]")
+    beside(page, "train_data_dir", "/there/is/no/folder")
+
+    (tmp_path / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
+    (tmp_path / "bare.png").write_bytes((pictures / "1.png").read_bytes())
+    page.evaluate("() => loraTrainer.pictures.choose(null)")
+    drop(page, tmp_path.glob("*.png"))
+    until(page, "loraTrainer.get('refused').innerText.includes('broken.png')")
+    until(page, "loraTrainer.get('pictures').innerText.includes('1 picture is fine')")
+    page.fill("#lora_trainer_field_trigger_word", "")
+    page.click("#lora_trainer_start")
+    beside(page, "trigger_word", "no captions")
+
+    page.fill("#lora_trainer_field_trigger_word", "zwx")
+    page.fill("#lora_trainer_field_output_name", "taken")
+    beside(page, "output_name", "There is a LoRA named taken already")
+    page.click("#lora_trainer_start")
+    beside(page, "output_name", "taken")
+    page.fill("#lora_trainer_field_output_name", "failing")
+
+    (model,) = page.evaluate("Array.from(loraTrainer.get('field_base_model').options, (one) => one.value)"
+                             ".filter((value) => value.startsWith('fills'))")  # fmt: skip
+    page.select_option("#lora_trainer_field_base_model", model)
+    beside(page, "base_model", "npainting")
+    page.click("#lora_trainer_start")
+    beside(page, "base_model", "npainting")
+    page.select_option("#lora_trainer_field_base_model", "")
+
+    webui.probe("import errno, os\nos.real_fsync = os.fsync\n"
+                "def full(handle): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+                "os.fsync, result = full, None")  # fmt: skip
+    try:
+        drop(page, [pictures / "2.png"])
+        beside(page, "train_data_dir", "The disk is full")
+    finally:
+        webui.probe("import os\nos.fsync, result = os.real_fsync, None")
+    assert all(job["name"] != "failing" for job in webui.get("/lora-trainer/v1/jobs")["jobs"]), "nothing was started"
+    assert (folder / "Lora" / "taken.safetensors").read_bytes() == b"somebody's"
 
 
 def test_every_id_is_ours(page):
