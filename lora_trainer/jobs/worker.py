@@ -37,6 +37,7 @@ Train = Callable[..., Any]
 """``run.train`` or what stands for it in a test."""
 
 _TAKE_OVER_SECONDS = 2.0  # between two looks whether another server has gone, or the disk has room again
+_HAND_OVERS, _HAND_OVER_SECONDS = 40, 0.05  # how long a command waits for a job that changes hands
 _MAX_EVENTS = 100_000  # of one job; the oldest save of a long run is among them
 
 log = logging.getLogger(__name__)
@@ -319,15 +320,19 @@ class JobManager:
 
     def _command(self, job_id: int, name: str, idle: Mapping[str, str]) -> Job:
         """Pass a command to the job in hand, or change the status of one that is not (``idle``: from -> to)."""
-        with self._lock:
-            running = self._running
-            if running is not None and running.job_id == job_id:
-                getattr(running.commands, name)()
-                if name in ("pause", "resume", "stop", "stop_and_save") and running.reporter is not None:
-                    running.reporter.refresh_status()
-                    self.store.set_status(job_id, running.status(running.reporter.waiting))
-                return self.store.get(job_id)
-        job = self.store.get(job_id)
+        for _ in range(_HAND_OVERS):
+            with self._lock:
+                running = self._running
+                if running is not None and running.job_id == job_id:
+                    getattr(running.commands, name)()
+                    if name in ("pause", "resume", "stop", "stop_and_save") and running.reporter is not None:
+                        running.reporter.refresh_status()
+                        self.store.set_status(job_id, running.status(running.reporter.waiting))
+                    return self.store.get(job_id)
+            job = self.store.get(job_id)
+            if not (job.active and self.lease.held):
+                break
+            time.sleep(_HAND_OVER_SECONDS)  # on its way from the queue into the worker's hand, or from there to its end
         if job.active and not self.lease.held:
             problem = self._elsewhere()
             raise UserError(problem.message, remedy=problem.remedy)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,41 @@ def test_the_job_has_its_own_folder_and_the_pictures_stay_alone(manager, train, 
     assert config.cache_dir == str(manager.folders.cache)
     assert (folder / "config.yaml").read_text() == job.config
     assert sorted(Path(settings["train_data_dir"]).iterdir()) == before
+
+
+def test_a_command_reaches_a_job_that_is_just_being_taken_up(manager, train, settings, monkeypatch):
+    claim, claimed = manager.store.claim, threading.Event()
+
+    def slow_claim(job_id):
+        job = claim(job_id)
+        claimed.set()
+        time.sleep(0.3)  # running as the store has it, and not in the worker's hand yet
+        return job
+
+    monkeypatch.setattr(manager.store, "claim", slow_claim)
+    job = manager.submit(settings)
+    assert claimed.wait(10)
+    assert manager.pause(job.id).status == "paused"
+    train.free = True
+    manager.resume(job.id)
+    wait_status(manager, job, "finished")
+
+
+def test_a_command_to_a_job_that_is_just_over_says_so(manager, train, settings, monkeypatch):
+    settle, settling = manager._settle, threading.Event()
+
+    def slow_settle(*args):
+        settling.set()
+        time.sleep(0.3)
+        settle(*args)
+
+    monkeypatch.setattr(manager, "_settle", slow_settle)
+    train.free = True
+    job = manager.submit(settings)
+    assert settling.wait(10)
+    with pytest.raises(UserError, match="cat is finished"):
+        manager.pause(job.id)
+    assert status_of(manager, job) == "finished"
 
 
 def test_pause_resume_stop_and_start_again_go_on_where_it_was(manager, train, settings):
