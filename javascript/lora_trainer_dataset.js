@@ -51,7 +51,7 @@
             const {datasets} = await app.fetchJson("/datasets");
             app.get("editor_uploads").replaceChildren(
                 app.el("option", {value: ""}, app.t("choose …")),
-                ...datasets.map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
+                ...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
             );
             if (app.pictures.chosen && !editor.other) await editor.open(app.pictures.chosen);
         });

@@ -90,7 +90,7 @@
         const kinds = app.get("editor_caption_kind");
         if (!kinds.options.length) {
             kinds.replaceChildren(app.el("option", {value: ""}, app.t("leave nothing out")),
-                ...found.kinds.map((one) => app.el("option", {value: one.kind, title: one.hint}, app.t(one.title))));
+                ...found.kinds.map((one) => app.el("option", {value: one.kind, title: app.t(one.hint)}, app.t(one.title))));
             kinds.value = found.kinds.some((one) => one.kind === app.form.kind()) ? app.form.kind() : "";
         }
         showCaptioner();
@@ -99,7 +99,7 @@
     function showCaptioner() {
         const chosen = tools.captioners.captioners.find((one) => one.name === app.get("editor_captioner").value);
         const place = app.get("editor_captioner_problem");
-        app.setText(place, chosen && chosen.problem ? [chosen.problem, chosen.remedy].filter(Boolean).join(" ") : "");
+        app.setText(place, chosen && chosen.problem ? app.sentence({message: chosen.problem, remedy: chosen.remedy}) : "");
         app.show(place, chosen && chosen.problem);
         app.get("editor_caption_go").disabled = Boolean(chosen && chosen.problem);
     }
@@ -165,12 +165,12 @@
         severity.dataset.status = finding.severity === "error" ? "failed" : "";
         return app.el("li", {class: "finding"},
             app.el("span", {class: "finding_pictures"}, ...pictures),
-            app.el("div", {}, severity, " ", app.el("b", {}, finding.file), " ", finding.message, " ",
-                app.el("span", {class: "help"}, finding.remedy)),
+            app.el("div", {}, severity, " ", app.el("b", {}, finding.file), " ", app.said(finding.message), " ",
+                app.el("span", {class: "help"}, app.said(finding.remedy))),
             app.el("span", {class: "row"}, ...finding.fixes.map((fixed) => app.el("button", {
                 type: "button", class: "button secondary",
                 onclick: (event) => editor.act(() => fix({index: finding.index, name: fixed.name}, event.target)),
-            }, app.t(fixed.label)))));
+            }, app.said(fixed.label)))));
     }
 
     async function fix(wish, button) {

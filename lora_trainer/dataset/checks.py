@@ -42,9 +42,21 @@ DARK_LEVEL, BRIGHT_LEVEL = 45.0, 230.0
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _SEVERITIES = ("error", "warning", "info")
 _PAIR_TEXTS = {
-    "duplicate": ("warning", "is the same file as", "Remove one; to see a picture more often, raise its repeats."),
-    "near-duplicate": ("warning", "shows the same as", "Remove the worse one: twins weigh double in what is learned."),
-    "similar": ("info", "looks much like", "Look at both; keep them if they differ in something that matters."),
+    "duplicate": (
+        "warning",
+        "The picture is the same file as {0}.",
+        "Remove one; to see a picture more often, raise its repeats.",
+    ),
+    "near-duplicate": (
+        "warning",
+        "The picture shows the same as {0}.",
+        "Remove the worse one: twins weigh double in what is learned.",
+    ),
+    "similar": (
+        "info",
+        "The picture looks much like {0}.",
+        "Look at both; keep them if they differ in something that matters.",
+    ),
 }
 
 
@@ -242,10 +254,9 @@ def _is_blurred(picture: Picture, usual: float) -> bool:
 def _check_likeness(pictures: Mapping[str, Picture]) -> Iterator[Finding]:
     keys = list(pictures)
     for pair in find_pairs(list(pictures.values())):
-        severity, verb, remedy = _PAIR_TEXTS[pair.kind]
+        severity, message, remedy = _PAIR_TEXTS[pair.kind]
         files = keys[pair.first], keys[pair.second]
-        message = f"The picture {verb} {files[0]}."
-        yield Finding(files[1], pair.kind, severity, message, remedy, files=files)
+        yield Finding(files[1], pair.kind, severity, message.format(files[0]), remedy, files=files)
 
 
 def _without_caption(
@@ -268,7 +279,11 @@ def _without_caption(
         path = listing.pictures[key]
         files = [file for file in empty if file.with_suffix("") in (path, path.with_suffix(""))]
         stand_in = trigger_word or kohya_folder(listing.root, key)
-        message = f"The caption file {files[0].name} is empty" if files else "The picture has no caption"
-        message += "; the trigger word or class stands in." if stand_in else "."
-        kind = "empty-caption" if files else "no-caption"
+        # Whole sentences, which can be translated.
+        if files:
+            kind, message = "empty-caption", f"The caption file {files[0].name} is empty."
+        else:
+            kind, message = "no-caption", "The picture has no caption."
+        if stand_in:
+            message = f"{message} The trigger word or class stands in."
         yield Finding(key, kind, "warning" if stand_in else "error", message, "Describe the picture.")

@@ -78,6 +78,10 @@ def words_of_the_server() -> set[str]:
 def _templates(node: ast.AST | None) -> list[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [node.value]
+    if isinstance(node, ast.Dict):
+        return [text for value in node.values for text in _templates(value)]
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [text for value in node.elts for text in _templates(value)]
     if isinstance(node, ast.IfExp):
         return _templates(node.body) + _templates(node.orelse)
     if isinstance(node, ast.JoinedStr):
