@@ -357,6 +357,24 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
 
 
+def test_the_title_and_a_notification_tell_the_end(open_page, files, train):
+    page = open_page()
+    page.evaluate("""() => {
+        window.told = [];
+        window.Notification = class { constructor(title, {body}) { window.told.push([title, body]); } };
+        Notification.permission = "granted";
+        document.title = "Stable Diffusion";
+    }""")
+    before = page.title()
+    start(page, files)
+    train.allow(5)
+    page.wait_for_function("() => document.title.startsWith('25 % hat_v1')")
+    train.allow(15)
+    page.wait_for_function("() => document.title.startsWith('hat_v1: finished')")
+    assert page.evaluate("told") == [["hat_v1: finished", "It is in your Lora tab as hat_v1."]]
+    page.wait_for_function("(before) => document.title === before", arg=before)
+
+
 def test_history(page, files, train, manager):
     train.free = True
     start(page, files)
