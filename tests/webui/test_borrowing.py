@@ -255,8 +255,8 @@ def test_pictures_and_training_do_not_disturb_each_other(webui, settings, option
     for index, (prompt, seed) in enumerate((prompt, seed) for prompt in prompts for seed in (1, 2)):
         if index == 5:
             webui.select(second)
+            webui.generate("noise")  # Forge loads what is selected for the next picture
             webui.until(job, lambda job: job["status"] == "waiting")
-            webui.generate("noise")
             webui.select(first)
         begin = time.monotonic()
         drawn.append(webui.generate(prompt, seed))
