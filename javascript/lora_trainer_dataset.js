@@ -32,7 +32,7 @@
         if (folder) folder.addEventListener("keydown", (event) => event.key === "Enter" && editor.actions["editor-folder"]());
         document.addEventListener("keydown", onKey);
         window.addEventListener("beforeunload", (event) => {
-            if (!editor.state || !editor.state.unsaved) return;
+            if (!editor.state || !(editor.state.unsaved || editor.picture.touched())) return;
             event.preventDefault();
             event.returnValue = ""; // what browsers ask for before they warn
         });
@@ -89,7 +89,7 @@
         parts.push(state.unsaved ? app.t("{n} not saved", {n: state.unsaved}) : app.t("all saved"));
         app.setText(app.get("editor_counts"), parts.join(" · "));
         // A training reads the files: step 1 says so, too.
-        app.setText(app.get("unsaved"), state.unsaved ? app.t("{n} changes are not saved.", {n: state.unsaved}) : "");
+        app.setText(app.get("unsaved"), state.unsaved ? app.t(state.unsaved === 1 ? "1 change is not saved." : "{n} changes are not saved.", {n: state.unsaved}) : "");
         const running = Boolean(state.task && state.task.status === "running");
         app.get("editor_save").disabled = !state.unsaved;
         app.get("editor_discard").disabled = !state.unsaved;
@@ -155,7 +155,12 @@
         if (text) editor.say(text);
     };
 
-    editor.undo = (which) => editor.act(async() => {
+    /** Keys may be faster than the server: each of these begins when the one before has ended. */
+    const inTurn = (action) => editor.act(() => (turn = turn.catch(() => null).then(action)));
+    let turn = Promise.resolve();
+
+    editor.undo = (which) => inTurn(async() => {
+        await editor.picture.keep();
         const label = editor.state[which];
         if (label === null || label === undefined) return;
         const answer = await editor.call("/" + which);
@@ -165,14 +170,14 @@
         if (answer.rows.length && answer.rows.length < 3) editor.gallery.show(answer.rows[0].file);
     });
 
-    editor.save = (force) => editor.act(async() => {
+    editor.save = (force) => inTurn(async() => {
         await editor.picture.keep();
         if (!editor.state.unsaved) return;
         const answer = await editor.call("/save", {force: Boolean(force)});
         showConflicts(answer.conflicts);
         if (!answer.saved) return;
         await editor.gallery.reload();
-        editor.say(app.t("{n} files saved.", {n: answer.files}) + (answer.backup ? " " + app.t("What was there before is backup {n}.", {n: answer.backup}) : ""));
+        editor.say(app.t(answer.files === 1 ? "1 file saved." : "{n} files saved.", {n: answer.files}) + (answer.backup ? " " + app.t("What was there before is backup {n}.", {n: answer.backup}) : ""));
         if (app.pictures.chosen === editor.folder) await app.pictures.choose(editor.folder);
     });
 
@@ -211,7 +216,7 @@
     /** Back to the choice; what is unsaved stays with the server and is there when the folder is opened again. */
     async function leave() {
         if (editor.state && editor.state.unsaved) {
-            return editor.say(app.t("{n} changes are not saved.", {n: editor.state.unsaved}),
+            return editor.say(app.t(editor.state.unsaved === 1 ? "1 change is not saved." : "{n} changes are not saved.", {n: editor.state.unsaved}),
                 app.button("Save them", () => editor.save().then(() => editor.state.unsaved || leave()), "primary"),
                 app.button("Keep working", () => editor.say("")));
         }

@@ -89,7 +89,12 @@
 
     /** Send what was typed, as one step. */
     picture.keep = async function() {
-        if (!picture.touched()) return;
+        if (picture.touched()) keeping = send();
+        await keeping; // also one that is on its way: what follows shall find it there
+    };
+    let keeping = null;
+
+    async function send() {
         const {row} = editor;
         const text = app.get("editor_caption").value;
         const before = row.caption;
@@ -100,8 +105,10 @@
         } catch (error) {
             row.caption = before;
             throw error;
+        } finally {
+            keeping = null;
         }
-    };
+    }
 
     // -- the caption in colors
 

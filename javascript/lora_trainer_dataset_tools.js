@@ -70,7 +70,7 @@
         return editor.act(async() => {
             await editor.picture.keep();
             if (!editor.state.unsaved) return action();
-            editor.say(app.t("{n} changes are not saved.", {n: editor.state.unsaved}),
+            editor.say(app.t(editor.state.unsaved === 1 ? "1 change is not saved." : "{n} changes are not saved.", {n: editor.state.unsaved}),
                 app.button("Save and go on", () => editor.save().then(() => editor.state.unsaved || editor.act(action)), "primary"));
             return null;
         });
@@ -179,7 +179,7 @@
         await editor.stepped(answer);
         if (button) button.disabled = true;
         const text = answer.changed
-            ? app.t("{n} pictures put right; save to keep it.", {n: answer.changed})
+            ? app.t(answer.changed === 1 ? "1 picture put right; save to keep it." : "{n} pictures put right; save to keep it.", {n: answer.changed})
             : app.t("There was nothing left to put right.");
         editor.say(text, ...(answer.changed ? [app.button("Undo", () => editor.undo("undo"))] : []));
     }
@@ -198,7 +198,7 @@
 
     async function exportCaptions() {
         const done = await editor.call("/export", {format: app.get("editor_format").value});
-        editor.say([app.t("{n} files written.", {n: done.files}), done.note].filter(Boolean).join(" "));
+        editor.say([app.t(done.files === 1 ? "1 file written." : "{n} files written.", {n: done.files}), done.note].filter(Boolean).join(" "));
         await loadBackups();
     }
 

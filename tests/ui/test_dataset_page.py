@@ -112,6 +112,28 @@ def test_the_keyboard_alone(page, folder):
     ]
 
 
+def test_keys_faster_than_the_server(page, folder):
+    page.keyboard.press("Enter")
+    page.keyboard.type(", quick")
+    for key in ("Enter", "Control+s"):
+        page.keyboard.press(key)
+    until(page, "message", "1 file saved")
+    assert caption(folder, 0).endswith(", quick")
+    page.keyboard.press("Enter")
+    page.keyboard.type(", undone")
+    for key in ("Enter", "Control+z", "Control+s"):
+        page.keyboard.press(key)
+    until(page, "message", "Undone")
+    until(page, "counts", "all saved")
+    page.keyboard.press("Control+y")
+    page.keyboard.press("Control+s")
+    until(page, "message", "1 file saved")
+    assert caption(folder, 0).endswith(", quick, undone")
+    page.keyboard.press("Control+z")
+    until(page, "counts", "1 not saved")
+    assert page.input_value("#lora_trainer_editor_caption").endswith(", quick")
+
+
 def test_walking_over_the_edge_of_a_page(page):
     page.evaluate("loraTrainer.editor.gallery.hold(47)")
     page.keyboard.press("ArrowRight")
