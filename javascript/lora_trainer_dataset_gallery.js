@@ -86,6 +86,8 @@
     /** Load the page that begins at offset. at: which of its pictures is then in hand; what was typed is kept first. */
     gallery.load = async function(offset, at = 0) {
         await editor.picture.keep();
+        // Pictures of the page that is left, which are still on their way, would stand before the new page's.
+        for (const image of app.get("editor_grid").querySelectorAll("img")) if (!image.complete) image.removeAttribute("src");
         await fetchPage(offset, at);
     };
 

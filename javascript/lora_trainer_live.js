@@ -222,7 +222,7 @@
         return [
             tryIt,
             job.status !== "finished" && ["Resume", to("resume"), "primary"],
-            job.step > 1 && ["Compare checkpoints", () => compare(previews)],
+            (job.lora || job.published) && ["Compare checkpoints", () => compare(previews)],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             ["Run again with changes", () => app.runs.again(job, false)],
         ].filter(Boolean);

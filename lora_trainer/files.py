@@ -18,10 +18,11 @@ _UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Lend a temporary path in the folder of ``path``; on success it replaces ``path``, on error it is removed.
 
-    The data is flushed to the disk before the rename, so that a power cut leaves either the old file or the new one.
+    The data is flushed to the disk before the rename, so that a power cut leaves either the old file or the new one;
+    not where ``durable`` is False, as for what is made again when it is needed.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -35,8 +36,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         temporary = unfinished
         yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        if durable:
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:

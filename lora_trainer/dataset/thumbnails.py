@@ -24,7 +24,7 @@ class ThumbnailCache:
         name = f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}\0{edit.rotate}\0{edit.crop}"
         key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         path = self.folder / key[:2] / f"{key}.jpg"
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:  # a power cut may leave an empty one
             with reading(picture) as (image, _):
                 check_size(picture, image.size)
                 # A large JPEG is decoded at a fraction of its size, which is enough even for a narrow crop of it.
@@ -34,6 +34,6 @@ class ThumbnailCache:
                 image.load()
                 small = edit.apply(flatten(to_srgb(rotate(image), image.format)))
             small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            with atomic_path(path) as temporary:
+            with atomic_path(path, durable=False) as temporary:
                 small.save(temporary, format="JPEG", quality=85)
         return path

@@ -107,6 +107,8 @@ def test_thumbnails_show_the_edit_and_are_made_once(root, tmp_path):
     with Image.open(path) as image:
         assert image.size == (256, 128)
     assert cache.get(root / "large.jpg") == path and path.stat().st_mtime_ns == made
+    path.write_bytes(b"")  # as a power cut may leave it
+    assert cache.get(root / "large.jpg").stat().st_size
     with Image.open(cache.get(root / "large.jpg", PictureEdit(rotate=90, crop=(0, 0, 0.5, 1)))) as image:
         assert image.size == (64, 256)
     with Image.open(cache.get(root / "a.png", PictureEdit(crop=(0.5, 0, 1, 1)))) as image:
