@@ -135,6 +135,14 @@ def test_from_twelve_pictures_to_what_they_taught(page, webui, stars):  # noqa: 
     walk.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
     assert page.locator(".lora_trainer_checkpoint img").count() >= 5
     walk.station("compared")
+    published = webui.data / "models" / "Lora" / "star_v1.safetensors"
+    last = published.read_bytes()
+    page.click(".lora_trainer_checkpoint:has-text('step 144') >> text=Use this one")
+    until(page, "loraTrainer.live.job.published_step === 144 && loraTrainer.live.job.verified")
+    assert published.read_bytes() != last and "144 steps" in published.with_suffix(".json").read_text(encoding="utf-8")
+    page.click(".lora_trainer_checkpoint:has-text('step 192') >> text=Use this one")
+    until(page, "loraTrainer.live.job.published_step === null")
+    assert published.read_bytes() == last
 
     walk.click("#tabs > .tab-nav >> text=txt2img")
     walk.click("#txt2img_extra_tabs >> text=Lora")
