@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from tests.ui.browser import chromium
 from tests.webui.person import drop, shot
-from tests.webui.server import FORGE, PICTURE, a1111_only
+from tests.webui.server import FORGE, PICTURE
 
 TRAINED = "SETTINGS = {resolution: '128', min_bucket_resolution: 64, epochs: 2, lora_rank: 4}"
 if FORGE:
@@ -149,7 +149,6 @@ def inpainting(source, target):
     save_file(tensors, target)
 
 
-@a1111_only  # whose models are small enough to be written anew
 def test_each_failure_is_a_sentence_beside_its_field(page, webui, pictures, tmp_path):
     folder = webui.data / "models"
     checkpoints = folder / "Stable-diffusion"
