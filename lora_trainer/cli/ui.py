@@ -31,9 +31,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve the Train LoRA tab on a page of its own: for servers, and for people who train elsewhere than they draw.
     Base models are files; finished LoRAs go to a folder. Needs gradio, nothing else of a WebUI."""
-    import uvicorn
-
     app = create_app(options)
+    import uvicorn  # comes with gradio, whose absence create_app explains
+
     print(f"Train LoRA: http://{options.host}:{options.port}/")
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
     return 0

@@ -68,6 +68,7 @@ def demo_config(folder: Path, base: Path) -> TrainConfig:
             "max_train_steps": 500,
             "min_snr_gamma": None,
             "debiased_estimation": True,  # as the base was trained
+            "tensorboard": False,  # would only warn that it is not installed
             "description": "A five-pointed star, taught to a base model that knew only other shapes.",
         }
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from lora_trainer.cli.main import build_parser
+from lora_trainer.cli.main import build_parser, main
 from lora_trainer.cli.ui import ROOT, access, create_app
 from lora_trainer.errors import UserError
 
@@ -50,3 +51,13 @@ def test_a_missing_folder_of_models_is_said(tmp_path):
     pytest.importorskip("gradio")
     with pytest.raises(UserError, match="no folder"):
         create_app(options("--data", str(tmp_path), "--models", str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("missing", ["gradio", "fastapi"])
+def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys, missing):
+    for name in (missing, "uvicorn"):  # uvicorn comes with gradio
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith("lora_trainer.ui")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["ui", "--data", str(tmp_path)]) == 2
+    assert f"The page needs {missing}" in capsys.readouterr().err
