@@ -48,7 +48,7 @@ def execute(
     log_path = folders.log(job)
     with job_log(log_path, threading.get_ident()):
         try:
-            folders.create(job.id, job.name)  # somebody may have tidied up
+            folders.restore(job)
             config = submitting.run_config(job, folders)
             reporter.on_lora = _newest(current_host, store, job, config, reporter)
             result = _train(current_host(), store, job, config, reporter, commands, train)

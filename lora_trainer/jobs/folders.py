@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -22,12 +23,30 @@ class JobFolders:
         self.datasets = self.data / "datasets"
 
     def create(self, job_id: int, name: str) -> Path:
-        """A new folder, marked as ours with the job's number, so that nothing else is ever deleted."""
-        path = self.jobs / f"{job_id:05d}-{_plain(name)}"
+        """A new folder, marked as ours with the job's number, so that nothing else is ever deleted.
+
+        Numbers begin anew with a new list of jobs: a folder that is there belongs to a run of an earlier one.
+        """
+        stem = f"{job_id:05d}-{_plain(name)}"
+        for number in itertools.count(1):
+            path = self.jobs / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                return self._made(path, job_id, exist_ok=False)
+            except FileExistsError:
+                continue
+        raise AssertionError("there is no last number")
+
+    def restore(self, job: Job) -> None:
+        """The job's folder as it was made, should somebody have tidied up."""
+        self._made(self.of(job), job.id, exist_ok=True)
+
+    def _made(self, path: Path, job_id: int, *, exist_ok: bool) -> Path:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=exist_ok)
             (path / _MARK).write_text(str(job_id), encoding="ascii")
         except OSError as error:
+            if isinstance(error, FileExistsError) and not exist_ok:
+                raise
             raise UserError(
                 f"The job's folder {path} cannot be made: {error.strerror}.",
                 remedy="Free some space, or choose another folder with --lora-trainer-dir.",

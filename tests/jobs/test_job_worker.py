@@ -342,6 +342,25 @@ def test_delete_touches_no_folder_without_the_jobs_mark(idle, settings, folder):
     assert (idle.folders.jobs / "other" / "file").exists() and idle.folders.of(job).exists()
 
 
+def test_a_new_list_of_jobs_leaves_the_folders_of_the_former_one_alone(manager, train, settings, host):
+    """Renaming jobs.sqlite is the remedy for a broken one; numbers then begin anew, and names are often the same."""
+    train.free = True
+    first = manager.submit(settings)
+    wait_for(lambda: manager.store.get(first.id).is_over)
+    manager.close()
+    for path in manager.folders.data.glob("jobs.sqlite*"):
+        path.rename(path.with_name(f"old-{path.name}"))
+    before = {path: path.read_bytes() for path in manager.folders.of(first).rglob("*") if path.is_file()}
+    train.total_steps = 6
+    second_manager = JobManager(host, train=train)
+    second = second_manager.submit(settings | {"overwrite": True})
+    assert (second.id, second.name) == (first.id, first.name)
+    second_manager.start_worker()
+    wait_for(lambda: second_manager.store.get(second.id).is_over)
+    second_manager.close()
+    assert {path: path.read_bytes() for path in manager.folders.of(first).rglob("*") if path.is_file()} == before
+
+
 def test_a_running_job_is_not_deleted(manager, train, settings):
     job = manager.submit(settings)
     wait_status(manager, job, "running")
