@@ -58,7 +58,7 @@ def execute(
         except BaseException as error:
             # Whatever happens in a job must neither end the worker nor vanish: it stays with the job, in words.
             log.exception("Job %s failed", job.id)
-            return _failed(reporter, _unexpected(error, log_path))
+            return _failed(reporter, unexpected(error, log_path))
         reporter.flush()
         ending = {"status": result.status, "error": None}
         ending["result"] = _files(result, reporter, folders.of(job), store.get(job.id))
@@ -182,7 +182,8 @@ def _failed(reporter: JobReporter, problem: Problem) -> dict[str, Any]:
     return {"status": "failed", "error": problem}
 
 
-def _unexpected(error: BaseException, log_path: Path) -> Problem:
+def unexpected(error: BaseException, log_path: Path) -> Problem:
+    """In words what nobody foresaw."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
         return Problem(

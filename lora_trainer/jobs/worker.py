@@ -20,7 +20,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
-from lora_trainer.jobs.execution import execute
+from lora_trainer.jobs.execution import execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
@@ -150,6 +150,10 @@ class JobManager:
         try:
             commands, train = running.commands, self._train
             ending = execute(lambda: self.host, self.store, self.folders, job, reporter, commands, train)
+        except Exception as error:
+            # After the training, or before it: the disk, the queue itself. A job that stayed "running" would never end.
+            log.exception("Job %s could not be brought to its end", job.id)
+            ending = {"status": "failed", "error": unexpected(error, self.folders.log(job))}
         finally:
             with self._lock:
                 self._running = None
@@ -254,7 +258,12 @@ class JobManager:
         # From here on no worker can take it.
         if not self.store.set_status(job_id, "stopped", unless=("running", "waiting", "stopping")):
             raise UserError(f"{job.name} has just been started.", remedy="Stop it first.")
-        self.folders.remove(job)
+        try:
+            self.folders.remove(job)
+        except UserError:
+            if job.status != "queued":
+                self.store.set_status(job_id, job.status)  # it is still there, and what it was
+            raise
         self.store.delete(job_id)
 
     def publish(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -221,6 +222,21 @@ def test_an_unforeseen_error_names_the_log_and_the_queue_goes_on(manager, train,
     wait_status(manager, manager.submit({**settings, "output_name": "next"}), "finished")
 
 
+def test_trouble_after_the_training_ends_the_job_too(manager, train, settings, monkeypatch):
+    train.free = True
+    with monkeypatch.context() as broken:
+
+        def files(*args):
+            raise sqlite3.OperationalError("database is locked")
+
+        broken.setattr("lora_trainer.jobs.execution._files", files)
+        job = manager.submit(settings)
+        failed = wait_for(lambda: (it := manager.store.get(job.id)).is_over and it)
+    assert failed.status == "failed" and not failed.active and "database is locked" in failed.error.message
+    manager.start(job.id)
+    assert wait_for(lambda: (it := manager.store.get(job.id)).is_over and it).status == "finished"
+
+
 def test_out_of_memory_says_what_helps(manager, train, settings):
     train.free, train.error = True, MemoryError()
     job = wait_status(manager, manager.submit(settings), "failed")
@@ -359,6 +375,20 @@ def test_a_new_list_of_jobs_leaves_the_folders_of_the_former_one_alone(manager, 
     wait_for(lambda: second_manager.store.get(second.id).is_over)
     second_manager.close()
     assert {path: path.read_bytes() for path in manager.folders.of(first).rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_job_that_cannot_be_deleted_stays_finished(manager, train, settings, monkeypatch):
+    train.free = True
+    job = manager.submit(settings)
+    wait_for(lambda: manager.store.get(job.id).is_over)
+
+    def rmtree(path):
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    with pytest.raises(UserError, match="could not be deleted"):
+        manager.delete(job.id, confirm=True)
+    assert manager.store.get(job.id).status == "finished"
 
 
 def test_a_running_job_is_not_deleted(manager, train, settings):
