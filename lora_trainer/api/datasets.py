@@ -15,6 +15,7 @@ from lora_trainer.api.files import send
 from lora_trainer.api.route import MAX_UPLOAD, guarded
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
+from lora_trainer.jobs.library import check_caption
 
 
 def routes(context: Context) -> APIRouter:
@@ -70,15 +71,19 @@ def routes(context: Context) -> APIRouter:
         library.folder(name)
         added: list[str] = []
         refused: list[dict[str, Any]] = []
+        captions: dict[str, str] = {}
         for picture in new.pictures:
             try:
-                added.append(library.add_picture(name, picture.name, _decode(picture), picture.caption))
+                check_caption(picture.name, picture.caption)
+                added.append(library.add_picture(name, picture.name, _decode(picture)))
+                captions.setdefault(added[-1], picture.caption)
             except UserError as error:
                 if error.__cause__ is not None and disk_is_full(error.__cause__):
                     raise
                 refused.append(
                     {"message": context.plain(error.message), "field": picture.name[:200], "remedy": error.remedy}
                 )
+        library.add_captions(name, captions)
         return {"added": added, "refused": refused}
 
     router.include_router(uploads)

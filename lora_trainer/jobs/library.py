@@ -123,6 +123,8 @@ class DatasetLibrary:
     def add_picture(self, name: str, file: str, data: bytes, caption: str = "") -> str:
         """Add a picture that can be trained on; a name that is taken gets a number. Returns the name it has now.
 
+        ``caption``: see ``add_captions``, which is quicker for many at once.
+
         Raises:
             UserError: naming the file: too large, not a picture, or not a name.
         """
@@ -131,6 +133,7 @@ class DatasetLibrary:
 
         root = self.folder(name)
         check_name(file, "pictures")
+        check_caption(file, caption)
         if not is_picture(file):
             raise UserError(f"{file} is not a kind of picture that can be read.", field="pictures",
                             remedy="Convert it to PNG, JPEG or WebP.")  # fmt: skip
@@ -147,9 +150,23 @@ class DatasetLibrary:
             except UserError as error:
                 message = error.message.replace(str(temporary), file).replace(str(target), file)
                 raise UserError(message, field="pictures", remedy=error.remedy) from error.__cause__
-        if caption.strip():
-            self.write_captions(name, {target.name: caption})
+        self.add_captions(name, {target.name: caption})
         return target.name
+
+    def add_captions(self, name: str, captions: Mapping[str, str]) -> None:
+        """Captions that came along with pictures. One that is there stays: the same pictures may come again when
+        somebody has written better ones meanwhile. Raises UserError as ``write_captions`` does."""
+        from lora_trainer.dataset.caption_files import read_captions
+        from lora_trainer.dataset.listing import list_folder
+
+        wanted = {file: text for file, text in captions.items() if text.strip()}
+        if not wanted:
+            return
+        root = self.folder(name)
+        there = read_captions(root, problems=[], listing=list_folder(root))
+        new = {file: text for file, text in wanted.items() if file not in there or not there[file].text.strip()}
+        if new:
+            self.write_captions(name, new)
 
     def write_captions(self, name: str, captions: Mapping[str, str]) -> None:
         """Replace captions by picture, where they were read from: metadata.csv or the text file beside the picture.
@@ -162,12 +179,7 @@ class DatasetLibrary:
         root = self.folder(name)
         for file, text in captions.items():
             self.picture(name, file)
-            if len(text) > MAX_CAPTION_CHARACTERS or "\0" in text:
-                raise UserError(
-                    f"The caption of {file} is longer than {MAX_CAPTION_CHARACTERS} characters, or holds a NUL.",
-                    field="captions",
-                    remedy="Shorten it; 225 tokens are read at most.",
-                )
+            check_caption(file, text)
         CaptionFolder(root, confined=True).write(captions)
 
     def thumbnail(self, picture: Path) -> Path:
@@ -179,6 +191,16 @@ class DatasetLibrary:
         from lora_trainer.dataset.thumbnails import ThumbnailCache
 
         return ThumbnailCache(self._thumbnails)
+
+
+def check_caption(file: str, text: str) -> None:
+    """Raises UserError for a caption that cannot be written."""
+    if len(text) > MAX_CAPTION_CHARACTERS or "\0" in text:
+        raise UserError(
+            f"The caption of {file} is longer than {MAX_CAPTION_CHARACTERS} characters, or holds a NUL.",
+            field="captions",
+            remedy="Shorten it; 225 tokens are read at most.",
+        )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

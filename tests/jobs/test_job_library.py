@@ -39,6 +39,15 @@ def test_a_picture_is_never_overwritten_and_the_same_one_is_added_once(library):
     assert captions == {"a.png": "first", "a_2.png": "", "A_3.jpg": "third"}
 
 
+def test_a_picture_that_comes_again_leaves_the_caption_as_it_was_edited(library):
+    library.add_picture("cats", "a.png", png(), "as it came")
+    library.add_picture("cats", "b.png", png((9, 9, 9)))
+    library.write_captions("cats", {"a.png": "as somebody wrote it"})
+    library.add_picture("cats", "a.png", png(), "as it came")
+    library.add_picture("cats", "b.png", png((9, 9, 9)), "the first one")
+    assert [one.caption for one in library.pictures("cats")] == ["as somebody wrote it", "the first one"]
+
+
 @pytest.mark.parametrize("data", [b"", b"\x89PNG nonsense", b"<svg/>", png(size=(8, 8)), png(size=(2000, 20))])
 def test_what_cannot_be_trained_on_leaves_nothing(library, data):
     with pytest.raises(UserError, match=r"a\.png") as caught:
