@@ -31,10 +31,10 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
     problem = safe_name_problem(name) or ("the WebUI keeps it for itself" if name.casefold() in _RESERVED else None)
     if problem:
         raise UserError(f"{name!r} cannot be a name: {problem}.", field="output_name", remedy="Choose another name.")
-    path, json_path, picture = (folder / f"{name}{end}" for end in (".safetensors", ".json", ".preview.png"))
-    known = [other for other in loras_on_disk(folder) if other.stem.casefold() == name.casefold()]
+    path, json_path, picture = _files(folder, name)
+    known = _of_this_name(folder, name)
     earlier = known and run_of(lora) is not None and all(run_of(other) == run_of(lora) for other in known)
-    if not overwrite and not earlier and (known or any(p.exists() for p in (path, json_path, picture))):
+    if not overwrite and not earlier and is_taken(folder, name):
         raise UserError(
             f"There is a LoRA {name} already.", field="output_name", remedy="Choose another name, or allow overwriting."
         )
@@ -51,6 +51,19 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
         with atomic_path(path) as temporary:
             shutil.copyfile(lora, temporary)
     return path
+
+
+def is_taken(folder: Path, name: str) -> bool:
+    """Whether a LoRA cannot be put there under ``name`` without replacing something."""
+    return bool(_of_this_name(folder, name)) or any(path.exists() for path in _files(folder, name))
+
+
+def _files(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    return folder / f"{name}.safetensors", folder / f"{name}.json", folder / f"{name}.preview.png"
+
+
+def _of_this_name(folder: Path, name: str) -> list[Path]:
+    return [other for other in loras_on_disk(folder) if other.stem.casefold() == name.casefold()]
 
 
 def loras_on_disk(folder: Path) -> list[Path]:

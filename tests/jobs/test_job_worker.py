@@ -294,9 +294,20 @@ def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings,
         idle.submit(settings)
     assert caught.value.field == "output_name"
     idle.submit({**settings, "overwrite": True})
+    (host.root / "Lora" / "cat.safetensors").unlink()
     with pytest.raises(UserError, match="Another job"):
         idle.submit({**settings, "output_name": "CAT"})
     assert len(idle.store.list()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
+
+
+@pytest.mark.parametrize("there", ["people/cat.safetensors", "CAT.pt", "cat.json"])
+def test_what_publishing_would_refuse_is_refused_before_the_training(idle, settings, host, there):
+    """The picker knows a LoRA by its name alone, wherever it lies."""
+    path = host.root / "Lora" / there
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"already\."):
+        idle.submit(settings)
 
 
 def test_a_name_is_found_where_none_is_given(idle, settings):
