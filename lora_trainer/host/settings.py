@@ -48,8 +48,17 @@ def access_policy(options: Any, folders: str) -> AccessPolicy:
         credentials = {user: password for user, _, password in pairs}
     roots = None
     if is_reachable_from_elsewhere(options):
-        roots = tuple(Path(line.strip()).expanduser().resolve() for line in folders.splitlines() if line.strip())
+        roots = tuple(filter(None, map(_folder, folders.splitlines())))
     return AccessPolicy(credentials, roots, bool(getattr(options, "hide_ui_dir_config", False)))
+
+
+def _folder(line: str) -> Path | None:
+    """The folder that a line of the settings names; None for none, and for what cannot be one (~nobody, a circle of
+    links): a slip there must not shut everybody out."""
+    try:
+        return Path(line.strip()).expanduser().resolve() if line.strip() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def is_reachable_from_elsewhere(options: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -134,7 +135,8 @@ def _is_plain_name(text: str) -> bool:
 def redact(text: str, data: Path, lora: Path | None) -> str:
     """``text`` without the server's folders, for callers who are not to see them."""
     own = Path(lora_trainer.__file__).parents[1]
-    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (own, "<extension>"), (Path.home(), "~")):
+    home = Path(os.path.expanduser("~"))  # Path.home() raises for a user without one, as in some containers
+    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (own, "<extension>"), (home, "~")):
         if folder is not None:
             for form in {str(folder), str(folder.resolve())} - {"/"}:
                 text = text.replace(form, word)

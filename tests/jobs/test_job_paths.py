@@ -122,6 +122,12 @@ def test_a_dataset_of_the_library_has_a_name(root):
         confine_config(from_mapping({"train_data_dir": "way-out"}), data, AccessPolicy(hide_paths=True))
 
 
+def test_a_user_without_a_home_reads_redacted_text_too(root, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7, raising=False)
+    assert redact(f"{root}/x", root, None) == "<trainer>/x"
+
+
 def test_redacted_text_names_no_folder(root):
     data = root / "sub"
     text = redact(f"{data}/jobs/1 and {root}/Lora/x could not be read", data, root / "Lora")
