@@ -68,9 +68,17 @@ var loraTrainer = window.loraTrainer || {};
         "Run again with changes": "Puts its settings into the form; nothing starts yet.",
     };
 
+    /** A button that does this; what goes wrong is said on the page that it stands on. */
     app.button = (text, action, kind) => app.el("button", {
-        type: "button", class: "button " + (kind || "secondary"), title: TIPS[text] && app.t(TIPS[text]), onclick: action,
+        type: "button", class: "button " + (kind || "secondary"), title: TIPS[text] && app.t(TIPS[text]),
+        onclick: (event) => app.attempt(action, event.currentTarget),
     }, app.t(text));
+
+    app.attempt = function(action, node) {
+        const run = node.closest("." + PREFIX + "inside");
+        const place = run ? run.querySelector("[role=alert]") : node.closest("#lora_trainer_tab_dataset") && app.get("editor_problem");
+        return Promise.resolve().then(action).catch((error) => (place ? app.complain(error, place) : app.live.complain(error)));
+    };
 
     /** Change a text in place: no node comes or goes, so the host's own watchers of the page stay asleep. */
     app.setText = function(node, text) {
@@ -134,11 +142,16 @@ var loraTrainer = window.loraTrainer || {};
     /** Show in one place what went wrong with an action. */
     app.complain = function(error, node) {
         if (error.name === "AbortError") return;
-        const text = error.problems ? error.problems.map(app.sentence).join(" ") : String(error);
-        if (!error.problems) console.error(error);
         const place = node || app.get("problem_");
-        app.setText(place, text);
+        app.setText(place, app.reason(error));
         app.show(place, true);
+    };
+
+    /** What went wrong, in words. */
+    app.reason = function(error) {
+        if (error.problems) return error.problems.map(app.sentence).join(" ");
+        console.error(error);
+        return String(error);
     };
 
     // -- numbers for people

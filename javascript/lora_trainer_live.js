@@ -3,6 +3,7 @@
     "use strict";
 
     const PACE = {running: 1000, idle: 3000, away: 10000}; // ms between two looks; away: nobody sees the page
+    const COMPLAINT_MS = 20000;
     const OVER = ["finished", "stopped", "failed", "interrupted"];
 
     // job: what the panel shows. details: its settings, by name. jobs: every job heard of since the page was opened.
@@ -12,11 +13,13 @@
     });
     let cursor = null;
     let timer = null;
+    let trouble = ""; // what keeps the server from training, or from answering
+    let complaint = ""; // what went wrong with something that was asked for
 
     live.begin = function() {
         live.curve = new app.Curve(app.get("curve"), app.get("curve_reading"));
         live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (step) =>
-            app.runs.publish(live.job, {step}).then(live.look, (error) => app.complain(error, app.get("trouble"))));
+            app.runs.publish(live.job, {step}).then(live.look, live.complain));
         app.get("log_box").addEventListener("toggle", loadLog);
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
         window.addEventListener("focus", () => title(null));
@@ -37,30 +40,42 @@
     };
 
     async function ask() {
-        const trouble = app.get("trouble");
         try {
             const answer = await app.fetchJson("/status" + (cursor ? "?since=" + encodeURIComponent(cursor) : ""));
             cursor = answer.cursor;
-            if (!answer.unchanged) {
-                app.setText(trouble, answer.trouble ? app.sentence(answer.trouble) : "");
-                app.show(trouble, answer.trouble);
-                await take(answer);
-            } else if (trouble.dataset.away) {
-                app.show(trouble, trouble.dataset.text);
-            }
-            delete trouble.dataset.away;
+            if (answer.unchanged) return;
+            trouble = answer.trouble ? app.sentence(answer.trouble) : "";
+            showTrouble();
+            await take(answer);
         } catch (error) {
-            trouble.dataset.away = "yes";
-            app.complain(error, trouble);
+            trouble = app.reason(error);
+            showTrouble();
             cursor = null; // a server that comes back is asked for everything
         }
     }
+
+    function showTrouble() {
+        const text = [trouble, complaint].filter(Boolean).join(" ");
+        app.setText(app.get("trouble"), text);
+        app.show(app.get("trouble"), text);
+    }
+
+    /** Say above the page what went wrong with something that was asked for, long enough to be read. */
+    live.complain = function(error) {
+        const mine = (complaint = app.reason(error));
+        showTrouble();
+        setTimeout(() => {
+            if (complaint === mine) complaint = "";
+            showTrouble();
+        }, COMPLAINT_MS);
+    };
 
     async function take(answer) {
         const {running, changed} = answer;
         if (running) live.seenRunning.add(running.id);
         const shown = running || changed.find((job) => job.id === answer.metrics_job) || (live.job && changed.find((job) => job.id === live.job.id));
         if (answer.metrics_job !== null) takePoints(answer);
+        else if (live.job) live.forget(); // another page deleted it
         if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
         showQueue(answer.queue);
         for (const job of changed) {
@@ -203,7 +218,7 @@
 
     // -- what can be done
 
-    live.command = (job, command) => app.post(`/jobs/${job.id}/${command}`).then(live.look, (error) => app.complain(error, app.get("trouble")));
+    live.command = (job, command) => app.post(`/jobs/${job.id}/${command}`).then(live.look);
 
     /** Buttons for a job: [text, what it does, kind]. previews: where its pictures are shown. */
     live.actions = function(job, previews) {
@@ -303,7 +318,11 @@
         if (job.error && job.error.field) app.form.showProblems([job.error]);
         if (wanted() && Notification.permission === "granted") {
             const body = job.error ? app.sentence(job.error) : job.published ? whatIsThere(job) : "";
-            new Notification(text, {body, tag: "lora_trainer_" + job.id});
+            try {
+                new Notification(text, {body, tag: "lora_trainer_" + job.id});
+            } catch (error) {
+                console.debug("no notification:", error); // phones have only those of service workers
+            }
         }
         app.estimate.soon(); // what it took is now known
     }

@@ -9,7 +9,7 @@
         "yaml-out": () => app.estimate.yamlOut(),
         "yaml-in": () => app.estimate.yamlIn(),
         "yaml-download": () => app.estimate.yamlDownload(),
-        "runs-more": () => app.runs.load(true),
+        "runs-more": () => app.runs.load(true).catch((error) => app.complain(error, app.get("runs_count"))),
     };
 
     /** Show a sub-tab by its title: gradio's own buttons, found by what they open. */
@@ -94,10 +94,10 @@
         const tab = typeof get_uiCurrentTabContent === "function" && get_uiCurrentTabContent();
         if (!app.begun || !tab || tab.id !== "tab_lora_trainer") return;
         app.live.look();
-        fillModels().catch((error) => app.complain(error, app.get("trouble")));
+        fillModels().catch((error) => app.live.complain(error));
     }
 
-    const whenReady = () => begin().catch((error) => app.complain(error, app.get("trouble")));
+    const whenReady = () => begin().catch((error) => app.live.complain(error));
     if (typeof onUiLoaded === "function") onUiLoaded(whenReady);
     else document.addEventListener("DOMContentLoaded", whenReady);
     if (typeof onUiTabChange === "function") onUiTabChange(opened);

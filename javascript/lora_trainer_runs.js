@@ -4,39 +4,62 @@
 
     const PAGE = 50;
     const runs = (app.runs = {jobs: [], opened: null, loaded: false});
+    let asked = 0;
 
     runs.begin = function() {
-        app.get("runs_filter").addEventListener("change", () => runs.load());
+        app.get("runs_filter").addEventListener("change", reload);
         // The list is fetched when it is first seen, not with the page.
         new IntersectionObserver((entries) => {
-            if (entries.some((entry) => entry.isIntersecting) && !runs.loaded) runs.load();
+            if (entries.some((entry) => entry.isIntersecting) && !runs.loaded) reload();
         }).observe(app.get("runs_list").parentElement);
     };
 
+    const reload = () => runs.load().catch((error) => {
+        runs.loaded = false; // it is asked for again when it is next seen
+        app.complain(error, app.get("runs_count"));
+    });
+
     runs.load = async function(more = false) {
         runs.loaded = true;
+        const mine = ++asked;
         const status = app.get("runs_filter").value;
         const query = new URLSearchParams({limit: PAGE, offset: more ? runs.jobs.length : 0});
         if (status) query.set("status", status);
         const {jobs, counts} = await app.fetchJson("/jobs?" + query);
+        if (mine !== asked) return; // another filter was chosen meanwhile
         runs.jobs = more ? [...runs.jobs, ...jobs] : jobs;
         const total = status ? counts[status] || 0 : Object.values(counts).reduce((sum, count) => sum + count, 0);
         app.setText(app.get("runs_count"), app.t("{shown} of {total}", {shown: runs.jobs.length, total}));
         app.show(app.get("runs_more"), runs.jobs.length < total);
         app.show(app.get("runs_empty"), !total && !status);
         const list = app.get("runs_list");
-        if (more) list.append(...jobs.map(line));
-        else list.replaceChildren(...jobs.map(line));
+        if (more) return list.append(...jobs.map(line));
+        const open = list.querySelector(".lora_trainer_inside");
+        list.replaceChildren(...jobs.map(line));
+        if (runs.opened && !unfold(open)) runs.opened = null;
     };
+
+    /** Put this into the line of the run that is open; false where it has none. */
+    function unfold(content) {
+        const node = runs.opened && app.get("run_" + runs.opened.id);
+        if (!node) return false;
+        node.querySelector("button").setAttribute("aria-expanded", "true");
+        const before = node.querySelector(".lora_trainer_inside");
+        if (before && content) before.remove();
+        if (content) node.append(content);
+        return true;
+    }
 
     /** Jobs that the server told about: lines that are shown follow, new ones come on top. */
     runs.heard = function(jobs) {
         if (!runs.loaded) return;
         let unknown = false;
+        const status = app.get("runs_filter").value;
         for (const job of jobs) {
             const index = runs.jobs.findIndex((one) => one.id === job.id);
             if (index < 0) {
-                unknown = unknown || !runs.jobs.length || job.id > Math.max(...runs.jobs.map((one) => one.id));
+                const passes = !status || job.status === status;
+                unknown = unknown || (passes && job.id > Math.max(0, ...runs.jobs.map((one) => one.id)));
                 continue;
             }
             const before = runs.jobs[index];
@@ -46,12 +69,12 @@
             app.setText(node.querySelector(".lora_trainer_state"), app.live.state(job));
             app.setText(node.querySelector(".lora_trainer_steps_done"), steps(job));
             if (before.status !== job.status || before.thumbnail !== job.thumbnail) {
-                const open = runs.opened && runs.opened.id === job.id;
+                const open = node.querySelector(".lora_trainer_inside");
                 node.replaceWith(line(job));
-                if (open) runs.open(job.id);
+                if (runs.opened && runs.opened.id === job.id && unfold(open)) fill(job.id).catch((error) => console.error(error));
             }
         }
-        if (unknown) runs.load();
+        if (unknown) reload();
     };
 
     const steps = (job) => (job.total_steps ? app.t("step {step} of {total}", {step: job.step, total: job.total_steps}) : "");
@@ -74,7 +97,7 @@
 
     runs.toggle = function(id) {
         if (runs.opened && runs.opened.id === id) runs.close();
-        else runs.open(id);
+        else runs.open(id).catch((error) => app.complain(error, app.get("runs_count")));
     };
 
     runs.close = function() {
@@ -96,18 +119,22 @@
             app.get("runs_filter").value = "";
             await runs.load();
         }
-        const node = app.get("run_" + id);
-        if (!node) return;
+        if (!app.get("run_" + id)) return;
         runs.opened = {id};
-        node.querySelector("button").setAttribute("aria-expanded", "true");
+        unfold(null);
+        await fill(id);
+        const node = app.get("run_" + id);
+        if (node) node.scrollIntoView({block: "nearest"});
+    };
+
+    /** Show in the opened run what there is of it now; nothing moves but that. */
+    async function fill(id) {
         const [job, {points}, {events}, {files}] = await Promise.all([
             app.fetchJson("/jobs/" + id), app.fetchJson(`/jobs/${id}/metrics`),
             app.fetchJson(`/jobs/${id}/events?limit=5000`), app.fetchJson(`/jobs/${id}/files`),
         ]);
-        if (!runs.opened || runs.opened.id !== id) return;
-        node.append(inside(job, points, events, files));
-        node.scrollIntoView({block: "nearest"});
-    };
+        if (runs.opened && runs.opened.id === id) unfold(inside(job, points, events, files));
+    }
 
     function inside(job, points, events, files) {
         const message = app.el("p", {class: "problem", role: "alert", hidden: true});

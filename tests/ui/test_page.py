@@ -14,6 +14,7 @@ pytest.importorskip("playwright.sync_api")
 from fastapi import FastAPI
 
 from lora_trainer.api import add_routes
+from lora_trainer.errors import UserError
 from lora_trainer.jobs import reporting
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.fakes import FakeHost, FakeTrain, make_pictures
@@ -441,3 +442,74 @@ def test_a_server_that_is_away_is_said_and_found_again(page, files, train):
     page.wait_for_selector("#lora_trainer_trouble", state="hidden")
     train.allow(4)
     wait_for_text(page, "job_facts", "step 4 of 20")
+
+
+def test_runs_stay_open_while_others_go_on(page, files, train, manager):
+    """Under a filter that the running job does not pass, every look at the server once loaded the list anew."""
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    train.free = False
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.select_option("#lora_trainer_runs_filter", "finished")
+    page.click("#lora_trainer_run_1 > button")
+    page.wait_for_selector(".lora_trainer_inside")
+    page.evaluate("""() => {
+        window.lists = 0;
+        const before = window.fetch;
+        window.fetch = (url, ...rest) => ((lists += String(url).includes("/jobs?")), before(url, ...rest));
+    }""")
+    second = manager.duplicate(1)
+    for step in range(1, 4):
+        train.allow(1)
+        page.wait_for_function("([id, step]) => loraTrainer.live.job.id === id && loraTrainer.live.job.step === step",
+                               arg=[second.id, step])  # fmt: skip
+    assert page.evaluate("lists") == 0
+    train.allow(20)
+    page.wait_for_selector("#lora_trainer_run_2")
+    assert page.locator("#lora_trainer_run_1 .lora_trainer_inside").count() == 1, "it stays open when the list grows"
+
+
+def test_the_page_turns_to_no_other_tab_by_itself(page, files, train):
+    start(page, files)
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.click("#lora_trainer_run_1 > button")
+    page.wait_for_selector(".lora_trainer_inside >> text=Stop and save")
+    page.evaluate("loraTrainer.openSubTab('Train')")
+    train.allow(20)
+    wait_for_text(page, "job_state", "finished")
+    page.wait_for_selector(".lora_trainer_inside >> text=Compare checkpoints", state="attached")
+    assert page.is_visible("#lora_trainer_tab_train") and page.locator(".lora_trainer_inside").count() == 1
+
+
+def test_a_phone_that_has_no_notifications_shows_the_end_all_the_same(page, files, train):
+    page.evaluate("""() => {
+        window.Notification = class { constructor() { throw new TypeError("Illegal constructor"); } };
+        Notification.permission = "granted";
+    }""")
+    start(page, files)
+    train.allow(20)
+    page.wait_for_function("() => !loraTrainer.live.seenRunning.size && loraTrainer.live.job.status === 'finished'")
+    assert not page.is_visible("#lora_trainer_trouble")
+
+
+def test_a_command_that_is_refused_is_said_long_enough(page, files, train, manager, monkeypatch):
+    def refused(*args, **more):
+        raise UserError("Not now.", remedy="Later.")
+
+    start(page, files)
+    page.wait_for_selector("#lora_trainer_job_buttons >> text=Save now")
+    monkeypatch.setattr(manager, "_command", refused)
+    page.click("#lora_trainer_job_buttons >> text=Save now")
+    wait_for_text(page, "trouble", "Not now. Later.")
+    train.allow(2)
+    wait_for_text(page, "job_facts", "step 2 of 20")
+    assert text(page, "trouble") == "Not now. Later."
+
+
+def test_a_job_that_another_page_deletes_is_gone(page, files, train, manager):
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    manager.delete(1, confirm=True)
+    page.wait_for_selector("#lora_trainer_live", state="hidden")
