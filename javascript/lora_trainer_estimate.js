@@ -95,7 +95,7 @@
             app.form.started = settings.output_name; // before the answer: a page may be reloaded while it comes
             app.form.store();
             const job = continues
-                ? await app.post(`/jobs/${continues.id}/continue`, {changes: settings})
+                ? await app.post(`/jobs/${continues.id}/continue`, {changes: await changesOf(continues, settings)})
                 : await app.post("/jobs", {settings});
             app.form.clearProblems();
             app.form.continues = null;
@@ -113,6 +113,14 @@
             app.setText(button, app.t("Start training"));
         }
     };
+
+    /** What differs from the job that is continued, also where that means a default again. */
+    async function changesOf({id}, settings) {
+        const {settings: wanted} = await app.post("/settings/check", {settings});
+        const {settings: before} = await app.post("/settings/check", {yaml: (await app.fetchJson("/jobs/" + id)).config});
+        const {init_lora: its, resume, ...others} = wanted;
+        return Object.fromEntries(Object.entries(others).filter(([name, value]) => JSON.stringify(value) !== JSON.stringify(before[name])));
+    }
 
     // -- YAML
 

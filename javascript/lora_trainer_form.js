@@ -28,14 +28,23 @@
 
     function mapping(text) {
         const pairs = text.split("\n").map((line) => line.split(":")).filter((parts) => parts[0].trim());
-        return Object.fromEntries(pairs.map(([name, ...rest]) => [name.trim(), number(rest.join(":").trim())]));
+        return Object.fromEntries(pairs.map(([name, ...rest]) => [name.trim(), scalar(rest.join(":").trim())]));
+    }
+
+    /** A number, true, false or a list where it is one: "false" as a text would mean true. */
+    function scalar(text) {
+        try {
+            return JSON.parse(text);
+        } catch (error) {
+            return number(text);
+        }
     }
 
     function write(control, value) {
         if (control.dataset.type === "boolean") control.checked = Boolean(value);
         else if (value === null || value === undefined) control.value = "";
         else if (Array.isArray(value)) control.value = value.join(control.dataset.type === "lines" ? "\n" : ", ");
-        else if (typeof value === "object") control.value = Object.entries(value).map((pair) => pair.join(": ")).join("\n");
+        else if (typeof value === "object") control.value = Object.entries(value).map(([name, one]) => `${name}: ${typeof one === "string" ? one : JSON.stringify(one)}`).join("\n");
         else control.value = short(value);
         if (control.tagName === "SELECT" && control.selectedIndex < 0) control.selectedIndex = 0;
     }

@@ -70,7 +70,7 @@
         if (!images.size) return;
         const files = [];
         for (const address of withoutGrid(images)) {
-            const name = decodeURIComponent(address.split("/").pop());
+            const name = fileName(address);
             const data = await (await fetch(address)).arrayBuffer();
             const file = new File([data], name);
             file.caption = promptOf(parameters(data) || shownParameters());
@@ -79,6 +79,16 @@
         host.openTab("lora_trainer");
         await app.pictures.add(files);
     };
+
+    /** The name at the end of an address, where a path of Windows may stand, and a "%" that encodes nothing. */
+    function fileName(address) {
+        const name = (text) => text.split(/[\\/]/).pop();
+        try {
+            return name(decodeURIComponent(address));
+        } catch (error) {
+            return name(address);
+        }
+    }
 
     /** The addresses of the pictures, without the overview that the host draws of several: it is of another size. */
     function withoutGrid(images) {

@@ -78,9 +78,12 @@
         const remembered = app.recall("form");
         app.form.restore(remembered || {});
         app.form.changed();
-        // The host fetches its options after its page is there.
-        if (!remembered && typeof onOptionsAvailable === "function") {
+        // The host fetches its options after its page is there. A kind that is set anew there counts once.
+        if (typeof onOptionsAvailable === "function") {
             onOptionsAvailable(() => {
+                const before = app.recall("kind_option");
+                app.remember("kind_option", opts.lora_trainer_kind);
+                if (remembered && (!before || before === opts.lora_trainer_kind)) return;
                 app.form.chooseKind(opts.lora_trainer_kind);
                 app.form.changed();
             });

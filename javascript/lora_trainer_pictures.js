@@ -6,11 +6,13 @@
     const MORE = 96;
     const BATCH_BYTES = 16 << 20;
     const BATCH_FILES = 16;
+    const MAX_MB = 64; // of one picture, as the server accepts it
     const TEXT = /\.(txt|caption)$/i;
     const TABLE = /\.(csv|jsonl)$/i;
 
     // chosen: name of an uploaded dataset, or a folder of the server; what train_data_dir will be.
     const pictures = (app.pictures = {chosen: null, rows: [], refusedUploads: [], busy: null});
+    let uploads = Promise.resolve();
 
     pictures.begin = function() {
         const drop = app.get("drop");
@@ -29,7 +31,8 @@
             event.preventDefault();
             event.stopPropagation();
             drop.classList.remove("lora_trainer_over");
-            pictures.add(await droppedFiles(event.dataTransfer));
+            droppedFiles(event.dataTransfer).then(pictures.add)
+                .catch((error) => app.complain(error, app.get("problem_train_data_dir")));
         });
         app.get("earlier").addEventListener("change", (event) => event.target.value && pictures.choose(event.target.value));
         pictures.listEarlier();
@@ -65,14 +68,16 @@
         if (list.options.length > 1) app.show(app.get("other_pictures"), true);
     };
 
-    /** Upload files with their captions, into the chosen dataset or a new one. */
+    /** Upload files with their captions, into the chosen dataset or a new one; more of them go where the first went. */
     pictures.add = function(files) {
         if (!files.length) return null;
-        pictures.busy = upload(files).catch((error) => app.complain(error, app.get("problem_train_data_dir"))).finally(() => {
-            pictures.busy = null;
-            app.show(app.get("upload"), false);
-        });
-        return pictures.busy;
+        const mine = (pictures.busy = uploads = uploads.then(() => upload(files))
+            .catch((error) => app.complain(error, app.get("problem_train_data_dir")))
+            .finally(() => {
+                app.show(app.get("upload"), false);
+                if (pictures.busy === mine) pictures.busy = null;
+            }));
+        return mine;
     };
 
     async function upload(files) {
@@ -97,10 +102,15 @@
         };
         for (const file of images) {
             app.setText(status, app.t("Uploading {done} of {total} …", {done: done + batch.length, total: images.length}));
+            if (file.size > MAX_MB << 20) {
+                tooLarge(file);
+                continue;
+            }
+            if (bytes + file.size > BATCH_BYTES && batch.length) await send();
             const caption = file.caption || captions[file.name] || captions[stem(file.name)] || "";
             batch.push({name: file.name, data: await asDataUrl(file), caption});
             bytes += file.size;
-            if (batch.length >= BATCH_FILES || bytes > BATCH_BYTES) await send();
+            if (batch.length >= BATCH_FILES) await send();
         }
         if (batch.length) await send();
         if (!added && images.length && dataset !== pictures.chosen) {
@@ -109,6 +119,13 @@
         }
         await pictures.listEarlier();
         await pictures.choose(dataset);
+    }
+
+    /** In the server's words; it would refuse the whole request, with all that comes along. */
+    function tooLarge(file) {
+        const reason = `${file.name} has ${Math.floor(file.size / (1 << 20))} MB; up to ${MAX_MB} MB are accepted.`;
+        pictures.refusedUploads.push({file: file.name, reason, remedy: "Make it smaller; training scales it down anyway."});
+        app.get("refused").open = true;
     }
 
     async function ownDataset() {
@@ -171,7 +188,11 @@
         app.form.problem("train_data_dir", null);
         if (!pictures.library) await pictures.listEarlier();
         const uploaded = folder && pictures.library.has(folder);
-        if (uploaded) pictures.rows = (await app.fetchJson("/datasets/" + encodeURIComponent(folder))).pictures;
+        if (uploaded) {
+            const {pictures: rows} = await app.fetchJson("/datasets/" + encodeURIComponent(folder));
+            if (pictures.chosen !== folder) return null; // others were chosen meanwhile
+            pictures.rows = rows;
+        }
         app.get("earlier").value = uploaded ? folder : "";
         app.get("folder") && (app.get("folder").value = folder && !uploaded ? folder : "");
         if (folder && !uploaded) app.get("other_pictures").open = true;

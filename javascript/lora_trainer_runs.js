@@ -230,9 +230,11 @@
     runs.again = async function(job, continues) {
         const detail = await app.fetchJson("/jobs/" + job.id);
         const {settings} = await app.post("/settings/check", {yaml: detail.config});
-        const {output_name: name, init_lora: ignored, resume, overwrite, ...rest} = settings;
+        const {output_name: name, init_lora: origin, resume, overwrite, ...rest} = settings;
+        // Its own beginning, unless its LoRA is that now; a hidden folder of the server cannot be named again.
+        const begins = continues || !origin || origin.startsWith("<") ? {} : {init_lora: origin};
         app.openSubTab("Train");
-        app.form.fill({...rest, output_name: nextName(name || job.name)}, {continues: continues ? {id: job.id, name: job.name} : null});
+        app.form.fill({...rest, ...begins, output_name: nextName(name || job.name)}, {continues: continues ? {id: job.id, name: job.name} : null});
         app.get("form").scrollIntoView({block: "start"});
     };
 

@@ -513,3 +513,70 @@ def test_a_job_that_another_page_deletes_is_gone(page, files, train, manager):
     wait_for_text(page, "job_state", "finished")
     manager.delete(1, confirm=True)
     page.wait_for_selector("#lora_trainer_live", state="hidden")
+
+
+def test_pictures_that_follow_go_where_the_first_went(page, files, manager):
+    page.set_input_files("#lora_trainer_files", files[:4])
+    page.set_input_files("#lora_trainer_files", files[4:8])
+    wait_for_text(page, "pictures", "8 pictures are fine")
+    assert len(list(manager.folders.datasets.iterdir())) == 1
+
+
+def test_a_file_that_is_too_large_takes_no_other_along(page, files, tmp_path):
+    film = tmp_path / "film.mp4"
+    with open(film, "wb") as handle:
+        handle.truncate(80 << 20)
+    add(page, [*files, film])
+    assert "12 pictures are fine" in text(page, "pictures")
+    assert "film.mp4 has 80 MB; up to 64 MB are accepted" in text(page, "refused")
+
+
+def test_continuing_takes_what_the_form_says_also_where_that_is_a_default(page, files, train):
+    train.free = True
+    add(page, files)
+    page.evaluate("loraTrainer.form.set('epochs', 7)")
+    start(page, [])
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Continue from it")
+    wait_for_text(page, "origin", "Continues from hat_v1")
+    page.evaluate("loraTrainer.form.set('epochs', undefined)")
+    estimated(page)
+    assert page.input_value("#lora_trainer_field_epochs") == "10"
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "job_name", "hat_v2")
+    wait_for_text(page, "job_state", "finished")
+    assert train.configs[1].epochs == 10 and train.configs[1].init_lora.endswith("hat_v1.safetensors")
+    page.click("#lora_trainer_job_buttons >> text=Run again with changes")
+    page.wait_for_function("() => loraTrainer.form.given.output_name === 'hat_v3'")
+    assert page.evaluate("loraTrainer.form.given.init_lora").endswith("hat_v1.safetensors"), "it began with that, too"
+
+
+def test_optimizer_arguments_are_what_they_look_like(page):
+    page.evaluate("""() => {
+        const field = loraTrainer.form.control("optimizer_args");
+        field.value = "nesterov: false\\nbetas: [0.9, 0.99]\\neps: 1e-8\\nname: plain";
+        field.dispatchEvent(new Event("input", {bubbles: true}));
+        loraTrainer.form.display();
+    }""")
+    given = {"nesterov": False, "betas": [0.9, 0.99], "eps": 1e-8, "name": "plain"}
+    assert page.evaluate("loraTrainer.form.given.optimizer_args") == given
+    assert "betas: [0.9,0.99]" in page.input_value("#lora_trainer_field_optimizer_args")
+
+
+def test_a_kind_that_is_set_anew_in_the_settings_counts(page):
+    page.context.add_init_script("""window.onOptionsAvailable = (action) => {
+        opts.lora_trainer_kind = localStorage.getItem("kind of the settings");
+        action();
+    }""")
+
+    def kind(settings, chosen=None):
+        page.evaluate("(kind) => localStorage.setItem('kind of the settings', kind)", settings)
+        page.reload()
+        page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+        if chosen:
+            page.check(f"input[value={chosen}]")
+        return page.evaluate("loraTrainer.form.kind()")
+
+    kind("character", chosen="scene")
+    assert kind("character") == "scene", "what was chosen last stays"
+    assert kind("style") == "style"
