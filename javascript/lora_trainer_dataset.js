@@ -5,24 +5,43 @@
 
     const LOOK_MS = 600;
     const REFRESH_MS = 5000;
+    const GONE = 404;
 
     // folder: as it was opened. state: what the server said last. row: the picture in hand.
     const editor = (app.editor = {folder: null, state: null, row: null});
     let looking = null;
     let refreshed = 0;
 
-    /** A call about the open folder; its answer's state is shown. */
+    /** A call about the open folder; its answer's state is shown, unless another folder was opened meanwhile. */
     editor.call = async function(path, body) {
-        const answer = await app.post(`/editor/${editor.state.id}${path}`, body);
-        editor.heard(answer.state || (answer.id && answer));
+        const {id} = editor.state;
+        const answer = await app.post(`/editor/${id}${path}`, body);
+        if (editor.state && editor.state.id === id) editor.heard(answer.state || (answer.id && answer));
         return answer;
     };
 
     /** Something a person asked for: what goes wrong is said above the pictures. */
     editor.act = function(action) {
         app.show(app.get("editor_problem"), false);
-        return Promise.resolve().then(action).catch((error) => app.complain(error, app.get("editor_problem")));
+        return Promise.resolve().then(action).catch((error) => (error.status === GONE && editor.state ? openAgain() : Promise.reject(error)))
+            .catch((error) => app.complain(error, app.get("editor_problem")));
     };
+
+    /** The server was started anew and does not know the folder any more. What is being typed is still here. */
+    async function openAgain() {
+        const {folder, state: {unsaved}} = editor;
+        const typed = editor.picture.touched() && {file: editor.row.file, text: app.get("editor_caption").value};
+        editor.state = editor.row = null;
+        app.show(app.get("editor"), false);
+        app.show(app.get("editor_open"), true);
+        await editor.open(folder);
+        if (!editor.state) return;
+        if (typed) {
+            await editor.gallery.show(typed.file);
+            editor.picture.type(typed.text);
+        }
+        if (unsaved) editor.say(app.t(unsaved === 1 ? "The WebUI was started anew; 1 change that was not saved is gone." : "The WebUI was started anew; {n} changes that were not saved are gone.", {n: unsaved}));
+    }
 
     editor.begin = function() {
         app.get("editor_uploads").addEventListener("change", (event) => {
@@ -116,7 +135,12 @@
         looking = null;
         if (!editor.state) return;
         await editor.act(async() => {
-            const state = await app.fetchJson("/editor/" + editor.state.id);
+            const {id} = editor.state;
+            const state = await app.fetchJson("/editor/" + id).catch((error) => {
+                if (error.status !== GONE) looking = setTimeout(look, REFRESH_MS); // the task goes on meanwhile
+                throw error;
+            });
+            if (!editor.state || editor.state.id !== id) return;
             editor.heard(state);
             if (!state.task || state.task.status === "running") return;
             await editor.gallery.reload();

@@ -81,10 +81,12 @@
         field.setSelectionRange(field.value.length, field.value.length);
     };
 
-    picture.putBack = function() {
-        if (!editor.row) return;
-        app.get("editor_caption").value = editor.row.caption;
-        showCaption(editor.row.caption);
+    picture.putBack = () => editor.row && picture.type(editor.row.caption);
+
+    /** Write this into the caption's field, as if it were being typed. */
+    picture.type = function(text) {
+        app.get("editor_caption").value = text;
+        showCaption(text);
     };
 
     /** Send what was typed, as one step. */

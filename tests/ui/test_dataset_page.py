@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("playwright.sync_api")
 from fastapi import FastAPI
 
 from lora_trainer.api import add_routes
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.desk import desk_of
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.fakes import FakeHost, FakeTrain
 from tests.ui.browser import chromium, served
@@ -250,3 +253,40 @@ def test_a_phone(open_page, folder):
     page = open_page(width=390)
     time.sleep(0.3)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_server_that_was_started_anew_opens_the_folder_again(page, folder, manager):
+    page.keyboard.press("Enter")
+    page.keyboard.type(", kept")
+    page.keyboard.press("Enter")
+    until(page, "counts", "1 not saved")
+    page.keyboard.press("ArrowRight")
+    until(page, "place_of", "2 of")
+    page.keyboard.press("Enter")
+    page.keyboard.type(", being typed")
+    desk_of(manager)._benches.clear()
+    page.keyboard.press("Control+s")
+    until(page, "message", "1 change that was not saved is gone")
+    assert page.input_value("#lora_trainer_editor_caption").endswith("number 1, being typed")
+    page.keyboard.press("Control+s")
+    until(page, "message", "1 file saved")
+    assert caption(folder, 1).endswith(", being typed") and not caption(folder, 0).endswith(", kept")
+
+
+def test_a_task_is_followed_again_when_the_server_was_away(page, monkeypatch):
+    goes_on = threading.Event()
+
+    def slow(*args, progress, **more):
+        progress(1, 10)
+        goes_on.wait(30)
+        raise UserError("That is how it ended.")
+
+    monkeypatch.setattr("lora_trainer.dataset.checks.check_folder", slow)
+    page.click("#lora_trainer_editor_opens_check")
+    page.click("text=Check now")
+    until(page, "task_text", "1 / 10")
+    page.context.set_offline(True)
+    until(page, "problem", "does not answer")
+    goes_on.set()
+    page.context.set_offline(False)
+    until(page, "problem", "That is how it ended.")
