@@ -327,6 +327,13 @@ def test_settings_come_as_yaml_and_all_their_problems_at_once(idle, settings):
         idle.submit({})
 
 
+def test_a_few_lines_that_stand_for_gigabytes_are_refused_at_once(idle):
+    pairs = zip("abcdefgh", "bcdefghi")
+    levels = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairs)
+    with pytest.raises(UserError, match="aliases"):
+        idle.submit(f"a: &a [{', '.join('x' * 10)}]\n{levels}lora_rank: *i\n")
+
+
 def test_duplicate_takes_changes_and_continue_starts_from_the_lora(manager, train, settings):
     train.free = True
     job = wait_status(manager, manager.submit({**settings, "network_dim": 4}), "finished")
