@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
 import secrets
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_trainer.errors import UserError
 
 _WINDOWS_RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+_WINDOWS = sys.platform == "win32"
+_TRIES, _PAUSE = 10, 0.05  # seconds
 _UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
 
 
@@ -39,16 +44,46 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             with open(temporary, "rb+") as handle:
                 os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
         temporary = None
     except OSError as error:
+        in_use = _WINDOWS and isinstance(error, PermissionError)
         raise UserError(
             f"{path} could not be written: {error.strerror or error}.",
-            remedy="Free some space or choose another folder.",
+            remedy="Close what has it open." if in_use else "Free some space or choose another folder.",
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """``os.replace``, also where Windows refuses it because somebody has ``target`` open.
+
+    Who reads it, or looks for viruses, is done in a moment. A LoRA that a WebUI has mapped into memory stays so, but
+    can be renamed: it goes out of the way, and is deleted when something is next written under its name.
+    """
+    if not _WINDOWS:
+        return os.replace(source, target)
+    for left in target.parent.glob(f".{glob.escape(target.name[:40])}.*.old"):
+        with suppress(OSError):
+            left.unlink()
+    for attempt in range(_TRIES):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if attempt == _TRIES - 1 and not target.is_file():
+                raise
+            time.sleep(_PAUSE)
+    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.old")
+    os.rename(target, aside)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    with suppress(OSError):
+        aside.unlink()
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
