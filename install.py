@@ -58,15 +58,19 @@ def pip_install(specifiers):
 
 
 def frozen():
-    """Every installed distribution as ``name==version``. What pip cannot read as such a line is left out."""
-    lines = set()
+    """Every installed distribution as ``name==version``, each once: pip gives up where two lines contradict.
+
+    Of several versions the first on the path counts, as for ``import``. What pip cannot read as such a line is left
+    out, and so are folders as "~orch-2.0.0.dist-info", which an update leaves behind on Windows.
+    """
+    lines = {}
     for distribution in importlib.metadata.distributions():
         name, version = distribution.metadata["Name"], distribution.version
-        if not name or not version:
+        if not name or not version or os.path.basename(str(getattr(distribution, "_path", ""))).startswith("~"):
             continue
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) and re.fullmatch(r"[0-9][A-Za-z0-9.!+_-]*", version):
-            lines.add(f"{name}=={version}")
-    return sorted(lines, key=str.lower)
+            lines.setdefault(re.sub(r"[-_.]+", "-", name).lower(), f"{name}=={version}")
+    return sorted(lines.values(), key=str.lower)
 
 
 def tail(text, lines=15):

@@ -73,6 +73,20 @@ def test_everything_installed_is_held_fast(tmp_path):
         assert f"{name}=={importlib.metadata.version(name)}" in asked["constraints"]
 
 
+def test_no_package_is_held_at_two_versions(tmp_path):
+    """Windows leaves "~umpy…" behind where a file was in use; a second folder on the path may have another version."""
+    for folder, name, version in (
+        ("~umpy-1.0.dist-info", "numpy", "1.0"),
+        ("Twice_there-2.0.dist-info", "Twice.there", "2.0"),
+        ("later/twice_there-1.0.dist-info", "twice-there", "1.0"),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    _, asked = run(tmp_path, {"diffusers": None}, PYTHONPATH=f"{tmp_path}{os.pathsep}{tmp_path / 'later'}")
+    held = asked["constraints"].lower().splitlines()
+    assert "numpy==1.0" not in held and "twice.there==2.0" in held and "twice-there==1.0" not in held
+
+
 def test_when_pip_fails_the_webui_starts_all_the_same(tmp_path):
     done, asked = run(tmp_path, {"diffusers": None}, code=1)
     assert done.returncode == 0 and asked
