@@ -59,7 +59,7 @@ class WebuiHost(ABC):
         current = self._current()
         return [
             Checkpoint(info.title, Path(info.filename), info.filename == current)
-            for info in self._webui.sd_models.checkpoints_list.values()
+            for info in list(self._webui.sd_models.checkpoints_list.values())  # the WebUI may refresh it meanwhile
         ]
 
     def _current(self) -> str | None:
@@ -142,7 +142,7 @@ class WebuiHost(ABC):
 
     def _base_of(self, lora: Path) -> Any | None:
         name = describe(lora).base_model
-        infos = self._webui.sd_models.checkpoints_list.values()
+        infos = list(self._webui.sd_models.checkpoints_list.values())
         return next((info for info in infos if Path(info.filename).name == name), None)
 
     @contextmanager
