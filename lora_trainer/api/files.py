@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 
@@ -21,6 +21,7 @@ from lora_trainer.jobs.paths import confined
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 """What a browser may show in place; everything else is downloaded."""
 
+_TEXTS = {".log", ".yaml", ".jsonl", ".json", ".txt"}  # may name folders of the server
 _MAX_FILES = 5000
 _MAX_LOG = 1 << 20
 
@@ -83,9 +84,15 @@ def routes(context: Context) -> APIRouter:
         return {"files": found[:_MAX_FILES]}
 
     @router.get("/jobs/{job_id}/files/{file:path}", response_class=FileResponse)
-    def get_file(file: str, job_id: int = PathParameter(ge=1, le=MAX_ID)) -> FileResponse:
+    def get_file(file: str, job_id: int = PathParameter(ge=1, le=MAX_ID)) -> Response:
         """One file of the job; pictures are shown, everything else is downloaded."""
-        return send(confined(folder_of(job_id), file))
+        path = confined(folder_of(job_id), file)
+        answer = send(path)
+        if path.suffix.lower() in _TEXTS and context.host.access().hide_paths:
+            text = context.plain(path.read_text(encoding="utf-8", errors="replace"))
+            headers = {"Content-Disposition": answer.headers["content-disposition"]}
+            return Response(text, media_type="application/octet-stream", headers=headers)
+        return answer
 
     return router
 

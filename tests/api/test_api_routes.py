@@ -204,6 +204,9 @@ def test_hidden_paths_are_neither_taken_nor_told(client, host, manager, train, s
         "/status", "/jobs", f"/jobs/{job['id']}", f"/jobs/{job['id']}/log", f"/jobs/{job['id']}/events", "/datasets",
         "/datasets/cats", "/checkpoints", f"/jobs/{job['id']}/files")]  # fmt: skip
     told.append(client.post("/estimate", json={"settings": {"train_data_dir": "cats"}}).text)
+    log = client.get(f"/jobs/{job['id']}/files/job.log")
+    assert "<trainer>" in log.text and 'filename="job.log"' in log.headers["content-disposition"]
+    told += [log.text, client.get(f"/jobs/{job['id']}/files/config.yaml").text]
     for text in told:
         assert str(host.root) not in text
     assert "<trainer>" in told[2]
