@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lora_trainer.api.access import RefusedError, check_caller, check_origin
 from lora_trainer.api.context import Context
@@ -44,6 +45,8 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
                     response = await handle(request)
                     response.headers["X-Content-Type-Options"] = "nosniff"
                     return response
+                except ClientDisconnect:
+                    return Response(status_code=499)  # the page was closed or reloaded; nobody reads this
                 except RefusedError as error:
                     return _answer(context, error.status, [Problem(error.message, None, error.remedy)], error.headers)
                 except UserError as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
+from lora_trainer.api import PREFIX
 from lora_trainer.host.base import AccessPolicy
 from tests.jobs.evil import EVIL_PATHS
 from tests.jobs.fakes import make_pictures, wait_for
@@ -235,6 +237,22 @@ def test_the_schema_is_typed_and_can_be_read(client, app):
             is_file = "/files/{" in path or "pictures/{" in path or "thumbnails/{" in path
             assert is_file or content["application/json"]["schema"], (method, path)
     json.dumps(schema)
+
+
+def test_a_page_that_is_closed_while_it_sends_is_no_error(app, caplog):
+    """Reloading the page in the middle of an upload once left a traceback in the WebUI's console."""
+    scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/datasets", "raw_path": b"", "query_string": b"",
+             "headers": [(b"host", b"webui:7860"), (b"content-type", b"application/json")], "scheme": "http",
+             "client": ("127.0.0.1", 1), "server": ("webui", 7860), "root_path": "", "http_version": "1.1"}  # fmt: skip
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    asyncio.run(app(scope, receive, send))
+    assert not caplog.records
 
 
 def test_an_error_nobody_foresaw_is_still_a_sentence(client, host):
