@@ -100,19 +100,25 @@
             batch = [];
             bytes = 0;
         };
-        for (const file of images) {
-            app.setText(status, app.t("Uploading {done} of {total} …", {done: done + batch.length, total: images.length}));
-            if (file.size > MAX_MB << 20) {
-                tooLarge(file);
-                continue;
+        try {
+            for (const file of images) {
+                app.setText(status, app.t("Uploading {done} of {total} …", {done: done + batch.length, total: images.length}));
+                if (file.size > MAX_MB << 20) {
+                    tooLarge(file);
+                    continue;
+                }
+                if (bytes + file.size > BATCH_BYTES && batch.length) await send();
+                const caption = file.caption || captions[file.name] || captions[stem(file.name)] || "";
+                batch.push({name: file.name, data: await asDataUrl(file), caption});
+                bytes += file.size;
+                if (batch.length >= BATCH_FILES) await send();
             }
-            if (bytes + file.size > BATCH_BYTES && batch.length) await send();
-            const caption = file.caption || captions[file.name] || captions[stem(file.name)] || "";
-            batch.push({name: file.name, data: await asDataUrl(file), caption});
-            bytes += file.size;
-            if (batch.length >= BATCH_FILES) await send();
+            if (batch.length) await send();
+        } catch (error) {
+            // What has arrived stays, and the rest can follow it.
+            if (added) await pictures.listEarlier().then(() => pictures.choose(dataset)).catch(() => null);
+            throw error;
         }
-        if (batch.length) await send();
         if (!added && images.length && dataset !== pictures.chosen) {
             showRefused([]);
             throw new app.ServerError(0, {message: app.t("None of these files can be used."), remedy: app.t("The reasons stand below.")});

@@ -580,3 +580,19 @@ def test_a_kind_that_is_set_anew_in_the_settings_counts(page):
     kind("character", chosen="scene")
     assert kind("character") == "scene", "what was chosen last stays"
     assert kind("style") == "style"
+
+
+def test_an_upload_that_breaks_off_goes_on_where_it_was(page, manager, tmp_path):
+    photos = sorted(make_pictures(tmp_path / "many", 20).glob("*.png"))
+    sent = []
+
+    def second_fails(route):
+        sent.append(route)
+        route.abort() if len(sent) == 2 else route.continue_()
+
+    page.route("**/datasets/*/pictures", second_fails)
+    page.set_input_files("#lora_trainer_files", photos)
+    wait_for_text(page, "problem_train_data_dir", "does not answer")
+    page.set_input_files("#lora_trainer_files", photos)
+    wait_for_text(page, "pictures", "20 pictures are fine")
+    assert len(list(manager.folders.datasets.iterdir())) == 1
