@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_CHARACTERS = 20_000
+
+_naming = threading.Lock()  # two pictures that come at once under one name get two
 
 
 @dataclass(frozen=True)
@@ -140,16 +143,17 @@ class DatasetLibrary:
         if len(data) > MAX_PICTURE_BYTES:
             raise UserError(f"{file} has {len(data) >> 20} MB; up to {MAX_PICTURE_BYTES >> 20} MB are accepted.",
                             field="pictures", remedy="Make it smaller; training scales it down anyway.")  # fmt: skip
-        target = _free(root, file, data)
-        if not target.exists():
-            temporary = target
-            try:
-                with atomic_path(target) as temporary:
-                    temporary.write_bytes(data)
-                    measure(temporary)
-            except UserError as error:
-                message = error.message.replace(str(temporary), file).replace(str(target), file)
-                raise UserError(message, field="pictures", remedy=error.remedy) from error.__cause__
+        with _naming:
+            target = _free(root, file, data)
+            if not target.exists():
+                temporary = target
+                try:
+                    with atomic_path(target) as temporary:
+                        temporary.write_bytes(data)
+                        measure(temporary)
+                except UserError as error:
+                    message = error.message.replace(str(temporary), file).replace(str(target), file)
+                    raise UserError(message, field="pictures", remedy=error.remedy) from error.__cause__
         self.add_captions(name, {target.name: caption})
         return target.name
 

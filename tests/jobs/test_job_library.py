@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -37,6 +39,20 @@ def test_a_picture_is_never_overwritten_and_the_same_one_is_added_once(library):
     assert library.add_picture("cats", "A.jpg", png((3, 3, 3)), "third") == "A_3.jpg", "a.txt belongs to the first"
     captions = {one.file: one.caption for one in library.pictures("cats")}
     assert captions == {"a.png": "first", "a_2.png": "", "A_3.jpg": "third"}
+
+
+def test_pictures_that_come_at_once_under_one_name_are_all_there(library):
+    pictures = [png((shade, 0, 0)) for shade in range(0, 240, 20)]
+    begin = threading.Barrier(len(pictures))
+
+    def add(data):
+        begin.wait()
+        return library.add_picture("cats", "a.png", data)
+
+    with ThreadPoolExecutor(len(pictures)) as pool:
+        names = list(pool.map(add, pictures))
+    assert len(set(names)) == len(pictures)
+    assert {library.picture("cats", name).read_bytes() for name in names} == set(pictures)
 
 
 def test_a_picture_that_comes_again_leaves_the_caption_as_it_was_edited(library):
