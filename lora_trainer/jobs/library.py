@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_CHARACTERS = 20_000
 
-_naming = threading.Lock()  # two pictures that come at once under one name get two
+# Two pictures that come at once under one name get two names; of two that are left out at once, both are.
+_changing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ class DatasetLibrary:
         root = self.folder(name)
         for file in files:
             self.picture(name, file)
-        edits = load_edits(root)
-        save_edits(root, {file: replace(edits.get(file, UNTOUCHED), excluded=excluded) for file in files})
+        with _changing:
+            edits = load_edits(root)
+            save_edits(root, {file: replace(edits.get(file, UNTOUCHED), excluded=excluded) for file in files})
 
     def picture(self, name: str, file: str) -> Path:
         """The path of one picture. Raises UserError when it is not a picture inside the dataset."""
@@ -143,7 +145,7 @@ class DatasetLibrary:
         if len(data) > MAX_PICTURE_BYTES:
             raise UserError(f"{file} has {len(data) >> 20} MB; up to {MAX_PICTURE_BYTES >> 20} MB are accepted.",
                             field="pictures", remedy="Make it smaller; training scales it down anyway.")  # fmt: skip
-        with _naming:
+        with _changing:
             target = _free(root, file, data)
             if not target.exists():
                 temporary = target

@@ -55,6 +55,20 @@ def test_pictures_that_come_at_once_under_one_name_are_all_there(library):
     assert {library.picture("cats", name).read_bytes() for name in names} == set(pictures)
 
 
+def test_pictures_that_are_left_out_at_once_are_all_left_out(library):
+    """Two quick clicks are two requests, which read and write the same file."""
+    names = [library.add_picture("cats", f"{shade}.png", png((shade, 0, 0))) for shade in range(0, 120, 10)]
+    begin = threading.Barrier(len(names))
+
+    def leave_out(name):
+        begin.wait()
+        library.exclude("cats", [name])
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(leave_out, names))
+    assert all(picture.excluded for picture in library.pictures("cats"))
+
+
 def test_a_picture_that_comes_again_leaves_the_caption_as_it_was_edited(library):
     library.add_picture("cats", "a.png", png(), "as it came")
     library.add_picture("cats", "b.png", png((9, 9, 9)))
