@@ -176,18 +176,19 @@ def stop_at(manager, step):
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_somebody_elses_lora_stays_while_it_trains(host, settings, replaces):
-    """Also one that the finished LoRA may replace."""
+    """Also one that the finished LoRA may replace. It came when the job was in the queue already."""
     theirs = host.root / "Lora" / "mine" / "disc.safetensors"
     theirs.parent.mkdir()
     seen = []
     original = host.publish
 
     def publish(lora, name, card, *, overwrite=False):
+        if not seen:
+            theirs.write_bytes(b"theirs")
         seen.append(theirs.read_bytes())
         return original(lora, name, card, overwrite=overwrite)
 
     host.publish = publish
-    theirs.write_bytes(b"theirs")
     job, _ = trained(host, {**settings, "save_steps": 4, "overwrite": replaces})
     assert job.status == "finished" and seen == [b"theirs"] * 3
     assert any("before it is finished" in warning.message for warning in job.warnings)
