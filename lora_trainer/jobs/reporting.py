@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import sqlite3
 import sys
 import threading
@@ -172,7 +173,7 @@ def memory_in_use() -> int | None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return None
-    return pages * 4096
+    return pages * mmap.PAGESIZE
 
 
 @contextmanager
