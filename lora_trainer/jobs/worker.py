@@ -70,6 +70,7 @@ class JobManager:
         self.lease = WorkerLease(self.folders.data / "worker.lock")
         self._train = train
         self._lock = threading.RLock()
+        self._naming = threading.RLock()  # a name that was found free is so until the job has it
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -182,7 +183,8 @@ class JobManager:
 
     def submit(self, settings: Mapping[str, Any] | str, *, held: bool = False) -> Job:
         """Check settings (a mapping or YAML) and append the job; ``held`` jobs wait for ``start``."""
-        job = submitting.add_job(self.store, self.folders, self.host, settings, held=held)
+        with self._naming:
+            job = submitting.add_job(self.store, self.folders, self.host, settings, held=held)
         self._wake.set()
         return job
 
@@ -237,8 +239,9 @@ class JobManager:
         """The same settings again, with changes and a name that is free."""
         job = self.store.get(job_id)
         changes = dict(changes or {})
-        changes.setdefault("output_name", submitting.free_name(self.store, self.host, job.name))
-        return self.submit(submitting.merged(job, changes), held=held)
+        with self._naming:
+            changes.setdefault("output_name", submitting.free_name(self.store, self.host, job.name))
+            return self.submit(submitting.merged(job, changes), held=held)
 
     def continue_from(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
         """A new job that starts from the LoRA this one made."""

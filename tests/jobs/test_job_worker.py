@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -298,6 +300,21 @@ def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings,
     with pytest.raises(UserError, match="Another job"):
         idle.submit({**settings, "output_name": "CAT"})
     assert len(idle.store.list()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
+
+
+def test_two_that_start_at_once_do_not_get_one_name(idle, settings):
+    begin = threading.Barrier(6)
+
+    def start(_):
+        begin.wait()
+        with suppress(UserError):
+            idle.submit(settings)
+        begin.wait()
+        return idle.duplicate(1).name
+
+    with ThreadPoolExecutor(6) as pool:
+        names = list(pool.map(start, range(6)))
+    assert sorted([*names, "cat"]) == sorted({job.name for job in idle.store.list()}) and len(set(names)) == 6
 
 
 @pytest.mark.parametrize("there", ["people/cat.safetensors", "CAT.pt", "cat.json"])
