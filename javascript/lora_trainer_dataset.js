@@ -239,6 +239,7 @@
 
     /** Back to the choice; what is unsaved stays with the server and is there when the folder is opened again. */
     async function leave() {
+        await editor.picture.keep();
         if (editor.state && editor.state.unsaved) {
             return editor.say(app.t(editor.state.unsaved === 1 ? "1 change is not saved." : "{n} changes are not saved.", {n: editor.state.unsaved}),
                 app.button("Save them", () => editor.save().then(() => editor.state.unsaved || leave()), "primary"),

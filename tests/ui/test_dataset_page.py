@@ -290,3 +290,11 @@ def test_a_task_is_followed_again_when_the_server_was_away(page, monkeypatch):
     goes_on.set()
     page.context.set_offline(False)
     until(page, "problem", "That is how it ended.")
+
+
+def test_what_is_being_typed_counts_before_the_folder_is_left(page):
+    page.keyboard.press("Enter")
+    page.keyboard.type(", on its way")
+    page.click("text=Other pictures")
+    until(page, "message", "1 change is not saved")
+    assert page.is_visible("#lora_trainer_editor")
