@@ -26,12 +26,16 @@ class Points:
     complete: bool
 
 
-def size(path: Path) -> int:
-    """Bytes in the file; 0 when there is none."""
+def has_grown(path: Path, offset: int) -> bool:
+    """Whether there is more to read than what ends at byte ``offset``: a whole line, that is, for a full disk or a
+    crash may leave half of one for good."""
     try:
-        return os.stat(path).st_size
+        if os.stat(path).st_size == offset:
+            return False
     except OSError:
-        return 0
+        return offset != 0
+    points = read_points(path, offset)
+    return points.offset != offset or not points.complete
 
 
 def read_points(path: Path, offset: int = 0, limit: int = MAX_POINTS) -> Points:

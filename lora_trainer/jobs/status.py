@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from lora_trainer.jobs.job import Event, Job, Problem, UnknownJobError
-from lora_trainer.jobs.metrics import Points, read_points, size
+from lora_trainer.jobs.metrics import Points, has_grown, read_points
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.worker import JobManager
 
@@ -68,7 +68,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
         last = Cursor(server)
     revision = store.revision()
     curve = manager.curve_of(last.job) if last.job else None
-    if since and revision == last.revision and (curve is None or size(curve) == last.offset):
+    if since and revision == last.revision and (curve is None or not has_grown(curve, last.offset)):
         return Snapshot(str(last), True)
     known = last.revision if last.revision <= revision else 0  # the database was replaced
     here = store.list(("running", "paused", "waiting", "stopping", "queued"))

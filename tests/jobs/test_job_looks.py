@@ -86,6 +86,19 @@ def _curve(manager, job):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def test_half_a_line_that_a_full_disk_left_is_no_news(manager, train, settings):
+    train.free = True
+    job = manager.submit(settings)
+    wait_for(lambda: manager.store.get(job.id).is_over)
+    cursor = look(manager).cursor
+    with manager.folders.metrics(job).open("a") as handle:
+        handle.write('{"step": 5, "lo')
+    assert look(manager, cursor).unchanged
+    with manager.folders.metrics(job).open("a") as handle:
+        handle.write('ss": 1}\n')
+    assert [point["step"] for point in look(manager, cursor).metrics.points] == [5]
+
+
 def test_two_pages_agree(manager, train, settings):
     train.free = True
     job = manager.submit(settings)
