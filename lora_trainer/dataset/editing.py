@@ -175,9 +175,10 @@ class EditSession:
 
         Raises:
             ConflictError: somebody else changed the same captions. Nothing is written.
-            UserError: a file cannot be written.
+            UserError: a file cannot be written, or the pictures are not there.
         """
         with self.lock:
+            self._check_still_there()
             dirty = {key: text for key, text in self.captions.items() if text != self.saved_captions[key]}
             expected = None if force else {key: self.saved_captions[key] for key in dirty}
             written = Written()
@@ -197,9 +198,11 @@ class EditSession:
     def refresh(self) -> ConflictError | None:
         """Take over what changed in the files: new and removed pictures, captions that are not edited here.
 
-        Returns the conflict, if captions that are edited here changed in the files as well.
+        Returns the conflict, if captions that are edited here changed in the files as well. Raises UserError, and
+        forgets nothing, when something is unsaved and the pictures are not there.
         """
         with self.lock:
+            self._check_still_there()
             captions, pictures, saved = self.captions, self.pictures, self.saved_captions
             saved_pictures, dirty = self.saved_pictures, set(self.unsaved)
             self._load()
@@ -217,6 +220,14 @@ class EditSession:
             if (captions, pictures) != (self.captions, self.pictures):
                 self.revision += 1
             return ConflictError(conflicts) if conflicts else None
+
+    def _check_still_there(self) -> None:
+        """A drive that is away for a moment leaves no folder, or an empty one: nobody's words end with that."""
+        if self.unsaved and not any(path.is_file() for path in self.paths.values()):
+            raise UserError(
+                f"{self.root} has none of its pictures any more; what is unsaved stays here.",
+                remedy="Bring them back, or discard the changes.",
+            )
 
     def take_theirs(self, keys: Iterable[str]) -> Step:
         """End a conflict: these captions become what is in the files. Undo brings the own words back."""

@@ -28,7 +28,7 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
         UserError: naming ``output_name`` when it cannot be a name, or is taken and not ``overwrite``; or the folder
             cannot be written.
     """
-    problem = safe_name_problem(name) or ("the WebUI keeps it for itself" if name.casefold() in _RESERVED else None)
+    problem = safe_name_problem(name) or ("the WebUI keeps it for itself" if is_reserved(name) else None)
     if problem:
         raise UserError(f"{name!r} cannot be a name: {problem}.", field="output_name", remedy="Choose another name.")
     path, json_path, picture = _files(folder, name)
@@ -51,6 +51,11 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
         with atomic_path(path) as temporary:
             shutil.copyfile(lora, temporary)
     return path
+
+
+def is_reserved(name: str) -> bool:
+    """Whether the WebUIs would never find a LoRA of this name."""
+    return name.casefold() in _RESERVED
 
 
 def is_taken(folder: Path, name: str) -> bool:

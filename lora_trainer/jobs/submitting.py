@@ -97,13 +97,15 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
 
 
 def name_taken(store: JobStore, host: Host, name: str) -> str | None:
-    """Why a LoRA cannot be called ``name``: there is one, in some sub-folder perhaps, or a job that will make one.
-    None when it can."""
-    from lora_trainer.host.publishing import is_taken
+    """Why a LoRA cannot be called ``name``: there is one, in some sub-folder perhaps, or a job that will make one, or
+    the WebUI would not find it. None when it can."""
+    from lora_trainer.host.publishing import is_reserved, is_taken
 
     lora = host.folders().lora
     if not name:
         return None
+    if is_reserved(name):
+        return f"{name} cannot be a name: the WebUI keeps it for itself."
     if lora is not None and is_taken(Path(lora), name):
         return f"There is a LoRA named {name} already."
     if any(job.name.casefold() == name.casefold() for job in store.list((*WAITING_TO_START, *ACTIVE))):

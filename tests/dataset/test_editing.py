@@ -175,6 +175,26 @@ def test_other_peoples_changes_are_taken_over_or_told(session, root):
     assert "a.png" not in session.captions and session.undo_label is None
 
 
+@pytest.mark.parametrize("leave_folder", [True, False], ids=["empty", "gone"])
+def test_a_drive_that_is_away_for_a_moment_costs_nothing(session, root, tmp_path_factory, leave_folder):
+    session.edit(Edit("set", "mine"), ["a.png"])
+    session.edit_pictures({"b.png": PictureEdit(excluded=True)})
+    away = tmp_path_factory.mktemp("away") / "drive"
+    root.rename(away)
+    if leave_folder:
+        root.mkdir()
+    for look in (session.refresh, session.save):
+        with pytest.raises(UserError):
+            look()
+    assert root.exists() == leave_folder and not list(root.glob("*"))
+    if leave_folder:
+        root.rmdir()
+    away.rename(root)
+    session.refresh()
+    session.save()
+    assert (root / "a.txt").read_text() == "mine\n" and load_edits(root)["b.png"].excluded
+
+
 def test_typing_makes_one_backup_and_a_bulk_edit_another(session):
     backups = []
     for number in range(3):

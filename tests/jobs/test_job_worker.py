@@ -327,6 +327,11 @@ def test_what_publishing_would_refuse_is_refused_before_the_training(idle, setti
         idle.submit(settings)
 
 
+def test_a_name_that_the_webui_never_finds_is_refused_before_the_training(idle, settings):
+    with pytest.raises(UserError, match="keeps it for itself"):
+        idle.submit({**settings, "output_name": "None"})
+
+
 def test_a_name_is_found_where_none_is_given(idle, settings):
     del settings["output_name"]
     assert [idle.submit(settings).name for _ in range(3)] == ["photos", "photos_2", "photos_3"]
