@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -50,12 +51,13 @@ ALIASES: dict[str, str] = {
     "min_bucket_reso": "min_bucket_resolution",
     "max_bucket_reso": "max_bucket_resolution",
     "resume_from_checkpoint": "resume",
-    "sample_prompts": "preview_prompts",
     "sample_every_n_steps": "preview_steps",
+    "sample_prompts": "preview_prompts",
 }
 """Other names that are understood, from the articles and from the trainers people come from."""
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_PARTS_AT = {"preview_prompts": "\n"}  # a prompt has commas; the parts of every other list do not
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -104,16 +106,22 @@ def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """``["epochs=3", "target_modules=[to_q]"]`` -> values as YAML would read them."""
+    """``["epochs=3", "target_modules=[to_q]"]`` -> values as YAML would read them.
+
+    A text is taken as it stands, unless it is quoted: the shell has read it already, and to YAML ``./set #2`` would be
+    a path and a comment.
+    """
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
+        name, text = name.strip().lstrip("-"), text.strip()
         if not equals:
             raise UserError(f"'{pair}' is not a setting.", remedy="Write name=value, such as epochs=3.")
-        try:
-            values[name.strip().lstrip("-")] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[name.strip().lstrip("-")] = text
+        values[name] = text
+        if _stands_as_it_is(name, text):
+            continue
+        with contextlib.suppress(yaml.YAMLError):
+            values[name] = yaml.safe_load(text)
     return values
 
 
@@ -131,6 +139,10 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             problems.append(UserError(f"'{given}' is a second name of '{name}', which is set too.", field=given,
                                       remedy="Keep one of them."))  # fmt: skip
             continue
+        if value is None and known[name].default == "":
+            value = ""  # "trigger_word:" with nothing behind it
+        if isinstance(value, str) and name in _PARTS_AT:
+            value = [part.strip() for part in value.split(_PARTS_AT[name]) if part.strip()]
         try:
             clean[name] = _check_limits(_convert(value, _types()[name]), known[name].metadata)
         except ValueError as error:
@@ -242,6 +254,18 @@ def _types() -> dict[str, Any]:
     return typing.get_type_hints(TrainConfig)
 
 
+def _is_text(name: str) -> bool:
+    """Whether the setting of this name, or second name, is a text."""
+    return _types().get(ALIASES.get(name, name)) in (str, str | None)
+
+
+def _stands_as_it_is(name: str, text: str) -> bool:
+    """Whether ``text`` is the value of a text setting, neither YAML's nothing nor quoted for it."""
+    if text in ("", "null") or text.startswith(("'", '"')):
+        return False
+    return _is_text(name) or (ALIASES.get(name, name) in _PARTS_AT and not text.startswith("["))
+
+
 def _unknown(name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known, *ALIASES], n=1, cutoff=0.5)
     hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?" if near else "Remove it; the README lists all settings."
@@ -322,6 +346,8 @@ def _str(value: Any) -> str:
 
 def _convert_loose(value: Any) -> Any:
     """Arguments passed through to a library: only YAML 1.1's habit of reading 1e-4 as text is mended."""
+    if isinstance(value, list):
+        return [_convert_loose(part) for part in value]
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
 
 
@@ -355,12 +381,20 @@ def _wanted(name: str) -> str:
     return text + (" (or empty)" if optional else "")
 
 
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_GUESSED_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice (YAML would silently keep the last) and endless alias expansion."""
+    """Refuses a key that stands twice (YAML would silently keep the last) and endless alias expansion.
+
+    What a text setting holds is read as it is written: to YAML 1.1 a trigger word ``on`` is true, a name ``007`` is 7,
+    and ``1.10`` is 1.1.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key_node.start_mark)
             if key_node.value in seen:
@@ -368,6 +402,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     None, None, f"'{key_node.value}' is set twice", key_node.start_mark
                 )
             seen.add(key_node.value)
+            if _is_text(key_node.value) and value_node.tag in _GUESSED_TAGS:
+                value_node.tag = _TEXT_TAG
         return super().construct_mapping(node, deep)
 
 

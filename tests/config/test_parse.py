@@ -115,6 +115,42 @@ def test_overrides_win_and_are_typed(tmp_path):
         parse_overrides(["epochs"])
 
 
+@pytest.mark.parametrize("written", ["on", "no", "007", "0123", "1.10", "1:30", "2024-01-01", "1_000"])
+def test_a_text_is_what_was_written_not_what_yaml_guesses(written):
+    text = f"trigger_word: {written}\nepochs: 1_0\nflip: on\n"
+    config = from_mapping(parse_yaml(text))
+    assert (config.trigger_word, config.epochs, config.flip) == (written, 10, True)
+    assert from_mapping(parse_overrides([f"trigger_word={written}"])).trigger_word == written
+
+
+@pytest.mark.parametrize("text", ["./set #2", "[2024] photos", "- a", "a: b", "*x", "%x", "C:\\new\\x", "a\nb"])
+def test_the_command_line_takes_a_text_as_it_stands(text):
+    config = from_mapping(parse_overrides([f"train_data_dir={text}", f"vae={text}", "description='a #b'"]))
+    assert (config.train_data_dir, config.vae, config.description) == (text, text, "a #b")
+
+
+def test_nothing_behind_a_text_setting_is_its_empty_default():
+    config = from_mapping(parse_yaml("base_model:\noutput_name:\ntrigger_word: null\nvae:\n"))
+    assert (config.base_model, config.output_name, config.trigger_word, config.vae) == ("", "", "", None)
+    assert from_mapping(parse_overrides(["trigger_word=", "vae=null"])).trigger_word == ""
+    with pytest.raises(ConfigError, match="resolution"):
+        from_mapping({"resolution": None})
+
+
+def test_a_prompt_may_hold_commas():
+    one = "a red star, on blue #2"
+    assert from_mapping(parse_yaml(f"preview_prompts: '{one}'")).preview_prompts == [one]
+    assert from_mapping(parse_overrides([f"preview_prompts={one}"])).preview_prompts == [one]
+    assert from_mapping(parse_overrides(['preview_prompts=["a, b", c]'])).preview_prompts == ["a, b", "c"]
+    assert from_mapping({"preview_prompts": "a, b\n\nc"}).preview_prompts == ["a, b", "c"]
+    assert from_mapping({"target_modules": "to_q, to_v"}).target_modules == ["to_q", "to_v"]
+
+
+def test_numbers_inside_optimizer_args():
+    config = from_mapping(parse_yaml("optimizer_args: {weight_decay: 1e-2, betas: [0.9, 1e-1]}"))
+    assert config.optimizer_args == {"weight_decay": 0.01, "betas": [0.9, 0.1]}
+
+
 @pytest.mark.parametrize(
     "text",
     ["a: [", "- 1\n- 2", "just text", "a: 1\na: 2", "? [x]\n: 1", "\x00", "a: !!python/object:os.system {}", "42"],
