@@ -52,7 +52,14 @@ ALIASES: dict[str, str] = {
     "max_bucket_reso": "max_bucket_resolution",
     "resume_from_checkpoint": "resume",
     "sample_every_n_steps": "preview_steps",
-    "sample_prompts": "preview_prompts",
+    "lr_scheduler_num_cycles": "lr_cycles",
+    "lr_scheduler_power": "lr_power",
+    "ip_noise_gamma": "input_perturbation",
+    "debiased_estimation_loss": "debiased_estimation",
+    "masked_loss": "use_masks",
+    "v_parameterization": "v_prediction",
+    "num_repeats": "repeats",
+    "training_comment": "description",
 }
 """Other names that are understood, from the articles and from the trainers people come from."""
 
@@ -267,8 +274,10 @@ def _stands_as_it_is(name: str, text: str) -> bool:
 
 
 def _unknown(name: str, known: Iterable[str]) -> UserError:
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known, *ALIASES], n=1, cutoff=0.5)
-    hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?" if near else "Remove it; the README lists all settings."
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known, *ALIASES], n=1, cutoff=0.6)
+    hint = "Remove it; lora_trainer/config/schema.py lists all settings."
+    if near:
+        hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?"
     return UserError("There is no such setting.", field=name, remedy=hint)
 
 

@@ -75,6 +75,20 @@ def test_aliases_lead_to_fields():
     assert set(ALIASES.values()) <= names and not set(ALIASES) & names
 
 
+def test_the_names_of_kohyas_scripts():
+    config = from_mapping(
+        {"lr_scheduler_num_cycles": 3, "lr_scheduler_power": 2, "ip_noise_gamma": 0.1, "v_parameterization": True}
+    )
+    assert (config.lr_cycles, config.lr_power, config.input_perturbation, config.v_prediction) == (3, 2, 0.1, True)
+
+
+@pytest.mark.parametrize("name", ["logging_dir", "xformers", "cache_latents", "sdpa", "network_train_unet_only"])
+def test_a_name_that_is_like_no_setting_gets_no_wrong_hint(name):
+    with pytest.raises(ConfigError, match="Remove it") as caught:
+        from_mapping({name: "1"})
+    assert "Did you mean" not in str(caught.value)
+
+
 def test_all_problems_are_reported_at_once_with_field_value_and_remedy():
     with pytest.raises(ConfigError) as caught:
         from_mapping({"lora_rnk": 8, "epochs": 0, "batch_size": "many", "optimizer": "adam", "resolution": "huge"})
