@@ -56,11 +56,12 @@ def scan(
     """
     if not config.train_data_dir:
         raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
-    others = [path for path in (config.reg_data_dir, config.output_dir, config.cache_dir) if path]
+    results = folders_of_results(config)
+    others = [*results, *([Path(config.reg_data_dir)] if config.reg_data_dir else [])]
     training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure, stand_in)
     if not config.reg_data_dir:
         return _translated(training, config)
-    others = [config.train_data_dir, *others[1:]]
+    others = [*results, Path(config.train_data_dir)]
     regularization = _scan_root(config, Path(config.reg_data_dir), others, True, progress, measure)
     both = Dataset(
         training.root,
@@ -69,6 +70,12 @@ def scan(
         training.warnings + regularization.warnings,
     )
     return _translated(both, config)
+
+
+def folders_of_results(config: TrainConfig) -> list[Path]:
+    """What a run itself writes, which is no data: previews are pictures, and output_dir may be the data folder."""
+    output = Path(config.output_dir)
+    return [output, output / "previews", *([Path(config.cache_dir)] if config.cache_dir else [])]
 
 
 def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
@@ -87,7 +94,7 @@ def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
 def _scan_root(
     config: TrainConfig,
     root: Path,
-    exclude: Sequence[str],
+    exclude: Sequence[Path],
     is_regularization: bool,
     progress: Callable[[int, int], None] | None,
     measure: Callable[[Path], tuple[tuple[int, int], str]],
@@ -95,7 +102,7 @@ def _scan_root(
 ) -> Dataset:
     setting = "reg_data_dir" if is_regularization else "train_data_dir"
     try:
-        listing = list_folder(root, [Path(path) for path in exclude])
+        listing = list_folder(root, exclude)
     except UserError as error:
         raise UserError(error.message, field=setting, remedy=error.remedy) from None
     problems: list[CaptionProblem] = []

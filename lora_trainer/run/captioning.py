@@ -17,6 +17,7 @@ from lora_trainer.captioning.registry import AUTO, Sources, choose, open_caption
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.captions import escape
+from lora_trainer.dataset.folder import folders_of_results
 from lora_trainer.dataset.images import flatten, open_image
 from lora_trainer.dataset.listing import kohya_folder, list_folder
 from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
@@ -174,7 +175,7 @@ def _wordless(config: TrainConfig) -> list[str]:
     root = Path(config.train_data_dir)
     if not config.train_data_dir or config.metadata_path or config.trigger_word.strip() or not root.is_dir():
         return []
-    listing = list_folder(root, [Path(path) for path in (config.output_dir, config.cache_dir) if path])
+    listing = list_folder(root, folders_of_results(config))
     problems: list = []
     captions = read_captions(root, None, config.caption_extension, problems=problems, listing=listing)
     if captions or problems or any(kohya_folder(root, key) for key in listing.pictures):

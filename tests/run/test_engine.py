@@ -188,6 +188,15 @@ def test_previews_without_a_webui(settings):
     assert listener.previews and all(path.stat().st_size > 100 for path in listener.previews)
 
 
+def test_previews_in_the_data_folder_are_no_pictures_to_train_on(settings):
+    settings |= {"output_dir": settings["train_data_dir"], "trigger_word": "zwx", "preview_prompts": ["a red disc"]}
+    first, again = Listener(), Listener()
+    run(settings, first, preview_steps=1)
+    run(settings, again, preview_steps=1)
+    assert first.previews and ("pictures", 5, 5) in again.phases
+    assert any("finished before" in warning for warning in again.warnings), "it was taken for another run"
+
+
 def test_unusable_pictures_are_left_out_with_a_word(settings, tmp_path):
     folder = tmp_path / "圆 盘 pictures"
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
