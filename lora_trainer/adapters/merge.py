@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def merge(
     """
     base, output = Path(base), Path(output)
     lora = lora if isinstance(lora, LoraFile) else read_lora(lora)
-    _check_paths(base, lora.path, output, overwrite)
+    check_paths(base, lora.path, output, overwrite)
+    if not math.isfinite(weight):
+        raise UserError(f"A strength of {weight} is no number.", field="weight", remedy="Use one such as 0.7.")
     _check_family(lora, family)
     matched, unmatched = lora.match(targets)
     plan = _plan(matched, targets)
@@ -80,19 +83,25 @@ def merge(
     return MergeResult(output, sum(map(len, plan.values())), (*unmatched, *absent, *lora.unsupported))
 
 
-def _check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
+def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
+    """Raises UserError when a merge could not write ``output``; ``lora`` need not be there yet."""
     if base.is_dir() or (base.is_file() and base.suffix.lower() != ".safetensors"):
         raise UserError(f"{base} is not a single .safetensors file.", remedy="Merge into such a file.")
     if not base.is_file():
         raise UserError(f"{base} does not exist.")
     if output.suffix.lower() != ".safetensors":
         raise UserError(f"{output} does not end in .safetensors.")
-    if output.exists():
-        if output.is_dir() or any(output.samefile(source) for source in (base, lora)):
-            raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
-        if not overwrite:
-            remedy = "Choose another name or set overwrite."
-            raise UserError(f"{output} exists already.", field="overwrite", remedy=remedy)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder.", remedy="Choose another name.")
+    if any(output.resolve() == source.resolve() or _same_file(output, source) for source in (base, lora)):
+        raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
+    if output.exists() and not overwrite:
+        remedy = "Choose another name or set overwrite."
+        raise UserError(f"{output} exists already.", field="overwrite", remedy=remedy)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _check_family(lora: LoraFile, family: str | None) -> None:

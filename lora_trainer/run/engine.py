@@ -14,7 +14,7 @@ from typing import Any
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
-from lora_trainer.adapters.merge import merge
+from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, to_mapping, to_yaml
 from lora_trainer.dataset.buckets import BatchPlan
@@ -123,6 +123,8 @@ def train(
         identity = _identity(config, dataset, model, precision.name, initial)
         outputs = Outputs.of(config, fingerprint(identity))
         outputs.refuse_to_overwrite(config.overwrite)
+        if config.merge_into_base:
+            _check_merge(config, model, outputs.lora)
         _save_configuration(config, outputs)
         cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"))
         draws_here = previewer is None and bool(config.preview_prompts)
@@ -219,13 +221,19 @@ def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:
     )
 
 
-def _merge(config: TrainConfig, model: LentModel, lora: Path) -> Path:
+def _check_merge(config: TrainConfig, model: LentModel, lora: Path) -> None:
+    """Raises UserError when the finished LoRA could not be merged: better now than after hours."""
     if model.info.path is None:
         raise UserError(
             "The base model is no file that could be merged into.",
             field="merge_into_base",
-            remedy="Leave it empty; the LoRA itself is finished.",
+            remedy="Leave it empty, and merge the finished LoRA elsewhere.",
         )
+    with concerning("merge_into_base"):
+        check_paths(model.info.path, lora, Path(config.merge_into_base), config.overwrite)
+
+
+def _merge(config: TrainConfig, model: LentModel, lora: Path) -> Path:
     output = Path(config.merge_into_base)
     merge(
         model.info.path,

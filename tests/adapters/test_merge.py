@@ -81,6 +81,15 @@ def files(tmp_path):
         yield tmp_path, targets
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_makes_no_checkpoint(files, weight):
+    folder, targets = files
+    out = folder / "out.safetensors"
+    with pytest.raises(UserError, match="no number"):
+        merge(folder / "base.safetensors", folder / "lora.safetensors", weight, out, targets=targets)
+    assert not out.exists()
+
+
 def test_nothing_is_written_over(files):
     folder, targets = files
     base, lora, out = (folder / f"{name}.safetensors" for name in ("base", "lora", "out"))

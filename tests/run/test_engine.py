@@ -220,6 +220,17 @@ def test_merged_into_the_base(settings, tmp_path, tiny_base):
     assert all("transformer_blocks" in name or "proj_" in name for name in changed)
 
 
+@pytest.mark.parametrize("name, word", [
+    ("taken.safetensors", "exists already"), ("merged", ".safetensors"), ("out/disc.safetensors", "would replace"),
+])  # fmt: skip
+def test_what_cannot_be_merged_is_said_before_the_training(settings, tmp_path, name, word):
+    (tmp_path / "taken.safetensors").write_text("mine")
+    listener = Listener()
+    with pytest.raises(UserError, match=word):
+        run(settings, listener, merge_into_base=str(tmp_path / name))
+    assert not listener.steps and (tmp_path / "taken.safetensors").read_text() == "mine"
+
+
 def test_a_damaged_cache_is_made_anew(settings, tmp_path):
     first = run(settings)
     files = sorted((tmp_path / "out" / "cache").rglob("*.cache"))
