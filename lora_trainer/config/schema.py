@@ -264,7 +264,7 @@ class ObjectiveSettings:
     """What of the VAE's answer is learned: a draw from it, or its mean."""
 
     clip_skip: int = setting(1, minimum=1, maximum=12)
-    """Which layer of the text encoder is read, from the end (SD 1 and 2); 2 for anime models."""
+    """Which layer of the text encoder is read, from the end (SD 1 only); 2 for anime models."""
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,13 @@ class DiffusionModel:
         # SD 2's encoder is built without its last layer, so that its end is the last layer but one of the file.
         if self.info.family == "sd2" or self.clip_skip <= 1:
             return output.last_hidden_state
+        if self.clip_skip >= len(output.hidden_states):
+            layers = len(output.hidden_states) - 1
+            raise UserError(
+                f"{self.clip_skip} is too much: this text encoder has {layers} layers.",
+                field="clip_skip",
+                remedy=f"Use 1 to {layers}.",
+            )
         return text_body(encoder).final_layer_norm(output.hidden_states[-self.clip_skip])
 
     def count_tokens(self, caption: str) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_trainer.errors import UserError
 from lora_trainer.models.base import Prompts
 from lora_trainer.models.checkpoint import FileLender
 from tests.models import reference
@@ -54,6 +55,11 @@ def test_latents_are_the_scaled_posterior(checkpoints):
         noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
         drawn = model.sample_latents(moments, torch.Generator().manual_seed(5))
         close(drawn, 0.13025 * (mean + torch.exp(log_variance / 2) * noise))
+
+
+def test_a_clip_skip_beyond_the_layers_is_said(checkpoints):
+    with FileLender(checkpoints["sd1"], clip_skip=3).borrow() as model, pytest.raises(UserError, match="2 layers"):
+        model.encode_prompts(["a cat"])
 
 
 @torch.no_grad()
