@@ -65,7 +65,7 @@ def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]
         _use_one_rate(config, groups)
     try:
         return constructor(groups, lr=config.learning_rate, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(
             f"{config.optimizer} does not take {config.optimizer_args}: {error}.", field="optimizer_args"
         ) from error
@@ -102,14 +102,14 @@ def _fused_available(groups: Sequence[dict[str, Any]]) -> bool:
 
 def _use_one_rate(config: TrainConfig, groups: list[dict[str, Any]]) -> None:
     # Prodigy estimates one step size for everything, and refuses groups of different rates.
-    rates = {group["lr"] for group in groups} - {0}
-    if len(rates) <= 1:
-        return
-    for name in ("block_lr_weights", "text_encoder_lr"):
-        if getattr(config, name) is not None:
-            raise UserError("Prodigy has one learning rate for everything.", field=name, remedy="Leave it empty.")
+    rates = {group["lr"] for group in groups}
+    of_unet = {group["lr"] for group in groups if not group["name"].startswith("text_encoder")}
+    for name, differing in (("block_lr_weights", of_unet), ("text_encoder_lr", rates)):
+        if getattr(config, name) is not None and len(differing) > 1:
+            message = "Prodigy has one learning rate for everything."
+            raise UserError(message, field=name, remedy="Leave it empty.")
     for group in groups:
-        group["lr"] = config.learning_rate
+        group["lr"] = max(of_unet, default=group["lr"])  # the text encoders' is half of it, unless it is given
 
 
 def create_scheduler(

@@ -90,7 +90,8 @@ def test_optimizer_args_reach_the_optimizer_and_typos_name_the_nearest():
     config = TrainConfig(optimizer_args={"weight_decay": 0.5, "betas": [0.8, 0.9]})
     group = create_optimizer(config, groups(1e-3)).param_groups[0]
     assert group["weight_decay"] == 0.5 and group["betas"] == (0.8, 0.9)
-    for arguments, hint in [({"weight_deca": 1}, "weight_decay"), ({"lr": 1}, ""), ({"betas": [3, 4]}, "")]:
+    wrong = [({"weight_deca": 1}, "weight_decay"), ({"lr": 1}, ""), ({"betas": [3, 4]}, ""), ({"betas": [0.9]}, "")]
+    for arguments, hint in wrong:
         with pytest.raises(UserError) as error:
             create_optimizer(TrainConfig(optimizer_args=arguments), groups(1e-3))
         assert error.value.field == "optimizer_args" and hint in str(error.value)
@@ -104,6 +105,17 @@ def test_prodigy_has_one_rate():
     with pytest.raises(UserError) as error:
         create_optimizer(TrainConfig(optimizer="prodigy", learning_rate=1.0, text_encoder_lr=0.5), groups(1.0, 0.5))
     assert error.value.field == "text_encoder_lr"
+
+
+def test_prodigy_may_freeze_blocks_beside_a_text_encoder():
+    pytest.importorskip("prodigyopt")
+    config = TrainConfig(optimizer="prodigy", learning_rate=1.0, block_lr_weights=[0.0] * 12 + [0.5] * 13)
+    names = ("unet_block_12", "unet_block_24", "text_encoder")
+    made = create_optimizer(config, [{**group, "name": name} for name, group in zip(names, groups(0.5, 0.5, 0.25))])
+    assert [group["lr"] for group in made.param_groups] == [0.5, 0.5, 0.5]
+    with pytest.raises(UserError) as error:
+        create_optimizer(config, [{**group, "name": name} for name, group in zip(names, groups(0.5, 1.0, 0.25))])
+    assert error.value.field == "block_lr_weights"
 
 
 def test_moving_average_follows_its_formula_and_gives_the_weights_back():
