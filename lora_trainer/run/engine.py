@@ -105,6 +105,9 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     config = dataclasses.replace(config, output_name=output_name(config))
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
+        message = f"There is no training state {config.resume}."
+        raise UserError(message, field="resume", remedy="Use auto, never, or the path of a .state file.")
     with concerning("init_lora"):
         initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()
@@ -125,7 +128,6 @@ def train(
         outputs.refuse_to_overwrite(config.overwrite)
         if config.merge_into_base:
             _check_merge(config, model, outputs.lora)
-        _save_configuration(config, outputs)
         cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"))
         draws_here = previewer is None and bool(config.preview_prompts)
         source = BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts=draws_here)
@@ -136,24 +138,27 @@ def train(
             if initial:
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
+            facts = run_facts(config, lender, info, dataset, plan, precision.name, source.total_steps)
+            # Made before anything is encoded: it refuses settings that do not go together.
+            trainer = Trainer(
+                config,
+                model,
+                adapters,
+                source,
+                turn=turn,
+                saver=LoraSaver(config, outputs, adapters, facts, callbacks, lender.model_hash),
+                output_dir=outputs.directory,
+                name=outputs.name,
+                identity=identity,
+                callbacks=callbacks,
+                commands=commands,
+                previewer=ModelPreviewer(model, turn, precision, plan.resolution) if draws_here else previewer,
+            )
+            _save_configuration(config, outputs)
             if not source.prepare(turn, callbacks, commands):
                 raise StoppedWhileWaiting
             with adapters:
-                facts = run_facts(config, lender, info, dataset, plan, precision.name, source.total_steps)
-                outcome = Trainer(
-                    config,
-                    model,
-                    adapters,
-                    source,
-                    turn=turn,
-                    saver=LoraSaver(config, outputs, adapters, facts, callbacks, lender.model_hash),
-                    output_dir=outputs.directory,
-                    name=outputs.name,
-                    identity=identity,
-                    callbacks=callbacks,
-                    commands=commands,
-                    previewer=ModelPreviewer(model, turn, precision, plan.resolution) if draws_here else previewer,
-                ).run()
+                outcome = trainer.run()
         except StoppedWhileWaiting:
             outcome = Outcome("stopped", 0, source.total_steps, 0, None, 0.0, None)
         result = _result(config, outputs, outcome)

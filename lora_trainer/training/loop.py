@@ -95,14 +95,13 @@ class Trainer:
         commands: TrainCommands | None = None,
         previewer: Previewer | None = None,
     ):
-        self.config, self.adapters, self.source = config, adapters, source
+        self.config, self.model, self.adapters, self.source = config, model, adapters, source
         self.turn, self.saver, self.previewer = turn, saver, previewer
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
         self.output_dir, self.name, self.identity = Path(output_dir), name, identity
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
         self.train_step = TrainingStep(config, model, adapters, source)
         self.states = StateStore(self.output_dir / "state", name, identity, self.callbacks.on_warning)
-        model.set_gradient_checkpointing(config.gradient_checkpointing)
 
         self.step = 0  # optimizer steps done
         self.seconds = 0.0
@@ -122,6 +121,8 @@ class Trainer:
         Raises:
             UserError: training cannot go on; says why and what helps. What was saved stays.
         """
+        self.model.set_gradient_checkpointing(self.config.gradient_checkpointing)
+        self._state_saved_at = time.monotonic()
         self._warn_about_settings()
         self._resume()
         self.adapters.train()

@@ -220,6 +220,20 @@ def test_merged_into_the_base(settings, tmp_path, tiny_base):
     assert all("transformer_blocks" in name or "proj_" in name for name in changed)
 
 
+@pytest.mark.parametrize("field, changes", [
+    ("optimizer_args", {"optimizer_args": {"betas": [0.9]}}),
+    ("block_lr_weights", {"block_lr_weights": [0] * 25}),
+    ("debiased_estimation", {"debiased_estimation": True, "min_snr_gamma": None, "zero_terminal_snr": True}),
+    ("resume", {"resume": "no such.state"}),
+])  # fmt: skip
+def test_settings_that_do_not_go_together_are_said_before_anything_is_encoded(settings, tmp_path, field, changes):
+    listener = Listener()
+    with pytest.raises(UserError) as error:
+        run(settings, listener, **changes)
+    assert error.value.field == field
+    assert "latents" not in {name for name, _, _ in listener.phases} and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name, word", [
     ("taken.safetensors", "exists already"), ("merged", ".safetensors"), ("out/disc.safetensors", "would replace"),
 ])  # fmt: skip

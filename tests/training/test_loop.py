@@ -406,7 +406,9 @@ def test_the_default_previewer_takes_a_turn(tmp_path):
 
 
 def test_gradient_checkpointing_is_asked_for(tmp_path):
-    assert Run(configuration(tmp_path, gradient_checkpointing=True)).model.checkpointing
+    run = Run(configuration(tmp_path, gradient_checkpointing=True))
+    run.trainer.run()
+    assert run.model.checkpointing
 
 
 def test_warnings_about_settings_that_cannot_work(tmp_path):
