@@ -52,8 +52,11 @@ class AdapterSet(nn.Module):
                 raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
         unet = [target for target in targets if target.part == "unet"]
         text = [target for target in targets if target.part != "unet"]
-        chosen = select_targets(unet, config.target_modules, config.conv_rank)
-        if config.train_text_encoder and config.effective_text_encoder_lr > 0 and text:
+        trains_text = config.train_text_encoder and config.effective_text_encoder_lr > 0 and bool(text)
+        chosen = []
+        if config.target_modules or config.conv_rank or not trains_text:  # else the text encoders learn alone
+            chosen += select_targets(unet, config.target_modules, config.conv_rank)
+        if trains_text:
             patterns = config.text_encoder_target_modules
             chosen += select_targets(text, patterns, field="text_encoder_target_modules")
         kept, adapters = [], []

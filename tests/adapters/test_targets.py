@@ -122,6 +122,9 @@ def test_text_encoders_only_when_they_are_trained():
     assert parts() == {"unet"}
     assert parts(train_text_encoder=True) == {"unet", "text_encoder"}
     assert parts(train_text_encoder=True, text_encoder_lr=0.0) == {"unet"}
+    assert parts(train_text_encoder=True, target_modules=[]) == {"text_encoder"}
+    with pytest.raises(UserError, match="no layer"):
+        parts(train_text_encoder=True, text_encoder_lr=0.0, target_modules=[])
 
 
 def test_ranks_and_alphas():
