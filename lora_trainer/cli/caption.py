@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,9 @@ def run(options: argparse.Namespace) -> int:
         copy_kept=isinstance(output, Path) and bool(options.output or options.format),
     )
     progress = _progress()
-    with _cancellable() as cancelled:
+    with closing(progress), _cancellable() as cancelled:
         sources = Sources(given=options.weights, download=options.download)
         result = caption_folder(job, sources, callbacks=progress, cancelled=cancelled.is_set)
-    progress.close()
     if result.kept and not (result.written or result.skipped or result.cancelled):
         again = "; --mode append, prepend or replace describes them again" if options.mode == "keep" else ""
         print(f"All {result.kept} pictures have their caption{again}.")

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,8 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
 
     commands = TrainCommands()
     progress = ProgressBar()
-    with _interruptible(commands) as interrupted:
+    with closing(progress), _interruptible(commands) as interrupted:  # a message is not to end on the bar's line
         result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
-    progress.close()
     print(engine.summary(result))
     return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 

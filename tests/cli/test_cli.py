@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lora_trainer.cli import main
+from lora_trainer.errors import UserError
 from tests.pictures import draw_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,16 @@ def test_ctrl_c_saves_the_state_and_exits_with_130(config, tmp_path):
     assert process.returncode == 130, err
     assert "Traceback" not in err and "go on from here" in out
     assert list((tmp_path / "out" / "state").glob("*.state"))
+
+
+def test_a_message_stands_on_a_line_of_its_own(capsys, config, monkeypatch):
+    def fail(*arguments, callbacks, **options):
+        callbacks.on_phase("latents", 1, 2)
+        raise UserError("Something is wrong.")
+
+    monkeypatch.setattr("lora_trainer.run.train", fail)
+    code, _, err = call(capsys, "train", "--config", config)
+    assert code == 2 and err.splitlines()[-1] == "error: Something is wrong."
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_there(capsys, config, tmp_path, monkeypatch):
