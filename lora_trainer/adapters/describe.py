@@ -106,7 +106,10 @@ def _most_frequent_tag(metadata: dict[str, str]) -> str | None:
             counts.update({tag.strip(): int(count) for tag, count in tags.items()})
     except (ValueError, AttributeError, TypeError):
         return None  # written by another program, in a form of its own
-    return counts.most_common(1)[0][0] if counts else None
+    if not counts:
+        return None
+    tag, count = counts.most_common(1)[0]
+    return None if count == 1 and len(counts) > 1 else tag  # captions that are all different have no trigger word
 
 
 def _number(text: str | None) -> int | None:

@@ -352,6 +352,15 @@ def test_describe(tmp_path):
     assert found.problems == ()
 
 
+@pytest.mark.parametrize("counts, trigger", [
+    ({"sks": 3, "hat": 2}, "sks"), ({"a hat": 1, "a dog": 1}, None), ({"sks": 1}, "sks"), ({}, None),
+])  # fmt: skip
+def test_the_trigger_word_of_a_file_that_names_none(tmp_path, counts, trigger):
+    path = tmp_path / "a.safetensors"
+    save_lora(trained(**KINDS["lora"]), path, {"ss_tag_frequency": json.dumps({"10_x": counts})})
+    assert describe(path).trigger == trigger
+
+
 def test_describe_says_when_a_lora_does_nothing_or_harm(tmp_path):
     path = tmp_path / "a.safetensors"
     adapters = AdapterSet.build(TARGETS, settings(train_text_encoder=True))
