@@ -125,7 +125,7 @@ def train(
         precision = resolve(model.device, config.mixed_precision)
         identity = _identity(config, dataset, model, precision.name, initial)
         outputs = Outputs.of(config, fingerprint(identity))
-        outputs.refuse_to_overwrite(config.overwrite)
+        outputs.refuse_to_overwrite()
         if config.merge_into_base:
             _check_merge(config, model, outputs.lora)
         cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"))

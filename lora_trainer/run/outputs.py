@@ -23,10 +23,11 @@ class Outputs:
     directory: Path
     name: str
     fingerprint: str
+    overwrite: bool = False
 
     @classmethod
     def of(cls, config: TrainConfig, fingerprint: str) -> Outputs:
-        return cls(Path(config.output_dir), config.output_name, fingerprint)
+        return cls(Path(config.output_dir), config.output_name, fingerprint, config.overwrite)
 
     @property
     def lora(self) -> Path:
@@ -36,7 +37,7 @@ class Outputs:
     def diffusers(self) -> Path:
         """The name that diffusers looks for; where another run's file has it already, one with our name in it."""
         usual = self.directory / DIFFUSERS_FILE_NAME
-        if not usual.exists() or self._is_ours(usual):
+        if not usual.exists() or self._is_ours(usual) or (self.overwrite and self._has_our_name(usual)):
             return usual
         return usual.with_stem(f"{usual.stem}-{self.name}")
 
@@ -51,9 +52,9 @@ class Outputs:
         """The LoRAs that this run saved on its way, oldest first."""
         return [path for path in self._named_as_checkpoints() if self._is_ours(path)]
 
-    def refuse_to_overwrite(self, overwrite: bool) -> None:
+    def refuse_to_overwrite(self) -> None:
         """Raises UserError when a LoRA of this name is there, finished or saved on the way, that another run made."""
-        for path in () if overwrite else (self.lora, *self._named_as_checkpoints()):
+        for path in () if self.overwrite else (self.lora, *self._named_as_checkpoints()):
             if path.exists() and not self._is_ours(path):
                 raise UserError(
                     f"{path} exists and was not made by this run.",
@@ -69,14 +70,21 @@ class Outputs:
     def _is_ours(self, path: Path) -> bool:
         return run_of(path) == self.fingerprint
 
+    def _has_our_name(self, path: Path) -> bool:
+        return run_of(path) is not None and _metadata(path).get("ss_output_name") == self.name
+
 
 def run_of(path: Path) -> str | None:
     """The fingerprint of the run that wrote a LoRA; None when no run of ours did."""
+    return _metadata(path).get(RUN_KEY)
+
+
+def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            return (file.metadata() or {}).get(RUN_KEY)
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        return None
+        return {}
 
 
 def output_name(config: TrainConfig) -> str:
