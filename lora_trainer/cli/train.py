@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import signal
 import sys
 import time
@@ -16,6 +18,10 @@ from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
 
 INTERRUPTED = 130
+_PATHS = (
+    "base_model", "vae", "train_data_dir", "metadata_path", "reg_data_dir", "caption_mapping", "cache_dir", "init_lora",
+    "output_dir", "merge_into_base", "resume",
+)  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
@@ -32,7 +38,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
     overrides = options.overrides
     config = load(options.config, overrides) if options.config else from_mapping(parse_overrides(overrides))
-    return run_training(config)[0]
+    return run_training(_at_home(config))[0]
+
+
+def _at_home(config: TrainConfig) -> TrainConfig:
+    """~/pictures in a path is the user's own: no shell has read what stands in the file, or behind an equals sign."""
+    paths = {name: value for name in _PATHS if (value := getattr(config, name)) and value.startswith("~")}
+    return dataclasses.replace(config, **{name: os.path.expanduser(value) for name, value in paths.items()})
 
 
 def run_training(config: TrainConfig) -> tuple[int, Any]:

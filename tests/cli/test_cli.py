@@ -136,6 +136,15 @@ def test_ctrl_c_saves_the_state_and_exits_with_130(config, tmp_path):
     assert list((tmp_path / "out" / "state").glob("*.state"))
 
 
+def test_a_path_may_begin_at_home(capsys, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "train", "--config", config, "train_data_dir=~/data", "output_dir=~/my loras")
+    assert code == 0, err
+    assert (tmp_path / "my loras" / "my loras.safetensors").is_file() and not (tmp_path / "~").exists()
+
+
 def test_a_message_stands_on_a_line_of_its_own(capsys, config, monkeypatch):
     def fail(*arguments, callbacks, **options):
         callbacks.on_phase("latents", 1, 2)
