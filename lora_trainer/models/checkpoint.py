@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.architecture import Architecture, Hints
 from lora_trainer.models.assemble import DiffusionModel, assemble
@@ -108,7 +108,8 @@ class FileLender:
             source = open_source(self.path)
             tensors, hints = single_file(source), file_hints(self.path, source.shapes, source.metadata)
         if self._vae:
-            add_vae_file(tensors, Path(self._vae))
+            with concerning("vae"):
+                add_vae_file(tensors, Path(self._vae))
         architecture = detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints)
         if architecture.vae is None:
             raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
