@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from lora_trainer.cli import caption, demo, tools, train, ui
 from lora_trainer.errors import UserError
 
 FAILED, BAD_INPUT = 1, 2
+_SYSTEM_SAYS_NO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EIO, errno.ELOOP}
+"""Errors about a path that no program can foresee; each of them names the path."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,10 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
+    except OSError as error:
+        if error.errno not in _SYSTEM_SAYS_NO or not error.filename:
+            return _unexpected(error)
+        print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
+        return BAD_INPUT
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug, told as one
-        traceback.print_exc()
-        print(f"unexpected error: {error}\nThis is a bug; please report it with the lines above.", file=sys.stderr)
-        return FAILED
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exception(error)
+    print(f"unexpected error: {error}\nThis is a bug; please report it with the lines above.", file=sys.stderr)
+    return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:

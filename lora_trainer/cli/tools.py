@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.errors import UserError
+
 DONE, STOPS_TRAINING = 0, 2
 
 
@@ -23,8 +25,12 @@ def add_check(commands: Any) -> None:
 def check(options: argparse.Namespace) -> int:
     """Look for damaged, small, blurred or duplicate pictures and for faulty captions. Exit code 2 when something
     found would stop a training."""
+    from lora_trainer.config import parse_resolution
     from lora_trainer.dataset.checks import check_folder
 
+    if parse_resolution(str(options.resolution)) is None:
+        remedy = "Give a side from 64 to 8192, such as 512."
+        raise UserError(f"{options.resolution} is no size to train at.", field="resolution", remedy=remedy)
     report = check_folder(options.dataset, resolution=options.resolution, trigger_word=options.trigger)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report.to_text())
     return STOPS_TRAINING if report.stops_training else DONE

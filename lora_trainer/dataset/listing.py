@@ -42,7 +42,7 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
     Links to folders outside are followed once each, so loops end.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or it cannot be opened.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,6 +62,8 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
+            if folder == root:
+                raise UserError(f"{root} cannot be opened: {error.strerror or error}.") from error
             notes.append(f"{folder} cannot be opened ({error.strerror or error}); it is left out.")
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):

@@ -128,7 +128,7 @@ def train(
         outputs.refuse_to_overwrite()
         if config.merge_into_base:
             _check_merge(config, model, outputs.lora)
-        cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"))
+        cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"), callbacks.on_warning)
         draws_here = previewer is None and bool(config.preview_prompts)
         source = BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts=draws_here)
         try:

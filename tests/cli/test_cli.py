@@ -85,6 +85,12 @@ def test_info_and_merge_and_check(capsys, config, tmp_path, tiny_base):
     (["merge", "--base", "a.safetensors", "--lora", "b.safetensors", "--output", "c.safetensors"], "a.safetensors"),
     (["check", "no such folder"], "no such folder"),
     (["frobnicate"], "frobnicate"),
+    (["check", ".", "--resolution", "0"], "64 to 8192"),
+    (["info", "x" * 300], "x" * 300),
+    (["check", "x" * 300], "x" * 300),
+    (["caption", "--input", "x" * 300], "x" * 300),
+    (["merge", "--base", "x" * 300, "--lora", "a", "--output", "b"], "x" * 300),
+    (["train", f"base_model={'x' * 300}", "train_data_dir=."], "x" * 300),
 ])  # fmt: skip
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
