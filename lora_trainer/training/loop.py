@@ -129,7 +129,8 @@ class Trainer:
         if self.step == 0:
             self._draw_previews()  # what the base draws, for all that follow to be compared with
         logs = self.output_dir / "logs"
-        with MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning) as self.metrics:
+        log = MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning, self.recent_losses)
+        with log as self.metrics:
             while self.step < self.total_steps:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,22 +34,32 @@ class MetricsLog:
     """Writes the curves into ``directory``; a context manager that closes what it opened.
 
     step: optimizer steps done before; lines of later ones (written by a run that was killed) are removed. At 0 the
-    metrics of an earlier run are kept as ``metrics-1.jsonl``, ``metrics-2.jsonl`` ….
+    metrics of an earlier run are kept as ``metrics-1.jsonl``, ``metrics-2.jsonl`` …; so are those of another run in
+    the same folder, which is told by ``losses``, those of the last steps before.
     """
 
-    def __init__(self, directory: Path, step: int, tensorboard: bool, on_warning: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        tensorboard: bool,
+        on_warning: Callable[[str], None],
+        losses: Sequence[float] = (),
+    ):
         self.path = Path(directory) / METRICS_FILE
         self._step = step
+        self._losses = losses
         self._tensorboard = tensorboard
         self._on_warning = on_warning
         self._file: TextIO | None = None
         self._writer: Any = None
 
     def __enter__(self) -> MetricsLog:
-        if self._step == 0:
+        kept = [line for line in read_metrics(self.path) if line["step"] <= self._step]
+        if self._step == 0 or not self._are_ours(kept):
             self._put_aside()
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= self._step]
-        atomic_write(self.path, "".join(kept))
+            kept = []
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")
         if self._tensorboard:
             self._writer = self._open_tensorboard()
@@ -72,6 +82,12 @@ class MetricsLog:
                 self._writer.add_scalar("train/loss", metrics.loss, metrics.step)
             for name, value in learning_rates.items():
                 self._writer.add_scalar(f"lr/{name}", value, metrics.step)
+
+    def _are_ours(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        if not lines:
+            return True
+        loss, lost = lines[-1].get("loss"), self._step - lines[-1]["step"]  # a power cut may cost the last lines
+        return loss is None or lost >= len(self._losses) or loss == self._losses[-1 - lost]
 
     def _put_aside(self) -> None:
         if self.path.exists() and self.path.stat().st_size:

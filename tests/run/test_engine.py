@@ -157,6 +157,17 @@ def test_two_names_in_one_folder_keep_apart(settings, tmp_path):
     assert weights(first.diffusers).keys() == weights(second.diffusers).keys()
 
 
+def test_going_on_with_one_run_keeps_the_curves_of_another_in_the_folder(settings, tmp_path):
+    commands = TrainCommands()
+    run(settings, Listener(lambda report: report.step == 2 and commands.stop_and_save()), commands)
+    run(settings, output_name="other", lora_rank=2)
+    logs = tmp_path / "out" / "logs"
+    curve = (logs / "metrics.jsonl").read_text()
+    run(settings)
+    assert (logs / "metrics-2.jsonl").read_text() == curve
+    assert next(json.loads(line)["step"] for line in (logs / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_continuing_from_a_lora(settings, tmp_path):
     first = run(settings)
     second = run(settings, init_lora=str(first.lora), output_name="more", lora_rank=8, max_train_steps=1)
