@@ -57,7 +57,7 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
     progress = ProgressBar()
     with closing(progress), _interruptible(commands) as interrupted:  # a message is not to end on the bar's line
         result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
-    print(engine.summary(result))
+    print(engine.summary(result, config.resume))
     return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 
 

@@ -167,8 +167,8 @@ def train(
     return result
 
 
-def summary(result: Result) -> str:
-    """What a person wants to know at the end: where the file is and how to use it."""
+def summary(result: Result, resume: str = "auto") -> str:
+    """What a person wants to know at the end: where the file is and how to use it. ``resume``: the run's setting."""
     minutes, seconds = divmod(round(result.seconds), 60)
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     lines = [f"{result.status} after step {result.step} of {result.total_steps}, {minutes}:{seconds:02d} min{loss}"]
@@ -179,7 +179,8 @@ def summary(result: Result) -> str:
         prompt = f"<lora:{result.lora.stem}:0.8>" + (f" {result.trigger_word}" if result.trigger_word else "")
         lines.append(f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}")
     if result.status == "stopped":
-        lines.append("Start the same command again to go on from here.")
+        how = "the same command again" if resume == "auto" else "it again with resume: auto"
+        lines.append(f"Start {how} to go on from here.")
     return "\n".join(lines)
 
 

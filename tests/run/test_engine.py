@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping, load
 from lora_trainer.errors import UserError
-from lora_trainer.run import file_lender, summary, train
+from lora_trainer.run import Result, file_lender, summary, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.pictures import draw_dataset
 
@@ -98,6 +98,11 @@ def test_a_run_leaves_everything_it_promises(settings, tmp_path):
     assert metadata["ss_output_name"] == "disc" and metadata["ss_num_train_images"] == "5"
     assert metadata["modelspec.trigger_phrase"] == "zwx"
     assert "<lora:disc:0.8> zwx" in summary(result)
+
+
+@pytest.mark.parametrize("resume, words", [("auto", "same command"), ("never", "resume: auto")])
+def test_what_goes_on_after_a_stop(resume, words):
+    assert words in summary(Result("stopped", 3, 9, 1.0, None), resume)
 
 
 def test_the_saved_configuration_runs_again_to_the_same_result(settings, tmp_path):
