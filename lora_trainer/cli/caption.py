@@ -55,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.batch_size < 1:
         raise UserError("--batch-size must be 1 or more.", field="batch_size", remedy="Use 8.")
+    for name in ("threshold", "character_threshold"):
+        if not 0 <= (score := getattr(options, name)) <= 1:  # NaN is not either
+            raise UserError(f"{score} is no score of a tag.", field=name, remedy="Give a number from 0 to 1.")
     output = _output(options)
     job = CaptionJob(
         CaptionFolder(options.input, output=output),

@@ -265,6 +265,8 @@ def test_the_command_where_nothing_is_left_to_describe(root, capsys):
         (["--batch-size", "0"], "batch-size"),
         (["--output", "captions.xls"], "metadata.csv"),
         (["--kind", "portrait"], "no kind"),
+        (["--threshold", "nan"], "from 0 to 1"),
+        (["--character-threshold", "35"], "from 0 to 1"),
     ],
 )
 def test_bad_arguments_of_the_command(root, capsys, arguments, message):
