@@ -185,6 +185,12 @@ class Trainer:
         if self.non_finite_steps >= (NON_FINITE_LIMIT_FP16 if fp16 else NON_FINITE_LIMIT):
             precision = self.train_step.precision.name
             other = "" if precision == "no" else f", or set mixed_precision to {'bf16' if fp16 else 'no'}"
+            if self.non_finite_steps == self.step:
+                raise UserError(
+                    f"Not one of {self.step} steps gave a finite loss (NaN), before anything was learned.",
+                    field="base_model",
+                    remedy=f"The model or its VAE is damaged: choose another base_model or vae{other}.",
+                )
             raise UserError(
                 f"{self.non_finite_steps} steps in a row, up to step {self.step}, gave no finite loss (NaN).",
                 field="learning_rate",

@@ -273,6 +273,14 @@ def test_it_ends_with_advice_when_nothing_is_finite_any_more(tmp_path):
     assert run.trainer.step == 4 + loop.NON_FINITE_LIMIT
 
 
+def test_a_model_that_never_gave_a_number_is_not_blamed_on_the_learning_rate(tmp_path):
+    run = Run(configuration(tmp_path, epochs=10))
+    poison(run, set(range(1000)))
+    with pytest.raises(UserError, match="before anything was learned") as error:
+        run.trainer.run()
+    assert error.value.field == "base_model" and run.trainer.step == loop.NON_FINITE_LIMIT
+
+
 def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too(tmp_path):
     run = Run(configuration(tmp_path, save_steps=1))
     parameter = run.trainer.train_step.parameters[0]
