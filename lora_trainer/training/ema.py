@@ -44,6 +44,10 @@ class ExponentialMovingAverage:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
 
+    def restart(self) -> None:
+        """Begin at what the parameters hold now."""
+        self.load_state_dict({"updates": 0, "shadow": self._parameters})
+
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "shadow": list(self._shadow)}
 

@@ -300,15 +300,17 @@ class Trainer:
         state = self.states.find(self.config.resume)
         if state is None:
             return
+        remedy = "Set resume: never, or the settings as they were; init_lora goes on from any LoRA, with any of them."
+        before = state.identity.get("optimizer", self.config.optimizer)
+        if before != self.config.optimizer:
+            message = f"The training state of step {state.step} is {before}'s, not {self.config.optimizer}'s."
+            raise UserError(message, field="resume", remedy=remedy)
         try:
             with self.turn():
                 self.train_step.load_state_dict(state.parts, state.step)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"The training state of step {state.step} belongs to another adapter or optimizer ({error}).",
-                field="resume",
-                remedy="Set resume: never, or the settings as they were.",
-            ) from error
+            message = f"The training state of step {state.step} belongs to an adapter of other layers or ranks."
+            raise UserError(message, field="resume", remedy=remedy) from error
         progress = state.parts["progress"]
         self.step, self.seconds = state.step, progress["seconds"]
         self.recent_losses, self.non_finite_steps = progress["recent_losses"], progress["non_finite_steps"]

@@ -46,6 +46,7 @@ LIBRARIES = {
         {"relative_step": False, "scale_parameter": False, "warmup_init": False},
     ),
 }
+_KERNELS = {"fused", "foreach", "capturable"}  # how to compute, not what; they fit the state as it was written
 _OURS = {"self", "params", "lr"}  # set by the run, not by optimizer_args
 
 
@@ -110,6 +111,18 @@ def _use_one_rate(config: TrainConfig, groups: list[dict[str, Any]]) -> None:
             raise UserError(message, field=name, remedy="Leave it empty.")
     for group in groups:
         group["lr"] = max(of_unet, default=group["lr"])  # the text encoders' is half of it, unless it is given
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from ``state``, with the arguments of this run: torch would bring back those of the run that wrote it.
+
+    Raises ValueError or KeyError when the state belongs to other parameters.
+    """
+    arguments = set(inspect.signature(type(optimizer).__init__).parameters) - {*_OURS, *_KERNELS}
+    ours = [{name: group[name] for name in arguments & set(group)} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, ours):
+        group.update(values)
 
 
 def create_scheduler(

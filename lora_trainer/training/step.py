@@ -15,7 +15,13 @@ from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.training.ema import ExponentialMovingAverage
 from lora_trainer.training.inputs import Batch, BatchSource, to_device
 from lora_trainer.training.objective import Objective, generator_for
-from lora_trainer.training.optim import advance_scheduler, create_optimizer, create_scheduler, step_scheduler
+from lora_trainer.training.optim import (
+    advance_scheduler,
+    create_optimizer,
+    create_scheduler,
+    load_optimizer,
+    step_scheduler,
+)
 
 
 class TrainingStep:
@@ -107,9 +113,9 @@ class TrainingStep:
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Raises ValueError, KeyError or RuntimeError when the state belongs to other adapters or another optimizer."""
         self.adapters.load_state_dict(state["adapters"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and "ema" in state:
-            self.ema.load_state_dict(state["ema"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"]) if "ema" in state else self.ema.restart()
         advance_scheduler(self.scheduler, step)

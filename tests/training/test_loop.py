@@ -167,6 +167,30 @@ def test_resume_never_and_resume_by_path_with_a_new_learning_rate(tmp_path):
     assert "learning_rate" in onward.recorder.warnings[0]
 
 
+@pytest.mark.parametrize("old, new", [("adamw", "adafactor"), ("adafactor", "adamw"), ("adamw", "lion")])
+def test_a_state_of_another_optimizer_is_refused_by_its_name(tmp_path, old, new):
+    first = Run(configuration(tmp_path, optimizer=old, epochs=1), identity={"optimizer": old})
+    first.trainer.run()
+    path = next((tmp_path / "out" / "state").glob("*.state"))
+    config = configuration(tmp_path / "new", optimizer=new, resume=str(path), epochs=3)
+    with pytest.raises(UserError, match=old) as error:
+        Run(config, identity={"optimizer": new}).trainer.run()
+    assert error.value.field == "resume" and len(str(error.value)) < 300
+
+
+def test_the_new_settings_count_when_a_state_is_named(tmp_path):
+    first = Run(configuration(tmp_path, epochs=1, optimizer_args={"weight_decay": 0.5, "betas": [0.5, 0.6]}))
+    first.trainer.run()
+    path = next((tmp_path / "out" / "state").glob("*.state"))
+    arguments = {"optimizer_args": {"weight_decay": 0.25}, "ema_decay": 0.9}
+    run = Run(configuration(tmp_path / "new", epochs=3, resume=str(path), **arguments))
+    run.trainer._resume()
+    (group,) = run.trainer.train_step.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.9, 0.999))
+    with run.trainer.train_step.averaged():
+        assert same(run.adapters.state_dict(), first.final), "the average begins at the state, not at an empty LoRA"
+
+
 def test_a_state_of_another_adapter_or_optimizer_is_refused_with_the_field(tmp_path):
     Run(configuration(tmp_path / "a")).trainer.run()
     (path,) = (tmp_path / "a" / "out" / "state").iterdir()
