@@ -350,6 +350,8 @@ def _str(value: Any) -> str:
     text = str(value)
     if "\0" in text:
         raise ValueError("contains a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of a name that are not UTF-8
+        raise ValueError("is not valid Unicode text")
     return text
 
 

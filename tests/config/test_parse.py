@@ -137,6 +137,12 @@ def test_a_text_is_what_was_written_not_what_yaml_guesses(written):
     assert from_mapping(parse_overrides([f"trigger_word={written}"])).trigger_word == written
 
 
+@pytest.mark.parametrize("field", ["train_data_dir", "trigger_word", "preview_prompts"])
+def test_bytes_that_are_not_utf8_are_a_message(field):
+    with pytest.raises(ConfigError, match="Unicode"):
+        from_mapping(parse_overrides([f"{field}=a\udcff"]))
+
+
 @pytest.mark.parametrize("text", ["./set #2", "[2024] photos", "- a", "a: b", "*x", "%x", "C:\\new\\x", "a\nb"])
 def test_the_command_line_takes_a_text_as_it_stands(text):
     config = from_mapping(parse_overrides([f"train_data_dir={text}", f"vae={text}", "description='a #b'"]))
