@@ -75,6 +75,13 @@ def _device(name: str | torch.device) -> torch.device:
             raise UserError(f"there is no GPU {device.index}.", field="device", remedy=f"The last one is cuda:{last}.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("there is no Apple GPU here.", field="device", remedy="Use auto or cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        try:
+            torch.zeros(1, device=device).cpu()
+        # Each kind of device says in its own way that this torch was built without it, or that it holds no data.
+        except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+            message = f"{name!r} does not work here ({(str(error) or type(error).__name__).splitlines()[0]})."
+            raise UserError(message, field="device", remedy="Use auto, cpu, cuda, cuda:1 or mps.") from error
     return device
 
 

@@ -148,7 +148,8 @@ def test_the_cpu_computes_in_fp32_unless_told_bf16():
 
 @pytest.mark.parametrize(
     ("device", "mixed_precision", "field"),
-    [("cpu", "fp16", "mixed_precision"), ("quantum", "auto", "device"), ("cuda:99", "auto", "device")],
+    [("cpu", "fp16", "mixed_precision"), ("quantum", "auto", "device"), ("cuda:99", "auto", "device"),
+     ("meta", "auto", "device"), ("hpu", "auto", "device")],
 )
 def test_what_the_machine_has_not_is_refused(device, mixed_precision, field):
     with pytest.raises(UserError) as error:
