@@ -111,7 +111,11 @@ def train(
     with concerning("init_lora"):
         initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()
-    caption_for_training(config, callbacks, commands, getattr(lender, "device_turn", nullcontext), captioners)
+    device_turn = getattr(lender, "device_turn", nullcontext)
+    captioned = caption_for_training(config, callbacks, commands, device_turn, captioners)
+    if captioned is not None and captioned.cancelled:
+        callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
+        return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
     dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
     for skipped in dataset.skipped:
         callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
@@ -178,7 +182,7 @@ def summary(result: Result, resume: str = "auto") -> str:
     if result.lora is not None:
         prompt = f"<lora:{result.lora.stem}:0.8>" + (f" {result.trigger_word}" if result.trigger_word else "")
         lines.append(f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}")
-    if result.status == "stopped":
+    if result.status == "stopped" and result.total_steps:
         how = "the same command again" if resume == "auto" else "it again with resume: auto"
         lines.append(f"Start {how} to go on from here.")
     return "\n".join(lines)

@@ -24,10 +24,11 @@ from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.picture_edits import PictureEdit, save_edits
 from lora_trainer.dataset.writing import CaptionFolder
 from lora_trainer.errors import UserError
-from lora_trainer.run import captioning
+from lora_trainer.run import captioning, file_lender, summary, train
 from lora_trainer.run.captioning import CaptionCallbacks, CaptionJob, caption_folder, caption_for_training
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.captioning import models
+from tests.pictures import draw_dataset
 
 COLORS = {"a.png": "#ff0000", "b.png": "#00ff00", "sub/c.png": "#0000ff"}
 
@@ -273,6 +274,18 @@ def test_bad_arguments_of_the_command(root, capsys, arguments, message):
     assert main(["caption", "--input", str(root), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not read_captions(root)
+
+
+def test_a_training_that_is_stopped_while_it_captions_is_stopped(tmp_path, tiny_base):
+    pictures = draw_dataset(tmp_path / "bare", 12, caption=lambda index: None)
+    config = TrainConfig(
+        base_model=str(tiny_base), train_data_dir=str(pictures), output_dir=str(tmp_path / "out"), device="cpu"
+    )
+    commands = TrainCommands()
+    sources = Sources(host={"fake": HostCaptioner("Fake", lambda settings: Fake(commands.stop_and_save))})
+    result = train(config, file_lender(config), commands=commands, captioners=sources)
+    assert (result.status, result.step, result.lora) == ("stopped", 0, None)
+    assert len(read_captions(pictures)) == 8 and "same command" not in summary(result)
 
 
 def test_training_captions_a_folder_without_captions_when_it_can(root, tmp_path, monkeypatch):
