@@ -86,6 +86,13 @@ class PickleSource:
         except FileNotFoundError as error:
             raise UserError(f"{self.path} does not exist.") from error
         except pickle.UnpicklingError as error:
+            with open(self.path, "rb") as file:
+                is_checkpoint = zipfile.is_zipfile(self.path) or file.read(1) == pickle.PROTO
+            if not is_checkpoint:
+                raise UserError(
+                    f"{self.path} is no PyTorch checkpoint, whatever its ending says.",
+                    remedy="Rename it if it is a .safetensors file, else download or copy it again.",
+                ) from error
             raise UserError(
                 f"{self.path} holds more than weights and is refused, because opening it could run code.",
                 remedy="Convert it to .safetensors, or choose the .safetensors version of this model.",

@@ -260,6 +260,14 @@ class Dangerous:
         return (pytest.fail, ("the pickle ran",))
 
 
+@pytest.mark.parametrize("content", [None, b"<!DOCTYPE html><title>404</title>"])
+def test_a_file_under_the_ending_of_another_is_not_said_to_run_code(checkpoints, tmp_path, content):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content or checkpoints["sd1"].read_bytes())
+    with pytest.raises(UserError, match="no PyTorch checkpoint"):
+        FileLender(path).describe()
+
+
 def test_ckpt_files_that_hold_more_are_refused(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}, "callbacks": Dangerous()}, path)
