@@ -176,6 +176,10 @@ def _csv_row(
         else:
             message = f"has {len(cells)} fields instead of {width}; what is too much is ignored."
         problems.append(CaptionProblem(path, line, message))
+    quoted = caption.strip()
+    if caption.startswith(" ") and len(quoted) > 1 and quoted[0] == quoted[-1] == '"':
+        # A space before the quote: to CSV the quotes are then part of the text, which nobody means.
+        caption = quoted[1:-1].replace('""', '"')
     yield Row(line, cells[filename_column].strip(), caption.strip())
 
 

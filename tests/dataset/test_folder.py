@@ -457,3 +457,13 @@ def test_a_mapping_translates_captions_as_they_are_read(tmp_path):
     assert captions(scan_folder(tmp_path / "data")) == {"a.png": "**红色帽子**, sky, (雨:1.2)"}
     with pytest.raises(UserError, match=r"caption_mapping.*terms\.txt"):
         scan_folder(tmp_path / "data", caption_mapping=str(tmp_path / "terms.txt"))
+
+
+@pytest.mark.parametrize("row, caption", [
+    ('a.png, "a red hat, on a dog"', "a red hat, on a dog"), ('a.png, "a"', "a"),
+    ('a.png, "say ""hi"", you"', 'say "hi", you'),
+    ('a.png,"""a"""', '"a"'), ('a.png, "a" dog', '"a" dog'), ('a.png, "', '"'),
+])  # fmt: skip
+def test_a_space_before_a_quoted_caption_puts_no_quotes_into_it(tmp_path, row, caption):
+    path = write(tmp_path / "metadata.csv", f"filename, prompt\n{row}\n")
+    assert [found.caption for found in read_rows(path, [])] == [caption]
