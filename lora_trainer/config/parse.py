@@ -403,6 +403,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     and ``1.10`` is 1.1.
     """
 
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        # Lists of aliases of lists of aliases … are a few lines here and billions of values for whoever looks at them.
+        if self._depth > 1 and self.check_event(yaml.AliasEvent):
+            problem = "an alias stands for a whole setting, not for a part of one"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, value_node in node.value:

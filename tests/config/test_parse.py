@@ -137,6 +137,14 @@ def test_a_text_is_what_was_written_not_what_yaml_guesses(written):
     assert from_mapping(parse_overrides([f"trigger_word={written}"])).trigger_word == written
 
 
+def test_aliases_of_aliases_are_refused_before_they_grow():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(UserError, match=r"line 2.*alias"):
+        parse_yaml("\n".join([*lines, "target_modules: *a9"]))
+    assert parse_yaml("vae: &v [a]\ntrain_data_dir: *v") == {"vae": ["a"], "train_data_dir": ["a"]}
+
+
 @pytest.mark.parametrize("field", ["train_data_dir", "trigger_word", "preview_prompts"])
 def test_bytes_that_are_not_utf8_are_a_message(field):
     with pytest.raises(ConfigError, match="Unicode"):
