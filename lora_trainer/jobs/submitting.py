@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +23,8 @@ if TYPE_CHECKING:
 
 
 def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Settings as a mapping or as YAML text -> a mapping.
-
-    Raises:
-        UserError: it is no YAML of settings, or holds aliases: few lines of them can stand for more than fits into
-            memory, and what comes here was sent by somebody.
-    """
-    if not isinstance(settings, str):
-        return dict(settings)
-    with suppress(yaml.YAMLError):  # of which parse_yaml says what is wrong
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(settings)):
-            raise UserError("The configuration uses YAML aliases (*name).", remedy="Write the values out.")
-    return parse_yaml(settings)
+    """Settings as a mapping or as YAML text -> a mapping."""
+    return parse_yaml(settings) if isinstance(settings, str) else dict(settings)
 
 
 def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:

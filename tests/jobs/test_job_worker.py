@@ -352,7 +352,7 @@ def test_settings_come_as_yaml_and_all_their_problems_at_once(idle, settings):
 def test_a_few_lines_that_stand_for_gigabytes_are_refused_at_once(idle):
     pairs = zip("abcdefgh", "bcdefghi")
     levels = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairs)
-    with pytest.raises(UserError, match="aliases"):
+    with pytest.raises(UserError, match="alias"):
         idle.submit(f"a: &a [{', '.join('x' * 10)}]\n{levels}lora_rank: *i\n")
 
 
