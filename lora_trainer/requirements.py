@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_trainer.errors import UserError
 
@@ -110,6 +111,15 @@ def problem_after(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     return f"The LoRA trainer could not start ({type(error).__name__}: {error}). The console has the details."
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Which package the command line lacks, and how to get it; None when it is a module of our own, which is a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "lora_trainer"):
+        return None
+    project = Path(__file__).resolve().parents[1]
+    return f'{package} is not installed. Install what the trainer needs: "{sys.executable}" -m pip install "{project}"'
 
 
 def remedy() -> str:

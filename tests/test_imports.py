@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_trainer"
 LEAVES = {"config", "errors", "files", "__init__"}
 MAY_IMPORT = {
     "errors": set(),
+    "requirements": {"errors"},
     "files": {"errors"},
     "config": {"errors", "files"},
     "dataset": LEAVES,

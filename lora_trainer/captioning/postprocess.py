@@ -64,7 +64,7 @@ class CaptionOptions:
                 remedy=f"Write it where the description goes: {ARTICLE_TEMPLATE}",
             )  # fmt: skip
         if self.max_parts < 1:
-            raise UserError("A caption needs at least one part.", field="max_parts", remedy="Use 1 or more.")
+            raise UserError("A caption needs at least one part.", field="max_tags", remedy="Use 1 or more.")
 
 
 def make_caption(description: Description, options: CaptionOptions, escape: Callable[[str], str]) -> str:

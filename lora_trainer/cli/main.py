@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from lora_trainer import __version__
 from lora_trainer.cli import caption, demo, tools, train, ui
 from lora_trainer.errors import UserError
+from lora_trainer.requirements import missing_package
 
 FAILED, BAD_INPUT = 1, 2
 _SYSTEM_SAYS_NO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EIO, errno.ELOOP}
@@ -34,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
+    except ModuleNotFoundError as error:
+        if (message := missing_package(error)) is None:
+            return _unexpected(error)
+        print(f"error: {message}", file=sys.stderr)
+        return BAD_INPUT
     except OSError as error:
         if error.errno not in _SYSTEM_SAYS_NO or not error.filename:
             return _unexpected(error)

@@ -103,6 +103,7 @@ class JobManager:
 
     def _work(self) -> None:
         recovered = False
+        trouble = None
         while not self._closing.is_set():
             self._wake.clear()
             try:
@@ -118,8 +119,11 @@ class JobManager:
                     self._wake.wait(_TAKE_OVER_SECONDS)  # a second server may have added one
                 else:
                     self._run(job)
-            except Exception:  # the disk is full, say: the queue outlives it
-                log.exception("The job queue has trouble; trying again")
+                trouble = None
+            except Exception as error:  # the disk is full, say: the queue outlives it
+                if trouble != repr(error):  # told once, not every two seconds
+                    trouble = repr(error)
+                    log.exception("The job queue has trouble; trying again")
                 self._wake.wait(_TAKE_OVER_SECONDS)
 
     def _own_queue(self) -> bool:
