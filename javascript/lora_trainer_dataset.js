@@ -28,14 +28,21 @@
     };
 
     /** The server was started anew and does not know the folder any more. What is being typed is still here. */
-    async function openAgain() {
+    const openAgain = () => (reopening = reopening || reopen().finally(() => (reopening = null)));
+    let reopening = null;
+
+    async function reopen() {
+        await editor.picture.settled();
         const {folder, state: {unsaved}} = editor;
         const typed = editor.picture.touched() && {file: editor.row.file, text: app.get("editor_caption").value};
-        editor.state = editor.row = null;
-        app.show(app.get("editor"), false);
-        app.show(app.get("editor_open"), true);
-        await editor.open(folder);
-        if (!editor.state) return;
+        try {
+            await load(folder);
+        } catch (error) {
+            editor.state = editor.row = null;
+            app.show(app.get("editor"), false);
+            app.show(app.get("editor_open"), true);
+            throw error;
+        }
         if (typed) {
             await editor.gallery.show(typed.file);
             editor.picture.type(typed.text);
@@ -81,18 +88,20 @@
         return editor.act(async() => {
             app.openSubTab("Dataset");
             if (!folder) return;
-            if (editor.folder !== folder || !editor.state) {
-                const state = await app.post("/editor", {folder, trigger_word: app.form.value("trigger_word") || ""});
-                editor.folder = folder;
-                editor.row = null;
-                editor.gallery.forget();
-                editor.heard(state);
-                await editor.gallery.load(0);
-                await editor.tools.opened();
-            }
+            if (editor.folder !== folder || !editor.state) await load(folder);
             if (panel) editor.tools.panel(panel, true);
         });
     };
+
+    async function load(folder) {
+        const state = await app.post("/editor", {folder, trigger_word: app.form.value("trigger_word") || ""});
+        editor.folder = folder;
+        editor.row = null;
+        editor.gallery.forget();
+        editor.heard(state);
+        await editor.gallery.load(0);
+        await editor.tools.opened();
+    }
 
     /** The server told how the folder stands. */
     editor.heard = function(state) {

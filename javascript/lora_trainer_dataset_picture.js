@@ -96,6 +96,9 @@
     };
     let keeping = null;
 
+    /** What is on its way has arrived, or is back in the field as not sent. */
+    picture.settled = () => Promise.resolve(keeping).catch(() => null);
+
     async function send() {
         const {row} = editor;
         const text = app.get("editor_caption").value;

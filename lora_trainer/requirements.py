@@ -92,12 +92,12 @@ def problem() -> str | None:
 def _import_problem() -> str | None:
     """Imported once, in the thread that asks first: the main one, as a rule.
 
-    Never in the background: a package that puts a lazy stand-in for itself into ``sys.modules``, as diffusers does,
-    fails in every thread that imports it at the same time, which may be another extension's.
+    Never in the background: a package that puts a lazy stand-in for itself into ``sys.modules``, as diffusers and
+    transformers do, fails in every thread that imports it at the same time, which may be another extension's.
     """
     try:
         from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
-        from transformers import CLIPTextModelWithProjection  # noqa: F401
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
     except Exception as error:  # noqa: BLE001 - a broken package may raise anything while it is imported
         reason = " ".join(str(error).split())[:300]
         return f"diffusers is installed but cannot be imported ({type(error).__name__}: {reason}). {remedy()}"

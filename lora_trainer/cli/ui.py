@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def create_app(options: argparse.Namespace) -> Any:
-    """The FastAPI app: page, scripts, routes. Raises UserError when a folder is missing or gradio is not installed."""
+    """The FastAPI app: page, scripts, routes. Raises UserError when a folder or a package is missing."""
     try:
         from fastapi import FastAPI
         from fastapi.staticfiles import StaticFiles
@@ -50,9 +50,11 @@ def create_app(options: argparse.Namespace) -> Any:
         raise UserError(
             f"The page needs {error.name}, which is not installed.", remedy='Install it with: pip install "gradio<5"'
         ) from error
-    from lora_trainer import api, jobs
+    from lora_trainer import api, jobs, requirements
     from lora_trainer.host.standalone import StandaloneHost
 
+    if (problem := requirements.problem()) is not None:
+        raise UserError(problem)
     if options.models is not None and not options.models.is_dir():
         raise UserError(f"There is no folder {options.models}.", remedy="Name a folder of base models with --models.")
     if not (ROOT / "javascript").is_dir():

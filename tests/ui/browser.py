@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lora_trainer import requirements
 from lora_trainer.ui import dataset_tab, results_tab, train_tab
 from tests.ui.words import ROOT
 
@@ -73,6 +74,7 @@ def served(app: Any) -> Iterator[str]:
     from fastapi.responses import HTMLResponse
     from fastapi.staticfiles import StaticFiles
 
+    assert requirements.problem() is None  # every host asks at its start, and imports what two requests must not
     app.mount("/javascript", StaticFiles(directory=ROOT / "javascript"))
     app.add_api_route("/", lambda: HTMLResponse(host_page()), methods=["GET"])
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
