@@ -101,7 +101,7 @@
         const place = app.get("editor_captioner_problem");
         app.setText(place, chosen && chosen.problem ? app.sentence({message: chosen.problem, remedy: chosen.remedy}) : "");
         app.show(place, chosen && chosen.problem);
-        app.get("editor_caption_go").disabled = Boolean(chosen && chosen.problem);
+        app.get("editor_caption_go").disabled = !chosen || Boolean(chosen.problem);
     }
 
     async function caption() {

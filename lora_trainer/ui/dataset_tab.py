@@ -176,7 +176,7 @@ def _caption() -> list[Markup]:
     return [
         fields,
         tag("p", id_="editor_captioner_problem", class_="problem", role="alert", hidden=True),
-        tag("div", button("Caption them", "editor-caption", kind="primary", id_="editor_caption_go"),
+        tag("div", button("Caption them", "editor-caption", kind="primary", id_="editor_caption_go", disabled=True),
             tag("span", id_="editor_caption_scope", class_="help"), class_="row"),
     ]  # fmt: skip
 
