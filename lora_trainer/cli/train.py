@@ -16,12 +16,10 @@ from typing import Any
 from lora_trainer.config import TrainConfig, from_mapping, load
 from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
+from lora_trainer.jobs.paths import READ_FIELDS
 
 INTERRUPTED = 130
-_PATHS = (
-    "base_model", "vae", "train_data_dir", "metadata_path", "reg_data_dir", "caption_mapping", "cache_dir", "init_lora",
-    "output_dir", "merge_into_base", "resume",
-)  # fmt: skip
+_PATHS = (*READ_FIELDS, "base_model", "train_data_dir", "cache_dir", "output_dir", "merge_into_base", "resume")
 
 
 def add_parser(commands: Any) -> None:
