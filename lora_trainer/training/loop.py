@@ -108,7 +108,7 @@ class Trainer:
         self.recent_losses: list[float] = []
         self.non_finite_steps = 0  # in a row
         self.lora: Path | None = None
-        self._state_saved_at = time.monotonic()
+        self._state_saved_at = 0.0  # counted from the start of ``run``
 
     @property
     def epoch(self) -> int:
