@@ -49,8 +49,10 @@
         app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
         app.setText(app.get("fact_steps"), String(facts.steps));
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));
-        app.setText(app.get("fact_time"), facts.minutes === null ? app.t("known after the first steps") : app.about(facts.minutes));
-        app.setText(app.get("fact_memory"), facts.memory === null ? app.t("known after the first steps") : app.bytes(facts.memory));
+        const said = (text) => (facts.basis === null ? app.t("{what} (forecast)", {what: text}) : text);
+        const later = app.t("known after the first steps");
+        app.setText(app.get("fact_time"), facts.minutes === null ? later : said(app.about(facts.minutes)));
+        app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory)));
         app.pictures.judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());

@@ -38,36 +38,13 @@ class AdapterSet(nn.Module):
 
     @classmethod
     def build(cls, targets: Sequence[Target], config: TrainConfig) -> AdapterSet:
-        """New adapters for the layers that ``config`` selects among ``targets``; they change nothing yet.
+        """New adapters for the layers that ``choose`` finds among ``targets``; they change nothing yet.
 
-        Text encoders take part if ``train_text_encoder`` is set and their learning rate is not 0. Initial weights
-        depend on (seed, name of the layer) alone.
-
-        Raises:
-            UserError: nothing or something unknown is selected, or block_ranks does not fit.
+        Initial weights depend on (seed, name of the layer) alone. Raises what ``choose`` raises.
         """
-        for field in ("block_ranks", "block_lr_weights"):
-            values = getattr(config, field)
-            if values is not None and len(values) != BLOCKS:
-                raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
-        unet = [target for target in targets if target.part == "unet"]
-        text = [target for target in targets if target.part != "unet"]
-        trains_text = config.train_text_encoder and config.effective_text_encoder_lr > 0 and bool(text)
-        chosen = []
-        if config.target_modules or config.conv_rank or not trains_text:  # else the text encoders learn alone
-            chosen += select_targets(unet, config.target_modules, config.conv_rank)
-        if trains_text:
-            patterns = config.text_encoder_target_modules
-            chosen += select_targets(text, patterns, field="text_encoder_target_modules")
-        kept, adapters = [], []
-        for target in chosen:
-            rank, alpha = rank_and_alpha(target, config)
-            if rank:
-                kept.append(target)
-                adapters.append(_build_one(target, rank, alpha, config))
-        if not kept:
-            raise UserError("every block has rank 0: nothing would learn.", field="block_ranks")
-        built = cls(kept, adapters, config.seed)
+        chosen = choose(targets, config)
+        adapters = [_build_one(target, rank, alpha, config) for target, rank, alpha in chosen]
+        built = cls([target for target, _, _ in chosen], adapters, config.seed)
         for target, adapter in built.items():
             adapter.requires_grad_(_lr_weight(target, config) > 0)
         return built
@@ -171,6 +148,34 @@ class AdapterSet(nn.Module):
     @property
     def ranks(self) -> dict[str, int]:
         return {target.kohya_name: adapter.rank for target, adapter in self.items()}
+
+
+def choose(targets: Sequence[Target], config: TrainConfig) -> list[tuple[Target, int, float]]:
+    """The layers that ``config`` selects among ``targets``, each with its rank and alpha.
+
+    Text encoders take part if ``train_text_encoder`` is set and their learning rate is not 0.
+
+    Raises:
+        UserError: nothing or something unknown is selected, or block_ranks does not fit.
+    """
+    for field in ("block_ranks", "block_lr_weights"):
+        values = getattr(config, field)
+        if values is not None and len(values) != BLOCKS:
+            raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
+    unet = [target for target in targets if target.part == "unet"]
+    text = [target for target in targets if target.part != "unet"]
+    trains_text = config.train_text_encoder and config.effective_text_encoder_lr > 0 and bool(text)
+    selected = []
+    if config.target_modules or config.conv_rank or not trains_text:  # else the text encoders learn alone
+        selected += select_targets(unet, config.target_modules, config.conv_rank)
+    if trains_text:
+        patterns = config.text_encoder_target_modules
+        selected += select_targets(text, patterns, field="text_encoder_target_modules")
+    ranked = [(target, *rank_and_alpha(target, config)) for target in selected]
+    chosen = [(target, rank, alpha) for target, rank, alpha in ranked if rank]
+    if not chosen:
+        raise UserError("every block has rank 0: nothing would learn.", field="block_ranks")
+    return chosen
 
 
 def rank_and_alpha(target: Target, config: TrainConfig) -> tuple[int, float]:

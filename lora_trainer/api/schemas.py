@@ -278,8 +278,9 @@ class RefusedPictureModel(BaseModel):
 
 
 class EstimateModel(BaseModel):
-    """minutes and memory (bytes) are as job ``basis`` took them; null while nothing comparable was trained here.
-    captioner: will describe the pictures first, as they have no captions. problems: would stop the run."""
+    """minutes and memory (bytes): as job ``basis`` took them, or a forecast where that is null; null while the device
+    is too busy for one. captioner: will describe the pictures first, as they have no captions. problems: would stop
+    the run."""
 
     pictures: int
     regularization_pictures: int

@@ -6,6 +6,7 @@ logic; nothing here names one host's habits.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -134,6 +135,14 @@ class Host(Protocol):
 
         Raises UserError naming ``base_model`` when there is none or it cannot be trained.
         """
+        ...
+
+    def holds_model(self) -> bool:
+        """Whether a model lies in memory already, the place of which a lent one takes."""
+        ...
+
+    def spare_turn(self) -> AbstractContextManager[bool]:
+        """The host's device for a moment: False, and not ours, when somebody computes on it now."""
         ...
 
     def draw(self, request: PreviewRequest) -> Image.Image:

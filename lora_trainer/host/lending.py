@@ -74,7 +74,7 @@ class WebuiLender(ABC):
         if sd_model is not None and self._is_ours(sd_model):
             self._refuse_unsuitable(sd_model)
             host = self._read(sd_model)
-            return self._info(host, host.architecture(host.tensors(PARTS), host.hints()).family)
+            return self._info(host, host.architecture(host.tensors(PARTS), host.hints()))
         path = Path(self.checkpoint.filename)
         file = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
                           zero_terminal_snr=self._options.zero_terminal_snr)  # fmt: skip
@@ -182,7 +182,7 @@ class WebuiLender(ABC):
             tensors.update(vae_file(self._options.vae))
             self._own_vae = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
         self._architecture = self._host.architecture(tensors, hints)
-        info = self._info(self._host, self._architecture.family)
+        info = self._info(self._host, self._architecture)
         schedule = self._host.alphas_cumprod()
         if info.zero_terminal_snr:
             schedule = rescale_zero_terminal_snr(schedule.float().cpu())
@@ -193,14 +193,14 @@ class WebuiLender(ABC):
         """The WebUI's model object from now on."""
         self._host = self._read(sd_model)
 
-    def _info(self, host: LoadedModel, family: str) -> ModelInfo:
+    def _info(self, host: LoadedModel, architecture: Architecture) -> ModelInfo:
         hints, options = host.hints(), self._options
         prediction = hints.prediction_type or "epsilon"
         if options.v_prediction is not None:
             prediction = "v_prediction" if options.v_prediction else "epsilon"
         zero = bool(hints.zero_terminal_snr) if options.zero_terminal_snr is None else options.zero_terminal_snr
         path = Path(self.checkpoint.filename)
-        return ModelInfo(family, prediction, path.stem, path, zero)
+        return ModelInfo(architecture.family, prediction, path.stem, path, zero, architecture)
 
     # Every turn ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -76,6 +76,12 @@ class StandaloneHost:
             compute_dtype=options.compute_dtype,
             clip_skip=options.clip_skip,
         )
+
+    def holds_model(self) -> bool:
+        return False
+
+    def spare_turn(self) -> AbstractContextManager[bool]:
+        return nullcontext(True)
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         lender = self.lender(request.checkpoint, LenderOptions(compute_dtype=self._precision.weight_dtype))

@@ -40,6 +40,11 @@ class Turns:
         self._open_at = 0.0
 
     @property
+    def taken(self) -> bool:
+        """Whether somebody has the host now, as far as it tells."""
+        return self._taken()
+
+    @property
     def somebody_waits(self) -> bool:
         """Whether the host has work queued: then memory is worth freeing before the turn ends."""
         return self._waiting()

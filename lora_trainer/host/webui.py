@@ -111,6 +111,17 @@ class WebuiHost(ABC):
         """The WebUI's device for something else than its base model: a batch of captions."""
         return self._turns.take()
 
+    def holds_model(self) -> bool:
+        return loaded_model(self._webui) is not None
+
+    @contextmanager
+    def spare_turn(self) -> Iterator[bool]:
+        if self._turns.taken:
+            yield False
+            return
+        with self._turns.take():
+            yield True
+
     # Publishing ---------------------------------------------------------------------------------------------------
 
     def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:

@@ -9,20 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config import TrainConfig, parse_resolution
-from lora_trainer.errors import UserError, concerning
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import concerning
 from lora_trainer.jobs.captioners import captioner_sources
-from lora_trainer.jobs.job import Job, Problem
+from lora_trainer.jobs.cost import cost
+from lora_trainer.jobs.job import Problem
 from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import check_settings, name_taken, stored_config
+from lora_trainer.jobs.submitting import check_settings, name_taken
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
-    from lora_trainer.models.base import ModelInfo
 
-_RECENT = 50  # jobs that are looked at for one that is comparable
-_MIN_STEPS = 5  # a shorter run says nothing about speed
-_TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
 _STAND_IN = "a picture"  # for captions that are not there yet; what they say changes none of the figures
 
 # Two pages that ask at once: the second finds what the first has measured, instead of decoding beside it.
@@ -30,13 +27,11 @@ _scanning = threading.Lock()
 
 
 def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
-    """Pictures that would be used and refused, buckets, steps; minutes and memory as a comparable job took them.
+    """Pictures that would be used and refused, buckets, steps, minutes and memory.
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
-    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``,
-    ``name_taken`` (why the LoRA cannot be called so, or None), ``minutes`` and ``memory`` (bytes) with
-    ``basis`` (id of the job they were measured on, which may still run), None as long as nothing comparable was
-    trained here for some steps: what an unknown machine will take is not guessed. ``captioner`` describes the pictures
+    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``name_taken`` (why the LoRA cannot be
+    called so, or None), ``minutes``, ``memory`` and ``basis`` (see ``cost``). ``captioner`` describes the pictures
     first, as they have no captions; None where none is needed, or can run. ``problems`` [``Problem``]: what would stop
     the run although its pictures can be counted.
 
@@ -77,7 +72,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "family": info.family,
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
         "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
-        **_cost(config, info, steps, host, store),
+        **cost(config, info, steps, host, store),
     }
 
 
@@ -85,22 +80,6 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     """Optimizer steps of the run; the last ones of an epoch may add up fewer batches than the others."""
     steps = math.ceil(batches_per_epoch / config.gradient_accumulation_steps) * config.epochs
     return config.max_train_steps or steps
-
-
-def _cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: JobStore) -> dict[str, Any]:
-    """Minutes and memory by the newest comparable job: the same kind of model and memory-saving settings."""
-    unknown = {"minutes": None, "memory": None, "basis": None}
-    for job in store.list(_TRAINED, limit=_RECENT):
-        if job.host != host.name or job.family != info.family or job.step < _MIN_STEPS or not job.speed:
-            continue
-        before = _stored(store, job)
-        if before is None or _kind(before) != _kind(config):
-            continue
-        work, work_before = _pixels_per_step(config, info), _pixels_per_step(before, info)
-        seconds = steps / job.speed * work / work_before
-        same_memory = config.batch_size == before.batch_size and work == work_before
-        return {"minutes": seconds / 60, "memory": job.memory if same_memory else None, "basis": job.id}
-    return unknown
 
 
 def free_memory(host: Host) -> int | None:
@@ -118,20 +97,3 @@ def free_memory(host: Host) -> int | None:
         return None
     available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
     return int(available) * 1024 if available else None
-
-
-def _kind(config: TrainConfig) -> tuple[Any, ...]:
-    return config.device, config.mixed_precision, config.gradient_checkpointing, config.train_text_encoder
-
-
-def _pixels_per_step(config: TrainConfig, info: ModelInfo) -> int:
-    size = parse_resolution(config.resolution)
-    width, height = size if isinstance(size, tuple) else (info.default_resolution, info.default_resolution)
-    return width * height * config.batch_size * config.gradient_accumulation_steps
-
-
-def _stored(store: JobStore, job: Job) -> TrainConfig | None:
-    try:
-        return stored_config(store.get(job.id))
-    except UserError:
-        return None  # deleted in between, or written by an older release with settings that are gone

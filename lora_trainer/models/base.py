@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.models.architecture import Architecture
+
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model is lent. ``sha256`` is None until somebody pays for reading the file (``Lender.model_hash``)."""
+    """Which model is lent. ``architecture``: before it is loaded, as far as its file tells."""
 
     family: str  # one of FAMILIES
     prediction_type: str  # "epsilon" | "v_prediction"
     name: str
     path: Path | None = None
     zero_terminal_snr: bool = False
+    architecture: Architecture | None = field(default=None, compare=False)
 
     @property
     def default_resolution(self) -> int:

@@ -58,7 +58,7 @@ class FileLender:
         self._v_prediction = v_prediction
         self._zero_terminal_snr = zero_terminal_snr
         self._tokenizer_dirs = tuple(tokenizer_dirs)
-        self._described: tuple[ModelInfo, Architecture] | None = None
+        self._described: ModelInfo | None = None
         self._hash: str | None = None
 
     def describe(self) -> ModelInfo:
@@ -68,18 +68,18 @@ class FileLender:
         """
         if self._described is None:
             self._open()
-        return self._described[0]
+        return self._described
 
     @contextmanager
     def borrow(self) -> Iterator[DiffusionModel]:
         """Builds the model. Raises ``UserError`` when the file is none that can be trained."""
         tensors = self._open()
-        info, architecture = self._described
+        info = self._described
         tokenizer = load_tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
         tensors.place(self.device, self.weight_dtype)
         model = assemble(
             tensors,
-            architecture,
+            info.architecture,
             tokenizer,
             info=info,
             device=self.device,
@@ -114,7 +114,7 @@ class FileLender:
         if architecture.vae is None:
             raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
         if self._described is None:
-            self._described = (self._info(tensors, architecture, hints), architecture)
+            self._described = self._info(tensors, architecture, hints)
         return tensors
 
     def _info(self, tensors: Tensors, architecture: Architecture, hints: Hints) -> ModelInfo:
@@ -126,7 +126,7 @@ class FileLender:
                 "v_prediction" if architecture.family == "sd2" and predicts_v(tensors, architecture) else "epsilon"
             )
         zero = bool(hints.zero_terminal_snr) if self._zero_terminal_snr is None else self._zero_terminal_snr
-        return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero)
+        return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero, architecture)
 
 
 @torch.no_grad()

@@ -119,8 +119,8 @@ _FACTS = (
     ("visits", "Pictures × visits", "How many pictures, and how often each is seen in all"),
     ("steps", "Steps", "One step learns from one batch of pictures"),
     ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
-    ("time", "Time", "Measured on this machine: known after the first steps of a training of this kind"),
-    ("memory", "Memory", "Measured on this machine: known after the first steps of a training of this kind"),
+    ("time", "Time", "As a training of this kind took here; before the first one, a forecast from a short trial"),
+    ("memory", "Memory", "As a training of this kind took here; before the first one, a forecast for the whole device"),
 )
 
 

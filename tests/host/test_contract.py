@@ -57,6 +57,22 @@ def test_describing_says_what_is_lent(host, models, name, family):
     assert lender.model_hash() == FileLender(models / f"{name}.safetensors").model_hash()
 
 
+def test_a_spare_turn_is_had_only_while_nobody_computes(host):
+    with host.spare_turn() as ours:
+        assert ours
+    if host.name == "standalone":
+        return  # nobody else computes there
+    with host.device_turn(), host.spare_turn() as ours:
+        assert not ours
+    with host.spare_turn() as ours:
+        assert ours
+
+
+def test_a_webui_holds_a_model_in_memory_once_one_was_lent(host):
+    with host.lender("first", OPTIONS).borrow():
+        assert host.holds_model() == (host.name != "standalone")
+
+
 def test_options_decide_over_what_the_file_says(host):
     options = dataclasses.replace(OPTIONS, v_prediction=True, zero_terminal_snr=True)
     with host.lender("first", options).borrow() as model:

@@ -86,6 +86,12 @@ class FakeHost:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def holds_model(self) -> bool:
+        return False
+
+    def spare_turn(self) -> Any:
+        return nullcontext(True)
+
     def lender(self, checkpoint: str, options: LenderOptions) -> FakeLender:
         if checkpoint == "missing":
             raise UserError("There is no such model.", field="base_model", remedy="Choose another.")

@@ -197,15 +197,3 @@ def test_the_estimate_counts_pictures_steps_and_buckets(idle, host, tmp_path, se
     with pytest.raises(UserError) as caught:
         estimate({**options, "train_data_dir": str(tmp_path / "nowhere")}, host, idle.store)
     assert caught.value.field == "train_data_dir"
-
-
-def test_minutes_are_those_of_a_comparable_job(manager, train, settings, host):
-    train.total_steps, train.free = 10, True
-    job = manager.submit({**settings, "output_name": "before"})
-    wait_for(lambda: manager.store.get(job.id).status == "finished")
-    manager.store.update(job.id, speed=2.0, memory=5_000)
-    facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
-    assert (facts["minutes"], facts["memory"], facts["basis"]) == (2.0, 5_000, job.id)
-    larger = estimate({**settings, "max_train_steps": 240, "batch_size": 2}, host, manager.store)
-    assert (larger["minutes"], larger["memory"]) == (4.0, None)
-    assert estimate({**settings, "gradient_checkpointing": True}, host, manager.store)["basis"] is None

@@ -1,0 +1,103 @@
+"""Minutes and memory that are told before a run: of a job like it, else a forecast."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.jobs import cost
+from lora_trainer.jobs.estimate import estimate
+from lora_trainer.models.detect import detect
+from lora_trainer.training import throughput
+from lora_trainer.training.forecast import memory_needed, unet_work
+from lora_trainer.training.precision import resolve
+from tests.jobs.fakes import wait_for
+from tests.tiny import SD1, sd1_shapes
+
+SPEED, IN_USE = 2e9, 7 << 30
+
+
+@pytest.fixture
+def known(host, monkeypatch):
+    """A host that says how its model is built, and how often the device was tried."""
+    tried = []
+    architecture = detect(sd1_shapes(**SD1))
+    lend = host.lender
+
+    def lender(checkpoint, options):
+        lent = lend(checkpoint, options)
+        lent.info = dataclasses.replace(lent.info, architecture=architecture)
+        return lent
+
+    monkeypatch.setattr(host, "lender", lender)
+    monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
+    monkeypatch.setattr(cost, "memory_in_use", lambda: IN_USE)
+    monkeypatch.setattr(cost, "_speeds", {})
+    return architecture, tried
+
+
+def test_minutes_are_those_of_a_comparable_job(manager, train, settings, host):
+    train.total_steps, train.free = 10, True
+    job = manager.submit({**settings, "output_name": "before"})
+    wait_for(lambda: manager.store.get(job.id).status == "finished")
+    manager.store.update(job.id, speed=2.0, memory=5_000)
+    facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
+    assert (facts["minutes"], facts["memory"], facts["basis"]) == (2.0, 5_000, job.id)
+    larger = estimate({**settings, "max_train_steps": 240, "batch_size": 2}, host, manager.store)
+    assert (larger["minutes"], larger["memory"]) == (4.0, None)
+    assert estimate({**settings, "gradient_checkpointing": True}, host, manager.store)["basis"] is None
+
+
+def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
+    architecture, tried = known
+    wanted = {**settings, "max_train_steps": 90, "batch_size": 2, "gradient_accumulation_steps": 3, "resolution": "256"}
+    config, precision = TrainConfig(batch_size=2), resolve("cpu", "no")
+    facts = estimate(wanted, host, idle.store)
+    operations = 90 * 3 * unet_work(architecture.unet, (256, 256), config).operations
+    assert facts["minutes"] == pytest.approx(operations / SPEED / 60) and facts["basis"] is None
+    assert facts["memory"] == IN_USE + memory_needed(architecture, (256, 256), config, precision)
+    host.holds_model = lambda: True
+    loaded = estimate(wanted, host, idle.store)["memory"]
+    assert loaded == IN_USE + memory_needed(architecture, (256, 256), config, precision, with_weights=False)
+    estimate({**wanted, "epochs": 3}, host, idle.store)
+    assert tried == [(architecture.unet, precision, (256, 256))], "once for each size"
+    estimate({**wanted, "resolution": "1024x640"}, host, idle.store)
+    assert tried[1:] == [(architecture.unet, precision, (512, 512))], "a CPU is not tried for long"
+
+
+def test_a_device_at_work_is_left_alone(idle, host, settings, known):
+    @contextmanager
+    def taken():
+        yield False
+
+    free, host.spare_turn = host.spare_turn, taken
+    facts = estimate(settings, host, idle.store)
+    assert facts["minutes"] is None and facts["memory"] > IN_USE and not known[1]
+    host.spare_turn = free
+    assert estimate(settings, host, idle.store)["minutes"] > 0
+
+
+def test_a_run_in_hand_hides_what_memory_the_next_will_find(manager, host, settings, known):
+    manager.submit({**settings, "output_name": "first"})
+    facts = estimate({**settings, "output_name": "next"}, host, manager.store)
+    assert (facts["minutes"], facts["memory"]) == (None, None) and not known[1]
+
+
+def test_a_full_device_only_costs_the_forecast(idle, host, settings, known, monkeypatch):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(throughput, "throughput", fail)
+    facts = estimate(settings, host, idle.store)
+    assert facts["minutes"] is None and facts["memory"] > IN_USE
+
+
+def test_layers_that_the_model_lacks_are_named_before_the_start(idle, host, settings, known):
+    with pytest.raises(UserError) as caught:
+        estimate({**settings, "target_modules": ["no_such_layer"]}, host, idle.store)
+    assert caught.value.field == "target_modules"

@@ -1,0 +1,122 @@
+"""A forecast against what torch itself counts: operations by its counter, memory by its profiler."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.detect import detect
+from lora_trainer.training import throughput as throughput_module
+from lora_trainer.training.forecast import memory_needed, piece_operations, unet_work
+from lora_trainer.training.precision import resolve
+from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
+
+SIDE, BATCH = 128, 2
+KINDS = [
+    {},
+    {"gradient_checkpointing": True},
+    {"conv_rank": 4},
+    {"dora": True},
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "sd1": tiny_sd1(folder / "sd1.safetensors", channels=64),
+        "sdxl": tiny_sdxl(folder / "sdxl.safetensors", channels=64),
+    }
+
+
+@contextlib.contextmanager
+def trained(base, config):
+    """A model that trains: (model, one forward pass to a loss)."""
+    with FileLender(base).borrow() as model:
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
+        with torch.no_grad():
+            prompts = model.encode_prompts(["a"] * BATCH)
+        sizes = None if prompts.pooled is None else torch.zeros(BATCH, 6)
+        latents, times = torch.randn(BATCH, 4, SIDE // 8, SIDE // 8), torch.full((BATCH,), 500)
+        with AdapterSet.build(model.lora_targets(), config) as adapters:
+            adapters.train()
+            yield model, lambda: model.predict(latents, times, prompts, sizes).square().mean()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_operations_are_those_that_torch_counts(bases, family, kind):
+    # A LoRA's own products are added in place, which the counter passes over: so it is kept small here.
+    config = TrainConfig(lora_rank=1, batch_size=BATCH, **{name: min(value, 1) for name, value in kind.items()})
+    with trained(bases[family], config) as (model, loss):
+        model.unet.set_attn_processor(AttnProcessor())  # written out, as every release of the counter knows it
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        expected = unet_work(model.architecture.unet, (SIDE, SIDE), config).operations
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_memory_is_what_the_allocator_sees(bases, family, kind):
+    config = TrainConfig(lora_rank=8, batch_size=BATCH, **kind)
+    with trained(bases[family], config) as (model, loss):
+        loss().backward()  # gradients of the adapters are there from now on
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            loss().backward()
+        expected = 4 * unet_work(model.architecture.unet, (SIDE, SIDE), config).kept
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert expected == pytest.approx(most, rel=0.15)
+
+
+@pytest.mark.parametrize("shapes, trained", [(sd1_shapes(**SD1_FULL), 6.78e6), (sdxl_shapes(**SDXL_FULL), 42.56e6)])
+def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
+    architecture, config = detect(shapes), TrainConfig(lora_rank=16, batch_size=1)
+
+    def needed(optimizer="adamw", **options):
+        wanted = dataclasses.replace(config, optimizer=optimizer)
+        return memory_needed(architecture, (64, 64), wanted, resolve("cpu", "no"), **options)
+
+    weights = sum(map(math.prod, shapes.values()))
+    assert needed() - needed(with_weights=False) == pytest.approx(4 * weights, rel=0.01)
+    # Prodigy keeps 16 bytes for each number that learns, Lion 4.
+    assert needed("prodigy") - needed("lion") == pytest.approx(12 * trained, rel=0.01)
+
+
+def test_large_pictures_need_most_while_they_are_encoded():
+    architecture, config = detect(sd1_shapes(**SD1_FULL)), TrainConfig(lora_rank=1, gradient_checkpointing=True)
+    needed = [
+        memory_needed(architecture, (side, side), config, resolve("cpu", "no"), with_weights=False)
+        for side in (512, 1024)
+    ]
+    assert needed[1] == 5 * 4 * 128 * 1024**2 and needed[1] == pytest.approx(4 * needed[0], rel=0.2)
+
+
+def test_selecting_no_layer_is_an_error():
+    with pytest.raises(UserError, match="nothing_like_it"):
+        architecture = detect(sd1_shapes(**SD1_FULL))
+        memory_needed(architecture, (64, 64), TrainConfig(target_modules=["nothing_like_it"]), resolve("cpu", "no"))
+
+
+def test_the_speed_is_that_of_the_piece(monkeypatch):
+    shape = detect(sd1_shapes(**SD1)).unet
+    ticks = iter(range(100))  # a clock on which each look takes a second
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(throughput_module, "_SECONDS", 3.5)
+    speed = throughput_module.throughput(shape, resolve("cpu", "no"), (64, 64))
+    assert speed == pytest.approx(3 * piece_operations(shape, (64, 64), 1) / 4)
