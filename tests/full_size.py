@@ -19,7 +19,7 @@ from lora_trainer.demo.base import TEXT, UNET, VAE, build_base
 
 UNET_TIMES = 5
 """A first level of 320 channels, as in every Stable Diffusion."""
-UNET_HEADS, TEXT_HEADS = 8, 12
+HEADS, UNET_HEADS, TEXT_HEADS = 4, 8, 12  # of the demo's attention, and of the wide ones
 TEXT_WIDTH = 768
 VAE_CHANNELS, VAE_BLOCKS = (128, 256, 512, 512), 2
 Weights = dict[str, np.ndarray]
@@ -57,12 +57,11 @@ def _fit(weight: np.ndarray, out: int, into: int | None = None) -> np.ndarray:
 
 
 def _pad_heads(weight: np.ndarray, heads: int, width: int, axis: int = 0) -> np.ndarray:
-    """The four heads along ``axis`` as the first of ``heads``, each filled up with zeros to ``width``."""
-    old = networks.TEXT_CONFIG["num_attention_heads"]
+    """The heads along ``axis`` as the first of ``heads``, each filled up with zeros to ``width``."""
     weight = np.moveaxis(weight, axis, 0)
     padded = np.zeros((heads, width, *weight.shape[1:]), weight.dtype)
-    each = weight.shape[0] // old
-    padded[:old, :each] = weight.reshape(old, each, *weight.shape[1:])
+    each = weight.shape[0] // HEADS
+    padded[:HEADS, :each] = weight.reshape(HEADS, each, *weight.shape[1:])
     return np.moveaxis(padded.reshape(heads * width, *weight.shape[1:]), 0, axis)
 
 
@@ -70,7 +69,7 @@ def _attention(kind: str, weight: np.ndarray, heads: int, out: int, into: int) -
     """A projection "q", "k", "v" or "out" of attention whose heads together are as wide as ``out`` or ``into``."""
     if kind == "out":
         return _pad_heads(_fit(weight, out), heads, into // heads, axis=1)
-    width, before = out // heads, weight.shape[0] // networks.TEXT_CONFIG["num_attention_heads"]
+    width, before = out // heads, weight.shape[0] // HEADS
     wide = _pad_heads(weight if weight.ndim == 1 else _fit(weight, weight.shape[0], into), heads, width)
     return wide * np.sqrt(width / before) if kind == "q" else wide
 
