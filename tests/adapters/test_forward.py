@@ -14,6 +14,7 @@ from lora_trainer.adapters.algebra import factorize
 from lora_trainer.adapters.loha import LohaAdapter
 from lora_trainer.adapters.lokr import LokrAdapter
 from lora_trainer.adapters.lora import LoraAdapter
+from lora_trainer.models.casting import cast_layers
 from tests.adapters.layers import LAYERS, layer_and_input, randomize
 
 KINDS = {
@@ -286,6 +287,29 @@ def test_autocast_and_a_low_precision_base(kind, layer_kind):
     low = adapter(x.bfloat16())
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("dropped", [{}, {"dropout": 0.3}, {"rank_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("layer_kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_of_another_format_than_the_computations(kind, layer_kind, dropped):
+    """As a WebUI holds it, fp16 beside a computation in fp32: outputs and gradients are those of the base in fp32."""
+    results = []
+    for casts in (False, True):
+        layer, x = layer_and_input(layer_kind)
+        layer.half()
+        if casts:
+            cast_layers(layer, torch.float32)
+        else:
+            layer.float()
+        adapter = build(kind, layer, **dropped)
+        randomize(adapter)
+        adapter.dropout_seed = 5
+        x.requires_grad_()
+        output = adapter(x)
+        output.square().sum().backward()
+        results.append([output.detach(), x.grad, *(parameter.grad for parameter in adapter.parameters())])
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_a_column_of_zeros_stays_a_number_under_dora():
