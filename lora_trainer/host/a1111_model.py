@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class HostModel:
         for _, encoder in _text_encoders(self.sd_model):
             tokenizer = getattr(encoder, "tokenizer", None)
             if hasattr(tokenizer, "bos_token_id"):
-                return Tokenizer(copy.copy(tokenizer))
+                return Tokenizer(partial(copy.copy, tokenizer))
         return load_tokenizer()
 
     def alphas_cumprod(self) -> Tensor:

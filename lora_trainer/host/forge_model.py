@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ForgeModel:
         tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
-                return Tokenizer(copy.copy(tokenizer))
+                return Tokenizer(partial(copy.copy, tokenizer))
         return load_tokenizer()
 
     def alphas_cumprod(self) -> Tensor:

@@ -6,12 +6,12 @@ or a folder, else from the local cache of transformers, else from the installed 
 
 from __future__ import annotations
 
-import functools
 import gzip
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,33 @@ _MERGES = 49152 - 256 - 2  # as open_clip and CLIP cut the list of merges in the
 
 
 class Tokenizer:
-    """Text to token ids, without start and end token. ``source``: a transformers CLIPTokenizer."""
+    """Text to token ids, without start and end token.
 
-    def __init__(self, source: Any):
-        self._source = source
+    load: gives a transformers CLIPTokenizer of our own. It is asked when there is text to read: the table takes 20 MB,
+    and a run that finds its captions encoded needs none.
+    """
+
+    def __init__(self, load: Callable[[], Any]):
+        self._load = load
+
+    @cached_property
+    def _source(self) -> Any:
+        source = self._load()
         # Captions are cut into chunks here; transformers' warning about long ones would only confuse.
         source.model_max_length = int(1e9)
-        self.bos: int = source.bos_token_id
-        self.eos: int = source.eos_token_id
-        self.comma: int = self.ids(",")[-1]
+        return source
+
+    @property
+    def bos(self) -> int:
+        return self._source.bos_token_id
+
+    @property
+    def eos(self) -> int:
+        return self._source.eos_token_id
+
+    @cached_property
+    def comma(self) -> int:
+        return self.ids(",")[-1]
 
     def ids(self, text: str) -> list[int]:
         return list(self._source(text, add_special_tokens=False, truncation=False)["input_ids"])
@@ -50,34 +68,32 @@ def load_tokenizer(folders: Iterable[Path] = ()) -> Tokenizer:
     """The first tokenizer found in ``folders`` (vocab.json and merges.txt), transformers' cache, or open_clip.
 
     Raises:
-        UserError: there is none; says what to install.
+        UserError: there is none; says what to install. One that cannot be read says so when it is needed.
     """
     for folder in folders:
         if all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt")):
-            return _from_folder(Path(folder))
+            return Tokenizer(partial(_read, Path(folder)))
     return _installed_tokenizer()
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _installed_tokenizer() -> Tokenizer:
     if (folder := _cached_folder()) is not None:
-        return _from_folder(folder)
+        return Tokenizer(partial(_read, folder))
     if (vocabulary := _open_clip_vocabulary()) is not None:
-        with tempfile.TemporaryDirectory(prefix="clip-vocabulary-") as temporary:
-            _unpack(vocabulary, Path(temporary))
-            return _from_folder(Path(temporary))
+        return Tokenizer(partial(_read_merges, vocabulary))
     raise UserError(
         "CLIP's vocabulary was not found on this machine.",
         remedy="Install it with: pip install open_clip_torch",
     )
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _read(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     try:
         # A path to an existing folder is never looked up on the network.
-        return Tokenizer(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for damaged files
         raise UserError(f"The tokenizer in {folder} cannot be read: {error}.") from error
 
@@ -100,6 +116,12 @@ def _open_clip_vocabulary() -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _read_merges(vocabulary: Path) -> Any:
+    with tempfile.TemporaryDirectory(prefix="clip-vocabulary-") as temporary:
+        _unpack(vocabulary, Path(temporary))
+        return _read(Path(temporary))
 
 
 def _unpack(vocabulary: Path, folder: Path) -> None:
