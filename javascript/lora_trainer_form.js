@@ -220,8 +220,8 @@
         const yaml = (typeof opts === "undefined" ? "" : opts.lora_trainer_defaults || "").trim();
         if (!yaml) return {};
         try {
-            const {settings} = await app.post("/settings/check", {yaml});
-            return Object.fromEntries(Object.entries(settings).filter(([name, value]) => !same(value, form.defaults[name])));
+            const {settings, given} = await app.post("/settings/check", {yaml});
+            return Object.fromEntries(given.map((name) => [name, settings[name]]));
         } catch (error) {
             app.complain(error);
             return {};

@@ -6,10 +6,11 @@
     const COMPLAINT_MS = 20000;
     const OVER = ["finished", "stopped", "failed", "interrupted"];
 
-    // job: what the panel shows. details: its settings, by name. jobs: every job heard of since the page was opened.
+    // job: what the panel shows. details: its settings, by name. asked: whether they are here or on their way.
+    // jobs: every job heard of since the page was opened.
     // inPicker: which weights the LoRA pickers were last told of, by job.
     const live = (app.live = {
-        job: null, details: null, points: [], lastEvent: 0, seenRunning: new Set(), looking: null, inPicker: new Map(),
+        job: null, details: null, asked: false, points: [], lastEvent: 0, seenRunning: new Set(), looking: null, inPicker: new Map(),
     });
     let cursor = null;
     let timer = null;
@@ -43,6 +44,7 @@
         try {
             const answer = await app.fetchJson("/status" + (cursor ? "?since=" + encodeURIComponent(cursor) : ""));
             cursor = answer.cursor;
+            if (live.job && !live.asked) loadDetails(live.job);
             if (answer.unchanged) return;
             trouble = answer.trouble ? app.sentence(answer.trouble) : "";
             showTrouble();
@@ -94,7 +96,7 @@
         const other = !live.job || live.job.id !== job.id || live.job.attempt !== job.attempt;
         live.job = job;
         if (other) {
-            Object.assign(live, {details: null, lastEvent: 0});
+            Object.assign(live, {details: null, asked: false, lastEvent: 0});
             live.previews.clear();
             live.previews.compare(false);
             live.curve.set([]);
@@ -119,8 +121,15 @@
     }
 
     async function loadDetails(job) {
-        const {effective_config: yaml} = await app.fetchJson("/jobs/" + job.id);
-        const {settings} = await app.post("/settings/check", {yaml});
+        live.asked = true;
+        let settings;
+        try {
+            const {effective_config: yaml} = await app.fetchJson("/jobs/" + job.id);
+            ({settings} = await app.post("/settings/check", {yaml}));
+        } catch (error) {
+            live.asked = false; // the next look asks again, and says what is the matter if it lasts
+            return;
+        }
         if (live.job && live.job.id === job.id) {
             live.details = settings;
             if (!settings.preview_prompts.length) live.previews.clear(app.t("No preview prompt is set (Advanced, Saving and previews)."));

@@ -11,6 +11,7 @@ from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
+from lora_trainer.config.parse import ALIASES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.jobs.estimate import estimate, free_memory
 from lora_trainer.jobs.job import ACTIVE
@@ -57,8 +58,10 @@ def routes(context: Context) -> APIRouter:
     @router.post("/settings/check", response_model=schemas.ConfigModel)
     def check(new: schemas.NewJobModel) -> dict[str, Any]:
         """Settings or YAML -> every setting named, and the same as YAML; errors name each field."""
-        config = from_mapping(read_settings(new.given()))
-        return {"settings": to_mapping(config), "yaml": to_yaml(config)}
+        given = read_settings(new.given())
+        config = from_mapping(given)
+        names = [ALIASES.get(name, name) for name in given]
+        return {"settings": to_mapping(config), "given": names, "yaml": to_yaml(config)}
 
     @router.post("/estimate", response_model=schemas.EstimateModel)
     def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:

@@ -266,9 +266,10 @@ class SettingListModel(BaseModel):
 
 
 class ConfigModel(BaseModel):
-    """A checked configuration, every setting named, and as YAML."""
+    """A checked configuration, every setting named, and as YAML. given: the names that were in what was checked."""
 
     settings: dict[str, Any]
+    given: list[str]
     yaml: str
 
 

@@ -1,123 +1,16 @@
-"""The tab in a browser, against the real routes and queue; only the host and the training are fakes."""
+"""From pictures to the prompt in a browser, and what can be wrong on the way."""
 
 from __future__ import annotations
 
-import csv
 import errno
 import os
 import time
 
 import pytest
-from PIL import Image
 
 pytest.importorskip("playwright.sync_api")
-from fastapi import FastAPI
-
-from lora_trainer.api import add_routes
-from lora_trainer.errors import UserError
-from lora_trainer.jobs import reporting
-from lora_trainer.jobs.worker import JobManager
-from tests.jobs.fakes import FakeHost, FakeTrain, make_pictures
-from tests.ui.browser import chromium, served
-
-PICTURES = 12
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def train():
-    return FakeTrain(total_steps=20)
-
-
-@pytest.fixture
-def manager(tmp_path, train, monkeypatch):
-    monkeypatch.setattr(reporting, "MIN_INTERVAL", 0)  # every step is written, so that tests can wait for one
-    manager = JobManager(FakeHost(tmp_path), train=train)
-    manager.start_worker()
-    yield manager
-    manager.close()
-
-
-@pytest.fixture
-def site(manager):
-    app = FastAPI()
-    add_routes(app, manager, manager.host)
-    with served(app) as address:
-        yield address
-
-
-@pytest.fixture
-def open_page(browser, site):
-    """Opens a page of the tab; every further one is another browser. No script may have failed at the end."""
-    errors, contexts = [], []
-
-    def open_one(width=1400):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 1000}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(site)
-        page.wait_for_selector("#lora_trainer_field_base_model option:nth-child(1)", state="attached")
-        return page
-
-    yield open_one
-    for context in contexts:
-        context.close()
-    assert not errors
-
-
-@pytest.fixture
-def page(open_page):
-    return open_page()
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Pictures and their captions in a table, as a person has them."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    rows = []
-    for index in range(PICTURES):
-        Image.new("RGB", (96, 64), (index * 20, 90, 30)).save(folder / f"{index:02d}.png")
-        rows.append((f"{index:02d}.png", f'a "red" **hat**, number {index}'))
-    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as table:
-        csv.writer(table).writerows([("filename", "prompt"), *rows])
-    return sorted(folder.iterdir())
-
-
-def add(page, files):
-    page.set_input_files("#lora_trainer_files", files)
-    page.wait_for_selector("#lora_trainer_pictures:not([hidden])")
-
-
-def text(page, name):
-    return page.inner_text(f"#lora_trainer_{name}")
-
-
-def wait_for_text(page, name, part):
-    page.wait_for_function("([id, part]) => document.getElementById(id).innerText.includes(part)",
-                           arg=[f"lora_trainer_{name}", part])  # fmt: skip
-
-
-def estimated(page):
-    """Until the numbers follow what was changed last."""
-    page.evaluate("() => loraTrainer.estimate.now()")
-
-
-def start(page, files, name="hat_v1"):
-    add(page, files)
-    page.fill("#lora_trainer_field_output_name", name)
-    page.click("#lora_trainer_start")
-    page.wait_for_selector("#lora_trainer_live:not([hidden])")
-
-
-def curve(page):
-    return page.get_attribute("#lora_trainer_curve .lora_trainer_raw", "d") or ""
+from tests.jobs.fakes import make_pictures
+from tests.ui.person import add, curve, estimated, start, text, wait_for_text
 
 
 def test_from_pictures_to_the_prompt(page, files, train, manager):
@@ -169,39 +62,6 @@ def test_captions_that_came_along_are_kept(page, files, manager):
     dataset = page.evaluate("loraTrainer.pictures.chosen")
     written = (manager.folders.datasets / dataset / "03.txt").read_text(encoding="utf-8")
     assert written == 'a "red" **hat**, number 3\n'
-
-
-def test_two_pages_agree(page, open_page, files, train):
-    start(page, files)
-    train.allow(3)
-    other = open_page()
-    wait_for_text(other, "job_facts", "step 3 of 20")
-    other.click("#lora_trainer_job_buttons >> text=Pause")
-    wait_for_text(page, "job_state", "paused")
-    page.click("#lora_trainer_job_buttons >> text=Resume")
-    wait_for_text(other, "job_state", "training")
-    train.allow(2)
-    for one in (page, other):
-        wait_for_text(one, "job_facts", "step 5 of 20")
-    other.click("#lora_trainer_job_buttons >> text=Preview now")
-    train.allow(1)
-    for one in (page, other):
-        one.wait_for_selector("#lora_trainer_previews img")
-    page.click("#lora_trainer_job_buttons >> text=Stop and save")
-    for one in (page, other):
-        wait_for_text(one, "job_state", "stopped")
-
-
-def test_the_queue_waits_its_turn(page, files, train):
-    start(page, files)
-    for name in ("second", "third"):
-        page.fill("#lora_trainer_field_output_name", name)
-        page.click("#lora_trainer_start")
-        wait_for_text(page, "queue", name)
-    page.locator("#lora_trainer_queue_list li", has_text="third").get_by_text("First").click()
-    page.wait_for_function("() => document.querySelector('#lora_trainer_queue_list li').innerText.includes('third')")
-    page.locator("#lora_trainer_queue_list li", has_text="second").get_by_text("Remove").click()
-    page.wait_for_function("() => document.querySelectorAll('#lora_trainer_queue_list li').length === 1")
 
 
 PROBLEMS = {
@@ -309,210 +169,12 @@ def test_words_of_others_are_text(page, tmp_path, manager, train):
     assert page.evaluate("window.broken") is None
 
 
-def test_settings_as_yaml(page, files):
-    add(page, files)
-    page.fill("#lora_trainer_field_output_name", "hat_v1")
-    page.click("#lora_trainer_advanced > summary")
-    page.click("text=As YAML, in and out")
-    page.click("text=Show the settings here")
-    page.wait_for_function("() => loraTrainer.get('yaml').value.includes('output_name: hat_v1')")
-    page.fill("#lora_trainer_yaml", "network_dim: 32\nlearning_rate: 5e-5\nepochs: 3\noutput_name: other")
-    page.click("text=Use these settings")
-    page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
-    assert page.input_value("#lora_trainer_field_learning_rate") == "5e-5"
-    assert page.input_value("#lora_trainer_field_output_name") == "other"
-    page.fill("#lora_trainer_yaml", "epocs: 3")
-    page.click("text=Use these settings")
-    wait_for_text(page, "problem_yaml", "Did you mean 'epochs'?")
-
-
-def test_a_changed_value_stays_until_it_is_reset(page, files):
-    add(page, files)
-    page.click("#lora_trainer_advanced > summary")
-    page.click("[data-group=optimization] > summary")
-    page.fill("#lora_trainer_field_epochs", "3")
-    page.check("input[value=style]")
-    estimated(page)
-    assert page.input_value("#lora_trainer_field_epochs") == "3" and text(page, "changed") == "1 changed"
-    page.click("[data-reset=epochs]")
-    assert page.input_value("#lora_trainer_field_epochs") == "10" and text(page, "changed") == ""
-
-
-def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
-    train.free, train.checkpoints = True, (5, 10)
-    start(page, files)
-    wait_for_text(page, "job_state", "finished")
-    page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
-    shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
-    said = [one.inner_text().split("\n") for one in shown.all()]
-    assert said == [["step 5", "Use this one"], ["step 10", "Use this one"]]
-    shown.nth(0).get_by_text("Use this one").click()
-    wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
-    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
-    assert "in your Lora tab" in shown.nth(0).inner_text()
-    page.click("#lora_trainer_job_buttons >> text=Files")
-    inside = page.locator(".lora_trainer_inside")
-    inside.get_by_text("Compare checkpoints").click()
-    inside.get_by_text("Use this one").click()
-    page.wait_for_function("() => loraTrainer.live.job.published_step === 10")
-    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
-
-
-def test_the_title_and_a_notification_tell_the_end(open_page, files, train):
-    page = open_page()
-    page.evaluate("""() => {
-        window.told = [];
-        window.Notification = class { constructor(title, {body}) { window.told.push([title, body]); } };
-        Notification.permission = "granted";
-        document.title = "Stable Diffusion";
-    }""")
-    before = page.title()
-    start(page, files)
-    train.allow(5)
-    page.wait_for_function("() => document.title.startsWith('25 % hat_v1')")
-    train.allow(15)
-    page.wait_for_function("() => document.title.startsWith('hat_v1: finished')")
-    assert page.evaluate("told") == [["hat_v1: finished", "It is in your Lora tab as hat_v1."]]
-    page.wait_for_function("(before) => document.title === before", arg=before)
-
-
-def test_history(page, files, train, manager):
-    train.free = True
-    start(page, files)
-    wait_for_text(page, "job_state", "finished")
-    page.click("#lora_trainer_job_buttons >> text=Files")
-    inside = page.locator(".lora_trainer_inside")
-    inside.get_by_text("Files", exact=True).click()
-    assert "hat_v1.safetensors" in inside.inner_text()
-    inside.get_by_text("Continue from it").click()
-    wait_for_text(page, "origin", "Continues from hat_v1")
-    assert page.input_value("#lora_trainer_field_output_name") == "hat_v2"
-    page.click("#lora_trainer_start")
-    wait_for_text(page, "job_name", "hat_v2")
-    wait_for_text(page, "job_state", "finished")
-    assert train.configs[1].init_lora.endswith("hat_v1.safetensors")
-    page.evaluate("loraTrainer.openSubTab('Runs')")
-    page.wait_for_selector("#lora_trainer_run_2")
-    page.click("#lora_trainer_run_2 > button")
-    page.click("#lora_trainer_run_2 >> text=Delete …")
-    page.click("#lora_trainer_run_2 >> text=Delete it")
-    page.wait_for_selector("#lora_trainer_run_2", state="detached")
-    assert [job.id for job in manager.store.list()] == [1]
-    assert (manager.host.root / "Lora" / "hat_v2.safetensors").exists(), "the published LoRA stays"
-
-
-def test_five_hundred_runs_open_in_a_second(manager, open_page, tmp_path):
-    config = "train_data_dir: x\n"
-    for index in range(500):
-        manager.store.add(f"run_{index}", config, status="finished", dataset="x", base_model="m", host="standalone")
-    page = open_page()
-    begin = time.perf_counter()
-    page.evaluate("loraTrainer.openSubTab('Runs')")
-    page.wait_for_selector(".lora_trainer_run")
-    assert time.perf_counter() - begin < 1
-    assert text(page, "runs_count") == "50 of 500"
-    page.click("#lora_trainer_runs_more")
-    wait_for_text(page, "runs_count", "100 of 500")
-
-
-def test_an_idle_page_leaves_the_hosts_page_alone(page):
-    """A1111 runs every extension's callbacks whenever a node comes or goes."""
-    changes = page.evaluate("""async () => {
-        let changes = 0;
-        new MutationObserver((found) => (changes += found.length)).observe(document, {childList: true, subtree: true});
-        for (let look = 0; look < 5; look++) await loraTrainer.live.look();
-        return changes;
-    }""")
-    assert changes == 0
-
-
 def test_a_phone(open_page, files, train):
     page = open_page(width=390)
     start(page, files)
     train.allow(2)
     wait_for_text(page, "job_facts", "step 2 of 20")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_a_server_that_is_away_is_said_and_found_again(page, files, train):
-    start(page, files)
-    page.context.set_offline(True)
-    wait_for_text(page, "trouble", "does not answer")
-    page.context.set_offline(False)
-    page.wait_for_selector("#lora_trainer_trouble", state="hidden")
-    train.allow(4)
-    wait_for_text(page, "job_facts", "step 4 of 20")
-
-
-def test_runs_stay_open_while_others_go_on(page, files, train, manager):
-    """Under a filter that the running job does not pass, every look at the server once loaded the list anew."""
-    train.free = True
-    start(page, files)
-    wait_for_text(page, "job_state", "finished")
-    train.free = False
-    page.evaluate("loraTrainer.openSubTab('Runs')")
-    page.select_option("#lora_trainer_runs_filter", "finished")
-    page.click("#lora_trainer_run_1 > button")
-    page.wait_for_selector(".lora_trainer_inside")
-    page.evaluate("""() => {
-        window.lists = 0;
-        const before = window.fetch;
-        window.fetch = (url, ...rest) => ((lists += String(url).includes("/jobs?")), before(url, ...rest));
-    }""")
-    second = manager.duplicate(1)
-    for step in range(1, 4):
-        train.allow(1)
-        page.wait_for_function("([id, step]) => loraTrainer.live.job.id === id && loraTrainer.live.job.step === step",
-                               arg=[second.id, step])  # fmt: skip
-    assert page.evaluate("lists") == 0
-    train.allow(20)
-    page.wait_for_selector("#lora_trainer_run_2")
-    assert page.locator("#lora_trainer_run_1 .lora_trainer_inside").count() == 1, "it stays open when the list grows"
-
-
-def test_the_page_turns_to_no_other_tab_by_itself(page, files, train):
-    start(page, files)
-    page.evaluate("loraTrainer.openSubTab('Runs')")
-    page.click("#lora_trainer_run_1 > button")
-    page.wait_for_selector(".lora_trainer_inside >> text=Stop and save")
-    page.evaluate("loraTrainer.openSubTab('Train')")
-    train.allow(20)
-    wait_for_text(page, "job_state", "finished")
-    page.wait_for_selector(".lora_trainer_inside >> text=Compare checkpoints", state="attached")
-    assert page.is_visible("#lora_trainer_tab_train") and page.locator(".lora_trainer_inside").count() == 1
-
-
-def test_a_phone_that_has_no_notifications_shows_the_end_all_the_same(page, files, train):
-    page.evaluate("""() => {
-        window.Notification = class { constructor() { throw new TypeError("Illegal constructor"); } };
-        Notification.permission = "granted";
-    }""")
-    start(page, files)
-    train.allow(20)
-    page.wait_for_function("() => !loraTrainer.live.seenRunning.size && loraTrainer.live.job.status === 'finished'")
-    assert not page.is_visible("#lora_trainer_trouble")
-
-
-def test_a_command_that_is_refused_is_said_long_enough(page, files, train, manager, monkeypatch):
-    def refused(*args, **more):
-        raise UserError("Not now.", remedy="Later.")
-
-    start(page, files)
-    page.wait_for_selector("#lora_trainer_job_buttons >> text=Save now")
-    monkeypatch.setattr(manager, "_command", refused)
-    page.click("#lora_trainer_job_buttons >> text=Save now")
-    wait_for_text(page, "trouble", "Not now. Later.")
-    train.allow(2)
-    wait_for_text(page, "job_facts", "step 2 of 20")
-    assert text(page, "trouble") == "Not now. Later."
-
-
-def test_a_job_that_another_page_deletes_is_gone(page, files, train, manager):
-    train.free = True
-    start(page, files)
-    wait_for_text(page, "job_state", "finished")
-    manager.delete(1, confirm=True)
-    page.wait_for_selector("#lora_trainer_live", state="hidden")
 
 
 def test_pictures_that_follow_go_where_the_first_went(page, files, manager):
@@ -529,57 +191,6 @@ def test_a_file_that_is_too_large_takes_no_other_along(page, files, tmp_path):
     add(page, [*files, film])
     assert "12 pictures are fine" in text(page, "pictures")
     assert "film.mp4 has 80 MB; up to 64 MB are accepted" in text(page, "refused")
-
-
-def test_continuing_takes_what_the_form_says_also_where_that_is_a_default(page, files, train):
-    train.free = True
-    add(page, files)
-    page.evaluate("loraTrainer.form.set('epochs', 7)")
-    start(page, [])
-    wait_for_text(page, "job_state", "finished")
-    page.click("#lora_trainer_job_buttons >> text=Continue from it")
-    wait_for_text(page, "origin", "Continues from hat_v1")
-    page.evaluate("loraTrainer.form.set('epochs', undefined)")
-    estimated(page)
-    assert page.input_value("#lora_trainer_field_epochs") == "10"
-    page.click("#lora_trainer_start")
-    wait_for_text(page, "job_name", "hat_v2")
-    wait_for_text(page, "job_state", "finished")
-    assert train.configs[1].epochs == 10 and train.configs[1].init_lora.endswith("hat_v1.safetensors")
-    page.click("#lora_trainer_job_buttons >> text=Run again with changes")
-    page.wait_for_function("() => loraTrainer.form.given.output_name === 'hat_v3'")
-    assert page.evaluate("loraTrainer.form.given.init_lora").endswith("hat_v1.safetensors"), "it began with that, too"
-
-
-def test_optimizer_arguments_are_what_they_look_like(page):
-    page.evaluate("""() => {
-        const field = loraTrainer.form.control("optimizer_args");
-        field.value = "nesterov: false\\nbetas: [0.9, 0.99]\\neps: 1e-8\\nname: plain";
-        field.dispatchEvent(new Event("input", {bubbles: true}));
-        loraTrainer.form.display();
-    }""")
-    given = {"nesterov": False, "betas": [0.9, 0.99], "eps": 1e-8, "name": "plain"}
-    assert page.evaluate("loraTrainer.form.given.optimizer_args") == given
-    assert "betas: [0.9,0.99]" in page.input_value("#lora_trainer_field_optimizer_args")
-
-
-def test_a_kind_that_is_set_anew_in_the_settings_counts(page):
-    page.context.add_init_script("""window.onOptionsAvailable = (action) => {
-        opts.lora_trainer_kind = localStorage.getItem("kind of the settings");
-        action();
-    }""")
-
-    def kind(settings, chosen=None):
-        page.evaluate("(kind) => localStorage.setItem('kind of the settings', kind)", settings)
-        page.reload()
-        page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
-        if chosen:
-            page.check(f"input[value={chosen}]")
-        return page.evaluate("loraTrainer.form.kind()")
-
-    kind("character", chosen="scene")
-    assert kind("character") == "scene", "what was chosen last stays"
-    assert kind("style") == "style"
 
 
 def test_an_upload_that_breaks_off_goes_on_where_it_was(page, manager, tmp_path):

@@ -92,7 +92,7 @@ def drawn(page, walk):  # noqa: F811
     shown = "(document.querySelector('#txt2img_gallery img') || {}).src"
     before = page.evaluate(f"() => {shown}")
     walk.click("#txt2img_generate")
-    page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before)
+    page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before, timeout=900_000)
     data = page.evaluate(f"async () => Array.from(new Uint8Array(await (await fetch({shown})).arrayBuffer()))")
     return Image.open(io.BytesIO(bytes(data))).convert("RGB")
 

@@ -1,0 +1,84 @@
+"""One page of the tab in a browser, against the real routes and queue; only the host and the training are fakes."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+
+from lora_trainer.api import add_routes
+from lora_trainer.jobs import reporting
+from lora_trainer.jobs.worker import JobManager
+from tests.jobs.fakes import FakeHost, FakeTrain
+from tests.ui.browser import chromium, served
+
+PICTURES = 12
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def train():
+    return FakeTrain(total_steps=20)
+
+
+@pytest.fixture
+def manager(tmp_path, train, monkeypatch):
+    monkeypatch.setattr(reporting, "MIN_INTERVAL", 0)  # every step is written, so that tests can wait for one
+    manager = JobManager(FakeHost(tmp_path), train=train)
+    manager.start_worker()
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def site(manager):
+    app = FastAPI()
+    add_routes(app, manager, manager.host)
+    with served(app) as address:
+        yield address
+
+
+@pytest.fixture
+def open_page(browser, site):
+    """Opens a page of the tab; every further one is another browser. No script may have failed at the end."""
+    errors, contexts = [], []
+
+    def open_one(width=1400):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 1000}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(site)
+        page.wait_for_selector("#lora_trainer_field_base_model option:nth-child(1)", state="attached")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Pictures and their captions in a table, as a person has them."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = []
+    for index in range(PICTURES):
+        Image.new("RGB", (96, 64), (index * 20, 90, 30)).save(folder / f"{index:02d}.png")
+        rows.append((f"{index:02d}.png", f'a "red" **hat**, number {index}'))
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as table:
+        csv.writer(table).writerows([("filename", "prompt"), *rows])
+    return sorted(folder.iterdir())

@@ -1,0 +1,232 @@
+"""The page while trainings run, end and are looked at again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from lora_trainer.errors import UserError
+from tests.ui.person import start, text, wait_for_text
+
+
+def test_two_pages_agree(page, open_page, files, train):
+    start(page, files)
+    train.allow(3)
+    other = open_page()
+    wait_for_text(other, "job_facts", "step 3 of 20")
+    other.click("#lora_trainer_job_buttons >> text=Pause")
+    wait_for_text(page, "job_state", "paused")
+    page.click("#lora_trainer_job_buttons >> text=Resume")
+    wait_for_text(other, "job_state", "training")
+    train.allow(2)
+    for one in (page, other):
+        wait_for_text(one, "job_facts", "step 5 of 20")
+    other.click("#lora_trainer_job_buttons >> text=Preview now")
+    train.allow(1)
+    for one in (page, other):
+        one.wait_for_selector("#lora_trainer_previews img")
+    page.click("#lora_trainer_job_buttons >> text=Stop and save")
+    for one in (page, other):
+        wait_for_text(one, "job_state", "stopped")
+
+
+def test_the_queue_waits_its_turn(page, files, train):
+    start(page, files)
+    for name in ("second", "third"):
+        page.fill("#lora_trainer_field_output_name", name)
+        page.click("#lora_trainer_start")
+        wait_for_text(page, "queue", name)
+    page.locator("#lora_trainer_queue_list li", has_text="third").get_by_text("First").click()
+    page.wait_for_function("() => document.querySelector('#lora_trainer_queue_list li').innerText.includes('third')")
+    page.locator("#lora_trainer_queue_list li", has_text="second").get_by_text("Remove").click()
+    page.wait_for_function("() => document.querySelectorAll('#lora_trainer_queue_list li').length === 1")
+
+
+PROBLEMS = {
+    "no captions": ("trigger_word", {"bare": True, "trigger_word": ""}, "Your pictures have no captions"),
+    "no pictures": ("train_data_dir", {}, "No pictures are chosen"),
+    "wrong folder": ("train_data_dir", {"folder": "/there/is/nothing"}, "/there/is/nothing"),
+    "name that exists": ("output_name", {"pictures": True, "output_name": "old"}, "There is a LoRA named old already"),
+    "no name": ("output_name", {"pictures": True, "output_name": "a/b"}, "cannot be"),
+    "no number": ("learning_rate", {"pictures": True, "learning_rate": "much"}, "'much' is not a number"),
+}
+
+
+def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
+    train.free, train.checkpoints = True, (5, 10)
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
+    shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
+    said = [one.inner_text().split("\n") for one in shown.all()]
+    assert said == [["step 5", "Use this one"], ["step 10", "Use this one"]]
+    shown.nth(0).get_by_text("Use this one").click()
+    wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
+    assert "in your Lora tab" in shown.nth(0).inner_text()
+    page.click("#lora_trainer_job_buttons >> text=Files")
+    inside = page.locator(".lora_trainer_inside")
+    inside.get_by_text("Compare checkpoints").click()
+    inside.get_by_text("Use this one").click()
+    page.wait_for_function("() => loraTrainer.live.job.published_step === 10")
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
+
+
+def test_the_title_and_a_notification_tell_the_end(open_page, files, train):
+    page = open_page()
+    page.evaluate("""() => {
+        window.told = [];
+        window.Notification = class { constructor(title, {body}) { window.told.push([title, body]); } };
+        Notification.permission = "granted";
+        document.title = "Stable Diffusion";
+    }""")
+    before = page.title()
+    start(page, files)
+    train.allow(5)
+    page.wait_for_function("() => document.title.startsWith('25 % hat_v1')")
+    train.allow(15)
+    page.wait_for_function("() => document.title.startsWith('hat_v1: finished')")
+    assert page.evaluate("told") == [["hat_v1: finished", "It is in your Lora tab as hat_v1."]]
+    page.wait_for_function("(before) => document.title === before", arg=before)
+
+
+def test_history(page, files, train, manager):
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Files")
+    inside = page.locator(".lora_trainer_inside")
+    inside.get_by_text("Files", exact=True).click()
+    assert "hat_v1.safetensors" in inside.inner_text()
+    inside.get_by_text("Continue from it").click()
+    wait_for_text(page, "origin", "Continues from hat_v1")
+    assert page.input_value("#lora_trainer_field_output_name") == "hat_v2"
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "job_name", "hat_v2")
+    wait_for_text(page, "job_state", "finished")
+    assert train.configs[1].init_lora.endswith("hat_v1.safetensors")
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.wait_for_selector("#lora_trainer_run_2")
+    page.click("#lora_trainer_run_2 > button")
+    page.click("#lora_trainer_run_2 >> text=Delete …")
+    page.click("#lora_trainer_run_2 >> text=Delete it")
+    page.wait_for_selector("#lora_trainer_run_2", state="detached")
+    assert [job.id for job in manager.store.list()] == [1]
+    assert (manager.host.root / "Lora" / "hat_v2.safetensors").exists(), "the published LoRA stays"
+
+
+def test_five_hundred_runs_open_in_a_second(manager, open_page, tmp_path):
+    config = "train_data_dir: x\n"
+    for index in range(500):
+        manager.store.add(f"run_{index}", config, status="finished", dataset="x", base_model="m", host="standalone")
+    page = open_page()
+    begin = time.perf_counter()
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.wait_for_selector(".lora_trainer_run")
+    assert time.perf_counter() - begin < 1
+    assert text(page, "runs_count") == "50 of 500"
+    page.click("#lora_trainer_runs_more")
+    wait_for_text(page, "runs_count", "100 of 500")
+
+
+def test_an_idle_page_leaves_the_hosts_page_alone(page):
+    """A1111 runs every extension's callbacks whenever a node comes or goes."""
+    changes = page.evaluate("""async () => {
+        let changes = 0;
+        new MutationObserver((found) => (changes += found.length)).observe(document, {childList: true, subtree: true});
+        for (let look = 0; look < 5; look++) await loraTrainer.live.look();
+        return changes;
+    }""")
+    assert changes == 0
+
+
+def test_a_server_that_is_away_is_said_and_found_again(page, files, train):
+    start(page, files)
+    page.context.set_offline(True)
+    wait_for_text(page, "trouble", "does not answer")
+    page.context.set_offline(False)
+    page.wait_for_selector("#lora_trainer_trouble", state="hidden")
+    train.allow(4)
+    wait_for_text(page, "job_facts", "step 4 of 20")
+
+
+def test_settings_of_the_training_that_were_on_their_way_are_asked_for_again(page, files):
+    page.route("**/settings/check", lambda route: route.abort(), times=30)
+    start(page, files)
+    page.wait_for_timeout(1500)
+    assert page.evaluate("loraTrainer.live.details") is None
+    page.unroute("**/settings/check")
+    page.wait_for_function("() => loraTrainer.live.details")
+
+
+def test_runs_stay_open_while_others_go_on(page, files, train, manager):
+    """Under a filter that the running job does not pass, every look at the server once loaded the list anew."""
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    train.free = False
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.select_option("#lora_trainer_runs_filter", "finished")
+    page.click("#lora_trainer_run_1 > button")
+    page.wait_for_selector(".lora_trainer_inside")
+    page.evaluate("""() => {
+        window.lists = 0;
+        const before = window.fetch;
+        window.fetch = (url, ...rest) => ((lists += String(url).includes("/jobs?")), before(url, ...rest));
+    }""")
+    second = manager.duplicate(1)
+    for step in range(1, 4):
+        train.allow(1)
+        page.wait_for_function("([id, step]) => loraTrainer.live.job.id === id && loraTrainer.live.job.step === step",
+                               arg=[second.id, step])  # fmt: skip
+    assert page.evaluate("lists") == 0
+    train.allow(20)
+    page.wait_for_selector("#lora_trainer_run_2")
+    assert page.locator("#lora_trainer_run_1 .lora_trainer_inside").count() == 1, "it stays open when the list grows"
+
+
+def test_the_page_turns_to_no_other_tab_by_itself(page, files, train):
+    start(page, files)
+    page.evaluate("loraTrainer.openSubTab('Runs')")
+    page.click("#lora_trainer_run_1 > button")
+    page.wait_for_selector(".lora_trainer_inside >> text=Stop and save")
+    page.evaluate("loraTrainer.openSubTab('Train')")
+    train.allow(20)
+    wait_for_text(page, "job_state", "finished")
+    page.wait_for_selector(".lora_trainer_inside >> text=Compare checkpoints", state="attached")
+    assert page.is_visible("#lora_trainer_tab_train") and page.locator(".lora_trainer_inside").count() == 1
+
+
+def test_a_phone_that_has_no_notifications_shows_the_end_all_the_same(page, files, train):
+    page.evaluate("""() => {
+        window.Notification = class { constructor() { throw new TypeError("Illegal constructor"); } };
+        Notification.permission = "granted";
+    }""")
+    start(page, files)
+    train.allow(20)
+    page.wait_for_function("() => !loraTrainer.live.seenRunning.size && loraTrainer.live.job.status === 'finished'")
+    assert not page.is_visible("#lora_trainer_trouble")
+
+
+def test_a_command_that_is_refused_is_said_long_enough(page, files, train, manager, monkeypatch):
+    def refused(*args, **more):
+        raise UserError("Not now.", remedy="Later.")
+
+    start(page, files)
+    page.wait_for_selector("#lora_trainer_job_buttons >> text=Save now")
+    monkeypatch.setattr(manager, "_command", refused)
+    page.click("#lora_trainer_job_buttons >> text=Save now")
+    wait_for_text(page, "trouble", "Not now. Later.")
+    train.allow(2)
+    wait_for_text(page, "job_facts", "step 2 of 20")
+    assert text(page, "trouble") == "Not now. Later."
+
+
+def test_a_job_that_another_page_deletes_is_gone(page, files, train, manager):
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    manager.delete(1, confirm=True)
+    page.wait_for_selector("#lora_trainer_live", state="hidden")

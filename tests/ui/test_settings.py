@@ -1,0 +1,103 @@
+"""The page's settings: presets, changed values, YAML, the host's own defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from tests.ui.person import add, estimated, start, text, wait_for_text
+
+
+def test_settings_as_yaml(page, files):
+    add(page, files)
+    page.fill("#lora_trainer_field_output_name", "hat_v1")
+    page.click("#lora_trainer_advanced > summary")
+    page.click("text=As YAML, in and out")
+    page.click("text=Show the settings here")
+    page.wait_for_function("() => loraTrainer.get('yaml').value.includes('output_name: hat_v1')")
+    page.fill("#lora_trainer_yaml", "network_dim: 32\nlearning_rate: 5e-5\nepochs: 3\noutput_name: other")
+    page.click("text=Use these settings")
+    page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
+    assert page.input_value("#lora_trainer_field_learning_rate") == "5e-5"
+    assert page.input_value("#lora_trainer_field_output_name") == "other"
+    page.fill("#lora_trainer_yaml", "epocs: 3")
+    page.click("text=Use these settings")
+    wait_for_text(page, "problem_yaml", "Did you mean 'epochs'?")
+
+
+def test_a_changed_value_stays_until_it_is_reset(page, files):
+    add(page, files)
+    page.click("#lora_trainer_advanced > summary")
+    page.click("[data-group=optimization] > summary")
+    page.fill("#lora_trainer_field_epochs", "3")
+    page.check("input[value=style]")
+    estimated(page)
+    assert page.input_value("#lora_trainer_field_epochs") == "3" and text(page, "changed") == "1 changed"
+    page.click("[data-reset=epochs]")
+    assert page.input_value("#lora_trainer_field_epochs") == "10" and text(page, "changed") == ""
+
+
+def test_continuing_takes_what_the_form_says_also_where_that_is_a_default(page, files, train):
+    train.free = True
+    add(page, files)
+    page.evaluate("loraTrainer.form.set('epochs', 7)")
+    start(page, [])
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Continue from it")
+    wait_for_text(page, "origin", "Continues from hat_v1")
+    page.evaluate("loraTrainer.form.set('epochs', undefined)")
+    estimated(page)
+    assert page.input_value("#lora_trainer_field_epochs") == "10"
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "job_name", "hat_v2")
+    wait_for_text(page, "job_state", "finished")
+    assert train.configs[1].epochs == 10 and train.configs[1].init_lora.endswith("hat_v1.safetensors")
+    page.click("#lora_trainer_job_buttons >> text=Run again with changes")
+    page.wait_for_function("() => loraTrainer.form.given.output_name === 'hat_v3'")
+    assert page.evaluate("loraTrainer.form.given.init_lora").endswith("hat_v1.safetensors"), "it began with that, too"
+
+
+def test_optimizer_arguments_are_what_they_look_like(page):
+    page.evaluate("""() => {
+        const field = loraTrainer.form.control("optimizer_args");
+        field.value = "nesterov: false\\nbetas: [0.9, 0.99]\\neps: 1e-8\\nname: plain";
+        field.dispatchEvent(new Event("input", {bubbles: true}));
+        loraTrainer.form.display();
+    }""")
+    given = {"nesterov": False, "betas": [0.9, 0.99], "eps": 1e-8, "name": "plain"}
+    assert page.evaluate("loraTrainer.form.given.optimizer_args") == given
+    assert "betas: [0.9,0.99]" in page.input_value("#lora_trainer_field_optimizer_args")
+
+
+def test_a_kind_that_is_set_anew_in_the_settings_counts(page):
+    page.context.add_init_script("""window.onOptionsAvailable = (action) => {
+        opts.lora_trainer_kind = localStorage.getItem("kind of the settings");
+        action();
+    }""")
+
+    def kind(settings, chosen=None):
+        page.evaluate("(kind) => localStorage.setItem('kind of the settings', kind)", settings)
+        page.reload()
+        page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+        if chosen:
+            page.check(f"input[value={chosen}]")
+        return page.evaluate("loraTrainer.form.kind()")
+
+    kind("character", chosen="scene")
+    assert kind("character") == "scene", "what was chosen last stays"
+    assert kind("style") == "style"
+
+
+def test_the_hosts_settings_count_for_every_kind_also_where_they_are_a_default(page, files):
+    """Few pictures make the presets choose a dropout; the built-in default is none."""
+    page.context.add_init_script("""window.onOptionsAvailable = (action) => {
+        opts.lora_trainer_defaults = "dropout: 0\\nnetwork_dim: 12";
+        action();
+    }""")
+    add(page, files)
+    estimated(page)
+    assert page.evaluate("loraTrainer.form.value('dropout')") > 0
+    page.reload()
+    page.wait_for_function("() => window.loraTrainer && loraTrainer.begun && loraTrainer.pictures.chosen")
+    estimated(page)
+    assert page.evaluate("['dropout', 'lora_rank'].map(loraTrainer.form.value)") == [0, 12]
