@@ -80,8 +80,8 @@ class LoraAdapter(Adapter):
         if dropping:
             hidden = self._drop(hidden)
         change = functional.conv2d(hidden, up) if self.is_conv else functional.linear(hidden, up)
-        # Neither a Linear nor a convolution keeps its output for the backward pass. One that casts its weight may return
-        # a view, which autograd does not let us write to.
+        # Neither a Linear nor a convolution keeps its output for the backward pass. One that casts its weight may
+        # return a view, which autograd does not let us write to.
         if self.base_is_plain and output.dtype == change.dtype and not output._is_view():
             return output.add_(change)
         return output + change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
@@ -15,7 +16,9 @@ from lora_trainer.jobs.submitting import stored_config
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
+    from lora_trainer.models.architecture import Architecture
     from lora_trainer.models.base import ModelInfo
+    from lora_trainer.training.forecast import Weightless
     from lora_trainer.training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ _TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
 _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
 
-_speeds: dict[Any, float] = {}  # operations per second, by what they were tried on
+_trials: dict[Any, _Trial] = {}
 _trying = threading.Lock()
 
 
@@ -67,33 +70,50 @@ def _forecast(
     from lora_trainer.training.precision import resolve
 
     precision = resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
-    needed = memory_needed(info.architecture, size, config, precision, with_weights=not host.holds_model())
-    speed = _speed(info, precision, size, host, busy)
-    minutes = None
-    if speed is not None:
+    trial = _try(info.architecture, precision, size, host, busy)
+    if trial is None:
+        return {}
+    found: dict[str, Any] = {}
+    if trial.speed is not None:
         operations = unet_work(info.architecture.unet, size, config).operations * config.gradient_accumulation_steps
-        minutes = steps * operations / speed / 60
+        found["minutes"] = steps * operations / trial.speed / 60
+    needed = memory_needed(trial.model, size, config, precision, with_weights=not host.holds_model())
     # A training in hand has taken memory of its own, which will be free again.
     in_use = None if busy else memory_in_use()
-    return {"minutes": minutes, "memory": None if in_use is None else in_use + needed}
+    return found | {"memory": None if in_use is None else in_use + needed}
 
 
-def _speed(info: ModelInfo, precision: Precision, size: tuple[int, int], host: Host, busy: bool) -> float | None:
-    """Operations per second, tried once for each kind of work; None while the device is not to be had."""
+@dataclass(frozen=True)
+class _Trial:
+    """model: without its weights. speed: operations per second; None where the device had no memory for it."""
+
+    model: Weightless
+    speed: float | None
+
+
+def _try(
+    architecture: Architecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
+) -> _Trial | None:
+    """What a turn of the host's shows, once for each kind of work; None while the device is not to be had."""
+    from lora_trainer.training.forecast import Weightless
     from lora_trainer.training.throughput import throughput
 
     if precision.device.type != "cuda":
         size = (min(size[0], _CPU_SIDE), min(size[1], _CPU_SIDE))
-    key = info.architecture.unet, precision, size
+    key = architecture, precision, size
     with _trying:
-        if key not in _speeds and not busy:
+        if key in _trials or busy:
+            return _trials.get(key)
+        with host.spare_turn() as ours:
+            if not ours:
+                return None
+            model = Weightless.of(architecture)
             try:
-                with host.spare_turn() as ours:
-                    if ours:
-                        _speeds[key] = throughput(info.architecture.unet, precision, size)
+                _trials[key] = _Trial(model, throughput(architecture.unet, precision, size))
             except RuntimeError as error:  # of a full GPU above all; the run itself would say more
                 log.warning("How fast the device trains could not be tried: %s", error)
-        return _speeds.get(key)
+                return _Trial(model, None)
+        return _trials[key]
 
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:

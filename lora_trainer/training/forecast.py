@@ -158,7 +158,7 @@ def _lora(into: int, out: int, rank: int) -> int:
 
 
 def memory_needed(
-    architecture: Architecture,
+    model: Weightless,
     resolution: tuple[int, int],
     config: TrainConfig,
     precision: Precision,
@@ -170,40 +170,43 @@ def memory_needed(
     Raises:
         UserError: no layer of the model would learn.
     """
-    model = _Weightless.of(architecture)
-    kept = unet_work(architecture.unet, resolution, config).kept * _bytes(precision.autocast_dtype or torch.float32)
-    encoding = _ENCODER_COPIES * architecture.vae.channels[0] * math.prod(resolution) * _bytes(torch.float32)
+    shape = model.architecture
+    kept = unet_work(shape.unet, resolution, config).kept * _bytes(precision.autocast_dtype or torch.float32)
+    encoding = _ENCODER_COPIES * shape.vae.channels[0] * math.prod(resolution) * _bytes(torch.float32)
     weights = model.weights * _bytes(precision.weight_dtype) if with_weights else 0
     return int(weights + max(encoding, kept + _adapter_bytes(model, config)))
 
 
-def _bytes(dtype: torch.dtype) -> int:
-    return torch.empty((), dtype=dtype).element_size()  # torch 2.0 has no dtype.itemsize
-
-
-def _adapter_bytes(model: _Weightless, config: TrainConfig) -> int:
-    """All that learns: fp32 numbers, their gradients and the optimizer's state for them."""
-    numbers = 0
-    for target, rank, _ in choose(model.targets, config):
-        out, *into = weight_shape(target.module)
-        numbers += rank * (out + math.prod(into)) * (2 if config.adapter == "loha" else 1)
-    return numbers * (8 + _OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema_decay else 0))
-
-
 @dataclass(frozen=True)
-class _Weightless:
+class Weightless:
     """A model that takes no memory: how many weights it would have, and the layers that could learn."""
 
+    architecture: Architecture
     weights: int
     targets: tuple[LoraTarget, ...]
 
     @staticmethod
     @lru_cache(maxsize=2)
-    def of(architecture: Architecture) -> _Weightless:
+    def of(architecture: Architecture) -> Weightless:
+        """To be called in a turn of the lender's, as everything that builds modules."""
         unet, _ = build_unet(architecture.unet)
         encoders = [build_text_encoder(shape)[0] for shape in architecture.text_encoders]
         parts = [unet, build_vae(architecture.vae)[0], *encoders]
         targets = unet_targets(unet, architecture)
         for index, (encoder, shape) in enumerate(zip(encoders, architecture.text_encoders)):
             targets += text_targets(text_body(encoder), shape, architecture.family, index)
-        return _Weightless(sum(weight.numel() for part in parts for weight in part.parameters()), tuple(targets))
+        weights = sum(weight.numel() for part in parts for weight in part.parameters())
+        return Weightless(architecture, weights, tuple(targets))
+
+
+def _bytes(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()  # torch 2.0 has no dtype.itemsize
+
+
+def _adapter_bytes(model: Weightless, config: TrainConfig) -> int:
+    """All that learns: fp32 numbers, their gradients and the optimizer's state for them."""
+    numbers = 0
+    for target, rank, _ in choose(model.targets, config):
+        out, *into = weight_shape(target.module)
+        numbers += rank * (out + math.prod(into)) * (2 if config.adapter == "loha" else 1)
+    return numbers * (8 + _OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema_decay else 0))

@@ -14,7 +14,7 @@ from lora_trainer.jobs import cost
 from lora_trainer.jobs.estimate import estimate
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput
-from lora_trainer.training.forecast import memory_needed, unet_work
+from lora_trainer.training.forecast import Weightless, memory_needed, unet_work
 from lora_trainer.training.precision import resolve
 from tests.jobs.fakes import wait_for
 from tests.tiny import SD1, sd1_shapes
@@ -37,7 +37,7 @@ def known(host, monkeypatch):
     monkeypatch.setattr(host, "lender", lender)
     monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
     monkeypatch.setattr(cost, "memory_in_use", lambda: IN_USE)
-    monkeypatch.setattr(cost, "_speeds", {})
+    monkeypatch.setattr(cost, "_trials", {})
     return architecture, tried
 
 
@@ -60,10 +60,12 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     facts = estimate(wanted, host, idle.store)
     operations = 90 * 3 * unet_work(architecture.unet, (256, 256), config).operations
     assert facts["minutes"] == pytest.approx(operations / SPEED / 60) and facts["basis"] is None
-    assert facts["memory"] == IN_USE + memory_needed(architecture, (256, 256), config, precision)
+    assert facts["memory"] == IN_USE + memory_needed(Weightless.of(architecture), (256, 256), config, precision)
     host.holds_model = lambda: True
     loaded = estimate(wanted, host, idle.store)["memory"]
-    assert loaded == IN_USE + memory_needed(architecture, (256, 256), config, precision, with_weights=False)
+    assert loaded == IN_USE + memory_needed(
+        Weightless.of(architecture), (256, 256), config, precision, with_weights=False
+    )
     estimate({**wanted, "epochs": 3}, host, idle.store)
     assert tried == [(architecture.unet, precision, (256, 256))], "once for each size"
     estimate({**wanted, "resolution": "1024x640"}, host, idle.store)
@@ -77,9 +79,12 @@ def test_a_device_at_work_is_left_alone(idle, host, settings, known):
 
     free, host.spare_turn = host.spare_turn, taken
     facts = estimate(settings, host, idle.store)
-    assert facts["minutes"] is None and facts["memory"] > IN_USE and not known[1]
+    assert (facts["minutes"], facts["memory"]) == (None, None) and not known[1]
     host.spare_turn = free
-    assert estimate(settings, host, idle.store)["minutes"] > 0
+    first = estimate(settings, host, idle.store)
+    assert first["minutes"] > 0 and first["memory"] > IN_USE
+    host.spare_turn = taken
+    assert estimate(settings, host, idle.store) == first, "what was tried is known"
 
 
 def test_a_run_in_hand_hides_what_memory_the_next_will_find(manager, host, settings, known):

@@ -18,7 +18,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import memory_needed, piece_operations, unet_work
+from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, unet_work
 from lora_trainer.training.precision import resolve
 from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
@@ -86,11 +86,11 @@ def test_memory_is_what_the_allocator_sees(bases, family, kind):
 
 @pytest.mark.parametrize("shapes, trained", [(sd1_shapes(**SD1_FULL), 6.78e6), (sdxl_shapes(**SDXL_FULL), 42.56e6)])
 def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
-    architecture, config = detect(shapes), TrainConfig(lora_rank=16, batch_size=1)
+    model, config = Weightless.of(detect(shapes)), TrainConfig(lora_rank=16, batch_size=1)
 
     def needed(optimizer="adamw", **options):
         wanted = dataclasses.replace(config, optimizer=optimizer)
-        return memory_needed(architecture, (64, 64), wanted, resolve("cpu", "no"), **options)
+        return memory_needed(model, (64, 64), wanted, resolve("cpu", "no"), **options)
 
     weights = sum(map(math.prod, shapes.values()))
     assert needed() - needed(with_weights=False) == pytest.approx(4 * weights, rel=0.01)
@@ -99,18 +99,17 @@ def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
 
 
 def test_large_pictures_need_most_while_they_are_encoded():
-    architecture, config = detect(sd1_shapes(**SD1_FULL)), TrainConfig(lora_rank=1, gradient_checkpointing=True)
+    model, config = Weightless.of(detect(sd1_shapes(**SD1_FULL))), TrainConfig(lora_rank=1, gradient_checkpointing=True)
     needed = [
-        memory_needed(architecture, (side, side), config, resolve("cpu", "no"), with_weights=False)
-        for side in (512, 1024)
+        memory_needed(model, (side, side), config, resolve("cpu", "no"), with_weights=False) for side in (512, 1024)
     ]
     assert needed[1] == 5 * 4 * 128 * 1024**2 and needed[1] == pytest.approx(4 * needed[0], rel=0.2)
 
 
 def test_selecting_no_layer_is_an_error():
+    model, config = Weightless.of(detect(sd1_shapes(**SD1))), TrainConfig(target_modules=["nothing_like_it"])
     with pytest.raises(UserError, match="nothing_like_it"):
-        architecture = detect(sd1_shapes(**SD1_FULL))
-        memory_needed(architecture, (64, 64), TrainConfig(target_modules=["nothing_like_it"]), resolve("cpu", "no"))
+        memory_needed(model, (64, 64), config, resolve("cpu", "no"))
 
 
 def test_the_speed_is_that_of_the_piece(monkeypatch):
