@@ -34,7 +34,7 @@ from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import ModelPreviewer
-from lora_trainer.training.state import fingerprint
+from lora_trainer.training.state import fingerprint, named_state
 
 # Settings that say where data comes from and results go, not what the result is. An interrupted run is continued
 # whatever they are; the data and the models behind the paths are compared by their content.
@@ -105,9 +105,8 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     config = dataclasses.replace(config, output_name=output_name(config))
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_file():
-        message = f"There is no training state {config.resume}."
-        raise UserError(message, field="resume", remedy="Use auto, never, or the path of a .state file.")
+    if config.resume not in ("auto", "never"):
+        named_state(config.resume)  # what cannot be continued is said before anything is encoded
     with concerning("init_lora"):
         initial = read_lora(config.init_lora) if config.init_lora else None
     info = lender.describe()

@@ -101,6 +101,18 @@ def read_state(path: Path) -> TrainingState:
         raise DamagedState(f"it is no whole training state ({error})") from error
 
 
+def named_state(resume: str) -> TrainingState:
+    """The state that the setting ``resume`` names by its path. Raises UserError when there is no whole one."""
+    if not Path(resume).is_file():
+        message = f"There is no training state {resume}."
+        raise UserError(message, field="resume", remedy="Use auto, never, or the path of a .state file.")
+    try:
+        return read_state(Path(resume))
+    except DamagedState as error:
+        message = f"{resume} cannot be continued: {error}."
+        raise UserError(message, field="resume", remedy="Use auto, never or another file.") from error
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
@@ -218,12 +230,7 @@ class StateStore:
                     "this run starts anew."
                 )
             return state
-        try:
-            state = read_state(Path(resume))
-        except DamagedState as error:
-            raise UserError(
-                f"{resume} cannot be continued: {error}.", field="resume", remedy="Use auto, never or another file."
-            ) from error
+        state = named_state(resume)
         if names := differences(state.identity, self.identity):
             self._on_warning(f"{resume} was trained with other settings: {', '.join(names)}. The new ones count.")
         return state

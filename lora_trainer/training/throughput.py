@@ -29,13 +29,13 @@ def throughput(shape: UNetShape, precision: Precision, resolution: tuple[int, in
     level = min(1, len(shape.channels) - 1)
     channels, heads = shape.channels[level], shape.heads[level]
     width, height = (-(-(side // 8) // 2**level) for side in resolution)
-    format = {"device": precision.device, "dtype": precision.weight_dtype}
+    here = {"device": precision.device, "dtype": precision.weight_dtype}
     resnet = ResnetBlock2D(in_channels=channels, temb_channels=None)
     block = BasicTransformerBlock(channels, heads, channels // heads, cross_attention_dim=shape.context_dim)
     for part in (resnet, block):
-        part.requires_grad_(False).to(**format)
-    picture = torch.randn(1, channels, height, width, **format).requires_grad_()
-    text = torch.randn(1, CONTEXT_TOKENS, shape.context_dim, **format)
+        part.requires_grad_(False).to(**here)
+    picture = torch.randn(1, channels, height, width, **here).requires_grad_()
+    text = torch.randn(1, CONTEXT_TOKENS, shape.context_dim, **here)
 
     def compute() -> None:
         with precision.autocast():

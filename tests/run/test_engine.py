@@ -243,6 +243,7 @@ def test_merged_into_the_base(settings, tmp_path, tiny_base):
     ("block_lr_weights", {"block_lr_weights": [0] * 25}),
     ("debiased_estimation", {"debiased_estimation": True, "min_snr_gamma": None, "zero_terminal_snr": True}),
     ("resume", {"resume": "no such.state"}),
+    ("resume", {"resume": __file__}),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_said_before_anything_is_encoded(settings, tmp_path, field, changes):
     listener = Listener()

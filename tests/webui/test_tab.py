@@ -65,7 +65,7 @@ def until(page, condition, seconds=300):
     page.wait_for_function(f"() => {condition}", timeout=seconds * 1000)
 
 
-SIZES = """(values) => values.forEach(([name, value]) => {
+FIELDS = """(values) => values.forEach(([name, value]) => {
     const field = document.querySelector(`#txt2img_${name} input[type=number]`);
     field.value = value;
     updateInput(field);
@@ -76,7 +76,7 @@ def generate(page, prompt):
     """The bytes of the picture that txt2img makes of ``prompt``."""
     shown = "(document.querySelector('#txt2img_gallery img') || {}).src"
     page.fill("#txt2img_prompt textarea", prompt)
-    page.evaluate(SIZES, list((PICTURE | {"seed": 5}).items()))
+    page.evaluate(FIELDS, list((PICTURE | {"seed": 5}).items()))
     before = page.evaluate(f"() => {shown}")
     page.click("#txt2img_generate")
     page.wait_for_function(f"(before) => {shown} && {shown} !== before", arg=before, timeout=300_000)
@@ -121,7 +121,7 @@ def test_from_pictures_to_prompt(page, pictures):
 def test_pictures_go_from_the_gallery_to_the_trainer(page):
     """Each with its own prompt as caption, without LoRA calls; the overview that the host draws of several stays."""
     page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
-    page.evaluate(SIZES, [["batch_size", 2]])
+    page.evaluate(FIELDS, [["batch_size", 2]])
     generate(page, "a red ellipse, 背景 <lora:nothing:1>")
     page.click("#lora_trainer_send")
     page.wait_for_selector("#lora_trainer_pictures:visible")

@@ -20,7 +20,7 @@ from lora_trainer.demo.score import score
 from tests import full_size
 from tests.webui.person import Walk, drop
 from tests.webui.server import FORGE, Server
-from tests.webui.test_tab import browser, page, until  # noqa: F401 - fixtures
+from tests.webui.test_tab import FIELDS, browser, page, until  # noqa: F401 - fixtures
 
 # What a person would leave at its values for a full-size model; this one is two hundred times smaller. Forge loads it
 # widened, which takes longer; a layer that is five times as wide learns the same with smaller numbers.
@@ -39,7 +39,7 @@ max_train_steps: {STEPS}
 min_snr_gamma: null
 debiased_estimation: true
 """
-TXT2IMG = {"Width": 128, "Height": 128, "CFG Scale": 4.0, "Sampling steps": 20}
+TXT2IMG = {"width": 128, "height": 128, "cfg_scale": 4, "steps": 20, "seed": 1}
 PROMPT = "a big red star on a grey background"  # the LoRA never sees these colors together
 
 
@@ -69,8 +69,6 @@ def webui(tmp_path_factory):
         base.with_suffix(".yaml").write_text(narrow_config(), encoding="utf-8")
     options = {"live_previews_enable": False, "lora_trainer_kind": "scene", "lora_trainer_defaults": DEFAULTS}
     (folder / "config.json").write_text(json.dumps(options), encoding="utf-8")
-    fields = {f"txt2img/{name}/value": value for name, value in TXT2IMG.items()}
-    (folder / "ui-config.json").write_text(json.dumps(fields), encoding="utf-8")
     with Server(folder) as server:
         server.select("a drawn shapes.safetensors")
         yield server
@@ -132,7 +130,7 @@ def test_from_twelve_pictures_to_what_they_taught(page, webui, stars):  # noqa: 
 
     walk.click("#tabs > .tab-nav >> text=txt2img")
     page.fill("#txt2img_prompt textarea", PROMPT)
-    page.fill("#txt2img_seed input", "1")
+    page.evaluate(FIELDS, list(TXT2IMG.items()))
     without = drawn(page, walk)
     assert page.evaluate("loraTrainer.live.job.active"), "drawn while it trains"
     walk.station("generated meanwhile")
