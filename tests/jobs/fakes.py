@@ -208,3 +208,21 @@ class FakeTrain:
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 40), (200, 0, 0)).save(path)
         callbacks.on_preview(path, step, "a prompt")
+
+
+def status_of(manager, job):
+    return manager.store.get(job.id).status
+
+
+def wait_status(manager, job, status):
+    wait_for(lambda: status_of(manager, job) == status, status)
+    return manager.store.get(job.id)
+
+
+def wait_step(manager, job, step):
+    wait_for(lambda: lines_of(manager, job) >= step, f"step {step}")
+
+
+def lines_of(manager, job):
+    path = manager.folders.metrics(manager.store.get(job.id))
+    return len(path.read_text().splitlines()) if path.exists() else 0

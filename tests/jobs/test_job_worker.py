@@ -1,41 +1,15 @@
+"""A job from its start to its end: trained, paused, stopped, failed, published."""
+
 from __future__ import annotations
 
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-import lora_trainer.jobs as jobs
-from lora_trainer.config import from_mapping, parse_yaml
-from lora_trainer.errors import ConfigError, UserError
-from lora_trainer.jobs.lease import WorkerLease
-from lora_trainer.jobs.worker import JobManager
-from tests.jobs.fakes import FakeHost, FakeTrain, wait_for
-
-
-def status_of(manager, job):
-    return manager.store.get(job.id).status
-
-
-def wait_status(manager, job, status):
-    wait_for(lambda: status_of(manager, job) == status, status)
-    return manager.store.get(job.id)
-
-
-def wait_step(manager, job, step):
-    wait_for(lambda: _lines(manager, job) >= step, f"step {step}")
-
-
-def _lines(manager, job):
-    path = manager.folders.metrics(manager.store.get(job.id))
-    return len(path.read_text().splitlines()) if path.exists() else 0
+from lora_trainer.errors import UserError
+from tests.jobs.fakes import lines_of, status_of, wait_for, wait_status, wait_step
 
 
 def test_a_job_is_trained_and_published_with_a_complete_card(manager, train, settings, host):
@@ -62,19 +36,6 @@ def test_without_a_preview_the_first_picture_is_the_thumbnail(manager, train, se
     train.free = True
     wait_status(manager, manager.submit(settings), "finished")
     assert host.published[0][1].thumbnail.getpixel((0, 0)) == (0, 30, 90)
-
-
-def test_the_job_has_its_own_folder_and_the_pictures_stay_alone(manager, train, settings):
-    train.free = True
-    before = sorted(Path(settings["train_data_dir"]).iterdir())
-    job = wait_status(manager, manager.submit(settings), "finished")
-    folder = manager.folders.of(job)
-    assert folder.name == f"{job.id:05d}-cat" and folder.parent == manager.folders.jobs
-    config = train.configs[0]
-    assert config.output_dir == str(folder / "output") and config.output_name == "cat"
-    assert config.cache_dir == str(manager.folders.cache)
-    assert (folder / "config.yaml").read_text() == job.config
-    assert sorted(Path(settings["train_data_dir"]).iterdir()) == before
 
 
 def test_a_command_reaches_a_job_that_is_just_being_taken_up(manager, train, settings, monkeypatch):
@@ -126,7 +87,7 @@ def test_pause_resume_stop_and_start_again_go_on_where_it_was(manager, train, se
     manager.start(job.id)
     train.allow(1)
     job = wait_status(manager, job, "finished")
-    assert job.attempt == 2 and _lines(manager, job) == 4
+    assert job.attempt == 2 and lines_of(manager, job) == 4
     assert [config.resume for config in train.configs] == ["auto", "auto"]
 
 
@@ -139,7 +100,7 @@ def test_paused_takes_no_step(manager, train, settings):
     manager.preview_now(job.id)  # would be drawn after the next step
     looks = iter(range(20))
     wait_for(lambda: next(looks) == 19)
-    assert _lines(manager, job) == 1 and status_of(manager, job) == "paused"
+    assert lines_of(manager, job) == 1 and status_of(manager, job) == "paused"
 
 
 def test_a_paused_job_keeps_the_device_free_and_its_place(manager, train, settings):
@@ -290,154 +251,6 @@ def test_the_host_checks_the_lora_and_what_is_wrong_is_told(manager, train, sett
     assert told == [] if verified else len(told) == 1 and str(verdict) in told[0]
 
 
-def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings, host):
-    (host.root / "Lora" / "cat.safetensors").touch()
-    with pytest.raises(UserError) as caught:
-        idle.submit(settings)
-    assert caught.value.field == "output_name"
-    idle.submit({**settings, "overwrite": True})
-    (host.root / "Lora" / "cat.safetensors").unlink()
-    with pytest.raises(UserError, match="Another job"):
-        idle.submit({**settings, "output_name": "CAT"})
-    assert len(idle.store.list()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
-
-
-def test_two_that_start_at_once_do_not_get_one_name(idle, settings):
-    begin = threading.Barrier(6)
-
-    def start(_):
-        begin.wait()
-        with suppress(UserError):
-            idle.submit(settings)
-        begin.wait()
-        return idle.duplicate(1).name
-
-    with ThreadPoolExecutor(6) as pool:
-        names = list(pool.map(start, range(6)))
-    assert sorted([*names, "cat"]) == sorted({job.name for job in idle.store.list()}) and len(set(names)) == 6
-
-
-@pytest.mark.parametrize("there", ["people/cat.safetensors", "CAT.pt", "cat.json"])
-def test_what_publishing_would_refuse_is_refused_before_the_training(idle, settings, host, there):
-    """The picker knows a LoRA by its name alone, wherever it lies."""
-    path = host.root / "Lora" / there
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"already\."):
-        idle.submit(settings)
-
-
-def test_a_name_that_the_webui_never_finds_is_refused_before_the_training(idle, settings):
-    with pytest.raises(UserError, match="keeps it for itself"):
-        idle.submit({**settings, "output_name": "None"})
-
-
-def test_a_name_is_found_where_none_is_given(idle, settings):
-    del settings["output_name"]
-    assert [idle.submit(settings).name for _ in range(3)] == ["photos", "photos_2", "photos_3"]
-    assert idle.submit({**settings, "output_dir": "./output/my_style"}).name == "my_style"
-
-
-def test_settings_come_as_yaml_and_all_their_problems_at_once(idle, settings):
-    text = f"train_data_dir: {settings['train_data_dir']}\nlearning_rate: 2e-4\nrank: 8\n"
-    job = idle.submit(text)
-    assert idle.effective_config(job).lora_rank == 8 and idle.effective_config(job).learning_rate == 2e-4
-    with pytest.raises(ConfigError) as caught:
-        idle.submit({**settings, "rank": 0, "epochs": -1})
-    assert [problem.field for problem in caught.value.problems] == ["rank", "epochs"]
-    with pytest.raises(UserError, match="No pictures"):
-        idle.submit({})
-
-
-def test_a_few_lines_that_stand_for_gigabytes_are_refused_at_once(idle):
-    pairs = zip("abcdefgh", "bcdefghi")
-    levels = "".join(f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairs)
-    with pytest.raises(UserError, match="alias"):
-        idle.submit(f"a: &a [{', '.join('x' * 10)}]\n{levels}lora_rank: *i\n")
-
-
-def test_duplicate_takes_changes_and_continue_starts_from_the_lora(manager, train, settings):
-    train.free = True
-    job = wait_status(manager, manager.submit({**settings, "network_dim": 4}), "finished")
-    again = manager.duplicate(job.id, {"lora_rank": 8}, held=True)
-    config = manager.effective_config(again)
-    assert (again.name, config.lora_rank, config.trigger_word) == ("cat_2", 8, "zwx")
-    more = manager.continue_from(job.id, held=True)
-    assert manager.effective_config(more).init_lora == str(manager.result_file(job.id, "lora"))
-    with pytest.raises(UserError, match="has not made"):
-        manager.continue_from(again.id)
-
-
-def test_delete_removes_the_jobs_own_folder_only(manager, train, settings, host):
-    train.free = True
-    job = wait_status(manager, manager.submit(settings), "finished")
-    folder = manager.folders.of(job)
-    outside = host.root / "keep"
-    outside.mkdir()
-    (outside / "file").touch()
-    (folder / "link").symlink_to(outside)
-    with pytest.raises(UserError, match="removes"):
-        manager.delete(job.id)
-    manager.delete(job.id, confirm=True)
-    assert not folder.exists() and (outside / "file").exists()
-    assert (host.root / "Lora" / "cat.safetensors").exists()
-    assert len(list(Path(settings["train_data_dir"]).iterdir())) == 6
-    assert manager.store.list() == []
-
-
-@pytest.mark.parametrize("folder", ["", ".", "..", "../..", "other"])
-def test_delete_touches_no_folder_without_the_jobs_mark(idle, settings, folder):
-    job = idle.submit(settings)
-    (idle.folders.jobs / "other").mkdir()
-    (idle.folders.jobs / "other" / "file").touch()
-    idle.store.update(job.id, folder=folder)
-    try:
-        idle.delete(job.id, confirm=True)
-    except UserError as error:
-        assert "nothing was deleted" in error.message
-    assert (idle.folders.jobs / "other" / "file").exists() and idle.folders.of(job).exists()
-
-
-def test_a_new_list_of_jobs_leaves_the_folders_of_the_former_one_alone(manager, train, settings, host):
-    """Renaming jobs.sqlite is the remedy for a broken one; numbers then begin anew, and names are often the same."""
-    train.free = True
-    first = manager.submit(settings)
-    wait_for(lambda: manager.store.get(first.id).is_over)
-    manager.close()
-    for path in manager.folders.data.glob("jobs.sqlite*"):
-        path.rename(path.with_name(f"old-{path.name}"))
-    before = {path: path.read_bytes() for path in manager.folders.of(first).rglob("*") if path.is_file()}
-    train.total_steps = 6
-    second_manager = JobManager(host, train=train)
-    second = second_manager.submit(settings | {"overwrite": True})
-    assert (second.id, second.name) == (first.id, first.name)
-    second_manager.start_worker()
-    wait_for(lambda: second_manager.store.get(second.id).is_over)
-    second_manager.close()
-    assert {path: path.read_bytes() for path in manager.folders.of(first).rglob("*") if path.is_file()} == before
-
-
-def test_a_finished_job_that_cannot_be_deleted_stays_finished(manager, train, settings, monkeypatch):
-    train.free = True
-    job = manager.submit(settings)
-    wait_for(lambda: manager.store.get(job.id).is_over)
-
-    def rmtree(path):
-        raise PermissionError(13, "in use")
-
-    monkeypatch.setattr("shutil.rmtree", rmtree)
-    with pytest.raises(UserError, match="could not be deleted"):
-        manager.delete(job.id, confirm=True)
-    assert manager.store.get(job.id).status == "finished"
-
-
-def test_a_running_job_is_not_deleted(manager, train, settings):
-    job = manager.submit(settings)
-    wait_status(manager, job, "running")
-    with pytest.raises(UserError, match="Stop it first"):
-        manager.delete(job.id, confirm=True)
-
-
 def test_commands_that_make_no_sense_say_so(manager, train, settings):
     train.free = True
     job = wait_status(manager, manager.submit(settings), "finished")
@@ -446,137 +259,11 @@ def test_commands_that_make_no_sense_say_so(manager, train, settings):
             getattr(manager, command)(job.id)
 
 
-def test_reload_ui_finds_the_same_manager_and_the_job_in_it(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(jobs, "_managers", {})
-    before, after = FakeHost(tmp_path), FakeHost(tmp_path)
-    manager = jobs.manager(before)
-    manager._train = train = FakeTrain()
-    job = manager.submit(settings)
-    train.allow(1)
-    wait_step(manager, job, 1)
-    again = jobs.manager(after)
-    assert again is manager and again.host is after
-    train.allow(3)
-    wait_status(again, job, "finished")
-    assert after.published and not before.published
-    manager.close()
-
-
-def test_closing_offers_the_job_for_resuming(host, settings):
-    train = FakeTrain()
-    manager = JobManager(host, train=train)
-    manager.start_worker()
-    job = manager.submit(settings)
-    train.allow(2)
-    wait_step(manager, job, 2)
-    manager.close()
-    again = JobManager(host, train=train)
-    assert status_of(again, job) == "interrupted"
-    again.start_worker()
-    again.resume(job.id)
-    train.allow(2)
-    job = wait_status(again, job, "finished")
-    assert job.attempt == 2 and _lines(again, job) == 4
-    again.close()
-
-
 def test_the_status_is_written_at_most_four_times_a_second(manager, train, settings):
     train.total_steps, train.free = 500, True
     writes = []
     update = manager.store.update
     manager.store.update = lambda *args, **values: (writes.append(values), update(*args, **values))
     job = wait_status(manager, manager.submit(settings), "finished")
-    assert job.step == 500 and _lines(manager, job) == 500
+    assert job.step == 500 and lines_of(manager, job) == 500
     assert sum("step" in values for values in writes) <= 2 + 4 * (job.finished - job.started + 0.25)
-
-
-def test_a_second_server_does_not_steal_the_job(manager, train, settings, host):
-    job = manager.submit(settings)
-    train.allow(1)
-    wait_step(manager, job, 1)
-    second = JobManager(host, train=FakeTrain(free=True))
-    second.start_worker()
-    wait_for(lambda: second.trouble, "the second server's trouble")
-    assert str(os.getpid()) in second.trouble.message
-    assert status_of(second, job) == "running"
-    with pytest.raises(UserError, match="Another WebUI"):
-        second.pause(job.id)
-    later = second.submit({**settings, "output_name": "later"})
-    train.free = True
-    wait_status(manager, later, "finished")
-    second.close()
-
-
-SERVER = """
-import sys
-from pathlib import Path
-from lora_trainer.jobs.worker import JobManager
-from tests.jobs.fakes import FakeHost, FakeTrain
-root, data, action = sys.argv[1:4]
-train = FakeTrain()
-manager = JobManager(FakeHost(Path(root)), train=train)
-manager.start_worker()
-job = manager.submit({"train_data_dir": data, "output_name": "cat"})
-train.allow(2)
-while train.configs == [] or not list(manager.folders.output(job).glob("state/*")) or \\
-        (manager.folders.output(job) / "state/cat.state").read_text() != "2":
-    pass
-print("ready", flush=True)
-if action == "exit":
-    import os
-    os._exit(0)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("action", ["exit", "kill"])
-def test_a_job_cut_off_is_interrupted_and_goes_on(tmp_path, settings, host, action):
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(tmp_path), settings["train_data_dir"], action],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert server.stdout.readline() == "ready\n"
-    if action == "kill":
-        waiting = JobManager(host, train=FakeTrain())
-        waiting.start_worker()
-        wait_for(lambda: waiting.trouble)
-        assert [job.status for job in waiting.store.list()] == ["running"], "it belongs to the other server"
-        waiting.close()
-        server.kill()
-    server.wait()
-    server.stdin.close(), server.stdout.close()
-    train = FakeTrain()
-    manager = JobManager(host, train=train)
-    manager.start_worker()
-    job = manager.store.list()[0]
-    wait_status(manager, job, "interrupted")
-    manager.resume(job.id)
-    train.allow(2)
-    job = wait_status(manager, job, "finished")
-    assert (job.step, job.attempt, _lines(manager, job)) == (4, 2, 4)
-    manager.close()
-
-
-def test_the_lock_belongs_to_one_and_is_free_when_it_is_let_go(tmp_path):
-    first, second = WorkerLease(tmp_path / "lock"), WorkerLease(tmp_path / "lock")
-    assert first.acquire() and first.acquire() and not second.acquire()
-    assert second.owner()["pid"] == os.getpid()
-    first.release()
-    assert second.acquire()
-    second.release()
-
-
-def test_the_lender_gets_the_runs_precision_and_the_hosts_options(manager, train, settings, host):
-    train.free = True
-    host.options = {"lora_trainer_hold_model": True}
-    wait_status(manager, manager.submit({**settings, "clip_skip": 2}), "finished")
-    options = host.lender_options[0]
-    assert options.hold and not options.wait_for_model and options.clip_skip == 2
-
-
-def test_a_job_keeps_the_model_that_was_loaded_when_it_was_sent(idle, settings):
-    job = idle.submit(settings)
-    assert job.base_model == "tiny.safetensors [abc]"
-    assert from_mapping(parse_yaml(job.effective_config)).base_model == "tiny.safetensors [abc]"
-    assert "base_model" not in parse_yaml(job.config), "a copy of the job means what is loaded then"

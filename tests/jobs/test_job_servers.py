@@ -1,0 +1,127 @@
+"""Servers that start anew, end, or share the jobs with another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_trainer.jobs as jobs
+from lora_trainer.errors import UserError
+from lora_trainer.jobs.lease import WorkerLease
+from lora_trainer.jobs.worker import JobManager
+from tests.jobs.fakes import FakeHost, FakeTrain, lines_of, status_of, wait_for, wait_status, wait_step
+
+
+def test_reload_ui_finds_the_same_manager_and_the_job_in_it(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(jobs, "_managers", {})
+    before, after = FakeHost(tmp_path), FakeHost(tmp_path)
+    manager = jobs.manager(before)
+    manager._train = train = FakeTrain()
+    job = manager.submit(settings)
+    train.allow(1)
+    wait_step(manager, job, 1)
+    again = jobs.manager(after)
+    assert again is manager and again.host is after
+    train.allow(3)
+    wait_status(again, job, "finished")
+    assert after.published and not before.published
+    manager.close()
+
+
+def test_closing_offers_the_job_for_resuming(host, settings):
+    train = FakeTrain()
+    manager = JobManager(host, train=train)
+    manager.start_worker()
+    job = manager.submit(settings)
+    train.allow(2)
+    wait_step(manager, job, 2)
+    manager.close()
+    again = JobManager(host, train=train)
+    assert status_of(again, job) == "interrupted"
+    again.start_worker()
+    again.resume(job.id)
+    train.allow(2)
+    job = wait_status(again, job, "finished")
+    assert job.attempt == 2 and lines_of(again, job) == 4
+    again.close()
+
+
+def test_a_second_server_does_not_steal_the_job(manager, train, settings, host):
+    job = manager.submit(settings)
+    train.allow(1)
+    wait_step(manager, job, 1)
+    second = JobManager(host, train=FakeTrain(free=True))
+    second.start_worker()
+    wait_for(lambda: second.trouble, "the second server's trouble")
+    assert str(os.getpid()) in second.trouble.message
+    assert status_of(second, job) == "running"
+    with pytest.raises(UserError, match="Another WebUI"):
+        second.pause(job.id)
+    later = second.submit({**settings, "output_name": "later"})
+    train.free = True
+    wait_status(manager, later, "finished")
+    second.close()
+
+
+SERVER = """
+import sys
+from pathlib import Path
+from lora_trainer.jobs.worker import JobManager
+from tests.jobs.fakes import FakeHost, FakeTrain
+root, data, action = sys.argv[1:4]
+train = FakeTrain()
+manager = JobManager(FakeHost(Path(root)), train=train)
+manager.start_worker()
+job = manager.submit({"train_data_dir": data, "output_name": "cat"})
+train.allow(2)
+while train.configs == [] or not list(manager.folders.output(job).glob("state/*")) or \\
+        (manager.folders.output(job) / "state/cat.state").read_text() != "2":
+    pass
+print("ready", flush=True)
+if action == "exit":
+    import os
+    os._exit(0)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("action", ["exit", "kill"])
+def test_a_job_cut_off_is_interrupted_and_goes_on(tmp_path, settings, host, action):
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(tmp_path), settings["train_data_dir"], action],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert server.stdout.readline() == "ready\n"
+    if action == "kill":
+        waiting = JobManager(host, train=FakeTrain())
+        waiting.start_worker()
+        wait_for(lambda: waiting.trouble)
+        assert [job.status for job in waiting.store.list()] == ["running"], "it belongs to the other server"
+        waiting.close()
+        server.kill()
+    server.wait()
+    server.stdin.close(), server.stdout.close()
+    train = FakeTrain()
+    manager = JobManager(host, train=train)
+    manager.start_worker()
+    job = manager.store.list()[0]
+    wait_status(manager, job, "interrupted")
+    manager.resume(job.id)
+    train.allow(2)
+    job = wait_status(manager, job, "finished")
+    assert (job.step, job.attempt, lines_of(manager, job)) == (4, 2, 4)
+    manager.close()
+
+
+def test_the_lock_belongs_to_one_and_is_free_when_it_is_let_go(tmp_path):
+    first, second = WorkerLease(tmp_path / "lock"), WorkerLease(tmp_path / "lock")
+    assert first.acquire() and first.acquire() and not second.acquire()
+    assert second.owner()["pid"] == os.getpid()
+    first.release()
+    assert second.acquire()
+    second.release()
