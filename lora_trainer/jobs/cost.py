@@ -66,7 +66,7 @@ def cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: Jo
 def _forecast(
     config: TrainConfig, info: ModelInfo, size: tuple[int, int], steps: int, host: Host, busy: bool
 ) -> dict[str, Any]:
-    from lora_trainer.training.forecast import memory_needed, unet_work
+    from lora_trainer.training.forecast import memory_needed, work_on_batch
     from lora_trainer.training.precision import resolve
 
     precision = resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
@@ -75,7 +75,7 @@ def _forecast(
         return {}
     found: dict[str, Any] = {}
     if trial.speed is not None:
-        operations = unet_work(info.architecture.unet, size, config).operations * config.gradient_accumulation_steps
+        operations = work_on_batch(info.architecture, size, config).operations * config.gradient_accumulation_steps
         found["minutes"] = steps * operations / trial.speed / 60
     needed = memory_needed(trial.model, size, config, precision, with_weights=not host.holds_model())
     # A training in hand has taken memory of its own, which will be free again.

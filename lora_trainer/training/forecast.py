@@ -3,7 +3,7 @@
 Counted are the layers that take the time: convolutions, Linear layers and attention. A frozen layer works twice, for
 its output and for the gradient of its input; a LoRA three times, since its own weights get gradients as well, and so
 does attention, a product of two activations. Kept for the backward pass is what autograd and our own node
-(``adapters.fused``) save. The text encoders are left out: beside the UNet they are little, also where they learn.
+(``adapters.fused``) save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.inject import choose
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.models.architecture import Architecture, UNetShape
+from lora_trainer.models.architecture import Architecture, TextShape, UNetShape
 from lora_trainer.models.base import LoraTarget
 from lora_trainer.models.binding import build_text_encoder, build_unet, build_vae, text_body
 from lora_trainer.models.targets import text_targets, unet_targets
@@ -33,7 +33,7 @@ _ENCODER_COPIES = 5
 
 @dataclass(frozen=True)
 class Work:
-    """One forward and backward pass through the UNet.
+    """One forward and backward pass.
 
     operations: floating-point operations; a multiplication and an addition count as two.
     kept: numbers in memory at the fullest moment, in the format of the computation. With LoHa there are a little
@@ -58,10 +58,14 @@ class _Part:
     inputs: float | None = None
 
 
-def unet_work(shape: UNetShape, resolution: tuple[int, int], config: TrainConfig) -> Work:
+def work_on_batch(architecture: Architecture, resolution: tuple[int, int], config: TrainConfig) -> Work:
     """The work on one batch of pictures of ``resolution`` (width, height), whatever layers of the UNet learn."""
     operations = kept = largest = 0.0
-    for part in _Walk(shape, resolution, config).parts():
+    parts = list(_Walk(architecture.unet, resolution, config).parts())
+    if config.train_text_encoder:
+        for shape in architecture.text_encoders:
+            parts += [_text_layer(shape, config)] * shape.layers
+    for part in parts:
         again = config.gradient_checkpointing and part.inputs is not None
         operations += part.forwards * (2 if again else 1) + part.backwards
         kept += part.inputs if again else part.kept
@@ -83,6 +87,7 @@ class _Walk:
     def __init__(self, shape: UNetShape, resolution: tuple[int, int], config: TrainConfig):
         self._shape, self._batch = shape, config.batch_size
         self._rank, self._conv_rank, self._dora = config.lora_rank, config.conv_rank, config.dora
+        self._text_learns = config.train_text_encoder
         width, height = (side // 8 for side in resolution)
         levels = range(len(shape.channels))
         self._areas = [self._batch * -(-height // 2**level) * -(-width // 2**level) for level in levels]
@@ -134,22 +139,38 @@ class _Walk:
         area, tokens, rank = self._areas[level], self._batch * CONTEXT_TOKENS, self._rank
         context, wide = self._shape.context_dim, 4 * channels
         frozen, trained = 4 * channels**2 * area, 2 * _lora(channels, channels, rank) * area
-        yield _Part(frozen + trained, frozen + 2 * trained, 3 * channels * area)  # in and out of the transformer
+        ends = (5 if self._dora else 3) * channels * area
+        yield _Part(frozen + trained, frozen + 2 * trained, ends)  # in and out of the transformer
 
         # q k v and out of the image, q and out of the text; in and out of the feed-forward layer and its gate.
         frozen = 2 * (6 * channels**2 + 3 * channels * wide) * area
-        reading = 2 * 2 * context * channels * tokens  # k v of the text, which needs no gradient
+        reading = 2 * 2 * context * channels * tokens  # k v of the text, which needs a gradient only if it learns
         trained = 6 * _lora(channels, channels, rank) + _lora(channels, 2 * wide, rank) + _lora(wide, channels, rank)
         trained = trained * area + 2 * _lora(context, channels, rank) * tokens
         attention = 4 * channels * area * (area // self._batch + CONTEXT_TOKENS)
         # Three times a normalization's input and output, q k v and what came of them, q and what came of the text;
         # both halves of the feed-forward layer, the activated gate and the product.
-        kept = (12 * channels + 4 * wide + 10 * rank) * area + (context + 2 * channels) * tokens
+        kept = (12 * channels + 4 * wide + 10 * rank) * area + 2 * channels * tokens
         if self._dora:  # which scales what goes into each layer
-            kept += (7 * channels + wide) * area
-        forwards, backwards = frozen + reading + trained + attention, frozen + 2 * trained + 2 * attention
+            kept += (7 * channels + wide) * area + 2 * context * tokens
+        forwards = frozen + reading + trained + attention
+        backwards = frozen + self._text_learns * reading + 2 * trained + 2 * attention
         for _ in range(depth):
             yield _Part(forwards, backwards, kept, channels * area)
+
+
+def _text_layer(shape: TextShape, config: TrainConfig) -> _Part:
+    """A layer of a text encoder that learns."""
+    tokens, width, hidden, rank = config.batch_size * CONTEXT_TOKENS, shape.width, shape.hidden, config.lora_rank
+    frozen = 2 * (4 * width**2 + 2 * width * hidden) * tokens
+    trained = (4 * _lora(width, width, rank) + 2 * _lora(width, hidden, rank)) * tokens
+    attention = 4 * width * CONTEXT_TOKENS * tokens
+    # Twice a normalization's input and output, q k v and what came of them; the hidden layer before, in and after its
+    # activation.
+    kept = (8 * width + 3 * hidden + 6 * rank) * tokens
+    if config.dora:
+        kept += (5 * width + hidden) * tokens
+    return _Part(frozen + trained + attention, frozen + 2 * trained + 2 * attention, kept, width * tokens)
 
 
 def _lora(into: int, out: int, rank: int) -> int:
@@ -171,7 +192,7 @@ def memory_needed(
         UserError: no layer of the model would learn.
     """
     shape = model.architecture
-    kept = unet_work(shape.unet, resolution, config).kept * _bytes(precision.autocast_dtype or torch.float32)
+    kept = work_on_batch(shape, resolution, config).kept * _bytes(precision.autocast_dtype or torch.float32)
     encoding = _ENCODER_COPIES * shape.vae.channels[0] * math.prod(resolution) * _bytes(torch.float32)
     weights = model.weights * _bytes(precision.weight_dtype) if with_weights else 0
     return int(weights + max(encoding, kept + _adapter_bytes(model, config)))

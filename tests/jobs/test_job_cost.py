@@ -14,7 +14,7 @@ from lora_trainer.jobs import cost
 from lora_trainer.jobs.estimate import estimate
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput
-from lora_trainer.training.forecast import Weightless, memory_needed, unet_work
+from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve
 from tests.jobs.fakes import wait_for
 from tests.tiny import SD1, sd1_shapes
@@ -58,7 +58,7 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     wanted = {**settings, "max_train_steps": 90, "batch_size": 2, "gradient_accumulation_steps": 3, "resolution": "256"}
     config, precision = TrainConfig(batch_size=2), resolve("cpu", "no")
     facts = estimate(wanted, host, idle.store)
-    operations = 90 * 3 * unet_work(architecture.unet, (256, 256), config).operations
+    operations = 90 * 3 * work_on_batch(architecture, (256, 256), config).operations
     assert facts["minutes"] == pytest.approx(operations / SPEED / 60) and facts["basis"] is None
     assert facts["memory"] == IN_USE + memory_needed(Weightless.of(architecture), (256, 256), config, precision)
     host.holds_model = lambda: True

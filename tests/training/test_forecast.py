@@ -18,7 +18,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, unet_work
+from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, work_on_batch
 from lora_trainer.training.precision import resolve
 from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
@@ -28,15 +28,17 @@ KINDS = [
     {"gradient_checkpointing": True},
     {"conv_rank": 4},
     {"dora": True},
+    {"train_text_encoder": True},
 ]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
+    # Text encoders deep and wide enough to be seen beside the UNet.
     folder = tmp_path_factory.mktemp("bases")
     return {
-        "sd1": tiny_sd1(folder / "sd1.safetensors", channels=64),
-        "sdxl": tiny_sdxl(folder / "sdxl.safetensors", channels=64),
+        "sd1": tiny_sd1(folder / "sd1.safetensors", channels=64, text=((256, 6),)),
+        "sdxl": tiny_sdxl(folder / "sdxl.safetensors", channels=64, text=((128, 3), (256, 6))),
     }
 
 
@@ -45,17 +47,25 @@ def trained(base, config):
     """A model that trains: (model, one forward pass to a loss)."""
     with FileLender(base).borrow() as model:
         model.set_gradient_checkpointing(config.gradient_checkpointing)
-        with torch.no_grad():
-            prompts = model.encode_prompts(["a"] * BATCH)
-        sizes = None if prompts.pooled is None else torch.zeros(BATCH, 6)
+        sizes = None if model.architecture.unet.added_channels is None else torch.zeros(BATCH, 6)
         latents, times = torch.randn(BATCH, 4, SIDE // 8, SIDE // 8), torch.full((BATCH,), 500)
+
+        def encoded():
+            with torch.set_grad_enabled(config.train_text_encoder):
+                return model.encode_prompts(["a"] * BATCH)
+
+        prepared = None if config.train_text_encoder else encoded()
+
+        def loss():
+            return model.predict(latents, times, prepared or encoded(), sizes).square().mean()
+
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
-            yield model, lambda: model.predict(latents, times, prompts, sizes).square().mean()
+            yield model, loss
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dora" not in kind], ids=str)
 def test_operations_are_those_that_torch_counts(bases, family, kind):
     # A LoRA's own products are added in place, which the counter passes over: so it is kept small here.
     config = TrainConfig(lora_rank=1, batch_size=BATCH, **{name: min(value, 1) for name, value in kind.items()})
@@ -63,7 +73,7 @@ def test_operations_are_those_that_torch_counts(bases, family, kind):
         model.unet.set_attn_processor(AttnProcessor())  # written out, as every release of the counter knows it
         with FlopCounterMode(display=False) as counter:
             loss().backward()
-        expected = unet_work(model.architecture.unet, (SIDE, SIDE), config).operations
+        expected = work_on_batch(model.architecture, (SIDE, SIDE), config).operations
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
@@ -75,7 +85,7 @@ def test_memory_is_what_the_allocator_sees(bases, family, kind):
         loss().backward()  # gradients of the adapters are there from now on
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             loss().backward()
-        expected = 4 * unet_work(model.architecture.unet, (SIDE, SIDE), config).kept
+        expected = 4 * work_on_batch(model.architecture, (SIDE, SIDE), config).kept
     now = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
