@@ -45,7 +45,10 @@
     const focused = () => (document.activeElement && document.activeElement.dataset.setting) || undefined;
 
     function show(facts) {
-        const visits = app.form.value("repeats") * app.form.value("epochs");
+        const batch = app.form.value("batch_size") * app.form.value("gradient_accumulation_steps");
+        const visits = app.form.value("max_train_steps")
+            ? Math.max(1, Math.round((facts.steps * batch) / facts.pictures))
+            : app.form.value("repeats") * app.form.value("epochs");
         app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
         app.setText(app.get("fact_steps"), String(facts.steps));
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));

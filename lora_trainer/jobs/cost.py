@@ -15,6 +15,8 @@ from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import stored_config
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_trainer.host.base import Host
     from lora_trainer.models.architecture import Architecture
     from lora_trainer.models.base import ModelInfo
@@ -79,8 +81,18 @@ def _forecast(
         found["minutes"] = steps * operations / trial.speed / 60
     needed = memory_needed(trial.model, size, config, precision, with_weights=not host.holds_model())
     # A training in hand has taken memory of its own, which will be free again.
-    in_use = None if busy else memory_in_use()
+    in_use = None if busy else _in_use(precision.device)
     return found | {"memory": None if in_use is None else in_use + needed}
+
+
+def _in_use(device: torch.device) -> int | None:
+    """Bytes that are taken now and stay taken: what torch only keeps for later, a run will take first."""
+    import torch
+
+    found = memory_in_use()
+    if found is None or device.type != "cuda":
+        return found
+    return found - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,13 @@ def test_a_run_in_hand_hides_what_memory_the_next_will_find(manager, host, setti
     assert (facts["minutes"], facts["memory"]) == (None, None) and not known[1]
 
 
+def test_what_torch_keeps_on_a_gpu_for_later_is_free_for_a_run(known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
+    assert cost._in_use(torch.device("cuda")) == IN_USE - (3 << 30)
+    assert cost._in_use(torch.device("cpu")) == IN_USE
+
+
 def test_a_full_device_only_costs_the_forecast(idle, host, settings, known, monkeypatch):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

@@ -57,6 +57,16 @@ def test_continuing_takes_what_the_form_says_also_where_that_is_a_default(page, 
     assert page.evaluate("loraTrainer.form.given.init_lora").endswith("hat_v1.safetensors"), "it began with that, too"
 
 
+def test_a_number_of_steps_decides_how_often_a_picture_is_seen(page, files):
+    add(page, files)
+    page.evaluate("""() => {
+        const settings = {max_train_steps: 24, batch_size: 2, gradient_accumulation_steps: 3};
+        Object.entries(settings).forEach(([name, value]) => loraTrainer.form.set(name, value));
+    }""")
+    estimated(page)
+    assert (text(page, "fact_steps"), text(page, "fact_visits")) == ("24", "12 × 12")
+
+
 def test_optimizer_arguments_are_what_they_look_like(page):
     page.evaluate("""() => {
         const field = loraTrainer.form.control("optimizer_args");
