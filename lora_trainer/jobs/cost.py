@@ -32,6 +32,7 @@ _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
 
 _trials: dict[Any, _Trial] = {}
+_in_use_idle: dict[Any, int | None] = {}  # bytes, by device, when nothing was trained there last
 _trying = threading.Lock()
 
 
@@ -80,8 +81,9 @@ def _forecast(
         operations = work_on_batch(info.architecture, size, config).operations * config.gradient_accumulation_steps
         found["minutes"] = steps * operations / trial.speed / 60
     needed = memory_needed(trial.model, size, config, precision, with_weights=not host.holds_model())
-    # A training in hand has taken memory of its own, which will be free again.
-    in_use = None if busy else _in_use(precision.device)
+    if not busy:  # a training in hand has taken memory of its own, which will be free again
+        _in_use_idle[precision.device] = _in_use(precision.device)
+    in_use = _in_use_idle.get(precision.device)
     return found | {"memory": None if in_use is None else in_use + needed}
 
 

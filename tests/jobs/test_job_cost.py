@@ -38,6 +38,7 @@ def known(host, monkeypatch):
     monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
     monkeypatch.setattr(cost, "memory_in_use", lambda: IN_USE)
     monkeypatch.setattr(cost, "_trials", {})
+    monkeypatch.setattr(cost, "_in_use_idle", {})
     return architecture, tried
 
 
@@ -87,10 +88,14 @@ def test_a_device_at_work_is_left_alone(idle, host, settings, known):
     assert estimate(settings, host, idle.store) == first, "what was tried is known"
 
 
-def test_a_run_in_hand_hides_what_memory_the_next_will_find(manager, host, settings, known):
+@pytest.mark.parametrize("known_before", [False, True])
+def test_memory_of_a_run_in_hand_is_not_counted_for_the_next(manager, host, settings, known, monkeypatch, known_before):
+    wanted = {**settings, "output_name": "next"}
+    before = estimate(wanted, host, manager.store) if known_before else {"minutes": None, "memory": None}
     manager.submit({**settings, "output_name": "first"})
-    facts = estimate({**settings, "output_name": "next"}, host, manager.store)
-    assert (facts["minutes"], facts["memory"]) == (None, None) and not known[1]
+    monkeypatch.setattr(cost, "memory_in_use", lambda: 2 * IN_USE)
+    facts = estimate(wanted, host, manager.store)
+    assert all(facts[name] == before[name] for name in ("minutes", "memory")) and len(known[1]) == known_before
 
 
 def test_what_torch_keeps_on_a_gpu_for_later_is_free_for_a_run(known, monkeypatch):
