@@ -295,17 +295,25 @@ def test_killed_at_any_moment_and_resumed_it_is_bit_identical(settings, tmp_path
             from safetensors import safe_open
             from lora_trainer.config import from_mapping
             from lora_trainer.run import file_lender, train
+            from lora_trainer.training.callbacks import TrainCallbacks
+
+            class Clock(TrainCallbacks):
+                def on_step(self, report):
+                    if not first.exists():
+                        first.write_text(str(time.monotonic() - begun))
 
             config = from_mapping(json.loads(sys.argv[1]))
+            first = Path(config.output_dir + ".seconds")
             out, dice, kills = Path(config.output_dir), random.Random(1), 0
-            wanted = int(sys.argv[2])
+            wanted, longest = int(sys.argv[2]), float(sys.argv[3])
             while True:
+                begun = time.monotonic()
                 child = os.fork()
                 if not child:
-                    train(config, file_lender(config))
+                    train(config, file_lender(config), callbacks=Clock())
                     os._exit(0)
                 if kills < wanted:
-                    time.sleep(dice.uniform(0.02, 1.2))
+                    time.sleep(dice.uniform(0.02, longest))
                     os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
                 for path in out.rglob("*.safetensors"):  # whatever is visible is whole
@@ -314,16 +322,23 @@ def test_killed_at_any_moment_and_resumed_it_is_bit_identical(settings, tmp_path
                 if status == 0:
                     break
                 kills += os.WIFSIGNALED(status)
-            print("killed", kills)
+            print("killed", kills, "lasted", time.monotonic() - begun)
             """
         )
     )
     # sums over several threads are rounded differently: both runs use one
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    for name, kills in (("undisturbed", 0), ("killed", 20)):
-        config = json.dumps({**settings, "output_dir": str(tmp_path / name), "epochs": 40, "save_steps": 1})
-        output = subprocess.run(
-            [sys.executable, script, config, str(kills)], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert f"killed {kills}" in output.stdout, output.stderr
+
+    def trained(name, kills, longest=0.0):
+        """Seconds of the last, uninterrupted go."""
+        config = json.dumps({**settings, "output_dir": str(tmp_path / name), "epochs": 60, "save_steps": 1})
+        command = [sys.executable, script, config, str(kills), str(longest)]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert output.stdout.startswith(f"killed {kills} lasted "), output.stdout + output.stderr
+        return float(output.stdout.split()[-1])
+
+    whole = trained("undisturbed", 0)
+    start = float((tmp_path / "undisturbed.seconds").read_text())
+    # A thirtieth of the way at each go, or less: twenty of them do not reach the end, on a faster machine either.
+    trained("killed", 20, start + (whole - start) / 30)
     assert_same_weights(tmp_path / "undisturbed" / "disc.safetensors", tmp_path / "killed" / "disc.safetensors")
