@@ -12,3 +12,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("base") / "tiny-sd1.safetensors"
     return tiny_sd1(path, mult=(1, 1), depths=(1, 0), layers=1)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; skips where there is none."""
+    from tests.ui.browser import chromium
+
+    with chromium() as browser:
+        yield browser

@@ -105,9 +105,7 @@ def _text(key: str, weight: np.ndarray, width: int, heads: int) -> np.ndarray:
     if "embeddings." in key:
         return weight.repeat(times, axis=1)
     out, into = weight.shape[0] * times, weight.shape[-1] * times
-    if found := re.search(r"self_attn\.(q|k|v|out)_proj\.weight", key):
-        return _attention(found.group(1), weight, heads, out, into)
-    if found := re.search(r"self_attn\.(q|k|v)_proj\.bias", key):
+    if found := re.search(r"self_attn\.(q|k|v|out(?=_proj\.weight))_proj\.", key):  # not the bias of what goes out
         return _attention(found.group(1), weight, heads, out, into)
     return _fit(weight, out, into if weight.ndim == 2 else None)
 

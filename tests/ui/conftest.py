@@ -12,15 +12,9 @@ from lora_trainer.api import add_routes
 from lora_trainer.jobs import reporting
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.fakes import FakeHost, FakeTrain
-from tests.ui.browser import chromium, served
+from tests.ui.browser import served
 
 PICTURES = 12
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

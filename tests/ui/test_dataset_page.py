@@ -10,30 +10,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("playwright.sync_api")
-from fastapi import FastAPI
 
-from lora_trainer.api import add_routes
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.desk import desk_of
-from lora_trainer.jobs.worker import JobManager
-from tests.jobs.fakes import FakeHost, FakeTrain
-from tests.ui.browser import chromium, served
 
 PICTURES = 60
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def manager(tmp_path):
-    manager = JobManager(FakeHost(tmp_path), train=FakeTrain())
-    manager.start_worker()
-    yield manager
-    manager.close()
 
 
 def make(folder, count):
@@ -50,26 +31,23 @@ def folder(manager):
 
 
 @pytest.fixture
-def open_page(browser, manager):
+def open_page(browser, site):
     errors, pages = [], []
-    app = FastAPI()
-    add_routes(app, manager, manager.host)
-    with served(app) as address:
 
-        def open_one(name="mine", width=1400):
-            page = browser.new_page(viewport={"width": width, "height": 1000})
-            pages.append(page)
-            page.set_default_timeout(60_000)
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            page.goto(address)
-            page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
-            page.evaluate(f"loraTrainer.editor.open('{name}')")
-            page.wait_for_selector("#lora_trainer_editor_grid li")
-            return page
+    def open_one(name="mine", width=1400):
+        page = browser.new_page(viewport={"width": width, "height": 1000})
+        pages.append(page)
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(site)
+        page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
+        page.evaluate(f"loraTrainer.editor.open('{name}')")
+        page.wait_for_selector("#lora_trainer_editor_grid li")
+        return page
 
-        yield open_one
-        for page in pages:
-            page.close()
+    yield open_one
+    for page in pages:
+        page.close()
     assert not errors
 
 

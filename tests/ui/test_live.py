@@ -44,16 +44,6 @@ def test_the_queue_waits_its_turn(page, files, train):
     page.wait_for_function("() => document.querySelectorAll('#lora_trainer_queue_list li').length === 1")
 
 
-PROBLEMS = {
-    "no captions": ("trigger_word", {"bare": True, "trigger_word": ""}, "Your pictures have no captions"),
-    "no pictures": ("train_data_dir", {}, "No pictures are chosen"),
-    "wrong folder": ("train_data_dir", {"folder": "/there/is/nothing"}, "/there/is/nothing"),
-    "name that exists": ("output_name", {"pictures": True, "output_name": "old"}, "There is a LoRA named old already"),
-    "no name": ("output_name", {"pictures": True, "output_name": "a/b"}, "cannot be"),
-    "no number": ("learning_rate", {"pictures": True, "learning_rate": "much"}, "'much' is not a number"),
-}
-
-
 def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     train.free, train.checkpoints = True, (5, 10)
     start(page, files)

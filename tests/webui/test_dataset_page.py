@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from tests.captioning import models
 from tests.dataset.test_checks import photograph
 from tests.webui.person import Walk, drop, shot
-from tests.webui.test_tab import TRAINED, address, browser, open_tab, page, until  # noqa: F401 - fixtures
+from tests.webui.test_tab import TRAINED, address, open_tab, page, until  # noqa: F401 - fixtures
 
 SIDE = 300
 FAULTS = {

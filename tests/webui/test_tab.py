@@ -15,7 +15,6 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.ui.browser import chromium
 from tests.webui.person import drop, shot
 from tests.webui.server import FORGE, PICTURE
 
@@ -28,12 +27,6 @@ if FORGE:
 def address(request):
     url = os.environ.get("LORA_TRAINER_WEBUI_URL")
     return url or request.getfixturevalue("webui").url("/")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lora_trainer.demo.score import score
 from tests import full_size
 from tests.webui.person import Walk, drop
 from tests.webui.server import FORGE, Server
-from tests.webui.test_tab import FIELDS, browser, page, until  # noqa: F401 - fixtures
+from tests.webui.test_tab import FIELDS, page, until  # noqa: F401 - fixtures
 
 # What a person would leave at its values for a full-size model; this one is two hundred times smaller. Forge loads it
 # widened, which takes longer; a layer that is five times as wide learns the same with smaller numbers.
