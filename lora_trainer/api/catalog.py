@@ -13,8 +13,9 @@ from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
 from lora_trainer.config.parse import ALIASES
 from lora_trainer.config.schema import GROUPS
-from lora_trainer.jobs.estimate import estimate, free_memory
+from lora_trainer.jobs.estimate import estimate
 from lora_trainer.jobs.job import ACTIVE
+from lora_trainer.jobs.memory import free_memory
 from lora_trainer.jobs.presets import PRESETS, preset
 from lora_trainer.jobs.submitting import read_settings
 

@@ -56,7 +56,7 @@ class A1111Lender(WebuiLender):
         device, one_at_a_time = self._webui.devices.device, self._residence.one_at_a_time
         model = assemble(
             tensors,
-            self._architecture,
+            info.architecture,
             self._host.tokenizer(),
             info=info,
             device=CPU if one_at_a_time else device,

@@ -51,7 +51,7 @@ class ForgeLender(WebuiLender):
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
         return assemble(
             aliases(tensors),
-            self._architecture,
+            info.architecture,
             self._host.tokenizer(),
             info=info,
             device=self._webui.memory_management.get_torch_device(),

@@ -181,8 +181,7 @@ class WebuiLender(ABC):
         if self._options.vae:
             tensors.update(vae_file(self._options.vae))
             self._own_vae = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
-        self._architecture = self._host.architecture(tensors, hints)
-        info = self._info(self._host, self._architecture)
+        info = self._info(self._host, self._host.architecture(tensors, hints))
         schedule = self._host.alphas_cumprod()
         if info.zero_terminal_snr:
             schedule = rescale_zero_terminal_snr(schedule.float().cpu())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.config import TrainConfig, parse_resolution
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import ACTIVE, Job
-from lora_trainer.jobs.reporting import memory_in_use
+from lora_trainer.jobs.memory import kept_for_later, memory_in_use
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import stored_config
 
@@ -89,12 +89,8 @@ def _forecast(
 
 def _in_use(device: torch.device) -> int | None:
     """Bytes that are taken now and stay taken: what torch only keeps for later, a run will take first."""
-    import torch
-
     found = memory_in_use()
-    if found is None or device.type != "cuda":
-        return found
-    return found - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return None if found is None else found - kept_for_later(device)
 
 
 @dataclass(frozen=True)

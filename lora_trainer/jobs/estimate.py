@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
@@ -80,20 +78,3 @@ def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
     """Optimizer steps of the run; the last ones of an epoch may add up fewer batches than the others."""
     steps = math.ceil(batches_per_epoch / config.gradient_accumulation_steps) * config.epochs
     return config.max_train_steps or steps
-
-
-def free_memory(host: Host) -> int | None:
-    """Bytes that a run could take on the host's device beside what lies there now; None where that is not known."""
-    torch = sys.modules.get("torch")
-    device = host.device()
-    if torch is not None and device.type == "cuda" and torch.cuda.is_initialized():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    available = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return int(available) * 1024 if available else None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.jobs.job import Problem
+from lora_trainer.jobs.memory import memory_in_use
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks
 
@@ -161,19 +160,6 @@ class JobReporter(TrainCallbacks):
             return Path(path).resolve().relative_to(self._output.parent.resolve()).as_posix()
         except ValueError:
             return Path(path).name
-
-
-def memory_in_use() -> int | None:
-    """Bytes in use on the GPU by everybody, or by this process on the CPU; None where it cannot be told."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * mmap.PAGESIZE
 
 
 @contextmanager
