@@ -16,18 +16,23 @@ NOTIFY_OPTION = "lora_trainer_notify"
 
 @dataclass(frozen=True)
 class SettingOption:
-    """key: its name in the host's options. choices: of a radio; lines: height of a text. Without either it is a
-    checkbox."""
+    """key: its name in the host's options. choices: of a radio, each (what is read, what is kept), as gradio takes
+    them; lines: height of a text. Without either it is a checkbox."""
 
     key: str
     default: bool | str
     label: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[tuple[str, str], ...] = ()
     lines: int = 0
 
 
 OPTIONS = (
-    SettingOption(KIND_OPTION, "character", "Kind that a new training begins with", choices=tuple(PRESETS)),
+    SettingOption(
+        KIND_OPTION,
+        "character",
+        "Kind that a new training begins with",
+        choices=tuple((preset.title, kind) for kind, preset in PRESETS.items()),
+    ),
     SettingOption(
         DEFAULTS_OPTION,
         "",

@@ -105,7 +105,8 @@ def test_every_word_is_in_chinese(page):
     elsewhere = {"Dataset", "Runs", "Train", "Use earlier pictures", "LoRA trainer"}
     said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
-    said |= {option.label for option in OPTIONS} | {kind.title for kind in KINDS.values()} | set(HOST_CAPTIONERS)
+    said |= {option.label for option in OPTIONS} | {label for option in OPTIONS for label, _ in option.choices}
+    said |= {kind.title for kind in KINDS.values()} | set(HOST_CAPTIONERS)
     said |= {*FINDINGS, "Exclude the picture", "Crop to 2:1 around the center"}
     assert not said - set(CHINESE), "not translated"
     assert not set(CHINESE) - said - words_of_the_server(), "not said any more"
