@@ -101,3 +101,8 @@ def sha(webui: FakeA1111) -> str:
     for name, tensor in sorted(webui.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def storages(tensors) -> set[int]:
+    """Where their memory is: two tensors of one storage are not copies of each other."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

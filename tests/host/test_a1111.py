@@ -8,16 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import Card, LenderOptions, PreviewRequest
-from lora_trainer.host.residence import Residence
+from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
 from lora_trainer.run.turns import patient_turns, resting
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from tests.host.conftest import OPTIONS, make_lora, sha
-from tests.host.fake_a1111 import named
+from tests.host.conftest import OPTIONS, sha, storages
 from tests.host.test_contract import answer
 
 REQUEST = PreviewRequest("a cat", width=64, height=64, steps=2)
@@ -33,10 +30,6 @@ def installed(webui, lora):
     """The LoRA, where prompts find it as <lora:cat:1>."""
     (webui.folder / "models" / "Lora" / "cat.safetensors").write_bytes(lora.read_bytes())
     webui.networks.update_available_networks_by_names(["cat"])
-
-
-def storages(tensors) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 # Borrowing ------------------------------------------------------------------------------------------------------------
@@ -356,179 +349,6 @@ def test_a_run_that_holds_the_model_and_is_paused_lets_the_host_draw(a1111, webu
         with patient_turns(lender, TrainCallbacks(), commands)():  # waits until the user has the first one again
             assert torch.equal(answer(model), expected)
         back.join(10)
-
-
-# Drawing and publishing -----------------------------------------------------------------------------------------------
-
-
-def test_drawing_leaves_no_trace(a1111, webui, lora):
-    webui.generate("my own prompt")
-    webui.shared.state.interrupted = True
-    state, options = dict(vars(webui.shared.state)), dict(webui.shared.opts.data)
-    before, prompts = sha(webui), list(webui.processing.StableDiffusionProcessing.cached_c)
-    schedule = webui.model.alphas_cumprod
-    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
-    assert sha(webui) == before
-    assert webui.shared.state.current_latent is None
-    assert vars(webui.shared.state) == state | {"current_latent": None}
-    assert webui.shared.opts.data == options
-    assert webui.processing.StableDiffusionProcessing.cached_c == prompts
-    assert webui.model.alphas_cumprod is schedule
-    assert (webui.folder / "params.txt").read_text() == "my own prompt"
-    assert webui.shared.cmd_opts.no_prompt_history is False
-    networks = webui.networks
-    assert not (networks.available_networks or networks.available_network_aliases or networks.networks_in_memory)
-    assert not networks.loaded_networks
-
-
-def test_a_preview_leaves_no_copy_of_the_weights(a1111, webui, lora):
-    def copies():
-        return sum(vars(layer).get("network_weights_backup") is not None for layer in webui.model.modules())
-
-    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
-    assert not copies()
-    a1111.publish(lora, "cat", Card())
-    picture = webui.generate("a <lora:cat:1>")
-    kept = copies()
-    a1111.draw(dataclasses.replace(REQUEST, lora=lora))
-    assert copies() == kept > 0, "what the WebUI copied for the user's prompts is the WebUI's"
-    assert webui.generate("a <lora:cat:1>").tobytes() == picture.tobytes()
-
-
-def test_a_picture_somebody_interrupted_is_none(a1111, webui, monkeypatch):
-    draw = webui.processing.process_images_inner
-
-    def interrupted(p):
-        webui.shared.state.interrupted = True
-        return draw(p)
-
-    monkeypatch.setattr(webui.processing, "process_images_inner", interrupted)
-    with pytest.raises(UserError, match="interrupted"):
-        a1111.draw(REQUEST)
-
-
-def test_a_checkpoint_selected_while_a_preview_is_drawn_stays_selected(a1111, webui, monkeypatch):
-    draw = webui.processing.process_images_inner
-    second = next(info.title for info in webui.sd_models.checkpoints_list.values() if info.name_for_extra == "second")
-
-    def selecting(p):  # as the settings page: at once, and loading it waits for the turn
-        webui.shared.opts.data["sd_model_checkpoint"] = second
-        return draw(p)
-
-    expected = a1111.draw(REQUEST)
-    monkeypatch.setattr(webui.processing, "process_images_inner", selecting)
-    assert a1111.draw(REQUEST).tobytes() == expected.tobytes()
-    assert webui.shared.opts.data["sd_model_checkpoint"] == second
-    assert webui.loads == ["first"]
-
-
-def test_a_lora_that_the_settings_add_to_every_prompt_is_not_in_previews(a1111, webui, lora):
-    a1111.publish(lora, "cat", Card())
-    plain = a1111.draw(REQUEST)
-    webui.shared.opts.data["sd_lora"] = "cat"
-    assert a1111.draw(REQUEST).tobytes() == plain.tobytes()
-    assert webui.shared.opts.data["sd_lora"] == "cat"
-
-
-def test_a_lora_published_again_is_drawn_with_its_new_weights(a1111, webui, models, lora, tmp_path):
-    a1111.publish(lora, "cat", Card())
-    plain, old = webui.generate("a"), webui.generate("a <lora:cat:1>")
-    newer = make_lora(models / "first.safetensors", tmp_path / "newer.safetensors", 0.3, seed=9)
-    a1111.publish(newer, "cat", Card(), overwrite=True)
-    assert webui.processing.StableDiffusionProcessing.cached_c == [None, None]
-    new = webui.generate("a <lora:cat:1>")
-    assert new.tobytes() not in (old.tobytes(), plain.tobytes())
-    assert webui.generate("a").tobytes() == plain.tobytes()
-
-
-def test_layers_without_a_place_are_named(a1111, webui, models, tmp_path):
-    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1, base_name="gone.ckpt")
-    assert any(name.startswith("lora_unet_input_blocks") for name in load_file(foreign))
-    verdict = a1111.verify(a1111.publish(foreign, "foreign", Card()), "zwx")
-    assert "no place" in verdict and "lora_unet_" in verdict
-
-
-def test_a_lora_is_verified_on_the_model_it_was_trained_on(a1111, webui, models, tmp_path):
-    before, options = sha(webui), dict(webui.shared.opts.data)
-    foreign = make_lora(models / "third.safetensors", tmp_path / "foreign.safetensors", 0.1)
-    assert a1111.verify(a1111.publish(foreign, "foreign", Card()), "zwx") is None
-    assert webui.loads == ["first", "third", "first"]
-    assert (sha(webui), webui.shared.opts.data) == (before, options)
-
-
-def test_a_verification_that_was_interrupted_says_so(a1111, webui, lora, monkeypatch):
-    def interrupted(p):
-        webui.shared.state.interrupted = True
-        return SimpleNamespace(images=[])
-
-    path = a1111.publish(lora, "cat", Card())
-    monkeypatch.setattr(webui.processing, "process_images_inner", interrupted)
-    assert "not checked" in a1111.verify(path, "zwx")
-
-
-# --medvram ------------------------------------------------------------------------------------------------------------
-
-
-class Part(torch.nn.Module):
-    """A part of a model on pretended devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.where = torch.device("cpu")
-
-    def to(self, device):
-        self.where = torch.device(device)
-        return self
-
-
-def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
-    cuda = torch.device("cuda")
-    roots = {name: Part() for name in ("unet", "vae", "text_encoders")}
-
-    def send_everything_to_cpu():
-        if webui.lowvram.module_in_gpu is not None:
-            webui.lowvram.module_in_gpu.to("cpu")
-        webui.lowvram.module_in_gpu = None
-
-    webui.lowvram.send_everything_to_cpu = send_everything_to_cpu
-    webui.devices = SimpleNamespace(device=cuda, torch_gc=lambda: None)
-    host = SimpleNamespace(sd_model=SimpleNamespace(lowvram=True), roots=roots, device=lambda part: roots[part].where)
-    moved = []
-    residence = Residence(webui, host, moved.append)
-    residence.enter()
-    unet, encoder = torch.nn.Identity(), torch.nn.Identity()
-    vae = SimpleNamespace(encoder=SimpleNamespace(conv_in=torch.nn.Identity()), post_quant_conv=torch.nn.Identity())
-    residence.attach(SimpleNamespace(unet=unet, vae=vae, text_encoders=[encoder]))
-    places = lambda: [name for name, part in roots.items() if part.where == cuda]  # noqa: E731
-    assert places() == []
-    for module, part in ((vae.encoder.conv_in, "vae"), (encoder, "text_encoders"), (unet, "unet"), (unet, "unet")):
-        module(torch.zeros(1))
-        assert places() == [part]
-        assert webui.lowvram.module_in_gpu is roots[part]
-    assert moved[-1] == "unet"
-    residence.leave(somebody_waits=False)
-    assert places() == ["unet"]
-    residence.leave(somebody_waits=True)
-    assert places() == []
-    unet(torch.zeros(1))
-    residence.give_back()
-    assert places() == []
-    unet(torch.zeros(1))
-    assert places() == [], "no hook is left"
-
-
-def test_with_medvram_weights_are_lent_without_a_copy(a1111, webui):
-    webui.model.lowvram = True
-    before = sha(webui)
-    lender = a1111.lender("", OPTIONS)
-    with lender.borrow() as model:
-        with lender.turn():
-            assert storages(model.bound().values()) <= storages(named(webui.model).values())
-            assert torch.isfinite(answer(model)).all()
-        webui.unload()
-        with lender.turn():
-            assert storages(model.bound().values()) <= storages(named(webui.model).values())
-    assert sha(webui) == before
 
 
 def test_captions_take_their_turn_on_the_hosts_device(a1111, webui):

@@ -15,7 +15,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.host import select
 from lora_trainer.host.base import Card, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
-from tests.host.conftest import OPTIONS, make_lora
+from tests.host.conftest import OPTIONS, make_lora, storages
 from tests.host.test_contract import answer
 
 LORA = "a cat <lora:cat:1>"
@@ -27,10 +27,6 @@ def state(fake) -> list[tuple[str, torch.Tensor]]:
 
 def same(one, two) -> bool:
     return len(one) == len(two) and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(one, two))
-
-
-def storages(tensors) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 @pytest.fixture
