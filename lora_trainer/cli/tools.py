@@ -76,17 +76,16 @@ def merge(options: argparse.Namespace) -> int:
     """Write a checkpoint that draws like the base with the LoRA at this strength. Neither input is changed."""
     from lora_trainer.adapters.merge import merge as merge_files
     from lora_trainer.models.checkpoint import FileLender
+    from lora_trainer.models.targets import targets_of
 
-    lender = FileLender(options.base, weight_dtype=None)
-    with lender.borrow() as model:
-        targets, family = model.lora_targets(), model.info.family
+    architecture = FileLender(options.base).architecture()
     result = merge_files(
         options.base,
         options.lora,
         options.weight,
         options.output,
-        targets=targets,
-        family=family,
+        targets=targets_of(architecture),
+        family=architecture.family,
         overwrite=options.overwrite,
     )
     print(f"{result.path}: {result.merged} layers merged at strength {options.weight:g}")

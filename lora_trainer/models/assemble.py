@@ -18,7 +18,7 @@ from lora_trainer.models.binding import Binding, build_text_encoder, build_unet,
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
-from lora_trainer.models.targets import text_targets, unet_targets
+from lora_trainer.models.targets import lora_targets
 from lora_trainer.models.tokenizer import Tokenizer
 
 PARTS = ("unet", "vae", "text_encoders")
@@ -267,10 +267,7 @@ class DiffusionModel:
 
     def lora_targets(self) -> list[LoraTarget]:
         """Every layer that an adapter can attach to: the UNet's, then those of the text encoders not released."""
-        targets = unet_targets(self.unet, self.architecture)
-        for index, (encoder, shape) in enumerate(zip(self.text_encoders, self.architecture.text_encoders)):
-            targets += text_targets(text_body(encoder), shape, self.info.family, index)
-        return targets
+        return lora_targets(self.unet, self.text_encoders, self.architecture)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them, in the UNet and the text encoders."""

@@ -101,7 +101,19 @@ class FileLender:
             self._hash = sha256_file(self.path)
         return self._hash
 
+    def architecture(self) -> Architecture:
+        """What the file says of the model, also of one without a VAE. Raises ``UserError`` when it is none."""
+        return self._read()[1]
+
     def _open(self) -> Tensors:
+        tensors, architecture, hints = self._read()
+        if architecture.vae is None:
+            raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
+        if self._described is None:
+            self._described = self._info(tensors, architecture, hints)
+        return tensors
+
+    def _read(self) -> tuple[Tensors, Architecture, Hints]:
         if self.path.is_dir():
             tensors, hints = read_folder(self.path)
         else:
@@ -110,12 +122,7 @@ class FileLender:
         if self._vae:
             with concerning("vae"):
                 add_vae_file(tensors, Path(self._vae))
-        architecture = detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints)
-        if architecture.vae is None:
-            raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
-        if self._described is None:
-            self._described = self._info(tensors, architecture, hints)
-        return tensors
+        return tensors, detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints), hints
 
     def _info(self, tensors: Tensors, architecture: Architecture, hints: Hints) -> ModelInfo:
         prediction = hints.prediction_type

@@ -5,10 +5,13 @@ Which layers: those of kohya's sd-scripts (Linear and convolutions inside transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from lora_trainer.models.architecture import Architecture, TextShape
 from lora_trainer.models.base import LoraTarget
+from lora_trainer.models.binding import build_text_encoder, build_unet, text_body
 from lora_trainer.models.detect import UNET
 from lora_trainer.models.names import (
     CLIP_LAYERS,
@@ -23,7 +26,21 @@ from lora_trainer.models.names import (
 _RESNET_GROUPS = {"conv1": "conv", "conv2": "conv", "time_emb_proj": "conv_linear", "conv_shortcut": "conv_linear"}
 
 
-def unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget]:
+def lora_targets(unet: nn.Module, text_encoders: Sequence[nn.Module], architecture: Architecture) -> list[LoraTarget]:
+    """Every layer that an adapter can attach to: the UNet's, then those of the text encoders that are given."""
+    targets = _unet_targets(unet, architecture)
+    for index, (encoder, shape) in enumerate(zip(text_encoders, architecture.text_encoders)):
+        targets += _text_targets(text_body(encoder), shape, architecture.family, index)
+    return targets
+
+
+def targets_of(architecture: Architecture) -> list[LoraTarget]:
+    """The layers of a model that is not there: their names and shapes, without weights."""
+    encoders = [build_text_encoder(shape)[0] for shape in architecture.text_encoders]
+    return lora_targets(build_unet(architecture.unet)[0], encoders, architecture)
+
+
+def _unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget]:
     """The UNet's layers, from the input to the output. SDXL's have the names of the file, the others diffusers'.
 
     So has a UNet that does not have two resnets a level: WebUIs count on that when they read diffusers' names, and
@@ -68,7 +85,7 @@ def unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget
     return targets
 
 
-def text_targets(body: nn.Module, shape: TextShape, family: str, index: int) -> list[LoraTarget]:
+def _text_targets(body: nn.Module, shape: TextShape, family: str, index: int) -> list[LoraTarget]:
     """The layers of one text encoder. ``body``: see ``text_body``. ``index``: 0, or 1 for SDXL's second."""
     part = "text_encoder" if index == 0 else "text_encoder_2"
     kohya = f"lora_te{index + 1}" if family == "sdxl" else "lora_te"

@@ -20,8 +20,8 @@ from lora_trainer.adapters.inject import choose
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.architecture import Architecture, TextShape, UNetShape
 from lora_trainer.models.base import LoraTarget
-from lora_trainer.models.binding import build_text_encoder, build_unet, build_vae, text_body
-from lora_trainer.models.targets import text_targets, unet_targets
+from lora_trainer.models.binding import build_text_encoder, build_unet, build_vae
+from lora_trainer.models.targets import lora_targets
 from lora_trainer.training.precision import Precision
 
 CONTEXT_TOKENS = 77
@@ -213,9 +213,7 @@ class Weightless:
         unet, _ = build_unet(architecture.unet)
         encoders = [build_text_encoder(shape)[0] for shape in architecture.text_encoders]
         parts = [unet, build_vae(architecture.vae)[0], *encoders]
-        targets = unet_targets(unet, architecture)
-        for index, (encoder, shape) in enumerate(zip(encoders, architecture.text_encoders)):
-            targets += text_targets(text_body(encoder), shape, architecture.family, index)
+        targets = lora_targets(unet, encoders, architecture)
         weights = sum(weight.numel() for part in parts for weight in part.parameters())
         return Weightless(architecture, weights, tuple(targets))
 

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.cli import main
 from lora_trainer.errors import UserError
@@ -71,6 +73,11 @@ def test_info_and_merge_and_check(capsys, config, tmp_path, tiny_base):
     assert json.loads(out)["metadata"]["ss_network_dim"] == "2"
     merged = tmp_path / "merged.safetensors"
     assert call(capsys, "merge", "--base", tiny_base, "--lora", lora, "--output", merged, "--weight", 0.5)[0] == 0
+    without_vae = tmp_path / "no vae.safetensors"  # as WebUIs read it, with a VAE file of its own
+    save_file({k: v for k, v in load_file(tiny_base).items() if not k.startswith("first_stage")}, without_vae)
+    other = tmp_path / "merged, no vae.safetensors"
+    assert call(capsys, "merge", "--base", without_vae, "--lora", lora, "--output", other, "--weight", 0.5)[0] == 0
+    assert all(torch.equal(tensor, load_file(merged)[name]) for name, tensor in load_file(other).items())
     before = merged.read_bytes()
     code, _, err = call(capsys, "merge", "--base", tiny_base, "--lora", lora, "--output", merged)
     assert code == 2 and "merged.safetensors" in err and merged.read_bytes() == before

@@ -5,9 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lora_trainer.models.binding import build_text_encoder, build_unet, text_body
 from lora_trainer.models.detect import detect
-from lora_trainer.models.targets import text_targets, unet_targets
+from lora_trainer.models.targets import targets_of
 from tests.tiny import SD1_FULL, SD2_FULL, SDXL_FULL, sd1_shapes, sd2_shapes, sdxl_shapes
 
 SHAPES = {"sd1": sd1_shapes(**SD1_FULL), "sd2": sd2_shapes(**SD2_FULL), "sdxl": sdxl_shapes(**SDXL_FULL)}
@@ -16,14 +15,7 @@ SHAPES = {"sd1": sd1_shapes(**SD1_FULL), "sd2": sd2_shapes(**SD2_FULL), "sdxl": 
 @pytest.fixture(scope="module")
 def full_width():
     """Targets of the models at their real width, without any weights: {family: targets}."""
-    result = {}
-    for family, shapes in SHAPES.items():
-        architecture = detect(shapes)
-        targets = unet_targets(build_unet(architecture.unet)[0], architecture)
-        for index, shape in enumerate(architecture.text_encoders):
-            targets += text_targets(text_body(build_text_encoder(shape)[0]), shape, family, index)
-        result[family] = targets
-    return result
+    return {family: targets_of(detect(shapes)) for family, shapes in SHAPES.items()}
 
 
 @pytest.mark.parametrize(
