@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} does not end in .safetensors.")
     if output.is_dir():
         raise UserError(f"{output} is a folder.", remedy="Choose another name.")
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{output} cannot be written: {place} is no folder to write to.", remedy="Choose another one.")
     if any(output.resolve() == source.resolve() or _same_file(output, source) for source in (base, lora)):
         raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
     if output.exists() and not overwrite:

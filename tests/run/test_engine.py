@@ -255,6 +255,7 @@ def test_settings_that_do_not_go_together_are_said_before_anything_is_encoded(se
 
 @pytest.mark.parametrize("name, word", [
     ("taken.safetensors", "exists already"), ("merged", ".safetensors"), ("out/disc.safetensors", "would replace"),
+    ("taken.safetensors/merged.safetensors", "no folder to write to"),
 ])  # fmt: skip
 def test_what_cannot_be_merged_is_said_before_the_training(settings, tmp_path, name, word):
     (tmp_path / "taken.safetensors").write_text("mine")
