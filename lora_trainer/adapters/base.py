@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.algebra import column_norm, decompose
+from lora_trainer.adapters.autocast import autocast_dtype
+from lora_trainer.adapters.fused import ChangedLayer
 
 
 class Target(Protocol):
@@ -152,31 +154,18 @@ class WeightAdapter(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return self.base(x)
+        layer = self.layer
+        dtype = autocast_dtype(x.device) or getattr(layer, "compute_dtype", x.dtype)
+        convolution = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        return ChangedLayer.apply(x, layer.bias, self._changed_weight, convolution, dtype, *self.parameters())
+
+    def _changed_weight(self) -> Tensor:
+        """With which the layer computes now: like ``merged_weight``, and with what is switched off in this step."""
         weight, delta = self.base_weight(), self.delta_weight()
         dropped = 1 - (1 - self.dropout) * (1 - self.rank_dropout)
         if self.training and dropped:
             keep = self.keep_mask((self.shape[0],), dropped, "rows", delta.device)
             delta = delta * (keep / (1 - dropped)).view(-1, *[1] * (delta.dim() - 1))
         if self.dora_scale is None:
-            changed = torch.add(weight, delta, alpha=self.multiplier)
-        else:
-            changed = torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)
-        bias = self.layer.bias
-        if autocast_dtype(x.device) is None:
-            x = x.to(getattr(self.layer, "compute_dtype", x.dtype))
-            changed = changed.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
-        if isinstance(self.layer, nn.Conv2d):
-            layer = self.layer
-            return nn.functional.conv2d(x, changed, bias, layer.stride, layer.padding, layer.dilation)
-        return nn.functional.linear(x, changed, bias)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast computes on this kind of device; None where autocast is off."""
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    # torch before 2.4 has one pair of functions for the CPU and one for everything else.
-    if device.type == "cpu":
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+            return torch.add(weight, delta, alpha=self.multiplier)
+        return torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_trainer.adapters.algebra import dora_gain, low_rank_delta
-from lora_trainer.adapters.base import Adapter, autocast_dtype, kaiming_uniform
+from lora_trainer.adapters.autocast import autocast_dtype
+from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraLinear
 
 
@@ -80,9 +81,10 @@ class LoraAdapter(Adapter):
         if dropping:
             hidden = self._drop(hidden)
         change = functional.conv2d(hidden, up) if self.is_conv else functional.linear(hidden, up)
-        # Neither a Linear nor a convolution keeps its output for the backward pass. One that casts its weight may
-        # return a view, which autograd does not let us write to.
-        if self.base_is_plain and output.dtype == change.dtype and not output._is_view():
+        # Neither a Linear nor a convolution keeps its output for the backward pass. One that casts its weight is a
+        # node of its own, and autograd does not let us write to a view that such a node returned.
+        casts = getattr(self.layer, "compute_dtype", self.layer.weight.dtype) != self.layer.weight.dtype
+        if self.base_is_plain and output.dtype == change.dtype and not casts:
             return output.add_(change)
         return output + change
 

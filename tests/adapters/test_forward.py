@@ -255,9 +255,10 @@ def test_rank_dropout_drops_whole_ranks_of_a_picture():
             assert min(abs(values[0].item()), abs(values[0].item() - 2)) < 1e-3
 
 
-def test_gradient_checkpointing_meets_the_same_masks():
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_gradient_checkpointing_meets_the_same_masks(kind):
     layer, x = layer_and_input("linear")
-    adapter = build("lora", layer, dropout=0.5)
+    adapter = build(kind, layer, dropout=0.5)
     randomize(adapter)
     adapter.dropout_seed = 11
     plain = torch.autograd.grad(adapter(x).square().sum(), list(adapter.parameters()))
@@ -310,6 +311,28 @@ def test_a_base_of_another_format_than_the_computations(kind, layer_kind, droppe
         output.square().sum().backward()
         results.append([output.detach(), x.grad, *(parameter.grad for parameter in adapter.parameters())])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("layer_kind", LAYERS)
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(kind, layer_kind):
+    """LoHa and LoKr change the weight itself; with every layer's copies kept, SDXL would not fit anywhere."""
+    layer, x = layer_and_input(layer_kind)
+    adapter = build(kind, layer)
+    randomize(adapter)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        adapter(x.requires_grad_())
+    assert [tensor.shape for tensor in kept] == [x.shape]
+
+
+def test_a_changed_layer_gives_gradients_to_what_learns_alone():
+    layer, x = layer_and_input("linear")
+    adapter = build("loha", layer)
+    randomize(adapter)
+    adapter.hada_w1_a.requires_grad_(False)
+    adapter(x).sum().backward()
+    assert adapter.hada_w1_a.grad is None and adapter.hada_w2_a.grad.abs().sum() > 0 and x.grad is None
 
 
 def test_a_column_of_zeros_stays_a_number_under_dora():
