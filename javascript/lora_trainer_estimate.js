@@ -45,17 +45,15 @@
     const focused = () => (document.activeElement && document.activeElement.dataset.setting) || undefined;
 
     function show(facts) {
-        const batch = app.form.value("batch_size") * app.form.value("gradient_accumulation_steps");
-        const visits = app.form.value("max_train_steps")
-            ? Math.max(1, Math.round((facts.steps * batch) / facts.pictures))
-            : app.form.value("repeats") * app.form.value("epochs");
+        const epochs = facts.steps / facts.steps_per_epoch;
+        const visits = Math.max(1, Math.round(app.form.value("repeats") * epochs));
         app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
         app.setText(app.get("fact_steps"), String(facts.steps));
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));
-        const said = (text) => (facts.basis === null ? app.t("{what} (forecast)", {what: text}) : text);
+        const said = (text, basis) => (basis === null ? app.t("{what} (forecast)", {what: text}) : text);
         const later = app.t("known after the first steps");
-        app.setText(app.get("fact_time"), facts.minutes === null ? later : said(app.about(facts.minutes)));
-        app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory)));
+        app.setText(app.get("fact_time"), facts.minutes === null ? later : said(app.about(facts.minutes), facts.basis));
+        app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory), facts.memory_basis));
         app.pictures.judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,11 @@ class Adapter(nn.Module):
         self.shape = weight_shape(layer)
         self.generator = torch.Generator().manual_seed(seed_from(seed, "adapter", name))
         self.dora_scale = self.parameter(column_norm(self.base_weight())) if dora else None
+
+    @staticmethod
+    def count(shape: Sequence[int], rank: int, **options: Any) -> int:
+        """How many numbers learn for a layer whose weight has this shape, DoRA's lengths aside."""
+        raise NotImplementedError
 
     def parameter(self, value: Tensor) -> nn.Parameter:
         """``value`` as a trainable fp32 parameter where the layer's weight is."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_trainer.adapters.base import Adapter, Target, seed_from
+from lora_trainer.adapters.base import Adapter, Target, seed_from, weight_shape
 from lora_trainer.adapters.loha import LohaAdapter
 from lora_trainer.adapters.lokr import LokrAdapter
 from lora_trainer.adapters.lora import LoraAdapter
@@ -17,7 +17,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 
 BLOCKS = 25
-_KINDS: dict[str, Callable[..., Adapter]] = {"lora": LoraAdapter, "loha": LohaAdapter, "lokr": LokrAdapter}
+_KINDS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "loha": LohaAdapter, "lokr": LokrAdapter}
 
 
 class AdapterSet(nn.Module):
@@ -150,6 +150,15 @@ class AdapterSet(nn.Module):
         return {target.kohya_name: adapter.rank for target, adapter in self.items()}
 
 
+def parameter_count(targets: Sequence[Target], config: TrainConfig) -> int:
+    """How many numbers ``AdapterSet.build`` would make. Raises what ``choose`` raises."""
+    kind, total = _KINDS[config.adapter], 0
+    for target, rank, _ in choose(targets, config):
+        shape = weight_shape(target.module)
+        total += kind.count(shape, rank, **_options(config)) + (shape[1] if config.dora else 0)
+    return total
+
+
 def choose(targets: Sequence[Target], config: TrainConfig) -> list[tuple[Target, int, float]]:
     """The layers that ``config`` selects among ``targets``, each with its rank and alpha.
 
@@ -164,7 +173,7 @@ def choose(targets: Sequence[Target], config: TrainConfig) -> list[tuple[Target,
             raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
     unet = [target for target in targets if target.part == "unet"]
     text = [target for target in targets if target.part != "unet"]
-    trains_text = config.train_text_encoder and config.effective_text_encoder_lr > 0 and bool(text)
+    trains_text = config.text_encoders_learn and bool(text)
     selected = []
     if config.target_modules or config.conv_rank or not trains_text:  # else the text encoders learn alone
         selected += select_targets(unet, config.target_modules, config.conv_rank)
@@ -202,7 +211,6 @@ def _lr_weight(target: Target, config: TrainConfig) -> float:
 
 
 def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig) -> Adapter:
-    options: dict[str, Any] = {"factor": config.lokr_factor} if config.adapter == "lokr" else {}
     return _KINDS[config.adapter](
         target.module,
         rank,
@@ -212,5 +220,10 @@ def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig) -> 
         dropout=config.dropout,
         rank_dropout=config.rank_dropout,
         dora=config.dora,
-        **options,
+        **_options(config),
     )
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """What one kind of adapter has and the others do not."""
+    return {"factor": config.lokr_factor} if config.adapter == "lokr" else {}

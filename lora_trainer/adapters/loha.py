@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class LohaAdapter(WeightAdapter):
         self.hada_w1_b = normal(rank, fan_in, 1.0)
         self.hada_w2_a = self.parameter(torch.zeros(out_width, rank))
         self.hada_w2_b = normal(rank, fan_in, 1.0)
+
+    @staticmethod
+    def count(shape: Sequence[int], rank: int, **options: Any) -> int:
+        return 2 * rank * (shape[0] + math.prod(shape[1:]))
 
     def delta_weight(self) -> Tensor:
         # The scale is folded into a factor, which is small, instead of the product, which is not.

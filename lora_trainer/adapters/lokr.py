@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ class LokrAdapter(WeightAdapter):
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float, *, factor: int = -1, **options: Any):
         super().__init__(layer, rank, alpha, **options)
-        out_width, in_width, *kernel = self.shape
-        (out_small, out_large), (in_small, in_large) = factorize(out_width, factor), factorize(in_width, factor)
-        self.is_full = 2 * rank >= max(out_large, in_large)
+        (out_small, out_large), (in_small, in_large), self.is_full = _split(self.shape, rank, factor)
+        kernel = self.shape[2:]
         if self.is_full:
             self.alpha = float(rank)
         self.lokr_w1 = self.parameter(kaiming_uniform((out_small, in_small), self.generator))
@@ -35,6 +35,12 @@ class LokrAdapter(WeightAdapter):
             self.lokr_w2_a = self.parameter(kaiming_uniform((out_large, rank), self.generator))
             self.lokr_w2_b = self.parameter(torch.zeros(rank, in_large * math.prod(kernel)))
 
+    @staticmethod
+    def count(shape: Sequence[int], rank: int, *, factor: int = -1, **options: Any) -> int:
+        (out_small, out_large), (in_small, in_large), is_full = _split(shape, rank, factor)
+        fan_in = in_large * math.prod(shape[2:])
+        return out_small * in_small + (out_large * fan_in if is_full else rank * (out_large + fan_in))
+
     def delta_weight(self) -> Tensor:
         w2 = self.lokr_w2 if self.is_full else self.lokr_w2_a @ self.lokr_w2_b
         return kronecker_delta(self.lokr_w1 * self.scale, w2, self.shape)
@@ -42,3 +48,9 @@ class LokrAdapter(WeightAdapter):
     def factors(self) -> dict[str, Tensor]:
         names = ("lokr_w1", "lokr_w2") if self.is_full else ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
         return {name: getattr(self, name) for name in names}
+
+
+def _split(shape: Sequence[int], rank: int, factor: int) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """(a, b), (c, d), and whether w2 is a full matrix."""
+    out, into = factorize(shape[0], factor), factorize(shape[1], factor)
+    return out, into, 2 * rank >= max(out[1], into[1])

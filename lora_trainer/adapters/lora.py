@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,10 @@ class LoraAdapter(Adapter):
         self.base_is_plain = "forward" not in vars(layer) and (
             type(layer).forward is plain.forward or hasattr(layer, "compute_dtype")
         )
+
+    @staticmethod
+    def count(shape: Sequence[int], rank: int, **options: Any) -> int:
+        return rank * (shape[0] + math.prod(shape[1:]))
 
     def delta_weight(self) -> Tensor:
         return self.scale * low_rank_delta(self.lora_down, self.lora_up)

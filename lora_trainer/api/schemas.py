@@ -279,9 +279,9 @@ class RefusedPictureModel(BaseModel):
 
 
 class EstimateModel(BaseModel):
-    """minutes and memory (bytes): as job ``basis`` took them, or a forecast where that is null; null while the device
-    is too busy for one. captioner: will describe the pictures first, as they have no captions. problems: would stop
-    the run."""
+    """minutes and memory (bytes): as the jobs ``basis`` and ``memory_basis`` took them, or a forecast where that is
+    null; null while the device is too busy for one. captioner: will describe the pictures first, as they have no
+    captions. problems: would stop the run."""
 
     pictures: int
     regularization_pictures: int
@@ -299,3 +299,4 @@ class EstimateModel(BaseModel):
     minutes: float | None = None
     memory: int | None = None
     basis: int | None = None
+    memory_basis: int | None = None

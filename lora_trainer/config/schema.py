@@ -333,6 +333,10 @@ class TrainConfig(
     def effective_text_encoder_lr(self) -> float:
         return self.learning_rate / 2 if self.text_encoder_lr is None else self.text_encoder_lr
 
+    @property
+    def text_encoders_learn(self) -> bool:
+        return self.train_text_encoder and self.effective_text_encoder_lr > 0
+
 
 GROUPS: tuple[tuple[str, type], ...] = (
     ("model", ModelSettings),

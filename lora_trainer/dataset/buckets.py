@@ -97,6 +97,11 @@ class BatchPlan:
         """Batches of an epoch, the same for every epoch."""
         return sum(math.ceil(count / self.batch_size) for count in self._visits_per_bucket().values())
 
+    @property
+    def visits_per_epoch(self) -> int:
+        """Pictures that are shown in an epoch, each as often as it is repeated; regularization pictures too."""
+        return sum(self._visits_per_bucket().values())
+
     def epoch(self, epoch: int) -> list[list[Item]]:
         """The batches of an epoch (counted from any number), in the order of training."""
         groups: dict[Size, list[Item]] = {}

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+
 from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.host.a1111_captioning import a1111_captioners
 from lora_trainer.host.a1111_lender import A1111Lender
@@ -48,6 +50,9 @@ class A1111Host(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
         return A1111Lender(self._webui, self._turns, checkpoint, options)
+
+    def _modules(self, sd_model: Any) -> list[nn.Module]:
+        return [sd_model]
 
     def _model_kept(self) -> AbstractContextManager[None]:
         return model_kept(self._webui, "reload_model_weights", lambda sd_model: sd_model)

@@ -137,12 +137,12 @@ class Host(Protocol):
         """
         ...
 
-    def holds_model(self) -> bool:
-        """Whether a model lies in memory already, the place of which a lent one takes."""
+    def model_bytes(self) -> int:
+        """What the host's own model takes of the device now; a lent one is that model, or takes its place."""
         ...
 
     def spare_turn(self) -> AbstractContextManager[bool]:
-        """The host's device for a moment: False, and not ours, when somebody computes on it now."""
+        """The host's device for a moment; False, at once, and not ours, when somebody computes on it now."""
         ...
 
     def draw(self, request: PreviewRequest) -> Image.Image:

@@ -6,12 +6,15 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+
 from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.drawing import model_kept
 from lora_trainer.host.forge_captioning import forge_captioners
 from lora_trainer.host.forge_lender import ForgeLender
 from lora_trainer.host.forge_loras import ForgeLoras
+from lora_trainer.host.forge_model import patchers
 from lora_trainer.host.webui import WebuiHost
 
 
@@ -40,6 +43,9 @@ class ForgeHost(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
         return ForgeLender(self._webui, self._turns, checkpoint, options)
+
+    def _modules(self, sd_model: Any) -> list[nn.Module]:
+        return [patcher.model for patcher in patchers(sd_model).values()]
 
     def _model_kept(self) -> AbstractContextManager[None]:
         return model_kept(self._webui, "forge_model_reload", lambda sd_model: (sd_model, False))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_trainer.host.forge_loras import holds_loras
 from lora_trainer.host.forge_memory import Residence
-from lora_trainer.host.forge_model import ForgeModel, refuse_storage, refuse_unsuitable
+from lora_trainer.host.forge_model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
 from lora_trainer.host.lending import WebuiLender
 from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelAwayError, ModelInfo
@@ -63,13 +63,13 @@ class ForgeLender(WebuiLender):
     # Every turn ---------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        patchers = self._host.patchers
+        parts = patchers(self._host.sd_model)
         if self._residence is None:
             side = _SIDES["sdxl" if self._host.sd_model.is_sdxl else "sd1"]
             self._residence = Residence(self._webui.memory_management, side)
-        if any(holds_loras(patcher) for patcher in patchers.values()):
+        if any(holds_loras(patcher) for patcher in parts.values()):
             self._merged = self._host.sd_model
-        self._residence.enter(patchers, self._parts())
+        self._residence.enter(parts, self._parts())
 
     def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
         raise ModelAwayError(

@@ -39,12 +39,6 @@ class ForgeModel:
         self.sd_model = sd_model
         self._slots = list(_slots(sd_model))
 
-    @property
-    def patchers(self) -> dict[str, Any]:
-        """What Forge's memory management loads and unloads, by the names of the parts."""
-        objects = self.sd_model.forge_objects_original
-        return {"unet": objects.unet, "vae": objects.vae.patcher, "text_encoders": objects.clip.patcher}
-
     def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
         """Single-file name -> the very tensor that Forge computes with, of these parts of the model."""
         return {name: module._parameters[key] for part, name, module, key in self._slots if part in parts}
@@ -78,6 +72,12 @@ class ForgeModel:
 
     def alphas_cumprod(self) -> Tensor:
         return self.sd_model.forge_objects_original.unet.model.predictor.alphas_cumprod  # only sigmas are rewritten
+
+
+def patchers(sd_model: Any) -> dict[str, Any]:
+    """What Forge's memory management loads and unloads, by the names of the parts."""
+    objects = sd_model.forge_objects_original
+    return {"unet": objects.unet, "vae": objects.vae.patcher, "text_encoders": objects.clip.patcher}
 
 
 def refuse_unsuitable(sd_model: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -45,6 +47,7 @@ class StandaloneHost:
         self._folders = Folders(Path(data), None if lora is None else Path(lora))
         self._checkpoints = None if checkpoints is None else Path(checkpoints)
         self._precision = resolve(device, "auto")
+        self._describing = threading.Lock()
         self._access, self._options = access or AccessPolicy(), dict(options or {})
 
     def folders(self) -> Folders:
@@ -77,11 +80,21 @@ class StandaloneHost:
             clip_skip=options.clip_skip,
         )
 
-    def holds_model(self) -> bool:
-        return False
+    def model_bytes(self) -> int:
+        return 0
 
-    def spare_turn(self) -> AbstractContextManager[bool]:
-        return nullcontext(True)
+    def device_turn(self) -> AbstractContextManager[Any]:
+        """The device for something else than a training: a batch of captions."""
+        return self._describing
+
+    @contextmanager
+    def spare_turn(self) -> Iterator[bool]:
+        ours = self._describing.acquire(blocking=False)
+        try:
+            yield ours
+        finally:
+            if ours:
+                self._describing.release()
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         lender = self.lender(request.checkpoint, LenderOptions(compute_dtype=self._precision.weight_dtype))

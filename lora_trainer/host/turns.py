@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 0.1
 class Lock(Protocol):
     """What the hosts call ``queue_lock``: not re-entrant, without owner and timeout."""
 
-    def acquire(self) -> Any: ...
+    def acquire(self, blocking: bool = True) -> Any: ...
 
     def release(self) -> Any: ...
 
@@ -31,18 +31,13 @@ class Turns:
     """The trainer's side of a host's lock. One object per lock, whoever asks.
 
     waiting: whether somebody is in the queue for the lock, as far as the host tells.
-    taken: whether somebody has it right now.
+    taken: whether somebody has it right now, as far as it tells.
     """
 
     def __init__(self, lock: Lock, waiting: Callable[[], bool], taken: Callable[[], bool]):
         self.lock, self._waiting, self._taken = lock, waiting, taken
         self._owner: int | None = None  # thread that has the lock through us
         self._open_at = 0.0
-
-    @property
-    def taken(self) -> bool:
-        """Whether somebody has the host now, as far as it tells."""
-        return self._taken()
 
     @property
     def somebody_waits(self) -> bool:
@@ -67,6 +62,19 @@ class Turns:
 
     hold = take
     """The same, by the name for a whole run: turns taken inside it are then free."""
+
+    @contextmanager
+    def spare(self) -> Iterator[bool]:
+        """A turn if it is to be had at once, else False: nobody is waited for, and nobody waits for long."""
+        if self._waiting() or not self.lock.acquire(blocking=False):
+            yield False
+            return
+        self._owner = threading.get_ident()
+        try:
+            with rng_kept():
+                yield True
+        finally:
+            self._release()
 
     @contextmanager
     def rest(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from lora_trainer.adapters.describe import describe
 from lora_trainer.errors import UserError
@@ -111,16 +112,22 @@ class WebuiHost(ABC):
         """The WebUI's device for something else than its base model: a batch of captions."""
         return self._turns.take()
 
-    def holds_model(self) -> bool:
-        return loaded_model(self._webui) is not None
+    def model_bytes(self) -> int:
+        sd_model, device = loaded_model(self._webui), self.device()
+        if sd_model is None:
+            return 0
+        try:
+            weights = [weight for module in self._modules(sd_model) for weight in module.parameters()]
+        except RuntimeError:  # it is being loaded or moved right now
+            return 0
+        return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == device.type)
 
-    @contextmanager
-    def spare_turn(self) -> Iterator[bool]:
-        if self._turns.taken:
-            yield False
-            return
-        with self._turns.take():
-            yield True
+    @abstractmethod
+    def _modules(self, sd_model: Any) -> list[nn.Module]:
+        """What the weights of the WebUI's model lie in."""
+
+    def spare_turn(self) -> AbstractContextManager[bool]:
+        return self._turns.spare()
 
     # Publishing ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,59 +30,81 @@ log = logging.getLogger(__name__)
 _RECENT = 50  # jobs that are looked at for one that is comparable
 _MIN_STEPS = 5  # a shorter run says nothing about speed
 _TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
+_DEVICE = ("device", "mixed_precision")
+_FILLS_MEMORY = (
+    *_DEVICE, "batch_size", "gradient_checkpointing", "train_text_encoder", "text_encoder_lr", "adapter", "lora_rank",
+    "conv_rank", "lokr_factor", "dora", "target_modules", "text_encoder_target_modules", "block_ranks", "optimizer",
+    "ema_decay",
+)  # fmt: skip
 _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
+_TRIAL_AGE = 600.0  # seconds after which a device is tried again: it may have been slowed down by others
+_MAX_TRIALS = 8
 
 _trials: dict[Any, _Trial] = {}
 _in_use_idle: dict[Any, int | None] = {}  # bytes, by device, when nothing was trained there last
 _trying = threading.Lock()
 
 
-def cost(config: TrainConfig, info: ModelInfo, steps: int, host: Host, store: JobStore) -> dict[str, Any]:
-    """``minutes``, ``memory`` (bytes) and ``basis``, the job that they are taken from; None for what is not known.
+def architecture_mark(architecture: Architecture | None) -> str:
+    """By which a later run finds the jobs on models that are built alike; "" where that is not known."""
+    return "" if architecture is None else hashlib.sha256(repr(architecture).encode()).hexdigest()[:16]
 
-    The newest comparable job counts, one of the same kind of model and memory-saving settings, which may still run.
-    As long as there is none, a piece of the model is tried on the device (a second, once), unless somebody computes
-    there.
+
+def precision_of(config: TrainConfig, host: Host) -> Precision:
+    """Where a run computes, and in which formats. Raises UserError for what the device lacks."""
+    from lora_trainer.training.precision import resolve
+
+    return resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
+
+
+def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store: JobStore) -> dict[str, Any]:
+    """``minutes`` and ``memory`` (bytes), with ``basis`` and ``memory_basis``, the jobs that they are taken from.
+
+    visits: pictures that the run shows the model, all repetitions counted.
+
+    The newest job on a model that is built alike counts, one that may still run: its minutes with other settings as
+    well, by the work that they make, its memory only with the same ones. As long as there is none, a piece of the
+    model is tried on the device (a second, now and then), unless somebody computes there. None is what is not known.
 
     Raises:
         UserError: no layer of the model would learn.
     """
-    found: dict[str, Any] = {"minutes": None, "memory": None, "basis": None}
+    found: dict[str, Any] = dict.fromkeys(("minutes", "memory", "basis", "memory_basis"))
+    if info.architecture is None:
+        return found
     size = _size(config, info)
     for job in store.list(_TRAINED, limit=_RECENT):
-        if job.host != host.name or job.family != info.family or job.step < _MIN_STEPS or not job.speed:
+        if job.host != host.name or job.architecture != architecture_mark(info.architecture) or job.step < _MIN_STEPS:
             continue
         before = _stored(store, job)
-        if before is None or _kind(before) != _kind(config):
+        if before is None or _values(before, _DEVICE) != _values(config, _DEVICE):
             continue
-        work, work_before = _pixels_per_step(config, size), _pixels_per_step(before, _size(before, info))
-        same_memory = config.batch_size == before.batch_size and work == work_before
-        found["minutes"] = steps / job.speed * work / work_before / 60
-        found["memory"] = job.memory if same_memory else None
-        found["basis"] = job.id
-        break
-    if info.architecture is not None and None in (found["minutes"], found["memory"]):
-        forecast = _forecast(config, info, size, steps, host, bool(store.list(ACTIVE)))
-        found = {name: forecast.get(name) if value is None else value for name, value in found.items()}
-    return found
+        if found["basis"] is None and job.pictures_per_second:
+            work = _work_on_picture(config, info, size) / _work_on_picture(before, info, _size(before, info))
+            found |= {"minutes": visits / job.pictures_per_second * work / 60, "basis": job.id}
+        alike = _values(before, _FILLS_MEMORY) == _values(config, _FILLS_MEMORY) and _size(before, info) == size
+        if found["memory_basis"] is None and alike and job.memory:
+            found |= {"memory": job.memory, "memory_basis": job.id}
+        if None not in found.values():
+            return found
+    forecast = _forecast(config, info, size, visits, host, bool(store.list(ACTIVE)))
+    return found | {name: value for name, value in forecast.items() if found[name] is None}
 
 
 def _forecast(
-    config: TrainConfig, info: ModelInfo, size: tuple[int, int], steps: int, host: Host, busy: bool
+    config: TrainConfig, info: ModelInfo, size: tuple[int, int], visits: float, host: Host, busy: bool
 ) -> dict[str, Any]:
-    from lora_trainer.training.forecast import memory_needed, work_on_batch
-    from lora_trainer.training.precision import resolve
+    from lora_trainer.training.forecast import memory_needed
 
-    precision = resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
+    precision = precision_of(config, host)
     trial = _try(info.architecture, precision, size, host, busy)
     if trial is None:
         return {}
     found: dict[str, Any] = {}
     if trial.speed is not None:
-        operations = work_on_batch(info.architecture, size, config).operations * config.gradient_accumulation_steps
-        found["minutes"] = steps * operations / trial.speed / 60
-    needed = memory_needed(trial.model, size, config, precision, with_weights=not host.holds_model())
+        found["minutes"] = visits * _work_on_picture(config, info, size) / trial.speed / 60
+    needed = memory_needed(trial.model, size, config, precision, weights_there=host.model_bytes())
     if not busy:  # a training in hand has taken memory of its own, which will be free again
         _in_use_idle[precision.device] = _in_use(precision.device)
     in_use = _in_use_idle.get(precision.device)
@@ -89,55 +113,64 @@ def _forecast(
 
 def _in_use(device: torch.device) -> int | None:
     """Bytes that are taken now and stay taken: what torch only keeps for later, a run will take first."""
-    found = memory_in_use()
-    return None if found is None else found - kept_for_later(device)
+    found = memory_in_use(device)
+    return None if found is None else max(0, found - kept_for_later(device))
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """model: without its weights. speed: operations per second; None where the device had no memory for it."""
+    """model: without its weights. speed: operations per second; None where the device had no memory for it. time: of
+    the monotonic clock."""
 
     model: Weightless
     speed: float | None
+    time: float
 
 
 def _try(
     architecture: Architecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
 ) -> _Trial | None:
-    """What a turn of the host's shows, once for each kind of work; None while the device is not to be had."""
+    """What a turn of the host's shows, now and then for each kind of work; None while the device is not to be had."""
     from lora_trainer.training.forecast import Weightless
     from lora_trainer.training.throughput import throughput
 
-    if precision.device.type != "cuda":
+    if precision.device.type == "cpu":
         size = (min(size[0], _CPU_SIDE), min(size[1], _CPU_SIDE))
     key = architecture, precision, size
     with _trying:
-        if key in _trials or busy:
-            return _trials.get(key)
+        known = _trials.get(key)
+        if busy or (known is not None and time.monotonic() - known.time < _TRIAL_AGE):
+            return known
         with host.spare_turn() as ours:
             if not ours:
-                return None
+                return known
             model = Weightless.of(architecture)
             try:
-                _trials[key] = _Trial(model, throughput(architecture.unet, precision, size))
+                speed = throughput(architecture.unet, precision, size)
             except RuntimeError as error:  # of a full GPU above all; the run itself would say more
                 log.warning("How fast the device trains could not be tried: %s", error)
-                return _Trial(model, None)
+                speed = None if known is None else known.speed
+        while len(_trials) >= _MAX_TRIALS:
+            del _trials[next(iter(_trials))]
+        _trials[key] = _Trial(model, speed, time.monotonic())
         return _trials[key]
 
 
-def _kind(config: TrainConfig) -> tuple[Any, ...]:
-    return config.device, config.mixed_precision, config.gradient_checkpointing, config.train_text_encoder
+def _work_on_picture(config: TrainConfig, info: ModelInfo, size: tuple[int, int]) -> float:
+    """Operations of training on one picture."""
+    from lora_trainer.training.forecast import work_on_batch
+
+    return work_on_batch(info.architecture, size, config).operations / config.batch_size
+
+
+def _values(config: TrainConfig, names: tuple[str, ...]) -> list[Any]:
+    return [getattr(config, name) for name in names]
 
 
 def _size(config: TrainConfig, info: ModelInfo) -> tuple[int, int]:
     """Width and height of the pictures, in pixels."""
     size = parse_resolution(config.resolution)
     return size if isinstance(size, tuple) else (info.default_resolution, info.default_resolution)
-
-
-def _pixels_per_step(config: TrainConfig, size: tuple[int, int]) -> int:
-    return size[0] * size[1] * config.batch_size * config.gradient_accumulation_steps
 
 
 def _stored(store: JobStore, job: Job) -> TrainConfig | None:

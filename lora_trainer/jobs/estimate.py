@@ -29,7 +29,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
     ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``name_taken`` (why the LoRA cannot be
-    called so, or None), ``minutes``, ``memory`` and ``basis`` (see ``cost``). ``captioner`` describes the pictures
+    called so, or None), and what ``cost`` finds. ``captioner`` describes the pictures
     first, as they have no captions; None where none is needed, or can run. ``problems`` [``Problem``]: what would stop
     the run although its pictures can be counted.
 
@@ -54,7 +54,9 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
             problems = [] if captioner else [Problem.of(error)]
             dataset = scan(config, measure=measure, stand_in=_STAND_IN)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
+    steps_per_epoch = math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps)
     steps = total_steps(config, plan.steps_per_epoch)
+    visits = plan.visits_per_epoch * steps / steps_per_epoch
     regularization = sum(sample.is_regularization for sample in dataset.samples)
     return {
         "pictures": len(dataset.samples) - regularization,
@@ -64,13 +66,13 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "captioner": captioner,
         "problems": problems,
         "buckets": plan.table(),
-        "steps_per_epoch": math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps),
+        "steps_per_epoch": steps_per_epoch,
         "steps": steps,
         "base_model": info.name,
         "family": info.family,
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
         "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
-        **cost(config, info, steps, host, store),
+        **cost(config, info, visits, host, store),
     }
 
 

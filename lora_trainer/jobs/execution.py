@@ -13,6 +13,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.captioners import captioner_sources
+from lora_trainer.jobs.cost import architecture_mark, precision_of
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, Problem, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
@@ -82,7 +83,9 @@ def _train(
     with concerning("base_model"):
         lender = host.lender(config.base_model, lender_options(host, config))
         info = lender.describe()
-    store.update(job.id, base_model=info.name, family=info.family, host=host.name)
+    reporter.device = precision_of(config, host).device
+    architecture = architecture_mark(info.architecture)
+    store.update(job.id, base_model=info.name, family=info.family, architecture=architecture, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
     previewer = None
     if config.preview_prompts and host.name != "standalone":  # which has no sampler but the run's own
@@ -98,10 +101,8 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
     import torch
 
     from lora_trainer.host.base import LenderOptions
-    from lora_trainer.training.precision import resolve
 
-    device = host.device() if config.device == "auto" else config.device
-    precision = resolve(device, config.mixed_precision)
+    precision = precision_of(config, host)
     return LenderOptions(
         clip_skip=config.clip_skip,
         v_prediction=config.v_prediction,

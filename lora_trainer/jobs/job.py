@@ -60,7 +60,8 @@ class Job:
     folder: name of its folder under ``<data>/jobs``. result: ``lora``, ``diffusers`` and ``thumbnail`` (paths inside
     that folder), ``published`` (path in the host's LoRA folder), ``published_step`` (when that is no finished LoRA but
     what the run saved at this step) and ``verified`` (bool), as far as they exist.
-    speed: optimizer steps per second. memory: peak bytes on the device. revision: grows with every change of any job.
+    architecture: fingerprint of how the base model is built. speed: optimizer steps per second. memory: peak bytes on
+    the device. revision: grows with every change of any job.
     """
 
     id: int
@@ -75,6 +76,7 @@ class Job:
     dataset: str
     base_model: str
     family: str
+    architecture: str
     host: str
     created: float
     started: float | None
@@ -87,6 +89,7 @@ class Job:
     phase_total: int
     loss: float | None
     speed: float | None
+    pictures_per_second: float | None
     seconds_left: float | None
     memory: int | None
     seconds: float

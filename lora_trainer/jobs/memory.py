@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Host
 
 
-def memory_in_use() -> int | None:
-    """Bytes in use on the GPU by everybody, or by this process on the CPU; None where it cannot be told."""
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes in use on a GPU by everybody, or by this process on the CPU; None where it cannot be told."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
+    if torch is not None and device.type == "cuda" and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info(device)
         return int(total - free)
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

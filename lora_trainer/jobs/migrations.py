@@ -62,6 +62,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL)",
         "INSERT INTO counters VALUES ('revision', 0)",
     ),
+    (
+        "ALTER TABLE jobs ADD COLUMN architecture TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE jobs ADD COLUMN pictures_per_second REAL",
+    ),
 )
 
 

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_trainer.jobs.job import Problem
 from lora_trainer.jobs.memory import memory_in_use
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_INTERVAL = 0.25
 """Seconds between two writes of a job's progress: four a second are more than an eye follows."""
@@ -40,7 +43,8 @@ class JobReporter(TrainCallbacks):
     ):
         """``status(waiting)`` says which status a run has that is (not) waiting for its model.
 
-        ``on_lora(path, step)``, set later, is called with every LoRA that the run saves.
+        Set later: ``device``, the memory of which is reported, and ``on_lora(path, step)``, which is called with every
+        LoRA that the run saves.
         """
         self._store, self._job_id, self._output, self._status, self._clock = store, job_id, output, status, clock
         self._lock = threading.Lock()
@@ -49,6 +53,8 @@ class JobReporter(TrainCallbacks):
         self._phase = ""
         self._last_step: float | None = None
         self._speed: float | None = None
+        self._pictures: float | None = None  # a second
+        self.device: torch.device | None = None
         self.waiting = False
         self.last_preview: Path | None = None
         self.on_lora: Callable[[Path, int], None] | None = None
@@ -69,12 +75,12 @@ class JobReporter(TrainCallbacks):
         seconds = report.seconds if self._last_step is None else now - self._last_step
         self._last_step = now
         if seconds > 0:
-            newest = 1 / seconds
-            self._speed = newest if self._speed is None else self._speed + _SMOOTHING * (newest - self._speed)
+            self._speed = _smoothed(self._speed, 1 / seconds)
+            self._pictures = _smoothed(self._pictures, report.images / seconds)
         left = (report.total_steps - report.step) / self._speed if self._speed else None
         values: dict[str, Any] = {
             "step": report.step, "total_steps": report.total_steps, "epoch": report.epoch, "speed": self._speed,
-            "seconds_left": left,
+            "pictures_per_second": self._pictures, "seconds_left": left,
         }  # fmt: skip
         if report.loss is not None:
             values["loss"] = float(report.loss)
@@ -138,7 +144,9 @@ class JobReporter(TrainCallbacks):
             if not now and self._clock() - self._written < MIN_INTERVAL:
                 return
             self._written = self._clock()
-            values, self._values = self._values | {"memory": memory_in_use()}, {}
+            values, self._values = self._values, {}
+            if self.device is not None:
+                values["memory"] = memory_in_use(self.device)
             status = values.pop("status", None)
             if status is not None:
                 self._write(self._store.set_status, self._job_id, status, **values)
@@ -160,6 +168,10 @@ class JobReporter(TrainCallbacks):
             return Path(path).resolve().relative_to(self._output.parent.resolve()).as_posix()
         except ValueError:
             return Path(path).name
+
+
+def _smoothed(mean: float | None, newest: float) -> float:
+    return newest if mean is None else mean + _SMOOTHING * (newest - mean)
 
 
 @contextmanager

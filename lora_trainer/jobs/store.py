@@ -173,7 +173,7 @@ class JobStore:
                 connection,
                 job_id,
                 {"status": "running", "active": True, "attempt": row[1] + 1, "started": time.time(), "finished": None,
-                 "error": None, "phase": "starting", "speed": None, "seconds_left": None},
+                 "error": None, "phase": "starting", "speed": None, "pictures_per_second": None, "seconds_left": None},
             )  # fmt: skip
             _insert_event(connection, job_id, "status", "running", {"from": "queued"})
         return self.get(job_id)

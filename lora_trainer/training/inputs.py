@@ -25,7 +25,6 @@ from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.precision import Precision
 
-ENCODED_PIXELS = 8 * 512 * 512  # per encoding batch on a GPU
 CAPTIONS_PER_TURN = 16
 
 Turn = Callable[[], AbstractContextManager[None]]
@@ -174,43 +173,35 @@ class BatchSource:
         missing = {key: item for key, item in missing.items() if key not in self.cache}
         done = total - len(missing)
         callbacks.on_phase("latents", done, total)
-        for keys, pixels in ahead(self._load_pixels, _chunks(missing, self._encoding_batch_size)):
+        for key, pixels in ahead(self._load_pixels, missing.items()):
             commands.wait_while_paused()
             if commands.stopping:
                 return False
-            for key, moments in zip(keys, self._encode(pixels, turn)):
-                self.cache.put(key, {"moments": moments})
-            done += len(keys)
+            self.cache.put(key, {"moments": self._encode(pixels, turn)})
+            done += 1
             callbacks.on_phase("latents", done, total)
         return True
 
-    def _load_pixels(self, chunk: Sequence[tuple[str, Item]]) -> tuple[list[str], Tensor]:
-        pixels = [load_item(self.dataset.samples[item.sample], item) for _, item in chunk]
-        return [key for key, _ in chunk], torch.stack(pixels)  # (B, 3, H, W)
-
-    def _encoding_batch_size(self, item: Item) -> int:
-        # On the CPU one at a time, always: results depend on the batch's size in the last bit, and a run that was
-        # interrupted while encoding must not differ from one that was not.
-        if self.model.device.type == "cpu":
-            return 1
-        return max(1, ENCODED_PIXELS // (item.bucket[0] * item.bucket[1]))
+    def _load_pixels(self, keyed: tuple[str, Item]) -> tuple[str, Tensor]:
+        key, item = keyed
+        return key, load_item(self.dataset.samples[item.sample], item)
 
     def _encode(self, pixels: Tensor, turn: Turn) -> Tensor:
-        """(B, 3, H, W) -> moments (B, 8, h, w) on the CPU; in halves when the device's memory does not suffice."""
+        """(3, H, W) -> moments (8, h, w) on the CPU.
+
+        One picture at a time: it fills a GPU, several would take gigabytes from whoever shares its memory, and their
+        number would change the last bit of the result.
+        """
         try:
             with turn(), torch.no_grad():
-                return self.model.encode_images(to_device(pixels, self.model.device)).float().cpu()
+                return self.model.encode_images(to_device(pixels[None], self.model.device))[0].float().cpu()
         except torch.cuda.OutOfMemoryError:
-            if len(pixels) == 1:
-                height, width = pixels.shape[-2:]
-                raise UserError(
-                    f"Not even one picture of {width}×{height} can be encoded in the GPU's memory.",
-                    field="resolution",
-                    remedy="Lower it, or close other programs that use the GPU.",
-                ) from None
-        torch.cuda.empty_cache()
-        half = len(pixels) // 2
-        return torch.cat([self._encode(pixels[:half], turn), self._encode(pixels[half:], turn)])
+            height, width = pixels.shape[-2:]
+            raise UserError(
+                f"A picture of {width}×{height} cannot be encoded in the GPU's memory.",
+                field="resolution",
+                remedy="Lower it, or close other programs that use the GPU.",
+            ) from None
 
     def _encode_captions(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         captions = sorted({"", *(self._text(index, None) for index in range(len(self.dataset.samples)))})
@@ -331,15 +322,3 @@ class BatchSource:
     def _prompt_key(self, caption: str) -> str:
         text_key = f"{self.model.text_key}:{self.precision.name}"
         return prompt_key(caption, text_key, self.config.max_token_length, self.config.weighted_captions)
-
-
-def _chunks(items: dict[str, Item], size_of: Callable[[Item], int]) -> list[list[tuple[str, Item]]]:
-    """Items of one bucket together, in chunks of the size that ``size_of`` allows them."""
-    by_bucket: dict[tuple[int, int], list[tuple[str, Item]]] = {}
-    for key, item in items.items():
-        by_bucket.setdefault(item.bucket, []).append((key, item))
-    chunks = []
-    for members in by_bucket.values():
-        size = size_of(members[0][1])
-        chunks += [members[start : start + size] for start in range(0, len(members), size)]
-    return chunks

@@ -27,10 +27,12 @@ class QueueLock:
         self._lock, self._inner = threading.Lock(), threading.Lock()
         self._pending_threads: collections.deque = collections.deque()
 
-    def acquire(self) -> bool:
+    def acquire(self, blocking: bool = True) -> bool:
         with self._inner:
             if self._lock.acquire(False):
                 return True
+            if not blocking:
+                return False
             woken = threading.Event()
             self._pending_threads.append(woken)
         woken.wait()

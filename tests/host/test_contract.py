@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import AccessPolicy, Card, PreviewRequest
@@ -60,17 +61,17 @@ def test_describing_says_what_is_lent(host, models, name, family):
 def test_a_spare_turn_is_had_only_while_nobody_computes(host):
     with host.spare_turn() as ours:
         assert ours
-    if host.name == "standalone":
-        return  # nobody else computes there
     with host.device_turn(), host.spare_turn() as ours:
         assert not ours
     with host.spare_turn() as ours:
         assert ours
 
 
-def test_a_webui_holds_a_model_in_memory_once_one_was_lent(host):
+def test_a_webuis_model_takes_memory_once_it_was_lent(host, models):
     with host.lender("first", OPTIONS).borrow():
-        assert host.holds_model() == (host.name != "standalone")
+        weights = sum(tensor.nbytes for tensor in load_file(models / "first.safetensors").values())
+        expected = 0 if host.name == "standalone" else weights
+        assert host.model_bytes() == pytest.approx(expected, rel=0.1)
 
 
 def test_options_decide_over_what_the_file_says(host):

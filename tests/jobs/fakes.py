@@ -86,8 +86,8 @@ class FakeHost:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def holds_model(self) -> bool:
-        return False
+    def model_bytes(self) -> int:
+        return 0
 
     def spare_turn(self) -> Any:
         return nullcontext(True)

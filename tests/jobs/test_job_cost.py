@@ -36,22 +36,53 @@ def known(host, monkeypatch):
 
     monkeypatch.setattr(host, "lender", lender)
     monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
-    monkeypatch.setattr(cost, "memory_in_use", lambda: IN_USE)
+    monkeypatch.setattr(cost, "memory_in_use", lambda device: IN_USE)
     monkeypatch.setattr(cost, "_trials", {})
     monkeypatch.setattr(cost, "_in_use_idle", {})
     return architecture, tried
 
 
-def test_minutes_are_those_of_a_comparable_job(manager, train, settings, host):
+@pytest.fixture
+def trained(manager, train, settings, known):
+    """A finished job: two pictures a second, 5,000 bytes."""
     train.total_steps, train.free = 10, True
     job = manager.submit({**settings, "output_name": "before"})
     wait_for(lambda: manager.store.get(job.id).status == "finished")
-    manager.store.update(job.id, speed=2.0, memory=5_000)
+    assert manager.store.get(job.id).pictures_per_second == manager.store.get(job.id).speed, "one picture a step"
+    manager.store.update(job.id, pictures_per_second=2.0, memory=5_000)
+    return job.id
+
+
+def test_minutes_and_memory_are_those_of_a_job_like_it(manager, settings, host, known, trained):
     facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
-    assert (facts["minutes"], facts["memory"], facts["basis"]) == (2.0, 5_000, job.id)
-    larger = estimate({**settings, "max_train_steps": 240, "batch_size": 2}, host, manager.store)
-    assert (larger["minutes"], larger["memory"]) == (4.0, None)
-    assert estimate({**settings, "gradient_checkpointing": True}, host, manager.store)["basis"] is None
+    assert (facts["minutes"], facts["memory"]) == (2.0, 5_000) and not known[1]
+    assert facts["basis"] == facts["memory_basis"] == trained
+
+
+def test_other_settings_take_more_minutes_than_the_job_and_memory_of_their_own(manager, settings, host, known, trained):
+    larger = {**settings, "max_train_steps": 240, "batch_size": 2, "gradient_checkpointing": True, "lora_rank": 64}
+    facts = estimate(larger, host, manager.store)
+    pictures = facts["pictures"] * 240 / facts["steps_per_epoch"]
+    works = [
+        work_on_batch(known[0], (512, 512), config).operations / config.batch_size
+        for config in (TrainConfig(batch_size=2, gradient_checkpointing=True, lora_rank=64), TrainConfig(batch_size=1))
+    ]
+    assert facts["minutes"] == pytest.approx(pictures / 2 * works[0] / works[1] / 60) and works[0] > 1.2 * works[1]
+    assert facts["memory"] > IN_USE and (facts["basis"], facts["memory_basis"]) == (trained, None)
+
+
+def test_a_job_on_another_model_of_the_family_says_nothing(manager, settings, host, known, trained):
+    manager.store.update(trained, architecture="of another width")
+    facts = estimate(settings, host, manager.store)
+    assert (facts["basis"], facts["memory_basis"]) == (None, None) and facts["minutes"] > 0
+    assert estimate({**settings, "mixed_precision": "bf16"}, host, manager.store)["basis"] is None
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 16}, {"gradient_accumulation_steps": 16}])
+def test_minutes_count_pictures_not_places_in_a_batch(idle, host, settings, known, changes):
+    """Three pictures never fill a batch of 16."""
+    one, many = (estimate({**settings, "epochs": 10, **more}, host, idle.store) for more in ({}, changes))
+    assert one["steps"] > many["steps"] and many["minutes"] == pytest.approx(one["minutes"])
 
 
 def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
@@ -59,21 +90,21 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     wanted = {**settings, "max_train_steps": 90, "batch_size": 2, "gradient_accumulation_steps": 3, "resolution": "256"}
     config, precision = TrainConfig(batch_size=2), resolve("cpu", "no")
     facts = estimate(wanted, host, idle.store)
-    operations = 90 * 3 * work_on_batch(architecture, (256, 256), config).operations
-    assert facts["minutes"] == pytest.approx(operations / SPEED / 60) and facts["basis"] is None
+    pictures = 90 / facts["steps_per_epoch"] * facts["pictures"]
+    operations = pictures / 2 * work_on_batch(architecture, (256, 256), config).operations
+    assert facts["minutes"] == pytest.approx(operations / SPEED / 60)
+    assert (facts["basis"], facts["memory_basis"]) == (None, None)
     assert facts["memory"] == IN_USE + memory_needed(Weightless.of(architecture), (256, 256), config, precision)
-    host.holds_model = lambda: True
+    host.model_bytes = lambda: 1_000_000
     loaded = estimate(wanted, host, idle.store)["memory"]
-    assert loaded == IN_USE + memory_needed(
-        Weightless.of(architecture), (256, 256), config, precision, with_weights=False
-    )
+    assert loaded == facts["memory"] - 1_000_000, "what is there already is not taken once more"
     estimate({**wanted, "epochs": 3}, host, idle.store)
     assert tried == [(architecture.unet, precision, (256, 256))], "once for each size"
     estimate({**wanted, "resolution": "1024x640"}, host, idle.store)
     assert tried[1:] == [(architecture.unet, precision, (512, 512))], "a CPU is not tried for long"
 
 
-def test_a_device_at_work_is_left_alone(idle, host, settings, known):
+def test_a_device_at_work_is_left_alone(idle, host, settings, known, monkeypatch):
     @contextmanager
     def taken():
         yield False
@@ -86,6 +117,11 @@ def test_a_device_at_work_is_left_alone(idle, host, settings, known):
     assert first["minutes"] > 0 and first["memory"] > IN_USE
     host.spare_turn = taken
     assert estimate(settings, host, idle.store) == first, "what was tried is known"
+    host.spare_turn = free
+    assert estimate(settings, host, idle.store) == first and len(known[1]) == 1
+    monkeypatch.setattr(cost, "_TRIAL_AGE", 0.0)
+    estimate(settings, host, idle.store)
+    assert len(known[1]) == 2, "somebody else may have slowed it down"
 
 
 @pytest.mark.parametrize("known_before", [False, True])
@@ -93,7 +129,7 @@ def test_memory_of_a_run_in_hand_is_not_counted_for_the_next(manager, host, sett
     wanted = {**settings, "output_name": "next"}
     before = estimate(wanted, host, manager.store) if known_before else {"minutes": None, "memory": None}
     manager.submit({**settings, "output_name": "first"})
-    monkeypatch.setattr(cost, "memory_in_use", lambda: 2 * IN_USE)
+    monkeypatch.setattr(cost, "memory_in_use", lambda device: 2 * IN_USE)
     facts = estimate(wanted, host, manager.store)
     assert all(facts[name] == before[name] for name in ("minutes", "memory")) and len(known[1]) == known_before
 
@@ -112,6 +148,8 @@ def test_a_full_device_only_costs_the_forecast(idle, host, settings, known, monk
     monkeypatch.setattr(throughput, "throughput", fail)
     facts = estimate(settings, host, idle.store)
     assert facts["minutes"] is None and facts["memory"] > IN_USE
+    monkeypatch.setattr(throughput, "throughput", lambda *_: pytest.fail("tried again at once"))
+    assert estimate(settings, host, idle.store)["minutes"] is None
 
 
 def test_layers_that_the_model_lacks_are_named_before_the_start(idle, host, settings, known):

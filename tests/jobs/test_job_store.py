@@ -120,9 +120,9 @@ def test_an_older_database_opens_and_a_copy_of_it_is_kept(tmp_path):
     assert store.get(job.id).name == "from before"
     assert store._connection().execute("SELECT color FROM jobs").fetchone() == ("red",)
     store.close()
-    copy = sqlite3.connect(path.with_name("jobs.sqlite.format1.bak"))
+    copy = sqlite3.connect(path.with_name(f"jobs.sqlite.format{len(MIGRATIONS)}.bak"))
     assert copy.execute("SELECT name FROM jobs").fetchone() == ("from before",)
-    assert copy.execute("PRAGMA user_version").fetchone() == (1,)
+    assert copy.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     copy.close()
 
 

@@ -152,28 +152,15 @@ def test_sdxl_gets_its_sizes_and_others_none(tmp_path):
     assert Run(configuration(tmp_path)).source.group(0, 0)[0].size_ids is None
 
 
-class SmallDevice(FakeModel):
-    """Encodes at most ``room`` pictures at once."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room = room
-
+class FullDevice(FakeModel):
     def encode_images(self, pixels):
-        if len(pixels) > self.room:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return super().encode_images(pixels)
+        assert len(pixels) == 1
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-def test_out_of_memory_halves_the_encoding_batch(tmp_path, monkeypatch):
-    config = configuration(tmp_path)
-    run = Run(config, SmallDevice(2))
-    pixels = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    run.model.released.clear()
-    encoded = run.source._encode(pixels, run.turns)
-    assert torch.equal(encoded, FakeModel().encode_images(pixels))
+def test_a_picture_that_does_not_fit_is_an_error_about_the_resolution(tmp_path):
     with pytest.raises(UserError) as error:
-        Run(configuration(tmp_path / "none"), SmallDevice(0))
+        Run(configuration(tmp_path), FullDevice())
     assert error.value.field == "resolution"
 
 
