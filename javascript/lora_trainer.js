@@ -139,6 +139,8 @@ var loraTrainer = window.loraTrainer || {};
 
     app.sentence = (problem) => [problem.message, problem.remedy].filter(Boolean).map(app.said).join(" ");
 
+    app.named = (problem) => (problem.field ? problem.field + ": " : "") + app.sentence(problem);
+
     /** Show in one place what went wrong with an action. */
     app.complain = function(error, node) {
         if (error.name === "AbortError") return;

@@ -124,7 +124,7 @@
     async function check() {
         editor.say("");
         const wanted = String(app.form.value("resolution"));
-        const resolution = /^\d/.test(wanted) ? wanted : "512"; // "auto" follows the base model
+        const resolution = /^\d/.test(wanted) ? wanted : app.estimate.resolution || "512"; // "auto" follows the base model
         await editor.call("/check", {resolution, trigger_word: app.form.value("trigger_word") || ""});
     }
 

@@ -3,7 +3,7 @@
     "use strict";
 
     const DELAY = 500; // ms after the last change
-    const estimate = (app.estimate = {pictures: null, family: null});
+    const estimate = (app.estimate = {pictures: null, family: null, resolution: null});
     let timer = null;
     let running = null;
 
@@ -29,6 +29,7 @@
                 Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
                 if (!known && round === 0) continue;
                 app.form.clearProblems();
+                if (app.form.told) app.form.showProblem(app.form.told);
                 show(facts);
                 if (facts.name_taken && settings.output_name !== app.form.started) app.form.showProblem({field: "output_name", message: facts.name_taken, remedy: app.t("Choose another name, or allow overwriting it.")});
                 return;
@@ -36,7 +37,8 @@
         } catch (error) {
             if (error.name === "AbortError") return;
             showNothing();
-            if (error.problems) app.form.showProblems(error.problems);
+            if (app.pictures.allOut()) app.pictures.judged({pictures: 0, problems: [], refused: [], warnings: []});
+            else if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
         }
     };
@@ -54,6 +56,7 @@
         const later = app.t("known after the first steps");
         app.setText(app.get("fact_time"), facts.minutes === null ? later : said(app.about(facts.minutes), facts.basis));
         app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory), facts.memory_basis));
+        estimate.resolution = facts.resolution;
         app.pictures.judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());
@@ -103,6 +106,7 @@
             app.form.clearProblems();
             app.form.continues = null;
             app.form.set("overwrite", undefined);
+            app.live.seenRunning.add(job.id); // it may have failed before the next look
             await app.live.look();
             app.live.focus(job.id);
         } catch (error) {
@@ -136,11 +140,17 @@
 
     estimate.yamlIn = async function() {
         try {
-            const {settings} = await app.post("/settings/check", {yaml: app.get("yaml").value});
+            const {settings, given} = await app.post("/settings/check", {yaml: app.get("yaml").value});
             app.show(app.get("problem_yaml"), false);
+            // What a YAML of a few settings leaves open is not emptied: model, name and trigger word stay.
+            for (const name of ["base_model", "output_name", "trigger_word"]) {
+                if (!given.includes(name) && name in app.form.given) settings[name] = app.form.given[name];
+            }
             app.form.fill({...settings, train_data_dir: settings.train_data_dir || app.pictures.chosen || ""});
         } catch (error) {
-            app.complain(error, app.get("problem_yaml"));
+            if (!error.problems) return app.complain(error, app.get("problem_yaml"));
+            app.setText(app.get("problem_yaml"), error.problems.map(app.named).join("\n"));
+            app.show(app.get("problem_yaml"), true);
         }
     };
 

@@ -2,8 +2,9 @@
 (function(app) {
     "use strict";
 
-    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false, started: null});
+    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false, started: null, told: null});
     // started: the name under which this form was started last, so that it is no news that it is taken
+    // told: what a run said of a setting at its end, until something is changed
     // faithful: the values are an earlier run's; nothing is suggested instead of its defaults
 
     form.controls = () => document.querySelectorAll("#lora_trainer [data-setting]");
@@ -46,13 +47,18 @@
         else if (Array.isArray(value)) control.value = value.join(control.dataset.type === "lines" ? "\n" : ", ");
         else if (typeof value === "object") control.value = Object.entries(value).map(([name, one]) => `${name}: ${typeof one === "string" ? one : JSON.stringify(one)}`).join("\n");
         else control.value = short(value);
-        if (control.tagName === "SELECT" && control.selectedIndex < 0) control.selectedIndex = 0;
+        if (control.tagName !== "SELECT" || control.selectedIndex >= 0) return;
+        // A base model may be named by its path, as on the command line.
+        if (value && control === form.control("base_model")) control.append(app.el("option", {value}, value));
+        control.selectedIndex = value ? control.options.length - 1 : 0;
     }
 
     const short = (value) =>
         typeof value === "number" && value !== 0 && Math.abs(value) < 0.01 ? value.toExponential() : String(value);
 
-    const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
+    // An empty field and a setting that has no value are the same.
+    const plain = (value) => JSON.stringify(value === "" || value === undefined ? null : value);
+    const same = (one, other) => plain(one) === plain(other);
 
     /** The values in the page before anybody touched them are the defaults of the schema. */
     form.begin = function() {
@@ -74,6 +80,7 @@
 
     /** After anything changed: remember it, follow it, ask anew what the run would take. */
     form.changed = function(name, typing) {
+        form.told = null;
         if (name === "output_name" || name === undefined) {
             // The trigger word follows the name, without its version, until it is given.
             const stem = String(form.given.output_name || "").replace(/[_\s-]?v?\d*$/i, "").replace(/[_-]+/g, " ").trim();
@@ -97,6 +104,8 @@
         form.started = remembered.started || null;
         form.chooseKind(remembered.kind);
     };
+
+    form.show = (name) => write(form.control(name), form.value(name));
 
     form.value = (name) =>
         name in form.given ? form.given[name]
@@ -186,10 +195,7 @@
 
     form.showProblem = function(problem) {
         const known = problem.field && form.problem(problem.field, app.sentence(problem));
-        if (!known) {
-            const where = problem.field ? problem.field + ": " : "";
-            form.problem("", where + app.sentence(problem));
-        }
+        if (!known) form.problem("", app.named(problem));
         if (problem.field === "output_name" && / already\.$/.test(problem.message)) offerToReplace();
     };
 
@@ -210,7 +216,7 @@
         if (family) query.set("family", family);
         const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
-        const fits = form.faithful ? {} : {...form.suited, ...preset.settings, ...(await form.ownDefaults())};
+        const fits = {...form.suited, ...(form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())})};
         const {trigger_word, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, save_steps, preview_prompts, ...fits};
     };

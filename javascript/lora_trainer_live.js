@@ -81,7 +81,7 @@
         if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
         showQueue(answer.queue);
         for (const job of changed) {
-            if (live.seenRunning.delete(job.id)) over(job);
+            if (job.finished && live.seenRunning.delete(job.id)) over(job);
         }
         app.runs.heard([running, ...changed, ...answer.queue].filter(Boolean));
     }
@@ -127,7 +127,8 @@
             const {effective_config: yaml} = await app.fetchJson("/jobs/" + job.id);
             ({settings} = await app.post("/settings/check", {yaml}));
         } catch (error) {
-            live.asked = false; // the next look asks again, and says what is the matter if it lasts
+            // Of a server that was away the next look asks again; what it refuses, it would refuse again.
+            live.asked = error.status >= 400 && error.status < 500;
             return;
         }
         if (live.job && live.job.id === job.id) {
@@ -324,7 +325,7 @@
         title(text);
         if (document.hasFocus()) setTimeout(() => title(null), 5000);
         pickerKnows(job);
-        if (job.error && job.error.field) app.form.showProblems([job.error]);
+        app.form.told = job.error && job.error.field ? job.error : null;
         if (wanted() && Notification.permission === "granted") {
             const body = job.error ? app.sentence(job.error) : job.published ? whatIsThere(job) : "";
             try {
@@ -333,6 +334,6 @@
                 console.debug("no notification:", error); // phones have only those of service workers
             }
         }
-        app.estimate.soon(); // what it took is now known
+        app.estimate.now(); // what it took is now known; and what it said of a setting is shown
     }
 })(loraTrainer);

@@ -4,7 +4,7 @@
 
     const ACTIONS = {
         "start": () => app.estimate.start(),
-        "use-folder": () => app.pictures.choose(app.get("folder").value.trim()),
+        "use-folder": () => app.pictures.choose(app.get("folder").value.trim().replace(/^"(.*)"$/, "$1")), // as Windows copies paths
         "reset": (button) => app.form.set(button.dataset.reset, undefined),
         "yaml-out": () => app.estimate.yamlOut(),
         "yaml-in": () => app.estimate.yamlIn(),
@@ -34,8 +34,7 @@
             ...checkpoints.filter((one) => !one.loaded).map((one) => app.el("option", {value: one.title}, one.title)),
         );
         if (!hasOne && !loaded && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
-        list.value = app.form.value("base_model") || "";
-        if (list.selectedIndex < 0) list.selectedIndex = 0;
+        app.form.show("base_model");
     }
 
     /** The host translates texts; what is said on hover, in empty fields and to screen readers is ours to do. */
@@ -58,7 +57,7 @@
         });
         translateAttributes(page);
         app.get("form").addEventListener("submit", (event) => event.preventDefault());
-        app.get("form").addEventListener("change", (event) => {
+        app.get("form").addEventListener("click", (event) => { // of the chosen kind, too: back to what it suggests
             if (event.target.name !== "lora_trainer_kind") return;
             app.form.faithful = false;
             app.form.changed();

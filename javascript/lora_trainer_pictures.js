@@ -83,6 +83,7 @@
     async function upload(files) {
         const captions = await readCaptions(files);
         const images = files.filter((file) => !TEXT.test(file.name) && !TABLE.test(file.name) && !file.name.startsWith("."));
+        if (!images.length) return takeCaptions(captions);
         const dataset = await ownDataset();
         pictures.refusedUploads = [];
         let batch = [];
@@ -125,6 +126,21 @@
         }
         await pictures.listEarlier();
         await pictures.choose(dataset);
+    }
+
+    /** Captions that come after their pictures. Those that a picture has already stay. */
+    async function takeCaptions(captions) {
+        const wanted = {};
+        for (const {file, caption} of pictures.rows) {
+            const name = file.split("/").pop();
+            const text = captions[name] || captions[stem(name)];
+            if (text && !caption.trim()) wanted[file] = text;
+        }
+        if (!Object.keys(wanted).length) {
+            throw new app.ServerError(0, {message: app.t("None of these files can be used."), remedy: app.t("Captions go by the file names of pictures that are here and have none yet.")});
+        }
+        await app.post(`/datasets/${encodeURIComponent(pictures.chosen)}/captions`, {captions: wanted});
+        await pictures.choose(pictures.chosen);
     }
 
     /** In the server's words; it would refuse the whole request, with all that comes along. */
@@ -211,6 +227,8 @@
         return app.estimate.now();
     };
 
+    pictures.allOut = () => pictures.rows.length > 0 && !included().length;
+
     const included = () => pictures.rows.filter((row) => !row.excluded);
 
     function showThumbnails(limit = SHOWN) {
@@ -256,7 +274,7 @@
     pictures.judged = function(facts) {
         const captions = pictures.captioned();
         const parts = [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})];
-        if (pictures.rows.length) {
+        if (pictures.rows.length && facts.pictures) {
             if (captions) parts.push(app.t("{n} with a caption", {n: captions}));
             else parts.push(app.t(facts.problems.length ? "no captions yet" : facts.captioner ? "a captioner describes them first" : "no captions: the trigger word stands for all"));
         }

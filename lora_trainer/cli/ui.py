@@ -69,12 +69,14 @@ def create_app(options: argparse.Namespace) -> Any:
     )
     manager = jobs.manager(host)
     app = FastAPI(title="Train LoRA")
-    app.mount(f"{ASSETS}/javascript", StaticFiles(directory=ROOT / "javascript"))
+    for folder in ("javascript", "localizations"):
+        app.mount(f"{ASSETS}/{folder}", StaticFiles(directory=ROOT / folder))
     api.add_routes(app, manager, host)
     # In the order in which the WebUIs load an extension's scripts.
     scripts = [f".{ASSETS}/javascript/{path.name}" for path in sorted((ROOT / "javascript").glob("*.js"))]
     style = (ROOT / "style.css").read_text(encoding="utf-8")
-    return compat.serve_alone(app, create_tab(host, manager), "Train LoRA", style, scripts)
+    languages = {"zh": f".{ASSETS}/localizations/zh_CN.json"}
+    return compat.serve_alone(app, create_tab(host, manager), "Train LoRA", style, scripts, languages)
 
 
 def access(options: argparse.Namespace) -> Any:

@@ -154,7 +154,8 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             clean[name] = _check_limits(_convert(value, _types()[name]), known[name].metadata)
         except ValueError as error:
             remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
-            problems.append(UserError(f"{value!r} {error}.", field=given, remedy=remedy))
+            said = "is empty" if value in (None, "") else f"{value!r} {error}"
+            problems.append(UserError(f"{said}.", field=given, remedy=remedy))
     config = TrainConfig(**clean)
     broken = {problem.field and ALIASES.get(problem.field, problem.field) for problem in problems}
     problems += [problem for problem in _across_fields(config) if problem.field not in broken]

@@ -182,7 +182,7 @@ class OptimizationSettings:
     epochs: int = setting(10, minimum=1, maximum=100_000)
     """How often every picture is seen."""
 
-    max_train_steps: int | None = setting(None, minimum=1)
+    max_train_steps: int | None = setting(None, minimum=1, maximum=100_000_000)
     """Stop after this many steps, whatever epochs says."""
 
     batch_size: int = setting(1, minimum=1, maximum=256)

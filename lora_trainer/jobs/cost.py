@@ -64,8 +64,9 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
     visits: pictures that the run shows the model, all repetitions counted.
 
     The newest job on a model that is built alike counts, one that may still run: its minutes with other settings as
-    well, by the work that they make, its memory only with the same ones. As long as there is none, a piece of the
-    model is tried on the device (a second, now and then), unless somebody computes there. None is what is not known.
+    well, by the work that they make, its memory only with the same ones. Else it is a forecast, for which a piece of
+    the model is tried on the device (a second, now and then), unless somebody computes there. None is what is not
+    known.
 
     Raises:
         UserError: no layer of the model would learn.
@@ -74,6 +75,7 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
     if info.architecture is None:
         return found
     size = _size(config, info)
+    forecast = _forecast(config, info, size, visits, host, bool(store.list(ACTIVE)))
     for job in store.list(_TRAINED, limit=_RECENT):
         if job.host != host.name or job.architecture != architecture_mark(info.architecture) or job.step < _MIN_STEPS:
             continue
@@ -87,8 +89,7 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
         if found["memory_basis"] is None and alike and job.memory:
             found |= {"memory": job.memory, "memory_basis": job.id}
         if None not in found.values():
-            return found
-    forecast = _forecast(config, info, size, visits, host, bool(store.list(ACTIVE)))
+            break
     return found | {name: value for name, value in forecast.items() if found[name] is None}
 
 

@@ -13,7 +13,7 @@ from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.cost import cost
 from lora_trainer.jobs.job import Problem
 from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import check_settings, name_taken
+from lora_trainer.jobs.submitting import check_beginning, check_settings, name_taken
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
@@ -45,6 +45,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     config = check_settings(settings, host)
     with concerning("base_model"):
         info = host.lender(config.base_model, lender_options(host, config)).describe()
+    check_beginning(config)
     captioner, problems = None, []
     with _scanning:
         try:

@@ -32,7 +32,20 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     config = from_mapping(read_settings(settings))
     if not config.train_data_dir:
         raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
-    return confine_config(config, host.folders().data, host.access(), known_models(host))
+    config = confine_config(config, host.folders().data, host.access(), known_models(host))
+    if config.merge_into_base and not Path(config.merge_into_base).is_absolute():
+        message = f"{config.merge_into_base} does not say in which folder."
+        raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
+    return config
+
+
+def check_beginning(config: TrainConfig) -> None:
+    """What a run would refuse before anything else, without its model. Raises UserError."""
+    from lora_trainer.run import check_files
+    from lora_trainer.training.optim import check_optimizer
+
+    check_files(config)
+    check_optimizer(config)
 
 
 def known_models(host: Host) -> set[str]:

@@ -32,6 +32,7 @@ from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns, resting
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
+from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.state import fingerprint, named_state
@@ -105,10 +106,8 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     config = dataclasses.replace(config, output_name=output_name(config))
-    if config.resume not in ("auto", "never"):
-        named_state(config.resume)  # what cannot be continued is said before anything is encoded
-    with concerning("init_lora"):
-        initial = read_lora(config.init_lora) if config.init_lora else None
+    initial = check_files(config)
+    check_optimizer(config)
     info = lender.describe()
     device_turn = getattr(lender, "device_turn", nullcontext)
     captioned = caption_for_training(config, callbacks, commands, device_turn, captioners)
@@ -166,8 +165,19 @@ def train(
             outcome = Outcome("stopped", 0, source.total_steps, 0, None, 0.0, None)
         result = _result(config, outputs, outcome)
         if outcome.status == "finished" and config.merge_into_base:
-            result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora))
+            try:
+                result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora))
+            except UserError as error:  # the LoRA is there all the same
+                callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
     return result
+
+
+def check_files(config: TrainConfig) -> LoraFile | None:
+    """The LoRA that ``config`` begins with. Raises UserError for one, or a state to resume, that cannot be read."""
+    if config.resume not in ("auto", "never"):
+        named_state(config.resume)
+    with concerning("init_lora"):
+        return read_lora(config.init_lora) if config.init_lora else None
 
 
 def summary(result: Result, resume: str = "auto") -> str:

@@ -72,6 +72,12 @@ def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]
         ) from error
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises what ``create_optimizer`` would raise of the library and of optimizer_args, before there is a model."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": config.learning_rate, "name": "unet"}
+    create_optimizer(config, [group])
+
+
 def _load(optimizer: str, library: Library) -> Any:
     try:
         return getattr(importlib.import_module(library.module), library.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio
@@ -26,14 +26,27 @@ def unsaved(component: Any) -> Any:
     return component
 
 
-def serve_alone(app: Any, tab: gradio.Blocks, title: str, style: str, scripts: Sequence[str]) -> Any:
+def serve_alone(
+    app: Any, tab: gradio.Blocks, title: str, style: str, scripts: Sequence[str], languages: Mapping[str, str]
+) -> Any:
     """``app`` with a page that holds nothing but the tab; ``scripts`` are addresses, loaded in their order.
+    ``languages``: address of a localization by what the browser's language begins with.
 
-    Plays the part of the WebUIs' own scripts: those of ours begin when all are loaded and the page is there.
+    Plays the part of the WebUIs' own scripts: those of ours begin when all are loaded and the page is there, and its
+    texts are translated.
     """
-    load = """() => {
-        const scripts = %s, begin = [];
+    load = """async () => {
+        const scripts = %s, languages = %s, begin = [];
         window.onUiLoaded = (action) => begin.push(action);
+        const language = Object.keys(languages).find((start) => navigator.language.toLowerCase().startsWith(start));
+        if (language) {
+            window.localization = await (await fetch(languages[language])).json();
+            const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+            while (texts.nextNode()) {
+                const node = texts.currentNode, text = node.data.trim();
+                if (Object.hasOwn(localization, text)) node.data = node.data.replace(text, () => localization[text]);
+            }
+        }
         const next = () => {
             if (!scripts.length) return begin.forEach((action) => action());
             const script = document.createElement("script");
@@ -42,7 +55,7 @@ def serve_alone(app: Any, tab: gradio.Blocks, title: str, style: str, scripts: S
             document.head.append(script);
         };
         next();
-    }""" % json.dumps(list(scripts))  # noqa: UP031 - braces of JavaScript
+    }""" % (json.dumps(list(scripts)), json.dumps(dict(languages)))  # noqa: UP031 - braces of JavaScript
     # gradio's own theme asks another server for its fonts.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gradio.Blocks(title=title, css=style, theme=theme, analytics_enabled=False) as page:
