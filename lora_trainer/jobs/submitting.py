@@ -32,11 +32,10 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     config = from_mapping(read_settings(settings))
     if not config.train_data_dir:
         raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
-    config = confine_config(config, host.folders().data, host.access(), known_models(host))
-    if config.merge_into_base and not Path(config.merge_into_base).is_absolute():
+    if config.merge_into_base and not Path(config.merge_into_base).expanduser().is_absolute():
         message = f"{config.merge_into_base} does not say in which folder."
         raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
-    return config
+    return confine_config(config, host.folders().data, host.access(), known_models(host))
 
 
 def check_beginning(config: TrainConfig) -> None:

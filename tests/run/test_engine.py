@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping, load
 from lora_trainer.errors import UserError
-from lora_trainer.run import Result, file_lender, summary, train
+from lora_trainer.run import Result, engine, file_lender, summary, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.pictures import draw_dataset
 
@@ -263,6 +263,17 @@ def test_what_cannot_be_merged_is_said_before_the_training(settings, tmp_path, n
     with pytest.raises(UserError, match=word):
         run(settings, listener, merge_into_base=str(tmp_path / name))
     assert not listener.steps and (tmp_path / "taken.safetensors").read_text() == "mine"
+
+
+def test_a_merge_that_fails_leaves_the_finished_lora(settings, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("the disk is full.")
+
+    monkeypatch.setattr(engine, "merge", fail)
+    listener = Listener()
+    result = run(settings, listener, merge_into_base=str(tmp_path / "merged.safetensors"))
+    assert result.status == "finished" and result.lora.exists() and result.merged is None
+    assert any("not merged" in text and "the disk is full" in text for text in listener.warnings)
 
 
 def test_a_damaged_cache_is_made_anew(settings, tmp_path):

@@ -151,6 +151,19 @@ def test_settings_of_the_training_that_were_on_their_way_are_asked_for_again(pag
     page.wait_for_function("() => loraTrainer.live.details")
 
 
+def test_settings_that_the_server_refuses_are_not_asked_for_again_and_again(page, files):
+    asked = []
+
+    def refuse(route):
+        asked.append(route)
+        route.fulfill(status=422, json={"message": "There is no such setting.", "problems": []})
+
+    page.route("**/settings/check", refuse)
+    start(page, files)
+    page.wait_for_timeout(3000)
+    assert len(asked) == 1
+
+
 def test_runs_stay_open_while_others_go_on(page, files, train, manager):
     """Under a filter that the running job does not pass, every look at the server once loaded the list anew."""
     train.free = True

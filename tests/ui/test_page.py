@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 
 import pytest
 
 pytest.importorskip("playwright.sync_api")
+from lora_trainer.errors import UserError
 from tests.jobs.fakes import make_pictures
 from tests.ui.person import add, curve, estimated, start, text, wait_for_text
 
@@ -64,19 +66,69 @@ def test_captions_that_came_along_are_kept(page, files, manager):
     assert written == 'a "red" **hat**, number 3\n'
 
 
+def test_captions_that_come_after_their_pictures_are_taken(page, files, manager):
+    add(page, files[:-1])
+    wait_for_text(page, "pictures", "no captions yet")
+    page.set_input_files("#lora_trainer_files", files[-1:])
+    wait_for_text(page, "pictures", "12 with a caption")
+    dataset = page.evaluate("loraTrainer.pictures.chosen")
+    written = (manager.folders.datasets / dataset / "03.txt").read_text(encoding="utf-8")
+    assert written == 'a "red" **hat**, number 3\n'
+    page.set_input_files("#lora_trainer_files", files[-1:])
+    wait_for_text(page, "problem_train_data_dir", "Captions go by the file names")
+
+
+def test_all_pictures_can_be_left_out_and_taken_in_again(page, files):
+    add(page, files[:2])
+    page.fill("#lora_trainer_field_trigger_word", "zwx")
+    for left in (1, 0):
+        page.click("#lora_trainer_thumbnails button >> nth=0")
+        page.wait_for_function(f"() => document.querySelectorAll('#lora_trainer_thumbnails img').length === {left}")
+    wait_for_text(page, "pictures", "0 pictures are fine · 2 left out")
+    assert page.is_hidden("#lora_trainer_problem_train_data_dir")
+    page.click("text=Take them in again")
+    wait_for_text(page, "pictures", "2 pictures are fine")
+
+
+def test_a_folder_may_come_in_the_quotes_of_windows(page, tmp_path, files):
+    page.click("#lora_trainer_other_pictures > summary")
+    page.fill("#lora_trainer_folder", f'"{files[0].parent}"')
+    page.press("#lora_trainer_folder", "Enter")
+    wait_for_text(page, "pictures", "12 pictures are fine")
+
+
+def test_what_a_run_said_of_a_setting_stays_beside_it_until_something_is_changed(page, files, train):
+    train.error = UserError("is too small.", field="resolution", remedy="Use 512.")
+    train.free = True
+    start(page, files)
+    wait_for_text(page, "job_state", "failed")
+    estimated(page)
+    assert "Use 512." in page.text_content("#lora_trainer_problem_resolution")
+    page.evaluate("loraTrainer.form.set('epochs', 3)")
+    estimated(page)
+    assert page.is_hidden("#lora_trainer_problem_resolution")
+
+
 PROBLEMS = {
     "no captions": ("trigger_word", {"bare": True, "trigger_word": ""}, "Your pictures have no captions"),
     "no pictures": ("train_data_dir", {}, "No pictures are chosen"),
     "wrong folder": ("train_data_dir", {"folder": "/there/is/nothing"}, "/there/is/nothing"),
     "name that exists": ("output_name", {"pictures": True, "output_name": "old"}, "There is a LoRA named old already"),
     "no name": ("output_name", {"pictures": True, "output_name": "a/b"}, "cannot be"),
+    "no package": ("optimizer", {"pictures": True, "set": {"optimizer": "lion"}}, "needs the package"),
+    "no LoRA": ("init_lora", {"pictures": True, "set": {"init_lora": "/not/there.safetensors"}}, "/not/there"),
+    "no state": ("resume", {"pictures": True, "set": {"resume": "/not/there.state"}}, "/not/there.state"),
+    "no format": ("mixed_precision", {"pictures": True, "set": {"mixed_precision": "fp16"}}, "fp16 training needs"),
+    "no whole path": ("merge_into_base", {"pictures": True, "set": {"merge_into_base": "m.safetensors"}}, "whole path"),
+    "too many": ("max_train_steps", {"pictures": True, "set": {"max_train_steps": 1e99}}, "above 100000000"),
     "no number": ("learning_rate", {"pictures": True, "learning_rate": "much"}, "'much' is not a number"),
 }
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
-def test_a_problem_stands_beside_what_it_concerns(page, files, manager, case):
+def test_a_problem_stands_beside_what_it_concerns(page, files, manager, monkeypatch, case):
     field, given, words = PROBLEMS[case]
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     (manager.host.root / "Lora" / "old.safetensors").write_bytes(b"")
     if "pictures" in given:
         add(page, files)
@@ -86,7 +138,9 @@ def test_a_problem_stands_beside_what_it_concerns(page, files, manager, case):
         page.press("#lora_trainer_folder", "Enter")
     if "bare" in given:
         add(page, files[:-1])
-    for name in set(given) - {"pictures", "folder", "bare"}:
+    for name, value in given.get("set", {}).items():
+        page.evaluate("([name, value]) => loraTrainer.form.set(name, value)", [name, value])
+    for name in set(given) - {"pictures", "folder", "bare", "set"}:
         page.evaluate("document.querySelectorAll('#lora_trainer details').forEach((one) => (one.open = true))")
         page.fill(f"#lora_trainer_field_{name}", given[name])
         page.evaluate("document.querySelectorAll('#lora_trainer details').forEach((one) => (one.open = false))")

@@ -20,9 +20,29 @@ def test_settings_as_yaml(page, files):
     page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
     assert page.input_value("#lora_trainer_field_learning_rate") == "5e-5"
     assert page.input_value("#lora_trainer_field_output_name") == "other"
-    page.fill("#lora_trainer_yaml", "epocs: 3")
+    page.fill("#lora_trainer_yaml", "epocs: 3\nbatch_size: 0")
     page.click("text=Use these settings")
     wait_for_text(page, "problem_yaml", "Did you mean 'epochs'?")
+    assert "batch_size: 0 is below 1." in text(page, "problem_yaml"), "which of ninety lines it is"
+
+
+def test_a_yaml_of_one_setting_empties_neither_name_nor_model(page, files):
+    add(page, files)
+    page.fill("#lora_trainer_field_output_name", "hat_v1")
+    page.evaluate("loraTrainer.form.set('base_model', '/models/my own.safetensors')")
+    estimated(page)
+    assert page.input_value("#lora_trainer_field_base_model") == "/models/my own.safetensors", "a path is shown, too"
+    page.click("#lora_trainer_advanced > summary")
+    page.click("text=As YAML, in and out")
+    page.fill("#lora_trainer_yaml", "network_dim: 32")
+    page.click("text=Use these settings")
+    page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
+    assert page.input_value("#lora_trainer_field_output_name") == "hat_v1"
+    assert page.input_value("#lora_trainer_field_base_model") == "/models/my own.safetensors"
+    assert text(page, "changed") == "1 changed", "empty fields are none"
+    page.click("input[value=character]")
+    page.wait_for_function("() => !loraTrainer.form.faithful")
+    assert page.input_value("#lora_trainer_field_lora_rank") == "32", "what was given stays"
 
 
 def test_a_changed_value_stays_until_it_is_reset(page, files):

@@ -52,6 +52,11 @@ def test_from_pictures_to_a_lora_without_a_webui(alone, pictures):
     address, folder = alone
     errors = []
     with chromium() as browser:
+        chinese = browser.new_page(locale="zh-CN")
+        chinese.goto(address, wait_until="domcontentloaded")
+        chinese.wait_for_selector("text=开始训练")
+        assert chinese.inner_text("#lora_trainer_tabs button >> nth=1") == "数据集"
+        chinese.close()
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
