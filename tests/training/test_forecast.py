@@ -19,7 +19,7 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, step_bytes, work_on_batch
-from lora_trainer.training.precision import resolve
+from lora_trainer.training.precision import Precision, resolve
 from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
 SIDE, BATCH = 128, 2
@@ -45,9 +45,9 @@ def bases(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def trained(base, config):
+def trained(base, config, dtype=torch.float32):
     """A model that trains: (model, one forward pass to a loss)."""
-    with FileLender(base).borrow() as model:
+    with FileLender(base, weight_dtype=dtype).borrow() as model:
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         sizes = None if model.architecture.unet.added_channels is None else torch.zeros(BATCH, 6)
         latents, times = torch.randn(BATCH, 4, SIDE // 8, SIDE // 8), torch.full((BATCH,), 500)
@@ -85,16 +85,48 @@ def test_operations_are_those_that_torch_counts(bases, family, kind):
 def test_memory_is_what_the_allocator_sees(bases, family, kind):
     config = TrainConfig(lora_rank=8, batch_size=BATCH, **kind)
     with trained(bases[family], config) as (model, loss):
-        loss().backward()  # gradients of the adapters are there from now on
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            loss().backward()
+        seen = most_allocated(loss)
         expected = step_bytes(Weightless.of(model.architecture), (SIDE, SIDE), config, resolve("cpu", "no"))
+    assert expected == pytest.approx(seen, rel=0.15)
+
+
+def most_allocated(loss) -> int:
+    """Bytes at the fullest moment of a step."""
+    loss().backward()  # gradients of the adapters are there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss().backward()
     now = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    assert expected == pytest.approx(most, rel=0.15)
+    return most
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_memory_under_autocast_as_cuda_has_it(bases, family, monkeypatch):
+    """There normalizations compute in fp32; the CPU's autocast is made to do the same."""
+
+    def in_fp32(function):
+        def normalize(x, shape, weight=None, bias=None, eps=1e-5):
+            with torch.autocast("cpu", enabled=False):
+                return function(x.float(), shape, weight.float(), bias.float(), eps)
+
+        return normalize
+
+    config = TrainConfig(lora_rank=8, batch_size=BATCH)
+    with trained(bases[family], config, torch.bfloat16) as (model, loss):
+        for name in ("group_norm", "layer_norm"):
+            monkeypatch.setattr(torch.nn.functional, name, in_fp32(getattr(torch.nn.functional, name)))
+
+        def mixed():
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss()
+
+        seen = most_allocated(mixed)
+        cuda = Precision(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
+        expected = step_bytes(Weightless.of(model.architecture), (SIDE, SIDE), config, cuda)
+    assert expected == pytest.approx(seen, rel=0.15)
 
 
 @pytest.mark.parametrize("shapes, trained", [(sd1_shapes(**SD1_FULL), 6.78e6), (sdxl_shapes(**SDXL_FULL), 42.56e6)])
