@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import warnings
@@ -252,10 +253,12 @@ def _is_blurred(picture: Picture, usual: float) -> bool:
 
 
 def _check_likeness(pictures: Mapping[str, Picture]) -> Iterator[Finding]:
+    """Of two that are alike the smaller one is named, as the one that may go."""
     keys = list(pictures)
     for pair in find_pairs(list(pictures.values())):
         severity, message, remedy = _PAIR_TEXTS[pair.kind]
-        files = keys[pair.first], keys[pair.second]
+        both = keys[pair.first], keys[pair.second]
+        files = tuple(sorted(both, key=lambda key: -math.prod(pictures[key].size)))
         yield Finding(files[1], pair.kind, severity, message.format(files[0]), remedy, files=files)
 
 

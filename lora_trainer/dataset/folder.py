@@ -30,7 +30,7 @@ REGULARIZATION_PREFIX = "reg:"
 
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _KINDS_SHOWN = 5
-_NOTES_SHOWN = 20
+_NOTES_SHOWN = 3
 
 
 class UncaptionedError(UserError):

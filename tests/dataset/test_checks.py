@@ -275,3 +275,14 @@ def test_nothing_in_the_folder_is_changed(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     check_folder(folder, trigger_word="sks")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("b.png", "a.png")])
+def test_of_two_that_are_alike_the_smaller_one_may_go(tmp_path, names):
+    large, small = (tmp_path / name for name in names)
+    picture = Image.radial_gradient("L").convert("RGB").resize((192, 192))
+    picture.paste((200, 30, 30), (20, 60, 120, 90))
+    picture.save(large)
+    picture.resize((96, 96)).save(small)
+    (finding,) = [one for one in check_folder(tmp_path, resolution=64).findings if one.kind.endswith("duplicate")]
+    assert finding.file == small.name and finding.files == (large.name, small.name)
