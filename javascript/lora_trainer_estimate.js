@@ -106,7 +106,7 @@
             app.form.clearProblems();
             app.form.continues = null;
             app.form.set("overwrite", undefined);
-            app.live.seenRunning.add(job.id); // it may have failed before the next look
+            app.live.follow(job.id);
             await app.live.look();
             app.live.focus(job.id);
         } catch (error) {

@@ -86,6 +86,10 @@
             const stem = String(form.given.output_name || "").replace(/[_\s-]?v?\d*$/i, "").replace(/[_-]+/g, " ").trim();
             form.suggested.trigger_word = stem || undefined;
         }
+        if (name === "trigger_word" || name === undefined) {
+            // And the name the trigger word: it is what will be typed in prompts.
+            form.suggested.output_name = String(form.given.trigger_word || "").trim().replace(/[^\p{L}\p{N}]+/gu, "_") || undefined;
+        }
         form.display(typing);
         form.store();
         app.estimate.soon();
@@ -217,8 +221,8 @@
         const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
         const fits = {...form.suited, ...(form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())})};
-        const {trigger_word, save_steps, preview_prompts} = form.suggested;
-        form.suggested = {trigger_word, save_steps, preview_prompts, ...fits};
+        const {trigger_word, output_name, save_steps, preview_prompts} = form.suggested;
+        form.suggested = {trigger_word, output_name, save_steps, preview_prompts, ...fits};
     };
 
     /** The settings that the host's settings page gives every new training. */

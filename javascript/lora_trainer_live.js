@@ -10,7 +10,7 @@
     // jobs: every job heard of since the page was opened.
     // inPicker: which weights the LoRA pickers were last told of, by job.
     const live = (app.live = {
-        job: null, details: null, asked: false, points: [], lastEvent: 0, seenRunning: new Set(), looking: null, inPicker: new Map(),
+        job: null, details: null, asked: false, points: [], lastEvent: 0, seenRunning: new Set(), ended: new Map(), looking: null, inPicker: new Map(),
     });
     let cursor = null;
     let timer = null;
@@ -81,10 +81,19 @@
         if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
         showQueue(answer.queue);
         for (const job of changed) {
-            if (job.finished && live.seenRunning.delete(job.id)) over(job);
+            if (!job.finished) continue;
+            if (live.seenRunning.delete(job.id)) over(job);
+            else live.ended.set(job.id, job);
         }
         app.runs.heard([running, ...changed, ...answer.queue].filter(Boolean));
     }
+
+    /** Tell the end of a job that was just started: it may have come before the answer to the start did. */
+    live.follow = function(id) {
+        const job = live.ended.get(id);
+        if (job) over(job);
+        else live.seenRunning.add(id);
+    };
 
     function takePoints({metrics_job: job, points, points_follow: follow}) {
         if (!follow || live.pointsOf !== job) live.points = [];

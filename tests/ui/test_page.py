@@ -101,9 +101,9 @@ def test_what_a_run_said_of_a_setting_stays_beside_it_until_something_is_changed
     train.error = UserError("is too small.", field="resolution", remedy="Use 512.")
     train.free = True
     start(page, files)
-    wait_for_text(page, "job_state", "failed")
+    wait_for_text(page, "problem_resolution", "Use 512.")
     estimated(page)
-    assert "Use 512." in page.text_content("#lora_trainer_problem_resolution")
+    assert "Use 512." in text(page, "problem_resolution")
     page.evaluate("loraTrainer.form.set('epochs', 3)")
     estimated(page)
     assert page.is_hidden("#lora_trainer_problem_resolution")

@@ -45,6 +45,17 @@ def test_a_yaml_of_one_setting_empties_neither_name_nor_model(page, files):
     assert page.input_value("#lora_trainer_field_lora_rank") == "32", "what was given stays"
 
 
+def test_the_name_follows_a_trigger_word_that_is_given_alone(page, files):
+    add(page, files)
+    page.fill("#lora_trainer_field_trigger_word", "zwx face")
+    assert page.input_value("#lora_trainer_field_output_name") == "zwx_face"
+    page.fill("#lora_trainer_field_output_name", "mine_v2")
+    assert page.input_value("#lora_trainer_field_trigger_word") == "zwx face"
+    page.fill("#lora_trainer_field_trigger_word", "")
+    estimated(page)
+    assert page.input_value("#lora_trainer_field_output_name") == "mine_v2"
+
+
 def test_a_changed_value_stays_until_it_is_reset(page, files):
     add(page, files)
     page.click("#lora_trainer_advanced > summary")
