@@ -109,7 +109,7 @@
                     continue;
                 }
                 if (bytes + file.size > BATCH_BYTES && batch.length) await send();
-                const caption = file.caption || captions[file.name] || captions[stem(file.name)] || "";
+                const caption = file.caption || captionOf(file.name, captions);
                 batch.push({name: file.name, data: await asDataUrl(file), caption});
                 bytes += file.size;
                 if (batch.length >= BATCH_FILES) await send();
@@ -132,8 +132,7 @@
     async function takeCaptions(captions) {
         const wanted = {};
         for (const {file, caption} of pictures.rows) {
-            const name = file.split("/").pop();
-            const text = captions[name] || captions[stem(name)];
+            const text = captionOf(file.split("/").pop(), captions);
             if (text && !caption.trim()) wanted[file] = text;
         }
         if (!Object.keys(wanted).length) {
@@ -159,6 +158,7 @@
     }
 
     const stem = (name) => name.replace(/\.[^.]*$/, "");
+    const captionOf = (name, captions) => captions[name] || captions[stem(name)] || "";
 
     const asDataUrl = (file) => new Promise((done, fail) => {
         const reader = new FileReader();

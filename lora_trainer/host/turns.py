@@ -54,11 +54,8 @@ class Turns:
             yield
             return
         self._acquire()
-        try:
-            with rng_kept():
-                yield
-        finally:
-            self._release()
+        with self._ours():
+            yield
 
     hold = take
     """The same, by the name for a whole run: turns taken inside it are then free."""
@@ -69,12 +66,8 @@ class Turns:
         if self._waiting() or not self.lock.acquire(blocking=False):
             yield False
             return
-        self._owner = threading.get_ident()
-        try:
-            with rng_kept():
-                yield True
-        finally:
-            self._release()
+        with self._ours():
+            yield True
 
     @contextmanager
     def rest(self) -> Iterator[None]:
@@ -87,6 +80,16 @@ class Turns:
             yield
         finally:
             self._acquire()
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Inside a lock that was just taken, and released at the end."""
+        self._owner = threading.get_ident()
+        try:
+            with rng_kept():
+                yield
+        finally:
+            self._release()
 
     def _acquire(self) -> None:
         self._leave_room()

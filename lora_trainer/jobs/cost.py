@@ -39,8 +39,9 @@ _FILLS_MEMORY = (
 _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
 _TRIAL_AGE = 600.0  # seconds after which a device is tried again: it may have been slowed down by others
-_MAX_TRIALS = 8
+_MAX_KNOWN = 8
 
+_models: dict[Architecture, Weightless] = {}
 _trials: dict[Any, _Trial] = {}
 _in_use_idle: dict[Any, int | None] = {}  # bytes, by device, when nothing was trained there last
 _trying = threading.Lock()
@@ -71,11 +72,18 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
     Raises:
         UserError: no layer of the model would learn.
     """
+    from lora_trainer.adapters.inject import choose
+    from lora_trainer.training.forecast import memory_needed
+
     found: dict[str, Any] = dict.fromkeys(("minutes", "memory", "basis", "memory_basis"))
     if info.architecture is None:
         return found
-    size = _size(config, info)
-    forecast = _forecast(config, info, size, visits, host, bool(store.list(ACTIVE)))
+    size, precision, busy = _size(config, info), precision_of(config, host), bool(store.list(ACTIVE))
+    if not busy:  # a training in hand has taken memory of its own, which will be free again
+        _in_use_idle[precision.device] = _in_use(precision.device)
+    model = _model(info.architecture, host, busy)
+    if model is not None:
+        choose(model.targets, config)  # which finds what selects no layer
     for job in store.list(_TRAINED, limit=_RECENT):
         if job.host != host.name or job.architecture != architecture_mark(info.architecture) or job.step < _MIN_STEPS:
             continue
@@ -89,27 +97,13 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
         if found["memory_basis"] is None and alike and job.memory:
             found |= {"memory": job.memory, "memory_basis": job.id}
         if None not in found.values():
-            break
-    return found | {name: value for name, value in forecast.items() if found[name] is None}
-
-
-def _forecast(
-    config: TrainConfig, info: ModelInfo, size: tuple[int, int], visits: float, host: Host, busy: bool
-) -> dict[str, Any]:
-    from lora_trainer.training.forecast import memory_needed
-
-    precision = precision_of(config, host)
-    trial = _try(info.architecture, precision, size, host, busy)
-    if trial is None:
-        return {}
-    found: dict[str, Any] = {}
-    if trial.speed is not None:
-        found["minutes"] = visits * _work_on_picture(config, info, size) / trial.speed / 60
-    needed = memory_needed(trial.model, size, config, precision, weights_there=host.model_bytes())
-    if not busy:  # a training in hand has taken memory of its own, which will be free again
-        _in_use_idle[precision.device] = _in_use(precision.device)
+            return found
+    if found["minutes"] is None and (speed := _speed(info.architecture, precision, size, host, busy)) is not None:
+        found["minutes"] = visits * _work_on_picture(config, info, size) / speed / 60
     in_use = _in_use_idle.get(precision.device)
-    return found | {"memory": None if in_use is None else in_use + needed}
+    if found["memory"] is None and model is not None and in_use is not None:
+        found["memory"] = in_use + memory_needed(model, size, config, precision, weights_there=host.model_bytes())
+    return found
 
 
 def _in_use(device: torch.device) -> int | None:
@@ -120,19 +114,29 @@ def _in_use(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """model: without its weights. speed: operations per second; None where the device had no memory for it. time: of
-    the monotonic clock."""
+    """speed: operations per second; None where the device had no memory for it. time: of the monotonic clock."""
 
-    model: Weightless
     speed: float | None
     time: float
 
 
-def _try(
-    architecture: Architecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
-) -> _Trial | None:
-    """What a turn of the host's shows, now and then for each kind of work; None while the device is not to be had."""
+def _model(architecture: Architecture, host: Host, busy: bool) -> Weightless | None:
+    """The model without its weights, built in a turn of the host's; None while there is none to be had."""
     from lora_trainer.training.forecast import Weightless
+
+    with _trying:
+        if architecture not in _models and not busy:
+            with host.spare_turn() as ours:
+                if ours:
+                    _keep(_models, architecture, Weightless.of(architecture))
+        return _models.get(architecture)
+
+
+def _speed(
+    architecture: Architecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
+) -> float | None:
+    """Operations per second, tried in a turn of the host's, now and then for each kind of work; None where that is
+    not known."""
     from lora_trainer.training.throughput import throughput
 
     if precision.device.type == "cpu":
@@ -140,21 +144,25 @@ def _try(
     key = architecture, precision, size
     with _trying:
         known = _trials.get(key)
+        speed = None if known is None else known.speed
         if busy or (known is not None and time.monotonic() - known.time < _TRIAL_AGE):
-            return known
+            return speed
         with host.spare_turn() as ours:
             if not ours:
-                return known
-            model = Weightless.of(architecture)
+                return speed
             try:
                 speed = throughput(architecture.unet, precision, size)
             except RuntimeError as error:  # of a full GPU above all; the run itself would say more
                 log.warning("How fast the device trains could not be tried: %s", error)
-                speed = None if known is None else known.speed
-        while len(_trials) >= _MAX_TRIALS:
-            del _trials[next(iter(_trials))]
-        _trials[key] = _Trial(model, speed, time.monotonic())
-        return _trials[key]
+        _keep(_trials, key, _Trial(speed, time.monotonic()))
+        return speed
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add to what is known; the oldest makes room."""
+    while key not in known and len(known) >= _MAX_KNOWN:
+        del known[next(iter(known))]
+    known[key] = value
 
 
 def _work_on_picture(config: TrainConfig, info: ModelInfo, size: tuple[int, int]) -> float:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config import TrainConfig
 from lora_trainer.errors import concerning
 from lora_trainer.jobs.captioners import captioner_sources
 from lora_trainer.jobs.cost import cost
@@ -29,9 +28,9 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
     ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``name_taken`` (why the LoRA cannot be
-    called so, or None), and what ``cost`` finds. ``captioner`` describes the pictures
-    first, as they have no captions; None where none is needed, or can run. ``problems`` [``Problem``]: what would stop
-    the run although its pictures can be counted.
+    called so, or None), and what ``cost`` finds. ``captioner`` describes the pictures first, as they have no captions;
+    None where none is needed, or can run. ``problems`` [``Problem``]: what would stop the run although its pictures
+    can be counted.
 
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
@@ -56,7 +55,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
             dataset = scan(config, measure=measure, stand_in=_STAND_IN)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     steps_per_epoch = math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps)
-    steps = total_steps(config, plan.steps_per_epoch)
+    steps = config.max_train_steps or steps_per_epoch * config.epochs
     visits = plan.visits_per_epoch * steps / steps_per_epoch
     regularization = sum(sample.is_regularization for sample in dataset.samples)
     return {
@@ -75,9 +74,3 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
         **cost(config, info, visits, host, store),
     }
-
-
-def total_steps(config: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of the run; the last ones of an epoch may add up fewer batches than the others."""
-    steps = math.ceil(batches_per_epoch / config.gradient_accumulation_steps) * config.epochs
-    return config.max_train_steps or steps

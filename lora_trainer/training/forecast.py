@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -242,7 +241,6 @@ class Weightless:
     targets: tuple[LoraTarget, ...]
 
     @staticmethod
-    @lru_cache(maxsize=2)
     def of(architecture: Architecture) -> Weightless:
         """To be called in a turn of the lender's, as everything that builds modules."""
         unet, _ = build_unet(architecture.unet)

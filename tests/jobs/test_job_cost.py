@@ -38,6 +38,7 @@ def known(host, monkeypatch):
     monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
     monkeypatch.setattr(cost, "memory_in_use", lambda device: IN_USE)
     monkeypatch.setattr(cost, "_trials", {})
+    monkeypatch.setattr(cost, "_models", {})
     monkeypatch.setattr(cost, "_in_use_idle", {})
     return architecture, tried
 
@@ -55,7 +56,7 @@ def trained(manager, train, settings, known):
 
 def test_minutes_and_memory_are_those_of_a_job_like_it(manager, settings, host, known, trained):
     facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
-    assert (facts["minutes"], facts["memory"]) == (2.0, 5_000)
+    assert (facts["minutes"], facts["memory"]) == (2.0, 5_000) and not known[1]
     assert facts["basis"] == facts["memory_basis"] == trained
 
 

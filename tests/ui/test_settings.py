@@ -8,20 +8,27 @@ pytest.importorskip("playwright.sync_api")
 from tests.ui.person import add, estimated, start, text, wait_for_text
 
 
+def use_yaml(page, text):
+    page.fill("#lora_trainer_yaml", text)
+    page.click("text=Use these settings")
+
+
+def open_yaml(page):
+    page.click("#lora_trainer_advanced > summary")
+    page.click("text=As YAML, in and out")
+
+
 def test_settings_as_yaml(page, files):
     add(page, files)
     page.fill("#lora_trainer_field_output_name", "hat_v1")
-    page.click("#lora_trainer_advanced > summary")
-    page.click("text=As YAML, in and out")
+    open_yaml(page)
     page.click("text=Show the settings here")
     page.wait_for_function("() => loraTrainer.get('yaml').value.includes('output_name: hat_v1')")
-    page.fill("#lora_trainer_yaml", "network_dim: 32\nlearning_rate: 5e-5\nepochs: 3\noutput_name: other")
-    page.click("text=Use these settings")
+    use_yaml(page, "network_dim: 32\nlearning_rate: 5e-5\nepochs: 3\noutput_name: other")
     page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
     assert page.input_value("#lora_trainer_field_learning_rate") == "5e-5"
     assert page.input_value("#lora_trainer_field_output_name") == "other"
-    page.fill("#lora_trainer_yaml", "epocs: 3\nbatch_size: 0")
-    page.click("text=Use these settings")
+    use_yaml(page, "epocs: 3\nbatch_size: 0")
     wait_for_text(page, "problem_yaml", "Did you mean 'epochs'?")
     assert "batch_size: 0 is below 1." in text(page, "problem_yaml"), "which of ninety lines it is"
 
@@ -32,10 +39,8 @@ def test_a_yaml_of_one_setting_empties_neither_name_nor_model(page, files):
     page.evaluate("loraTrainer.form.set('base_model', '/models/my own.safetensors')")
     estimated(page)
     assert page.input_value("#lora_trainer_field_base_model") == "/models/my own.safetensors", "a path is shown, too"
-    page.click("#lora_trainer_advanced > summary")
-    page.click("text=As YAML, in and out")
-    page.fill("#lora_trainer_yaml", "network_dim: 32")
-    page.click("text=Use these settings")
+    open_yaml(page)
+    use_yaml(page, "network_dim: 32")
     page.wait_for_function("() => loraTrainer.form.control('lora_rank').value === '32'")
     assert page.input_value("#lora_trainer_field_output_name") == "hat_v1"
     assert page.input_value("#lora_trainer_field_base_model") == "/models/my own.safetensors"
