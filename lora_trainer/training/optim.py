@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
+from lora_trainer.training.precision import torch_version
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def _checked_arguments(config: TrainConfig, constructor: Any) -> dict[str, Any]:
 def _fused_available(groups: Sequence[dict[str, Any]]) -> bool:
     """One kernel for all parameters, where this torch has it: CUDA always, the CPU from 2.4 on."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    return devices == {"cuda"} or (devices == {"cpu"} and version >= (2, 4))
+    return devices == {"cuda"} or (devices == {"cpu"} and torch_version() >= (2, 4))
 
 
 def _use_one_rate(config: TrainConfig, groups: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,18 @@ def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
             field="mixed_precision",
             remedy="Use auto or no.",
         )
+    if mixed_precision == "bf16" and device.type == "cpu" and torch_version() < (2, 2):
+        # Its attention writes past its buffers on the way back: https://github.com/pytorch/pytorch/issues/115253
+        message = f"training in bf16 on the CPU crashes torch {torch.__version__}, and the program with it."
+        raise UserError(message, field="mixed_precision", remedy="Use auto or no (fp32).")
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     return Precision(device, dtype or torch.float32, dtype)
+
+
+def torch_version() -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    return int(major), int(minor)
 
 
 def _device(name: str | torch.device) -> torch.device:

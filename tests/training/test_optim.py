@@ -136,14 +136,22 @@ def test_moving_average_follows_its_formula_and_gives_the_weights_back():
     assert torch.equal(other.state_dict()["shadow"][0], average.state_dict()["shadow"][0])
 
 
-def test_the_cpu_computes_in_fp32_unless_told_bf16():
+def test_the_cpu_computes_in_fp32_unless_told_bf16(monkeypatch):
     cpu = precision.resolve("cpu", "auto")
     assert (cpu.weight_dtype, cpu.autocast_dtype, cpu.name) == (torch.float32, None, "no")
     assert cpu.create_scaler() is None
+    monkeypatch.setattr(torch, "__version__", "2.2.0+cpu")
     bf16 = precision.resolve("cpu", "bf16")
     assert bf16.autocast_dtype == torch.bfloat16 and bf16.create_scaler() is None
     with bf16.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_bf16_on_the_cpu_is_refused_where_torch_would_crash(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.1.2+cu121")
+    with pytest.raises(UserError, match="torch 2") as error:
+        precision.resolve("cpu", "bf16")
+    assert error.value.field == "mixed_precision" and error.value.remedy
 
 
 @pytest.mark.parametrize(
