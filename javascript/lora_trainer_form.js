@@ -200,8 +200,10 @@
     form.showProblem = function(problem) {
         const known = problem.field && form.problem(problem.field, app.sentence(problem));
         if (!known) form.problem("", app.named(problem));
-        if (problem.field === "output_name" && / already\.$/.test(problem.message)) offerToReplace();
+        if (form.saysTaken(problem)) offerToReplace();
     };
+
+    form.saysTaken = (problem) => problem.field === "output_name" && / already\.$/.test(problem.message);
 
     function offerToReplace() {
         const replace = app.button("Replace it", () => {

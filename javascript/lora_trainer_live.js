@@ -142,7 +142,7 @@
         }
         if (live.job && live.job.id === job.id) {
             live.details = settings;
-            if (!settings.preview_prompts.length) live.previews.clear(app.t("No preview prompt is set (Advanced, Saving and previews)."));
+            if (!settings.preview_prompts.length) live.previews.explain(app.t("No preview prompt is set (Advanced, Saving and previews)."));
             showStrip(live.job);
         }
     }
@@ -194,7 +194,7 @@
         if (job.loss !== null) parts.push(app.t("loss {n}", {n: app.loss(job.loss)}));
         if (job.memory) parts.push(app.t("memory {n}", {n: app.bytes(job.memory)}));
         if (job.active && live.details) parts.push(nextSave(job, live.details));
-        if (!job.active) parts.push(app.t("took {time}", {time: app.duration(job.seconds)}));
+        if (!job.active && job.seconds) parts.push(app.t("took {time}", {time: app.duration(job.seconds)}));
         return parts;
     }
 

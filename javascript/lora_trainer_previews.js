@@ -11,14 +11,19 @@
             this.clear();
         }
 
-        clear(sentence) {
+        clear() {
             this.steps = new Map(); // step -> prompt -> address
             this.saved = new Set(); // steps of which there is a LoRA
             this.there = null; // the step that the Lora tab has
             this.chosen = null; // null follows the newest
             this.prompts = [];
-            this.node.replaceChildren(app.el("p", {class: "lead"}, sentence || app.t("The first picture is drawn before the first step.")));
-            app.setText(this.reading, "");
+            this.explain(app.t("The first picture is drawn before the first step."));
+        }
+
+        /** What stands there as long as there is no picture. */
+        explain(sentence) {
+            this.sentence = sentence;
+            this.build();
         }
 
         /** Events of a job; those that are no previews are passed over. */
@@ -30,14 +35,14 @@
                 this.steps.get(data.step).set(text, app.fileUrl(job, data.path));
                 if (!this.prompts.includes(text)) this.prompts.push(text);
             }
-            if (news.length) this.build();
+            if (news.length || (this.comparing && events.length)) this.build();
         }
 
         /** Show all steps beside each other, or one at a time. */
         compare(comparing) {
             this.comparing = comparing;
             this.node.closest(".lora_trainer_panels").toggleAttribute("data-comparing", comparing);
-            if (this.steps.size) this.build();
+            this.build();
         }
 
         /** The step that the Lora tab has; null: none. */
@@ -48,8 +53,15 @@
         }
 
         build() {
-            const order = (this.order = [...this.steps.keys()].sort((one, other) => one - other));
-            if (this.comparing && order.length) return this.buildComparison();
+            const inOrder = (steps) => [...new Set(steps)].sort((one, other) => one - other);
+            const worthComparing = inOrder([...this.steps.keys(), ...this.saved]);
+            if (this.comparing && worthComparing.length) return this.buildComparison(worthComparing);
+            const order = (this.order = inOrder(this.steps.keys()));
+            if (!order.length) {
+                this.node.replaceChildren(app.el("p", {class: "lead"}, this.sentence));
+                app.setText(this.reading, "");
+                return;
+            }
             const first = this.prompts[0];
             this.pictures = this.prompts.map((prompt) => app.el("img", {alt: prompt, title: prompt}));
             this.thumbnails = order.map((step) => {
@@ -72,16 +84,18 @@
             this.display();
         }
 
-        buildComparison() {
+        /** Also of what was saved without a picture: "Stop and save" draws none. */
+        buildComparison(order) {
             const under = (step) => {
                 if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
                 return this.saved.has(step) && app.button("Use this one", () => this.take(step));
             };
             const card = (step) => app.el("figure", {class: "checkpoint"},
-                ...this.prompts.map((prompt) => this.steps.get(step).get(prompt))
+                ...(this.steps.has(step) ? [] : [app.el("p", {class: "help"}, app.t("no picture"))]),
+                ...this.prompts.map((prompt) => this.steps.has(step) && this.steps.get(step).get(prompt))
                     .map((address, index) => address && app.el("img", {src: address, alt: this.prompts[index], title: this.prompts[index]})),
                 app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
-            this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...this.order.map(card)));
+            this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...order.map(card)));
             app.setText(this.reading, "");
         }
 

@@ -198,7 +198,7 @@
                 app.live.look();
             } catch (error) {
                 app.complain(error, message);
-                if (error.problems && error.problems.some((one) => one.field === "output_name")) {
+                if (error.problems && error.problems.some(app.form.saysTaken)) {
                     message.append(" ", app.button("Replace it", () => go(true)));
                 }
             }

@@ -107,7 +107,8 @@ class FakeHost:
             raise self.publish_error
         path = self.root / "Lora" / f"{name}.safetensors"
         if path.exists() and not overwrite and name not in [earlier for earlier, _ in self.published]:
-            raise UserError(f"{name} exists.", field="output_name", remedy="Choose another name.")
+            message = f"There is a LoRA {name} already."  # as the real hosts say it
+            raise UserError(message, field="output_name", remedy="Choose another name.")
         path.write_bytes(Path(lora).read_bytes())
         self.published.append((name, card))
         return path

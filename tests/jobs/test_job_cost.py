@@ -16,7 +16,7 @@ from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput
 from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve
-from tests.jobs.fakes import wait_for
+from tests.jobs.fakes import wait_for, wait_status
 from tests.tiny import SD1, sd1_shapes
 
 SPEED, IN_USE = 2e9, 7 << 30
@@ -129,7 +129,7 @@ def test_a_device_at_work_is_left_alone(idle, host, settings, known, monkeypatch
 def test_memory_of_a_run_in_hand_is_not_counted_for_the_next(manager, host, settings, known, monkeypatch, known_before):
     wanted = {**settings, "output_name": "next"}
     before = estimate(wanted, host, manager.store) if known_before else {"minutes": None, "memory": None}
-    manager.submit({**settings, "output_name": "first"})
+    wait_status(manager, manager.submit({**settings, "output_name": "first"}), "running")
     monkeypatch.setattr(cost, "memory_in_use", lambda device: 2 * IN_USE)
     facts = estimate(wanted, host, manager.store)
     assert all(facts[name] == before[name] for name in ("minutes", "memory")) and len(known[1]) == known_before

@@ -50,8 +50,7 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     wait_for_text(page, "job_state", "finished")
     page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
     shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
-    said = [one.inner_text().split("\n") for one in shown.all()]
-    assert said == [["step 5", "Use this one"], ["step 10", "Use this one"]]
+    assert written_under(shown) == ["step 5 Use this one", "step 10 Use this one", "step 20 in your Lora tab"]
     shown.nth(0).get_by_text("Use this one").click()
     wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
     assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
@@ -59,9 +58,32 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     page.click("#lora_trainer_job_buttons >> text=Files")
     inside = page.locator(".lora_trainer_inside")
     inside.get_by_text("Compare checkpoints").click()
-    inside.get_by_text("Use this one").click()
+    inside.get_by_text("Use this one").nth(0).click()
     page.wait_for_function("() => loraTrainer.live.job.published_step === 10")
     assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
+
+
+def written_under(checkpoints):
+    return [" ".join(one.locator("figcaption").inner_text().split()) for one in checkpoints.all()]
+
+
+def test_what_was_saved_without_a_picture_can_be_chosen_as_well(page, files, train, manager):
+    train.checkpoints = (5,)
+    start(page, files)
+    train.allow(7)
+    wait_for_text(page, "job_facts", "step 7 of 20")
+    page.click("#lora_trainer_job_buttons >> text=Stop and save")
+    wait_for_text(page, "job_message", "in your Lora tab")
+    page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
+    shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
+    shown.nth(1).get_by_text("no picture").wait_for()
+    assert written_under(shown) == ["step 5 Use this one", "step 7 in your Lora tab"]
+    for step, number in ((5, 0), (7, 1)):
+        shown.nth(number).get_by_text("Use this one").click()
+        shown.nth(number).get_by_text("in your Lora tab").wait_for()
+        assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step %d" % step
+    page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
+    page.wait_for_selector("#lora_trainer_previews .lora_trainer_large img")
 
 
 def test_the_title_and_a_notification_tell_the_end(open_page, files, train):
@@ -105,6 +127,27 @@ def test_history(page, files, train, manager):
     page.wait_for_selector("#lora_trainer_run_2", state="detached")
     assert [job.id for job in manager.store.list()] == [1]
     assert (manager.host.root / "Lora" / "hat_v2.safetensors").exists(), "the published LoRA stays"
+
+
+def test_only_a_name_that_is_taken_can_be_replaced(page, files, train, manager):
+    train.free = True
+    taken = manager.host.root / "Lora" / "old.safetensors"
+    taken.write_bytes(b"before")
+    start(page, files)
+    wait_for_text(page, "job_state", "finished")
+    page.click("#lora_trainer_job_buttons >> text=Files")
+    inside = page.locator(".lora_trainer_inside")
+    name = inside.get_by_label("Name in the Lora tab")
+    name.fill("old")
+    manager.host.publish_error = UserError("'a/b' cannot be a name.", field="output_name", remedy="Choose another.")
+    inside.get_by_text("Publish again").click()
+    inside.get_by_text("cannot be a name").wait_for()
+    assert not inside.get_by_text("Replace it").count()
+    manager.host.publish_error = None
+    inside.get_by_text("Publish again").click()
+    inside.get_by_text("Replace it").click()
+    inside.get_by_text("It is in your Lora tab as old.").wait_for()
+    assert taken.read_bytes() == (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes()
 
 
 def test_five_hundred_runs_open_in_a_second(manager, open_page, tmp_path):
