@@ -72,10 +72,15 @@ def test_other_settings_take_more_minutes_than_the_job_and_memory_of_their_own(m
     assert facts["memory"] > IN_USE and (facts["basis"], facts["memory_basis"]) == (trained, None)
 
 
-def test_a_job_on_another_model_of_the_family_says_nothing(manager, settings, host, known, trained):
+def test_a_job_on_another_model_or_in_another_precision_says_nothing(
+    manager, settings, host, known, trained, monkeypatch
+):
     manager.store.update(trained, architecture="of another width")
     facts = estimate(settings, host, manager.store)
     assert (facts["basis"], facts["memory_basis"]) == (None, None) and facts["minutes"] > 0
+    manager.store.update(trained, architecture=cost.architecture_mark(known[0]))
+    assert estimate(settings, host, manager.store)["basis"] == trained
+    monkeypatch.setattr(torch, "__version__", "2.2.0")  # the first that computes in bf16 on the CPU
     assert estimate({**settings, "mixed_precision": "bf16"}, host, manager.store)["basis"] is None
 
 
