@@ -91,7 +91,7 @@
                 return this.saved.has(step) && app.button("Use this one", () => this.take(step));
             };
             const card = (step) => app.el("figure", {class: "checkpoint"},
-                ...(this.steps.has(step) ? [] : [app.el("p", {class: "help"}, app.t("no picture"))]),
+                ...(this.steps.has(step) ? [] : [app.el("div", {class: "nothing_drawn"}, app.t("no picture"))]),
                 ...this.prompts.map((prompt) => this.steps.has(step) && this.steps.get(step).get(prompt))
                     .map((address, index) => address && app.el("img", {src: address, alt: this.prompts[index], title: this.prompts[index]})),
                 app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
