@@ -28,6 +28,7 @@
 
         /** Events of a job; those that are no previews are passed over. */
         add(events) {
+            const savedBefore = this.saved.size;
             const news = events.filter((event) => event.kind === "preview" && event.data.path);
             for (const {kind, data} of events) if (kind === "saved" && data.kind === "lora") this.saved.add(data.step);
             for (const {job_id: job, data, text} of news) {
@@ -35,7 +36,7 @@
                 this.steps.get(data.step).set(text, app.fileUrl(job, data.path));
                 if (!this.prompts.includes(text)) this.prompts.push(text);
             }
-            if (news.length || (this.comparing && events.length)) this.build();
+            if (news.length || (this.comparing && this.saved.size > savedBefore)) this.build();
         }
 
         /** Show all steps beside each other, or one at a time. */
@@ -90,11 +91,13 @@
                 if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
                 return this.saved.has(step) && app.button("Use this one", () => this.take(step));
             };
-            const card = (step) => app.el("figure", {class: "checkpoint"},
-                ...(this.steps.has(step) ? [] : [app.el("div", {class: "nothing_drawn"}, app.t("no picture"))]),
-                ...this.prompts.map((prompt) => this.steps.has(step) && this.steps.get(step).get(prompt))
-                    .map((address, index) => address && app.el("img", {src: address, alt: this.prompts[index], title: this.prompts[index]})),
-                app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
+            const card = (step) => {
+                const drawn = this.steps.get(step) || new Map();
+                return app.el("figure", {class: "checkpoint"},
+                    ...(drawn.size ? [] : [app.el("div", {class: "nothing_drawn"}, app.t("no picture"))]),
+                    ...this.prompts.map((prompt) => drawn.has(prompt) && app.el("img", {src: drawn.get(prompt), alt: prompt, title: prompt})),
+                    app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
+            };
             this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...order.map(card)));
             app.setText(this.reading, "");
         }

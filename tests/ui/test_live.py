@@ -51,6 +51,7 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
     shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
     assert written_under(shown) == ["step 5 Use this one", "step 10 Use this one", "step 20 in your Lora tab"]
+    assert [one.locator("img").count() for one in shown.all()] == [1, 1, 0]
     shown.nth(0).get_by_text("Use this one").click()
     wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
     assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
