@@ -76,7 +76,7 @@ def merge(options: argparse.Namespace) -> int:
     """Write a checkpoint that draws like the base with the LoRA at this strength. Neither input is changed."""
     from lora_trainer.adapters.merge import merge as merge_files
     from lora_trainer.models.checkpoint import FileLender
-    from lora_trainer.models.targets import targets_of
+    from lora_trainer.models.families.unet.targets import targets_of
 
     architecture = FileLender(options.base).architecture()
     result = merge_files(

@@ -15,10 +15,10 @@ from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.lending import WebuiLender, vae_file
 from lora_trainer.host.residence import CPU, Residence
 from lora_trainer.host.turns import Turns
-from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import single_file
 from lora_trainer.models.detect import VAE
+from lora_trainer.models.families.unet.model import DiffusionModel, assemble
 from lora_trainer.models.tensors import open_source
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from lora_trainer.host.forge_loras import holds_loras
 from lora_trainer.host.forge_memory import Residence
 from lora_trainer.host.forge_model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
 from lora_trainer.host.lending import WebuiLender
-from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelAwayError, ModelInfo
+from lora_trainer.models.families.unet.model import DiffusionModel, assemble
 
 _TRIES = 3
 _SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}

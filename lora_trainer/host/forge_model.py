@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.architecture import Architecture, Hints
 from lora_trainer.models.detect import UNET, VAE, detect
+from lora_trainer.models.families.unet.architecture import Architecture, Hints
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import file_hints, merged
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer

@@ -18,12 +18,12 @@ from lora_trainer.files import sha256_file
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.fingerprint import Fingerprint
 from lora_trainer.host.turns import Turns
-from lora_trainer.models.architecture import Architecture, Hints
-from lora_trainer.models.assemble import DiffusionModel
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import VAE
-from lora_trainer.models.folder import add_vae_file
+from lora_trainer.models.families.unet.architecture import Architecture, Hints
+from lora_trainer.models.families.unet.folder import add_vae_file
+from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer

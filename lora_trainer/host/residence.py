@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_trainer.host.a1111_model import HostModel
-from lora_trainer.models.assemble import DiffusionModel
+from lora_trainer.models.families.unet.model import DiffusionModel
 
 CPU = torch.device("cpu")
 

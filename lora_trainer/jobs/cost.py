@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from lora_trainer.host.base import Host
-    from lora_trainer.models.architecture import Architecture
     from lora_trainer.models.base import ModelInfo
+    from lora_trainer.models.families.unet.architecture import Architecture
     from lora_trainer.training.forecast import Weightless
     from lora_trainer.training.precision import Precision
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.models.architecture import Architecture
+from lora_trainer.models.families.unet.architecture import Architecture
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 

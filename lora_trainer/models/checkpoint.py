@@ -10,13 +10,13 @@ import torch
 
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
-from lora_trainer.models.architecture import Architecture, Hints
-from lora_trainer.models.assemble import DiffusionModel, assemble
 from lora_trainer.models.base import ModelInfo
-from lora_trainer.models.binding import build_unet
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.detect import UNET, detect
-from lora_trainer.models.folder import add_vae_file, read_folder
+from lora_trainer.models.families.unet.architecture import Architecture, Hints
+from lora_trainer.models.families.unet.binding import build_unet
+from lora_trainer.models.families.unet.folder import add_vae_file, read_folder
+from lora_trainer.models.families.unet.model import DiffusionModel, assemble
 from lora_trainer.models.hints import file_hints
 from lora_trainer.models.tensors import Source, Tensors, open_source
 from lora_trainer.models.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.architecture import Architecture, Hints, TextShape, UNetShape, VAEShape
+from lora_trainer.models.families.unet.architecture import Architecture, Hints, TextShape, UNetShape, VAEShape
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.architecture import Hints
+from lora_trainer.models.families.unet.architecture import Hints
 
 HINTS_KEY = "lora_trainer.architecture"  # metadata: a JSON object with fields of ``Hints``
 

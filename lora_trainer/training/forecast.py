@@ -17,10 +17,10 @@ import torch
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.inject import choose, parameter_count
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.models.architecture import Architecture, TextShape, UNetShape
 from lora_trainer.models.base import LoraTarget
-from lora_trainer.models.binding import build_text_encoder, build_unet, build_vae
-from lora_trainer.models.targets import lora_targets
+from lora_trainer.models.families.unet.architecture import Architecture, TextShape, UNetShape
+from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, build_vae
+from lora_trainer.models.families.unet.targets import lora_targets
 from lora_trainer.training.precision import Precision
 
 CONTEXT_TOKENS = 77

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
-from lora_trainer.models.architecture import UNetShape
+from lora_trainer.models.families.unet.architecture import UNetShape
 from lora_trainer.training.forecast import CONTEXT_TOKENS, piece_operations
 from lora_trainer.training.precision import Precision
 

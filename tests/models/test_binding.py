@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_trainer.models.assemble import assemble
 from lora_trainer.models.base import ModelInfo, Prompts
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families.unet.model import assemble
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests.models.conftest import SIZE_IDS
 from tests.tiny import tiny_sd1, tiny_sd2

@@ -15,11 +15,11 @@ from tests.webui.server import FORGE, Server, a1111_only
 VAE = "first_stage_model."
 
 FAULTS = {
-    "assembling": ("lora_trainer.models.assemble.DiffusionModel", "__init__", 0),
+    "assembling": ("lora_trainer.models.families.unet.model.DiffusionModel", "__init__", 0),
     "injecting": ("lora_trainer.adapters.inject.AdapterSet", "attach", 0),
-    "latents": ("lora_trainer.models.assemble.DiffusionModel", "encode_images", 0),
-    "captions": ("lora_trainer.models.assemble.DiffusionModel", "encode_prompts", 0),
-    "a step's forward": ("lora_trainer.models.assemble.DiffusionModel", "predict", 2),
+    "latents": ("lora_trainer.models.families.unet.model.DiffusionModel", "encode_images", 0),
+    "captions": ("lora_trainer.models.families.unet.model.DiffusionModel", "encode_prompts", 0),
+    "a step's forward": ("lora_trainer.models.families.unet.model.DiffusionModel", "predict", 2),
     "a step's backward": ("torch.Tensor", "backward", 2),
     "the optimizer": ("torch.optim.AdamW", "step", 2),
     "saving": ("lora_trainer.run.saving.LoraSaver", "__call__", 0),
@@ -68,7 +68,7 @@ setattr(owner, name, original) if own else delattr(owner, name)
 """
 POINTERS = """
 import gc
-from lora_trainer.models.assemble import DiffusionModel
+from lora_trainer.models.families.unet.model import DiffusionModel
 host = {t.untyped_storage().data_ptr() for _, t in tensors() if not t.is_meta}
 models = [o for o in gc.get_objects() if type(o) is DiffusionModel and not o.unet.conv_in.weight.is_meta]
 bound = {n: p for n, p in models[0].bound().items() if not p.is_meta}

@@ -24,7 +24,7 @@ result = True
 """
 KINDS = """
 import gc
-from lora_trainer.models.assemble import DiffusionModel
+from lora_trainer.models.families.unet.model import DiffusionModel
 models = [o for o in gc.get_objects() if type(o) is DiffusionModel and not o.unet.conv_in.weight.is_meta]
 bound = [p for p in models[0].bound().values() if not p.is_meta]
 result = {"bound": len(bound), "inference": sum(p.is_inference() for p in bound),

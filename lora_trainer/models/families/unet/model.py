@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.architecture import Architecture
 from lora_trainer.models.base import LoraTarget, ModelInfo, NoiseSchedule, Prompts
-from lora_trainer.models.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
 from lora_trainer.models.casting import cast_layers
+from lora_trainer.models.families.unet.architecture import Architecture
+from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
+from lora_trainer.models.families.unet.targets import lora_targets
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
-from lora_trainer.models.targets import lora_targets
 from lora_trainer.models.tokenizer import Tokenizer
 
 PARTS = ("unet", "vae", "text_encoders")

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_trainer.models.architecture import Architecture, TextShape
 from lora_trainer.models.base import LoraTarget
-from lora_trainer.models.binding import build_text_encoder, build_unet, text_body
 from lora_trainer.models.detect import UNET
-from lora_trainer.models.names import (
+from lora_trainer.models.families.unet.architecture import Architecture, TextShape
+from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, text_body
+from lora_trainer.models.families.unet.names import (
     CLIP_LAYERS,
     TRANSFORMER_BLOCK,
     block_of_diffusers_name,

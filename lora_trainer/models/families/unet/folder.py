@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.architecture import Hints
 from lora_trainer.models.detect import UNET, VAE
+from lora_trainer.models.families.unet.architecture import Hints
+from lora_trainer.models.families.unet.names import Table, rename, unet_table, vae_table
 from lora_trainer.models.hints import folder_hints, read_json
-from lora_trainer.models.names import Table, rename, unet_table, vae_table
 from lora_trainer.models.tensors import Source, Tensors, open_source
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

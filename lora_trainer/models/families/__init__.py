@@ -1,0 +1,1 @@
+"""Model families: one module each, found in one table."""
