@@ -11,7 +11,7 @@ from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
-from lora_trainer.config.parse import ALIASES
+from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.jobs.estimate import estimate
 from lora_trainer.jobs.job import ACTIVE

@@ -1,4 +1,4 @@
-"""YAML and key=value pairs in, a checked ``TrainConfig`` out; and back."""
+"""Settings and key=value pairs in, a checked ``TrainConfig`` out; and back."""
 
 from __future__ import annotations
 
@@ -7,61 +7,19 @@ import dataclasses
 import difflib
 import math
 import re
-import types
+import types as python_types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_trainer.config.schema import GROUPS, TrainConfig
+from lora_trainer.config.names import ALIASES, is_text, types
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config.yaml_text import read_yaml
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
-
-ALIASES: dict[str, str] = {
-    # the articles' other spellings
-    "unet_target_modules": "target_modules",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    # kohya's and diffusers' names for the same thing
-    "pretrained_model_name_or_path": "base_model",
-    "network_dim": "lora_rank",
-    "rank": "lora_rank",
-    "network_alpha": "alpha",
-    "network_dropout": "dropout",
-    "network_weights": "init_lora",
-    "conv_dim": "conv_rank",
-    "train_batch_size": "batch_size",
-    "max_train_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "unet_lr": "learning_rate",
-    "save_every_n_steps": "save_steps",
-    "checkpointing_steps": "save_steps",
-    "save_every_n_epochs": "save_epochs",
-    "optimizer_type": "optimizer",
-    "snr_gamma": "min_snr_gamma",
-    "flip_aug": "flip",
-    "shuffle_caption": "shuffle_tags",
-    "caption_dropout_rate": "caption_dropout",
-    "caption_tag_dropout_rate": "tag_dropout",
-    "loss_type": "loss",
-    "bucket_reso_steps": "bucket_step",
-    "min_bucket_reso": "min_bucket_resolution",
-    "max_bucket_reso": "max_bucket_resolution",
-    "resume_from_checkpoint": "resume",
-    "sample_every_n_steps": "preview_steps",
-    "lr_scheduler_num_cycles": "lr_cycles",
-    "lr_scheduler_power": "lr_power",
-    "ip_noise_gamma": "input_perturbation",
-    "debiased_estimation_loss": "debiased_estimation",
-    "masked_loss": "use_masks",
-    "v_parameterization": "v_prediction",
-    "num_repeats": "repeats",
-    "training_comment": "description",
-}
-"""Other names that are understood, from the articles and from the trainers people come from."""
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _PARTS_AT = {"preview_prompts": "\n"}  # a prompt has commas; the parts of every other list do not
@@ -77,39 +35,6 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     values = read_yaml(Path(path))
     return from_mapping({**values, **parse_overrides(overrides)})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError when there is none."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
-    except FileNotFoundError:
-        raise UserError(f"There is no configuration at {path}.", remedy="Check the path after --config.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", remedy="Save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML file.") from None
-
-
-def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
-    """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
-    try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        what = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(
-            f"{source} cannot be read as YAML{where}: {what}.",
-            remedy="Each line has the form 'name: value'; quote text with special characters.",
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{source} holds a {type(values).__name__}, not settings.", remedy="Each line has the form 'name: value'."
-        )
-    return {str(key): value for key, value in values.items()}
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
@@ -151,7 +76,7 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
         if isinstance(value, str) and name in _PARTS_AT:
             value = [part.strip() for part in value.split(_PARTS_AT[name]) if part.strip()]
         try:
-            clean[name] = _check_limits(_convert(value, _types()[name]), known[name].metadata)
+            clean[name] = _check_limits(_convert(value, types()[name]), known[name].metadata)
         except ValueError as error:
             remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
             said = "is empty" if value in (None, "") else f"{value!r} {error}"
@@ -167,19 +92,6 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
     """Plain values by field name, every field named."""
     return dataclasses.asdict(config)
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The effective configuration as YAML, grouped as the tab shows it; ``load`` reads it back to an equal one."""
-    values = to_mapping(config)
-    blocks = []
-    for title, group in GROUPS:
-        names = [field.name for field in dataclasses.fields(group)]
-        block = yaml.dump(
-            {name: values[name] for name in names}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
-        )
-        blocks.append(f"# {title}\n{block}")
-    return "\n".join(blocks)
 
 
 def _across_fields(config: TrainConfig) -> list[UserError]:
@@ -257,21 +169,11 @@ def parse_resolution(text: str) -> tuple[int, int] | str | None:
     return (width, height) if all(64 <= side <= 8192 for side in (width, height)) else None
 
 
-@cache
-def _types() -> dict[str, Any]:
-    return typing.get_type_hints(TrainConfig)
-
-
-def _is_text(name: str) -> bool:
-    """Whether the setting of this name, or second name, is a text."""
-    return _types().get(ALIASES.get(name, name)) in (str, str | None)
-
-
 def _stands_as_it_is(name: str, text: str) -> bool:
     """Whether ``text`` is the value of a text setting, neither YAML's nothing nor quoted for it."""
     if text in ("", "null") or text.startswith(("'", '"')):
         return False
-    return _is_text(name) or (ALIASES.get(name, name) in _PARTS_AT and not text.startswith("["))
+    return is_text(name) or (ALIASES.get(name, name) in _PARTS_AT and not text.startswith("["))
 
 
 def _unknown(name: str, known: Iterable[str]) -> UserError:
@@ -285,7 +187,7 @@ def _unknown(name: str, known: Iterable[str]) -> UserError:
 def _convert(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; strings that spell it are accepted. Raises ValueError saying what is wrong."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
+    if origin in (python_types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
             return None
         return _convert(value, next(option for option in options if option is not type(None)))
@@ -375,7 +277,7 @@ def _check_limits(value: Any, limits: Mapping[str, Any]) -> Any:
 
 
 def _wanted(name: str) -> str:
-    kind = _types()[name]
+    kind = types()[name]
     optional = type(None) in typing.get_args(kind)
     if optional:
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
@@ -391,59 +293,3 @@ def _wanted(name: str) -> str:
     elif "above" in limits:
         text += f" above {limits['above']}" + (f", at most {limits['maximum']}" if "maximum" in limits else "")
     return text + (" (or empty)" if optional else "")
-
-
-_TEXT_TAG = "tag:yaml.org,2002:str"
-_GUESSED_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice (YAML would silently keep the last) and endless alias expansion.
-
-    What a text setting holds is read as it is written: to YAML 1.1 a trigger word ``on`` is true, a name ``007`` is 7,
-    and ``1.10`` is 1.1.
-    """
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        # Lists of aliases of lists of aliases … are a few lines here and billions of values for whoever looks at them.
-        if self._depth > 1 and self.check_event(yaml.AliasEvent):
-            problem = "an alias stands for a whole setting, not for a part of one"
-            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
-        self._depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{key_node.value}' is set twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-            if _is_text(key_node.value) and value_node.tag in _GUESSED_TAGS:
-                value_node.tag = _TEXT_TAG
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes lists in one line and floats so that YAML 1.1 readers see numbers (2.0e-04, not 2e-4)."""
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)
-    if "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(float, _represent_float)
-_Dumper.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)

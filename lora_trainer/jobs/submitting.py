@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, to_yaml
-from lora_trainer.config.parse import ALIASES
+from lora_trainer.config.names import ALIASES
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, safe_name_problem
 from lora_trainer.jobs.folders import JobFolders

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_trainer.config import TrainConfig, field_docs, from_mapping, load, to_mapping, to_yaml
-from lora_trainer.config.parse import ALIASES, parse_overrides, parse_yaml
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, load, parse_yaml, to_mapping, to_yaml
+from lora_trainer.config.names import ALIASES
+from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import ConfigError, UserError
 
 ARTICLES = {

@@ -1,0 +1,115 @@
+"""Settings as YAML: read with what a person meant, written so that every reader sees the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_trainer.config.names import is_text
+from lora_trainer.config.schema import GROUPS, TrainConfig
+from lora_trainer.errors import UserError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when there is none."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration at {path}.", remedy="Check the path after --config.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", remedy="Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML file.") from None
+
+
+def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
+    """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        what = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(
+            f"{source} cannot be read as YAML{where}: {what}.",
+            remedy="Each line has the form 'name: value'; quote text with special characters.",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source} holds a {type(values).__name__}, not settings.", remedy="Each line has the form 'name: value'."
+        )
+    return {str(key): value for key, value in values.items()}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The effective configuration as YAML, grouped as the tab shows it; ``load`` reads it back to an equal one."""
+    values = dataclasses.asdict(config)
+    blocks = []
+    for title, group in GROUPS:
+        names = [field.name for field in dataclasses.fields(group)]
+        block = yaml.dump(
+            {name: values[name] for name in names}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+        )
+        blocks.append(f"# {title}\n{block}")
+    return "\n".join(blocks)
+
+
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_GUESSED_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice (YAML would silently keep the last) and endless alias expansion.
+
+    What a text setting holds is read as it is written: to YAML 1.1 a trigger word ``on`` is true, a name ``007`` is 7,
+    and ``1.10`` is 1.1.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        # Lists of aliases of lists of aliases … are a few lines here and billions of values for whoever looks at them.
+        if self._depth > 1 and self.check_event(yaml.AliasEvent):
+            problem = "an alias stands for a whole setting, not for a part of one"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key_node.value}' is set twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+            if is_text(key_node.value) and value_node.tag in _GUESSED_TAGS:
+                value_node.tag = _TEXT_TAG
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists in one line and floats so that YAML 1.1 readers see numbers (2.0e-04, not 2e-4)."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
