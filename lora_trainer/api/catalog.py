@@ -13,11 +13,11 @@ from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
-from lora_trainer.jobs.estimate import estimate
 from lora_trainer.jobs.job import ACTIVE
-from lora_trainer.jobs.memory import free_memory
-from lora_trainer.jobs.presets import PRESETS, preset
 from lora_trainer.jobs.submitting import read_settings
+from lora_trainer.planning.estimate import estimate
+from lora_trainer.planning.memory import free_memory
+from lora_trainer.planning.presets import PRESETS, preset
 
 
 def routes(context: Context) -> APIRouter:

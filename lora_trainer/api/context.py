@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_trainer.jobs.job import Event, Job, Problem
-from lora_trainer.jobs.library import DatasetLibrary
-from lora_trainer.jobs.paths import redact
+from lora_trainer.workspace.library import DatasetLibrary
+from lora_trainer.workspace.paths import redact
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host

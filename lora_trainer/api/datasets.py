@@ -15,7 +15,7 @@ from lora_trainer.api.files import send
 from lora_trainer.api.route import MAX_UPLOAD, guarded
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
-from lora_trainer.jobs.library import check_caption
+from lora_trainer.workspace.library import check_caption
 
 
 def routes(context: Context) -> APIRouter:

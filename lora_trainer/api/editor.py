@@ -14,9 +14,9 @@ from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
 from lora_trainer.api.route import guarded
 from lora_trainer.errors import UserError
-from lora_trainer.jobs.desk import Bench, Desk, Task, desk_of
-from lora_trainer.jobs.gallery import Filter
-from lora_trainer.jobs.paths import confined
+from lora_trainer.workspace.gallery import Filter
+from lora_trainer.workspace.paths import confined
+from lora_trainer.workspace.sessions import Bench, Desk, Task, desk_of
 
 PAGE = 200
 """Pictures that an answer holds at most."""

@@ -13,8 +13,8 @@ from lora_trainer.api.editor import PAGE, Views, free_bench
 from lora_trainer.api.route import guarded
 from lora_trainer.config import parse_resolution
 from lora_trainer.errors import UserError
-from lora_trainer.jobs.captioners import captioner_sources
-from lora_trainer.jobs.desk import Bench, desk_of
+from lora_trainer.workspace.captioners import captioner_sources
+from lora_trainer.workspace.sessions import Bench, desk_of
 
 _CHUNK = 75
 _MAX_TEXT = 20_000

@@ -16,7 +16,7 @@ from lora_trainer.api.jobs import MAX_ID
 from lora_trainer.api.route import guarded
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.metrics import read_points
-from lora_trainer.jobs.paths import confined
+from lora_trainer.workspace.paths import confined
 
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 """What a browser may show in place; everything else is downloaded."""

@@ -17,8 +17,8 @@ from lora_trainer.api.access import RefusedError, check_caller, check_origin
 from lora_trainer.api.context import Context
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import disk_is_full
-from lora_trainer.jobs.desk import UnknownSessionError
 from lora_trainer.jobs.job import Problem, UnknownJobError, full_disk, problems_of
+from lora_trainer.workspace.sessions import UnknownSessionError
 
 MAX_BODY = 4 << 20
 """Bytes of a request, uploads apart: the captions of some thousand pictures."""

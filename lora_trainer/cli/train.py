@@ -16,7 +16,7 @@ from typing import Any
 from lora_trainer.config import TrainConfig, from_mapping, load
 from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
-from lora_trainer.jobs.paths import READ_FIELDS
+from lora_trainer.workspace.paths import READ_FIELDS
 
 INTERRUPTED = 130
 _PATHS = (*READ_FIELDS, "base_model", "train_data_dir", "cache_dir", "output_dir", "merge_into_base", "resume")

@@ -36,12 +36,12 @@ def _make() -> Host:
     if memory is not None and hasattr(sd_models, "forge_model_reload"):
         if "hard_memory_preservation" not in inspect.signature(memory.load_models_gpu).parameters:
             raise _unknown("This descendant of Forge manages memory in another way than Forge")
-        from lora_trainer.host.forge import ForgeHost
+        from lora_trainer.host.forge.host import ForgeHost
 
         return ForgeHost()
     if memory is not None or "ldm_patched.modules.model_management" in sys.modules:
         raise _unknown("This WebUI (reForge, or an early or classic Forge) keeps its models in another way than Forge")
-    from lora_trainer.host.a1111 import A1111Host
+    from lora_trainer.host.a1111.host import A1111Host
 
     return A1111Host()
 

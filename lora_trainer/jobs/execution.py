@@ -12,14 +12,14 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
-from lora_trainer.jobs.captioners import captioner_sources
-from lora_trainer.jobs.cost import architecture_mark, precision_of
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, Problem, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.planning.cost import architecture_mark, precision_of
+from lora_trainer.workspace.captioners import captioner_sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.jobs.job import Problem
-from lora_trainer.jobs.memory import memory_in_use
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.planning.memory import memory_in_use
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, safe_name_problem
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, WAITING_TO_START, Job
-from lora_trainer.jobs.paths import check_name, confine_config
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.workspace.paths import check_name, confine_config
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host

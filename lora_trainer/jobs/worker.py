@@ -24,11 +24,11 @@ from lora_trainer.jobs.execution import execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
-from lora_trainer.jobs.paths import check_name
 from lora_trainer.jobs.publishing import publish
 from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import TrainCommands
+from lora_trainer.workspace.paths import check_name
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host

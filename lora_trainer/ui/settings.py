@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora_trainer.host.settings import FOLDERS_OPTION
 from lora_trainer.jobs.execution import HOLD_OPTION, WAIT_OPTION
-from lora_trainer.jobs.presets import PRESETS
+from lora_trainer.planning.presets import PRESETS
 
 # These three are read by the page: javascript/lora_trainer_main.js, _form.js and _live.js.
 KIND_OPTION = "lora_trainer_kind"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lora_trainer.jobs.presets import PRESETS
+from lora_trainer.planning.presets import PRESETS
 from lora_trainer.ui.form import advanced, field, suited_to_this_machine
 from lora_trainer.ui.markup import Markup, button, tag
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from lora_trainer.api import PREFIX
 from lora_trainer.host.base import AccessPolicy
-from tests.jobs.evil import EVIL_PATHS
 from tests.jobs.fakes import make_pictures, wait_for
+from tests.workspace.evil import EVIL_PATHS
 
 
 @pytest.fixture

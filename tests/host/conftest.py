@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_trainer.host.a1111 import A1111Host
+from lora_trainer.host.a1111.host import A1111Host
 from lora_trainer.host.base import LenderOptions
-from lora_trainer.host.forge import ForgeHost
+from lora_trainer.host.forge.host import ForgeHost
 from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.models.checkpoint import FileLender
-from tests.host.fake_a1111 import FakeA1111
-from tests.host.fake_forge import FakeForge
+from tests.host.a1111.fake import FakeA1111
+from tests.host.forge.fake import FakeForge
 from tests.tiny import tiny_sd1, tiny_sdxl
 
 OPTIONS = LenderOptions()

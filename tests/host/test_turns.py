@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_trainer.host.turns import Turns, rng_kept
-from tests.host.fake_a1111 import QueueLock
+from tests.host.a1111.fake import QueueLock
 
 
 @pytest.fixture

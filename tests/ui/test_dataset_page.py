@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("playwright.sync_api")
 
 from lora_trainer.errors import UserError
-from lora_trainer.jobs.desk import desk_of
+from lora_trainer.workspace.sessions import desk_of
 
 PICTURES = 60
 

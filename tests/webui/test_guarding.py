@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.evil import EVIL_PATHS
 from tests.webui.server import Server
+from tests.workspace.evil import EVIL_PATHS
 
 PREFIX = "/lora-trainer/v1"
 SECRET = "the secret of this computer"

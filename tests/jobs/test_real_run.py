@@ -200,7 +200,7 @@ import os, signal, sys
 from pathlib import Path
 from lora_trainer.jobs import reporting
 from lora_trainer.jobs.worker import JobManager
-from tests.jobs.test_job_real_run import RealHost
+from tests.jobs.test_real_run import RealHost
 import json
 root, base, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 host = RealHost(Path(root))

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_trainer.host.residence import Residence
+from lora_trainer.host.a1111.residence import Residence
+from tests.host.a1111.fake import named
 from tests.host.conftest import OPTIONS, sha, storages
-from tests.host.fake_a1111 import named
 from tests.host.test_contract import answer
 
 

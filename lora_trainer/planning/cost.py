@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.config import TrainConfig, parse_resolution
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import ACTIVE, Job
-from lora_trainer.jobs.memory import kept_for_later, memory_in_use
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import stored_config
+from lora_trainer.planning.memory import kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ import torch
 
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
-from lora_trainer.jobs import cost
-from lora_trainer.jobs.estimate import estimate
 from lora_trainer.models.detect import detect
+from lora_trainer.planning import cost
+from lora_trainer.planning.estimate import estimate
 from lora_trainer.training import throughput
 from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.host.base import AccessPolicy
-from lora_trainer.jobs.paths import allowed, confine_config, confined, redact
-from tests.jobs.evil import EVIL_PATHS
+from lora_trainer.workspace.paths import allowed, confine_config, confined, redact
+from tests.workspace.evil import EVIL_PATHS
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path, safe_name_problem
-from lora_trainer.jobs.paths import check_name, confined
+from lora_trainer.workspace.paths import check_name, confined
 
 if TYPE_CHECKING:
     from lora_trainer.dataset.thumbnails import ThumbnailCache
@@ -134,7 +134,7 @@ class DatasetLibrary:
             UserError: naming the file: too large, not a picture, or not a name.
         """
         from lora_trainer.dataset.listing import is_picture
-        from lora_trainer.jobs.measured import measure
+        from lora_trainer.planning.measured import measure
 
         root = self.folder(name)
         check_name(file, "pictures")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
-from lora_trainer.jobs.gallery import Gallery
 from lora_trainer.jobs.job import Problem
-from lora_trainer.jobs.paths import allowed
+from lora_trainer.workspace.gallery import Gallery
+from lora_trainer.workspace.paths import allowed
 
 if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources

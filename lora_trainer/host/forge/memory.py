@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_trainer.host.forge_loras import holds_loras
+from lora_trainer.host.forge.loras import holds_loras
 
 
 class Residence:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lora_trainer.captioning.base import HostCaptioner
-from lora_trainer.host.a1111_captioning import a1111_captioners
-from lora_trainer.host.a1111_lender import A1111Lender
-from lora_trainer.host.a1111_loras import A1111Loras
+from lora_trainer.host.a1111.captioning import a1111_captioners
+from lora_trainer.host.a1111.lender import A1111Lender
+from lora_trainer.host.a1111.loras import A1111Loras
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.drawing import model_kept
 from lora_trainer.host.webui import WebuiHost

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.jobs.library import DatasetLibrary
-from tests.jobs.evil import EVIL_PATHS
+from lora_trainer.workspace.library import DatasetLibrary
+from tests.workspace.evil import EVIL_PATHS
 
 
 @pytest.fixture

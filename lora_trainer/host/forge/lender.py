@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_trainer.host.forge_loras import holds_loras
-from lora_trainer.host.forge_memory import Residence
-from lora_trainer.host.forge_model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
+from lora_trainer.host.forge.loras import holds_loras
+from lora_trainer.host.forge.memory import Residence
+from lora_trainer.host.forge.model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
 from lora_trainer.host.lending import WebuiLender
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.families.unet.model import DiffusionModel, assemble

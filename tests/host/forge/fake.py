@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.host.fake_a1111 import Info, QueueLock, Wrapper, module_tree
+from tests.host.a1111.fake import Info, QueueLock, Wrapper, module_tree
 
 CPU = torch.device("cpu")
 

@@ -11,10 +11,10 @@ from torch import nn
 from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.drawing import model_kept
-from lora_trainer.host.forge_captioning import forge_captioners
-from lora_trainer.host.forge_lender import ForgeLender
-from lora_trainer.host.forge_loras import ForgeLoras
-from lora_trainer.host.forge_model import patchers
+from lora_trainer.host.forge.captioning import forge_captioners
+from lora_trainer.host.forge.lender import ForgeLender
+from lora_trainer.host.forge.loras import ForgeLoras
+from lora_trainer.host.forge.model import patchers
 from lora_trainer.host.webui import WebuiHost
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import concerning
-from lora_trainer.jobs.captioners import captioner_sources
-from lora_trainer.jobs.cost import cost
 from lora_trainer.jobs.job import Problem
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import check_beginning, check_settings, name_taken
+from lora_trainer.planning.cost import cost
+from lora_trainer.workspace.captioners import captioner_sources
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
@@ -38,7 +38,7 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
     from lora_trainer.dataset.buckets import BatchPlan
     from lora_trainer.dataset.folder import UncaptionedError, scan
     from lora_trainer.jobs.execution import lender_options
-    from lora_trainer.jobs.measured import measure
+    from lora_trainer.planning.measured import measure
     from lora_trainer.run.captioning import training_captioner
 
     config = check_settings(settings, host)

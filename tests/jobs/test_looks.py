@@ -1,4 +1,4 @@
-"""What pages read: the curve, the status, the estimate, the presets."""
+"""What pages read: the curve and the status."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_trainer.captioning.base import HostCaptioner
-from lora_trainer.dataset import images
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.estimate import estimate
 from lora_trainer.jobs.metrics import read_points
-from lora_trainer.jobs.presets import PRESETS, preset
 from lora_trainer.jobs.status import Cursor, look
-from tests.jobs.fakes import make_pictures, wait_for
+from tests.jobs.fakes import wait_for
 
 
 def lines(path, steps, mode="a"):
@@ -126,74 +121,3 @@ def test_an_idle_look_is_cheap_with_five_hundred_jobs(idle):
     for _ in range(50):
         assert look(idle, snapshot.cursor).unchanged
     assert (time.perf_counter() - start) / 50 < 0.005
-
-
-def test_presets_are_the_articles_and_adapt(tmp_path):
-    assert set(PRESETS) == {"style", "character", "scene", "object"}
-    style, character, scene = preset("style"), preset("character"), preset("scene")
-    assert (style["lora_rank"], style["alpha"], style["epochs"], style["batch_size"]) == (8, 16, 10, 4)
-    assert (character["lora_rank"], character["alpha"], character["epochs"]) == (12, 24, 12)
-    assert (scene["lora_rank"], scene["epochs"], scene["gradient_accumulation_steps"]) == (16, 15, 2)
-    few, many = preset("style", 12), preset("style", 200)
-    assert few["dropout"] == 0.1 and few["repeats"] == 8 and "dropout" not in many and many["repeats"] == 1
-    large = preset("scene", 20, "sdxl")
-    assert (large["batch_size"], large["gradient_accumulation_steps"], large["gradient_checkpointing"]) == (1, 8, True)
-    roomy, little, tight = (preset("character", 20, "sd1", free << 30) for free in (16, 6, 2))
-    assert roomy == preset("character", 20, "sd1")
-    assert (little["batch_size"], little["gradient_accumulation_steps"], little["lora_rank"]) == (1, 4, 12)
-    assert (tight["batch_size"], tight["lora_rank"], tight["alpha"]) == (1, 6, 12)
-    assert preset("character", 20, "sdxl", 40 << 30)["batch_size"] == 4
-    with pytest.raises(UserError):
-        preset("nothing")
-
-
-def test_a_picture_is_decoded_once_for_all_estimates(idle, host, tmp_path, settings, monkeypatch):
-    make_pictures(tmp_path / "photos", 3)
-    (tmp_path / "photos" / "broken.png").write_bytes(b"not a picture")
-    looked, look_at = [], images.measure
-    monkeypatch.setattr(images, "measure", lambda path: looked.append(path.name) or look_at(path))
-    options = {**settings, "train_data_dir": str(tmp_path / "photos"), "trigger_word": "zwx"}
-    first = estimate(options, host, idle.store)
-    assert sorted(looked) == ["0000.png", "0001.png", "0002.png", "broken.png"]
-    assert estimate(options, host, idle.store) == first and len(looked) == 4 and len(first["refused"]) == 1
-    (tmp_path / "photos" / "0001.png").write_bytes(b"changed")
-    assert len(estimate(options, host, idle.store)["refused"]) == 2 and len(looked) == 5
-
-
-@pytest.mark.parametrize("kind", PRESETS)
-def test_every_preset_is_a_configuration(idle, settings, kind):
-    assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"
-
-
-def test_the_estimate_of_pictures_without_captions_says_who_writes_them(idle, host, tmp_path, settings):
-    make_pictures(tmp_path / "photos", 4)
-    settings = {**settings, "trigger_word": ""}
-    (tmp_path / "photos" / "0001.txt").unlink()
-    facts = estimate({**settings, "epochs": 2}, host, idle.store)
-    (problem,) = facts["problems"]
-    assert (facts["pictures"], facts["steps"], facts["captioner"]) == (4, 8, None)
-    assert "1 of 4 pictures have no caption" in problem.message and problem.field == "train_data_dir"
-    for path in (tmp_path / "photos").glob("*.txt"):
-        path.unlink()
-    host.captioners = lambda: {"host-blip": HostCaptioner("BLIP", lambda settings: None)}
-    facts = estimate({**settings, "epochs": 2}, host, idle.store)
-    assert (facts["pictures"], facts["steps"], facts["captioner"], facts["problems"]) == (4, 8, "host-blip", [])
-    assert estimate({**settings, "trigger_word": "sks"}, host, idle.store)["captioner"] is None
-    host.captioners = lambda: {"host-blip": HostCaptioner("BLIP", lambda settings: None, "no weights", "fetch them")}
-    assert estimate(settings, host, idle.store)["problems"]
-
-
-def test_the_estimate_counts_pictures_steps_and_buckets(idle, host, tmp_path, settings):
-    make_pictures(tmp_path / "photos", 7)
-    (tmp_path / "photos" / "broken.png").write_bytes(b"not a picture")
-    (tmp_path / "photos" / "broken.txt").write_text("x")
-    options = {**settings, "batch_size": 2, "gradient_accumulation_steps": 3, "epochs": 5, "repeats": 2}
-    facts = estimate(options, host, idle.store)
-    assert (facts["pictures"], facts["steps_per_epoch"], facts["steps"]) == (7, 3, 15)
-    assert [one["file"].endswith("broken.png") for one in facts["refused"]] == [True]
-    assert sum(bucket["count"] for bucket in facts["buckets"]) == 14
-    assert facts["minutes"] is None and facts["resolution"] == "512" and facts["family"] == "sd1"
-    assert estimate({**options, "max_train_steps": 4}, host, idle.store)["steps"] == 4
-    with pytest.raises(UserError) as caught:
-        estimate({**options, "train_data_dir": str(tmp_path / "nowhere")}, host, idle.store)
-    assert caught.value.field == "train_data_dir"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_trainer.host.a1111_model import HostModel
+from lora_trainer.host.a1111.model import HostModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_trainer.host.a1111_loras import A1111Loras
-from lora_trainer.host.a1111_model import HostModel, refuse_unsuitable
+from lora_trainer.host.a1111.loras import A1111Loras
+from lora_trainer.host.a1111.model import HostModel, refuse_unsuitable
+from lora_trainer.host.a1111.residence import CPU, Residence
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.lending import WebuiLender, vae_file
-from lora_trainer.host.residence import CPU, Residence
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import single_file

@@ -1,0 +1,1 @@
+"""What lies in the data folder for people to work on: datasets, folders that are edited, captioners."""

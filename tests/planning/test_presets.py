@@ -1,0 +1,32 @@
+"""Settings to begin with, adapted to the pictures and the memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_trainer.errors import UserError
+from lora_trainer.planning.presets import PRESETS, preset
+
+
+def test_presets_are_the_articles_and_adapt(tmp_path):
+    assert set(PRESETS) == {"style", "character", "scene", "object"}
+    style, character, scene = preset("style"), preset("character"), preset("scene")
+    assert (style["lora_rank"], style["alpha"], style["epochs"], style["batch_size"]) == (8, 16, 10, 4)
+    assert (character["lora_rank"], character["alpha"], character["epochs"]) == (12, 24, 12)
+    assert (scene["lora_rank"], scene["epochs"], scene["gradient_accumulation_steps"]) == (16, 15, 2)
+    few, many = preset("style", 12), preset("style", 200)
+    assert few["dropout"] == 0.1 and few["repeats"] == 8 and "dropout" not in many and many["repeats"] == 1
+    large = preset("scene", 20, "sdxl")
+    assert (large["batch_size"], large["gradient_accumulation_steps"], large["gradient_checkpointing"]) == (1, 8, True)
+    roomy, little, tight = (preset("character", 20, "sd1", free << 30) for free in (16, 6, 2))
+    assert roomy == preset("character", 20, "sd1")
+    assert (little["batch_size"], little["gradient_accumulation_steps"], little["lora_rank"]) == (1, 4, 12)
+    assert (tight["batch_size"], tight["lora_rank"], tight["alpha"]) == (1, 6, 12)
+    assert preset("character", 20, "sdxl", 40 << 30)["batch_size"] == 4
+    with pytest.raises(UserError):
+        preset("nothing")
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+def test_every_preset_is_a_configuration(idle, settings, kind):
+    assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"
