@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.algebra import column_norm, decompose
-from lora_trainer.adapters.autocast import autocast_dtype
 from lora_trainer.adapters.fused import ChangedLayer
+from lora_trainer.devices import autocast_dtype
 
 
 class Target(Protocol):
@@ -50,11 +50,13 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 class Adapter(nn.Module):
-    """The trained change of one frozen layer. Parameters are fp32 on the layer's device, whatever the layer's dtype.
+    """The trained change of one frozen layer. Parameters are fp32, whatever the layer's dtype.
 
     ``forward(x)`` is the adapted layer: it is put in the place of the layer's own forward, which stays reachable as
     ``base``. The layer is no submodule: its weights are not ours to move, save or train.
 
+    device: where the layer computes, and where the parameters lie; by default, where the layer's weight is now. A host
+        may keep weights elsewhere until they are needed.
     multiplier: strength at which the change is applied; 1 in training, and never part of what is saved.
     active: False gives the bare layer.
     """
@@ -72,6 +74,7 @@ class Adapter(nn.Module):
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
         dora: bool = False,
+        device: torch.device | None = None,
     ):
         super().__init__()
         if getattr(layer, "groups", 1) != 1:
@@ -79,6 +82,7 @@ class Adapter(nn.Module):
         object.__setattr__(self, "layer", layer)
         self.base: Callable[[Tensor], Tensor] = layer.forward
         self.name = name
+        self.device = layer.weight.device if device is None else device
         self.rank = rank
         self.alpha = float(alpha)
         self.multiplier = 1.0
@@ -96,12 +100,12 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def parameter(self, value: Tensor) -> nn.Parameter:
-        """``value`` as a trainable fp32 parameter where the layer's weight is."""
-        return nn.Parameter(value.detach().to(self.layer.weight.device, torch.float32, copy=True))
+        """``value`` as a trainable fp32 parameter on ``device``."""
+        return nn.Parameter(value.detach().to(self.device, torch.float32, copy=True))
 
     def base_weight(self) -> Tensor:
-        """The frozen weight in fp32, in the layer's own shape; no copy if it is so already."""
-        return self.layer.weight.detach().float().view(self.shape)
+        """The frozen weight in fp32 on ``device``, in the layer's own shape; no copy if it is so already."""
+        return self.layer.weight.detach().to(self.device, torch.float32).view(self.shape)
 
     @property
     def scale(self) -> float:
@@ -134,7 +138,8 @@ class Adapter(nn.Module):
     def is_neutral(self) -> bool:
         """Whether the adapted layer is still the bare one."""
         if self.dora_scale is not None:
-            return torch.equal(self.merged_weight().to(self.layer.weight.dtype), self.layer.weight.view(self.shape))
+            weight = self.layer.weight.view(self.shape)
+            return torch.equal(self.merged_weight().to(weight.dtype), weight.to(self.device))
         return not bool(self.delta_weight().any())
 
     def keep_mask(self, shape: Sequence[int], probability: float, purpose: str, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from lora_trainer.adapters.autocast import without_autocast
+from lora_trainer.devices import without_autocast
 
 
 class LoraLinear(torch.autograd.Function):

@@ -65,7 +65,6 @@ def init_from(adapters: AdapterSet, lora: LoraFile) -> list[str]:
 
 def _initialize(adapter: Adapter, weights: ModuleWeights) -> bool:
     """Returns whether the change had to be approximated. Raises ValueError when the shapes differ."""
-    device = adapter.layer.weight.device
     weight = adapter.base_weight()
     change = weights.change(weight.cpu())  # checks every shape, DoRA's as well
     approximated = False
@@ -86,7 +85,7 @@ def _initialize(adapter: Adapter, weights: ModuleWeights) -> bool:
         if weights.dora_scale is not None:
             adapter.dora_scale.copy_(weights.dora_scale.view_as(adapter.dora_scale))
         else:  # magnitudes at which the file's change is what it was
-            adapter.dora_scale.copy_(column_norm(weight + change.to(device)))
+            adapter.dora_scale.copy_(column_norm(weight + change.to(weight)))
     elif weights.dora_scale is not None and not isinstance(adapter, LoraAdapter):
         raise UserError("the file is a DoRA.", field="init_lora", remedy="Set dora: true.")
     return approximated

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_trainer.adapters.base import Adapter, Target, seed_from, weight_shape
@@ -37,13 +38,15 @@ class AdapterSet(nn.Module):
             self.add_module(target.kohya_name, adapter)
 
     @classmethod
-    def build(cls, targets: Sequence[Target], config: TrainConfig) -> AdapterSet:
+    def build(cls, targets: Sequence[Target], config: TrainConfig, device: torch.device | None = None) -> AdapterSet:
         """New adapters for the layers that ``choose`` finds among ``targets``; they change nothing yet.
+
+        device: where the model computes; by default, each adapter lies where its layer's weight is.
 
         Initial weights depend on (seed, name of the layer) alone. Raises what ``choose`` raises.
         """
         chosen = choose(targets, config)
-        adapters = [_build_one(target, rank, alpha, config) for target, rank, alpha in chosen]
+        adapters = [_build_one(target, rank, alpha, config, device) for target, rank, alpha in chosen]
         built = cls([target for target, _, _ in chosen], adapters, config.seed)
         for target, adapter in built.items():
             adapter.requires_grad_(_lr_weight(target, config) > 0)
@@ -210,7 +213,7 @@ def _lr_weight(target: Target, config: TrainConfig) -> float:
     return config.block_lr_weights[target.block]
 
 
-def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig) -> Adapter:
+def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig, device: torch.device | None) -> Adapter:
     return _KINDS[config.adapter](
         target.module,
         rank,
@@ -220,6 +223,7 @@ def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig) -> 
         dropout=config.dropout,
         rank_dropout=config.rank_dropout,
         dora=config.dora,
+        device=device,
         **_options(config),
     )
 

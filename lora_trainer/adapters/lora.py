@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_trainer.adapters.algebra import dora_gain, low_rank_delta
-from lora_trainer.adapters.autocast import autocast_dtype
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraLinear
+from lora_trainer.devices import autocast_dtype
 
 
 class LoraAdapter(Adapter):

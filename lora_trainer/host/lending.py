@@ -104,6 +104,9 @@ class WebuiLender(ABC):
             finally:
                 self._leave()
 
+    def make_room(self) -> None:
+        self._webui.devices.torch_gc()
+
     def rest(self) -> AbstractContextManager[None]:
         """Between two turns: the WebUI is its own inside, though the run keeps it otherwise (``hold``)."""
         return self._turns.rest()

@@ -192,6 +192,13 @@ class Lender(Protocol):
         """
         ...
 
+    def make_room(self) -> None:
+        """Memory was short in a turn: whoever else keeps things on the device, the host first, sends them away.
+
+        Called inside a turn. What was sent away comes back when it is needed, or at the end of ``borrow``.
+        """
+        ...
+
     def model_hash(self) -> str | None:
         """SHA-256 of the base checkpoint's file, if there is one."""
         ...

@@ -95,6 +95,9 @@ class FileLender:
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def make_room(self) -> None:
+        """Nobody else's things are on the device."""
+
     def model_hash(self) -> str | None:
         """SHA-256 of the file, read once; None for a folder."""
         if self._hash is None and self.path.is_file():

@@ -136,7 +136,7 @@ def train(
         try:
             with turn():
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
-                adapters = AdapterSet.build(model.lora_targets(), config)
+                adapters = AdapterSet.build(model.lora_targets(), config, model.device)
             if initial:
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)

@@ -19,6 +19,7 @@ from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, l
 from lora_trainer.dataset.captions import parse, train_text
 from lora_trainer.dataset.images import load_item, load_mask
 from lora_trainer.dataset.samples import Dataset, Item
+from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import LentModel, Prompts
@@ -62,15 +63,6 @@ class Batch:
             to_device(self.mask, device),
             to_device(self.weights, device),
         )
-
-
-def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """Copy without making the CPU wait for the GPU (which takes pinned memory)."""
-    if tensor is None or device.type == "cpu":
-        return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:

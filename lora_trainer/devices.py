@@ -1,4 +1,4 @@
-"""Autocast, as every release of torch has it."""
+"""Devices and autocast, as every release of torch has them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """The device with its index: "cuda" becomes the current one, "cuda:0" say.
+
+    To be called where a device enters the program. torch 2.1 to 2.3 ask for the index in ``torch.cuda.mem_get_info``
+    and others, and ``torch.device("cuda")`` does not equal the device of a tensor that lies there.
+    """
+    device = torch.device(device)
+    if device.index is not None or device.type == "cpu":
+        return device
+    return torch.empty(0, device=device).device
+
+
+def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Copy without making the CPU wait for the GPU (which takes pinned memory)."""
+    if tensor is None or device.type == "cpu":
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
