@@ -41,31 +41,40 @@ SDXL_FULL = {
 }
 
 
-def tiny_sd1(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, **sizes) -> Path:
+def tiny_sd1(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, device="cpu", **sizes
+) -> Path:
     """Write an SD 1.x checkpoint (20 MB in fp32, 0.2 s) and return its path.
 
+    device: where the weights are drawn; a GPU draws those of a full-size model in seconds, and draws others.
     sizes: any of the keys of ``SD1``: channels, mult, depths, layers, text ((width, layers),), vae_channels.
     """
-    return _write(path, sd1_shapes(**{**SD1, **sizes}), seed, dtype, metadata)
+    return _write(path, sd1_shapes(**{**SD1, **sizes}), seed, dtype, metadata, device)
 
 
-def tiny_sd2(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, **sizes) -> Path:
+def tiny_sd2(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, device="cpu", **sizes
+) -> Path:
     """The same for SD 2.x: an open_clip text encoder, linear projections in the UNet's transformers."""
-    return _write(path, sd2_shapes(**{**SD2, **sizes}), seed, dtype, metadata)
+    return _write(path, sd2_shapes(**{**SD2, **sizes}), seed, dtype, metadata, device)
 
 
-def tiny_sdxl(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, **sizes) -> Path:
+def tiny_sdxl(
+    path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, metadata=None, device="cpu", **sizes
+) -> Path:
     """The same for SDXL (48 MB in fp32; 722 UNet layers as the real one)."""
-    return _write(path, sdxl_shapes(**{**SDXL, **sizes}), seed, dtype, metadata)
+    return _write(path, sdxl_shapes(**{**SDXL, **sizes}), seed, dtype, metadata, device)
 
 
-def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_tensors(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Weights that keep activations of order one; each tensor depends on (seed, its name) only."""
     tensors = {}
     for name, shape in shapes.items():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        value = torch.randn(shape, generator=generator)
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+        value = torch.randn(shape, generator=generator, device=device)
         if "embedding" in name:
             value *= 0.5
         elif len(shape) > 1:
@@ -281,8 +290,8 @@ def open_clip_shapes(prefix: str, width: int, layers: int) -> Shapes:
     return shapes
 
 
-def _write(path: Path, shapes: Shapes, seed: int, dtype: torch.dtype, metadata: dict[str, str] | None) -> Path:
+def _write(path: Path, shapes: Shapes, seed: int, dtype: torch.dtype, metadata, device: torch.device | str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(random_tensors(shapes, seed, dtype), str(path), metadata=metadata)
+    save_file(random_tensors(shapes, seed, dtype, device), str(path), metadata=metadata)
     return path
