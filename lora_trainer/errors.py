@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class UserError(Exception):
@@ -34,6 +35,28 @@ class ConfigError(UserError):
             lines = "\n".join(f"  - {problem}" for problem in problems)
             super().__init__(f"{len(problems)} settings need attention:\n{lines}")
         self.problems = problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something a person should read: why a job failed, or what went less well. As in ``UserError``."""
+
+    message: str
+    field: str | None = None
+    remedy: str | None = None
+
+    @classmethod
+    def of(cls, error: UserError) -> Problem:
+        return cls(error.message, error.field, error.remedy)
+
+    def to_dict(self) -> dict[str, str | None]:
+        return {"message": self.message, "field": self.field, "remedy": self.remedy}
+
+
+def problems_of(error: UserError) -> list[Problem]:
+    """Each problem of ``error`` by itself, so that the tab can put it beside its field."""
+    problems = error.problems if isinstance(error, ConfigError) else [error]
+    return [Problem.of(problem) for problem in problems]
 
 
 @contextmanager

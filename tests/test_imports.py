@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "run": LEAVES | {"dataset", "adapters", "models", "captioning", "training"},
     "host": LEAVES | {"models", "adapters", "captioning", "training", "run"},
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
-    "planning": LEAVES | {"dataset", "adapters", "models", "training", "run", "host", "jobs", "workspace"},
-    "workspace": LEAVES | {"dataset", "captioning", "run", "host", "jobs", "planning"},
-    "jobs": LEAVES | {"dataset", "training", "models", "host", "run", "adapters", "planning", "workspace"},
+    "planning": LEAVES | {"dataset", "captioning", "adapters", "models", "training", "run", "host"},
+    "workspace": LEAVES | {"dataset", "captioning", "run", "host", "planning"},
+    "jobs": LEAVES | {"dataset", "adapters", "models", "training", "run", "host", "planning", "workspace"},
 }
 # cli, api and ui are the outside: they may know everything but each other.
 OUTSIDE = {"cli", "api", "ui"}

@@ -13,9 +13,9 @@ from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
+from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.submitting import read_settings
-from lora_trainer.planning.estimate import estimate
 from lora_trainer.planning.memory import free_memory
 from lora_trainer.planning.presets import PRESETS, preset
 
@@ -67,7 +67,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/estimate", response_model=schemas.EstimateModel)
     def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:
         """Pictures accepted and refused, buckets, steps, minutes and memory of a run with these settings."""
-        facts = estimate(new.given(), context.host, context.manager.store)
+        facts = estimate_job(new.given(), context.host, context.manager.store)
         facts["refused"] = [
             {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
         ]

@@ -6,7 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lora_trainer.jobs.job import Event, Job, Problem
+from lora_trainer.errors import Problem
+from lora_trainer.jobs.job import Event, Job
 from lora_trainer.workspace.library import DatasetLibrary
 from lora_trainer.workspace.paths import redact
 

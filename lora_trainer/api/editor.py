@@ -16,7 +16,7 @@ from lora_trainer.api.route import guarded
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.gallery import Filter
 from lora_trainer.workspace.paths import confined
-from lora_trainer.workspace.sessions import Bench, Desk, Task, desk_of
+from lora_trainer.workspace.sessions import EditorSession, EditorSessions, Task
 
 PAGE = 200
 """Pictures that an answer holds at most."""
@@ -24,23 +24,23 @@ PAGE = 200
 
 def routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: editor"])
-    desk = desk_of(context.manager)
+    sessions = context.manager.sessions
     views = Views(context)
 
     @router.post("/editor", response_model=schemas.EditorModel)
     def open_folder(new: schemas.OpenModel) -> dict[str, Any]:
         """Open a folder, or find it with everything that is not saved yet."""
-        return views.state(desk.open(new.folder, new.metadata_path or None, new.trigger_word.strip()))
+        return views.state(sessions.open(new.folder, new.metadata_path or None, new.trigger_word.strip()))
 
     @router.get("/editor/{session}", response_model=schemas.EditorModel)
     def get_state(session: str) -> dict[str, Any]:
         """Where the session stands, with the progress of its task."""
-        return views.state(desk.get(session))
+        return views.state(sessions.get(session))
 
     @router.post("/editor/{session}/close", response_model=schemas.FilesModel)
     def close(session: str, discard: bool = False) -> dict[str, Any]:
         """Forget the session; ``discard=true`` with what is unsaved."""
-        desk.close(session, discard=discard)
+        sessions.close(session, discard=discard)
         return {"files": []}
 
     @router.post("/editor/{session}/pictures", response_model=schemas.PageModel)
@@ -51,55 +51,55 @@ def routes(context: Context) -> APIRouter:
         limit: int = Query(50, ge=1, le=PAGE),
     ) -> dict[str, Any]:
         """A page of the pictures that pass the filter, in order of their names."""
-        bench = desk.get(session)
-        keys = bench.gallery.keys(_filter(wanted), bench.problems())
-        rows = views.rows(bench, keys[offset : offset + limit])
-        return {"total": len(keys), "offset": offset, "rows": rows, "state": views.state(bench)}
+        editor = sessions.get(session)
+        keys = editor.gallery.keys(_filter(wanted), editor.problems())
+        rows = views.rows(editor, keys[offset : offset + limit])
+        return {"total": len(keys), "offset": offset, "rows": rows, "state": views.state(editor)}
 
     @router.post("/editor/{session}/keys", response_model=schemas.FilesModel)
     def keys(session: str, wanted: schemas.FilterModel) -> dict[str, Any]:
         """The names of all pictures that pass the filter."""
-        bench = desk.get(session)
-        return {"files": bench.gallery.keys(_filter(wanted), bench.problems())}
+        editor = sessions.get(session)
+        return {"files": editor.gallery.keys(_filter(wanted), editor.problems())}
 
     @router.get("/editor/{session}/thumbnails/{file:path}", response_class=FileResponse)
     def thumbnail(session: str, file: str) -> FileResponse:
         """The picture, turned and cropped as it is now, as a JPEG of at most 256 pixels a side."""
-        bench = desk.get(session)
-        path = _picture(bench, file)
-        return send(context.library.thumbnails.get(path, bench.session.pictures[file]))
+        editor = sessions.get(session)
+        path = _picture(editor, file)
+        return send(context.library.thumbnails.get(path, editor.session.pictures[file]))
 
     @router.get("/editor/{session}/pictures/{file:path}", response_class=FileResponse)
     def image(session: str, file: str) -> FileResponse:
         """The picture's own file."""
-        return send(_picture(desk.get(session), file))
+        return send(_picture(sessions.get(session), file))
 
     @router.post("/editor/{session}/edit", response_model=schemas.ChangedModel)
     def edit(session: str, change: schemas.EditModel) -> dict[str, Any]:
         """Change captions of one or many pictures as one step."""
         from lora_trainer.dataset.edits import Edit
 
-        bench = _free(desk.get(session))
+        editor = _free(sessions.get(session))
         if change.files is None and change.filter is None:
             raise UserError("No picture is named.", field="files", remedy="Send files or a filter.")
         keys = change.files
         if keys is None:
-            keys = bench.gallery.keys(_filter(change.filter), bench.problems())
+            keys = editor.gallery.keys(_filter(change.filter), editor.problems())
         wish = Edit(
             change.kind, change.value, tuple(change.tags), change.place, change.pattern, change.ignore_case  # type: ignore[arg-type]
         )
-        return views.changed(bench, bench.session.edit(wish, keys))
+        return views.changed(editor, editor.session.edit(wish, keys))
 
     @router.post("/editor/{session}/captions", response_model=schemas.ChangedModel)
     def set_captions(session: str, new: schemas.SetModel) -> dict[str, Any]:
         """Give pictures these captions as one step."""
-        bench = _free(desk.get(session))
-        return views.changed(bench, bench.session.set_captions(new.captions))
+        editor = _free(sessions.get(session))
+        return views.changed(editor, editor.session.set_captions(new.captions))
 
     @router.post("/editor/{session}/pictures/edit", response_model=schemas.ChangedModel)
     def edit_pictures(session: str, change: schemas.PicturesEditModel) -> dict[str, Any]:
         """Exclude, turn or crop pictures as one step; their files stay as they are."""
-        bench = _free(desk.get(session))
+        editor = _free(sessions.get(session))
         values: dict[str, Any] = {}
         if change.excluded is not None:
             values["excluded"] = change.excluded
@@ -111,63 +111,63 @@ def routes(context: Context) -> APIRouter:
             values["crop"] = tuple(change.crop)
         elif change.clear_crop:
             values["crop"] = None
-        known = bench.session.pictures
+        known = editor.session.pictures
         unknown = next((key for key in change.files if key not in known), None)
         if unknown is not None:
             raise UserError(f"There is no picture {unknown!r} here.", field="files", remedy="Reload the folder.")
         edits = {key: dataclasses.replace(known[key], **values) for key in change.files}
         label = " and ".join(values) or "pictures"
-        return views.changed(bench, bench.session.edit_pictures(edits, label))
+        return views.changed(editor, editor.session.edit_pictures(edits, label))
 
     @router.post("/editor/{session}/undo", response_model=schemas.ChangedModel)
     def undo(session: str) -> dict[str, Any]:
-        bench = _free(desk.get(session))
-        return views.changed(bench, bench.session.undo())
+        editor = _free(sessions.get(session))
+        return views.changed(editor, editor.session.undo())
 
     @router.post("/editor/{session}/redo", response_model=schemas.ChangedModel)
     def redo(session: str) -> dict[str, Any]:
-        bench = _free(desk.get(session))
-        return views.changed(bench, bench.session.redo())
+        editor = _free(sessions.get(session))
+        return views.changed(editor, editor.session.redo())
 
     @router.post("/editor/{session}/save", response_model=schemas.SavedModel)
     def save(session: str, wish: schemas.SaveModel) -> dict[str, Any]:
         """Write what is unsaved. A caption that somebody else changed meanwhile is told as a conflict."""
         from lora_trainer.dataset.writing import ConflictError
 
-        bench = _free(desk.get(session))
+        editor = _free(sessions.get(session))
         try:
-            written = bench.session.save(force=wish.force)
+            written = editor.session.save(force=wish.force)
         except ConflictError as error:
             conflicts = [
-                {"file": key, "yours": context.plain(bench.session.captions[key]), "theirs": context.plain(text)}
+                {"file": key, "yours": context.plain(editor.session.captions[key]), "theirs": context.plain(text)}
                 for key, text in sorted(error.current.items())
             ]
-            return {"saved": False, "conflicts": conflicts, "state": views.state(bench)}
-        return {"saved": True, "files": len(written.files), "backup": written.backup, "state": views.state(bench)}
+            return {"saved": False, "conflicts": conflicts, "state": views.state(editor)}
+        return {"saved": True, "files": len(written.files), "backup": written.backup, "state": views.state(editor)}
 
     @router.post("/editor/{session}/theirs", response_model=schemas.ChangedModel)
     def take_theirs(session: str, wish: schemas.FilesModel) -> dict[str, Any]:
         """End a conflict: these captions become what is in the files."""
-        bench = _free(desk.get(session))
-        return views.changed(bench, bench.session.take_theirs(wish.files))
+        editor = _free(sessions.get(session))
+        return views.changed(editor, editor.session.take_theirs(wish.files))
 
     @router.post("/editor/{session}/discard", response_model=schemas.EditorModel)
     def discard(session: str) -> dict[str, Any]:
         """Forget everything unsaved and read the files again."""
-        bench = _free(desk.get(session))
-        bench.session.discard()
-        return views.state(bench)
+        editor = _free(sessions.get(session))
+        editor.session.discard()
+        return views.state(editor)
 
     @router.post("/editor/{session}/refresh", response_model=schemas.SavedModel)
     def refresh(session: str) -> dict[str, Any]:
         """Take over what changed in the files; tells conflicts with what is unsaved."""
-        bench = _free(desk.get(session))
-        conflict = bench.session.refresh()
+        editor = _free(sessions.get(session))
+        conflict = editor.session.refresh()
         rows = [
-            {"file": key, "yours": context.plain(bench.session.captions[key]), "theirs": context.plain(text)}
+            {"file": key, "yours": context.plain(editor.session.captions[key]), "theirs": context.plain(text)}
             for key, text in sorted(conflict.current.items() if conflict else ())
         ]
-        return {"saved": False, "conflicts": rows, "state": views.state(bench)}
+        return {"saved": False, "conflicts": rows, "state": views.state(editor)}
 
     return router
 
@@ -178,11 +178,11 @@ class Views:
     def __init__(self, context: Context):
         self._context = context
 
-    def state(self, bench: Bench) -> dict[str, Any]:
-        session = bench.session
+    def state(self, editor: EditorSession) -> dict[str, Any]:
+        session = editor.session
         with session.lock:
             return {
-                "id": bench.id,
+                "id": editor.id,
                 "name": self._context.place(str(session.root)),
                 "pictures": len(session.paths),
                 "captioned": sum(bool(text) for text in session.captions.values()),
@@ -191,11 +191,11 @@ class Views:
                 "unsaved": len(session.unsaved),
                 "undo": session.undo_label,
                 "redo": session.redo_label,
-                "trigger_word": bench.trigger_word,
+                "trigger_word": editor.trigger_word,
                 "caption_problems": [self._context.plain(str(one)) for one in session.problems[:PAGE]],
-                "task": self.task(bench.task),
-                "has_report": bench.report is not None,
-                "report_stale": bench.report is not None and bench.report_revision != session.revision,
+                "task": self.task(editor.task),
+                "has_report": editor.report is not None,
+                "report_stale": editor.report is not None and editor.report_revision != session.revision,
             }
 
     def task(self, task: Task | None) -> dict[str, Any] | None:
@@ -211,8 +211,8 @@ class Views:
             "result": task.result,
         }
 
-    def rows(self, bench: Bench, keys: Iterable[str]) -> list[dict[str, Any]]:
-        session, problems = bench.session, bench.problems()
+    def rows(self, editor: EditorSession, keys: Iterable[str]) -> list[dict[str, Any]]:
+        session, problems = editor.session, editor.problems()
         rows = []
         with session.lock:
             unsaved = set(session.unsaved)
@@ -227,30 +227,30 @@ class Views:
                         "rotate": edit.rotate,
                         "crop": list(edit.crop) if edit.crop else None,
                         "problems": sorted(problems.get(key, ())),
-                        "version": _version(bench, key),
+                        "version": _version(editor, key),
                     }
                 )
         return rows
 
-    def changed(self, bench: Bench, step: Any) -> dict[str, Any]:
-        rows = self.rows(bench, step.keys[:PAGE])
-        return {"changed": len(step.keys), "label": step.label, "rows": rows, "state": self.state(bench)}
+    def changed(self, editor: EditorSession, step: Any) -> dict[str, Any]:
+        rows = self.rows(editor, step.keys[:PAGE])
+        return {"changed": len(step.keys), "label": step.label, "rows": rows, "state": self.state(editor)}
 
 
-def _version(bench: Bench, key: str) -> str:
+def _version(editor: EditorSession, key: str) -> str:
     """Changes with the picture and its edit, for the browser's cache."""
     try:
-        changed = bench.session.paths[key].stat().st_mtime_ns
+        changed = editor.session.paths[key].stat().st_mtime_ns
     except OSError:
         changed = 0
-    edit = bench.session.pictures[key]
+    edit = editor.session.pictures[key]
     crop = "-".join(f"{share:g}" for share in edit.crop or ())
     return f"{changed:x}-{edit.rotate}-{crop}"
 
 
-def _picture(bench: Bench, file: str) -> Any:
-    path = confined(bench.session.root, file)
-    if file not in bench.session.paths or not path.is_file():
+def _picture(editor: EditorSession, file: str) -> Any:
+    path = confined(editor.session.root, file)
+    if file not in editor.session.paths or not path.is_file():
         raise UserError(f"There is no picture {file!r} here.", remedy="Reload the folder.")
     return path
 
@@ -263,12 +263,12 @@ def _filter(wanted: schemas.FilterModel | None) -> Filter:
     )
 
 
-def _free(bench: Bench) -> Bench:
+def _free(editor: EditorSession) -> EditorSession:
     """Captions are not edited while a captioner writes them."""
-    if bench.busy and bench.task is not None and bench.task.kind == "caption":
+    if editor.busy and editor.task is not None and editor.task.kind == "caption":
         raise UserError("The captioner is at work in this folder.", remedy="Wait for it, or cancel it.")
-    return bench
+    return editor
 
 
-def free_bench(desk: Desk, session: str) -> Bench:
-    return _free(desk.get(session))
+def free_session(sessions: EditorSessions, session: str) -> EditorSession:
+    return _free(sessions.get(session))

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Query
 
 from lora_trainer.api import editor_schemas as schemas
 from lora_trainer.api.context import Context
-from lora_trainer.api.editor import PAGE, Views, free_bench
+from lora_trainer.api.editor import PAGE, Views, free_session
 from lora_trainer.api.route import guarded
 from lora_trainer.config import parse_resolution
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.captioners import captioner_sources
-from lora_trainer.workspace.sessions import Bench, desk_of
+from lora_trainer.workspace.sessions import EditorSession
 
 _CHUNK = 75
 _MAX_TEXT = 20_000
@@ -22,34 +22,34 @@ _MAX_TEXT = 20_000
 
 def routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: editor"])
-    desk = desk_of(context.manager)
+    sessions = context.manager.sessions
     views = Views(context)
 
     @router.get("/editor/{session}/tags", response_model=schemas.TagsModel)
     def tags(session: str, limit: int = Query(500, ge=1, le=5000)) -> dict[str, Any]:
         """Frequencies of the captions as they are now, suggestions and near-synonyms."""
-        bench = desk.get(session)
-        return bench.derived(f"tags {limit}", lambda: _tags(bench, limit))
+        editor = sessions.get(session)
+        return editor.derived(f"tags {limit}", lambda: _tags(editor, limit))
 
     @router.post("/editor/{session}/check", response_model=schemas.EditorModel, status_code=202)
     def check(session: str, wish: schemas.CheckModel) -> dict[str, Any]:
         """Check every picture and caption in the background."""
-        bench = desk.get(session)
+        editor = sessions.get(session)
         size = parse_resolution(wish.resolution)
         if not isinstance(size, tuple):
             raise UserError(f"{wish.resolution!r} is no size.", field="resolution", remedy="Write 512 or 768x512.")
-        bench.trigger_word = wish.trigger_word.strip() or bench.trigger_word
-        desk.check(bench, size)
-        return views.state(bench)
+        editor.trigger_word = wish.trigger_word.strip() or editor.trigger_word
+        sessions.check(editor, size)
+        return views.state(editor)
 
     @router.get("/editor/{session}/report", response_model=schemas.ReportModel)
     def report(session: str) -> dict[str, Any]:
         """What the last check found, each finding with what can be done about it."""
-        bench = desk.get(session)
-        found = _report(bench)
+        editor = sessions.get(session)
+        found = _report(editor)
         facts = found.to_json()
         facts["findings"] = [_finding(context, index, one) for index, one in enumerate(found.findings)]
-        facts["stale"] = bench.report_revision != bench.session.revision
+        facts["stale"] = editor.report_revision != editor.session.revision
         return facts
 
     @router.post("/editor/{session}/fix", response_model=schemas.ChangedModel)
@@ -58,15 +58,15 @@ def routes(context: Context) -> APIRouter:
         from lora_trainer.dataset.editing import Step
         from lora_trainer.dataset.fixes import apply_fix, apply_safe_fixes
 
-        bench = free_bench(desk, session)
-        findings = _report(bench).findings
+        editor = free_session(sessions, session)
+        findings = _report(editor).findings
         if wish.all_safe:
-            steps = apply_safe_fixes(bench.session, findings)
+            steps = apply_safe_fixes(editor.session, findings)
             keys = dict.fromkeys(key for step in steps for key in step.keys)
-            return views.changed(bench, Step(f"{len(steps)} fixes", captions=dict.fromkeys(keys, ("", ""))))
+            return views.changed(editor, Step(f"{len(steps)} fixes", captions=dict.fromkeys(keys, ("", ""))))
         if wish.index is None or not 0 <= wish.index < len(findings):
             raise UserError("There is no such finding.", field="index", remedy="Load the report again.")
-        return views.changed(bench, apply_fix(bench.session, findings[wish.index], wish.name))
+        return views.changed(editor, apply_fix(editor.session, findings[wish.index], wish.name))
 
     @router.post("/editor/{session}/caption", response_model=schemas.EditorModel, status_code=202)
     def caption(session: str, wish: schemas.CaptionModel) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def routes(context: Context) -> APIRouter:
         from lora_trainer.captioning.registry import check_available, choose
         from lora_trainer.run.captioning import CaptionJob
 
-        bench = desk.get(session)
+        editor = sessions.get(session)
         if not 1 <= wish.batch_size <= 256:
             raise UserError("Use 1 to 256 pictures at once.", field="batch_size", remedy="8 is usual.")
         sources = captioner_sources(context.host)
@@ -93,22 +93,22 @@ def routes(context: Context) -> APIRouter:
         )
         device = str(context.host.device())
         settings = Settings(device, wish.threshold, wish.character_threshold)
-        desk.caption(
-            bench,
+        sessions.caption(
+            editor,
             lambda known: CaptionJob(
                 known.folder, name, wish.mode, options, settings, wish.batch_size, wish.files  # type: ignore[arg-type]
             ),
             sources,
         )
-        return views.state(bench)
+        return views.state(editor)
 
     @router.post("/editor/{session}/cancel", response_model=schemas.EditorModel)
     def cancel(session: str) -> dict[str, Any]:
         """Cancel the folder's task; what it has written stays."""
-        bench = desk.get(session)
-        if bench.task is not None:
-            bench.task.cancel()
-        return views.state(bench)
+        editor = sessions.get(session)
+        if editor.task is not None:
+            editor.task.cancel()
+        return views.state(editor)
 
     @router.get("/captioners", response_model=schemas.CaptionersModel)
     def captioners() -> dict[str, Any]:
@@ -139,15 +139,15 @@ def routes(context: Context) -> APIRouter:
         """Write all saved captions in another format into the folder, beside what is there."""
         from lora_trainer.dataset.exporting import export_captions
 
-        bench = free_bench(desk, session)
-        _refuse_unsaved(bench)
-        exported = export_captions(bench.session.folder, wish.format)
-        bench.session.refresh()
+        editor = free_session(sessions, session)
+        _refuse_unsaved(editor)
+        exported = export_captions(editor.session.folder, wish.format)
+        editor.session.refresh()
         return {
             "files": len(exported.written.files),
             "backup": exported.written.backup,
             "note": exported.note,
-            "state": views.state(bench),
+            "state": views.state(editor),
         }
 
     @router.get("/editor/{session}/backups", response_model=schemas.BackupsModel)
@@ -155,7 +155,7 @@ def routes(context: Context) -> APIRouter:
         """The numbered backups of the folder's caption files, the newest first."""
         from lora_trainer.dataset.backups import list_backups
 
-        found = list_backups(desk.get(session).session.root)[:PAGE]
+        found = list_backups(sessions.get(session).session.root)[:PAGE]
         return {"backups": [{"number": one.number, "time": one.time, "files": list(one.files[:20])} for one in found]}
 
     @router.post("/editor/{session}/restore", response_model=schemas.EditorModel)
@@ -163,19 +163,19 @@ def routes(context: Context) -> APIRouter:
         """Put a backup's files back; what they replace is backed up first."""
         from lora_trainer.dataset.backups import restore_backup
 
-        bench = free_bench(desk, session)
-        _refuse_unsaved(bench)
-        restore_backup(bench.session.root, wish.number)
-        bench.session.refresh()
-        return views.state(bench)
+        editor = free_session(sessions, session)
+        _refuse_unsaved(editor)
+        restore_backup(editor.session.root, wish.number)
+        editor.session.refresh()
+        return views.state(editor)
 
     return router
 
 
-def _tags(bench: Bench, limit: int) -> dict[str, Any]:
+def _tags(editor: EditorSession, limit: int) -> dict[str, Any]:
     from lora_trainer.dataset.tags import near_synonyms, suggestions, tag_table
 
-    session = bench.session
+    session = editor.session
     captions = {key: session.parsed(key) for key, text in session.captions.items() if text}
     table = tag_table(captions)
     return {
@@ -190,10 +190,10 @@ def _tags(bench: Bench, limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _report(bench: Bench) -> Any:
-    if bench.report is None:
+def _report(editor: EditorSession) -> Any:
+    if editor.report is None:
         raise UserError("This folder has not been checked yet.", remedy="Check it first.")
-    return bench.report
+    return editor.report
 
 
 def _finding(context: Context, index: int, finding: Any) -> dict[str, Any]:
@@ -236,6 +236,6 @@ def _preview(wish: schemas.PreviewModel) -> dict[str, Any]:
     }
 
 
-def _refuse_unsaved(bench: Bench) -> None:
-    if count := len(bench.session.unsaved):
+def _refuse_unsaved(editor: EditorSession) -> None:
+    if count := len(editor.session.unsaved):
         raise UserError(f"{count} changes are not saved.", remedy="Save or discard them first.")

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 
 from lora_trainer.api.access import RefusedError, check_caller, check_origin
 from lora_trainer.api.context import Context
-from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.errors import ConfigError, Problem, UserError, problems_of
 from lora_trainer.files import disk_is_full
-from lora_trainer.jobs.job import Problem, UnknownJobError, full_disk, problems_of
+from lora_trainer.jobs.job import UnknownJobError, full_disk
 from lora_trainer.workspace.sessions import UnknownSessionError
 
 MAX_BODY = 4 << 20

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
-from lora_trainer.errors import UserError, concerning
+from lora_trainer.errors import Problem, UserError, concerning
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import Job, Problem, full_disk
+from lora_trainer.jobs.job import Job, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.errors import Problem, UserError
 
 WAITING_TO_START = ("queued",)
 ACTIVE = ("running", "paused", "waiting", "stopping")
@@ -21,32 +21,10 @@ class UnknownJobError(UserError):
         super().__init__(f"There is no job {job_id}.", remedy="It may have been deleted; reload the list.")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something a person should read: why a job failed, or what went less well. As in ``UserError``."""
-
-    message: str
-    field: str | None = None
-    remedy: str | None = None
-
-    @classmethod
-    def of(cls, error: UserError) -> Problem:
-        return cls(error.message, error.field, error.remedy)
-
-    def to_dict(self) -> dict[str, str | None]:
-        return {"message": self.message, "field": self.field, "remedy": self.remedy}
-
-
 def full_disk(folder: Path) -> Problem:
     """What a person reads when there is no room for what the trainer writes."""
     message = f"The disk is full: nothing more can be written to {folder}."
     return Problem(message, remedy="Free some space and try again.")
-
-
-def problems_of(error: UserError) -> list[Problem]:
-    """Each problem of ``error`` by itself, so that the tab can put it beside its field."""
-    problems = error.problems if isinstance(error, ConfigError) else [error]
-    return [Problem.of(problem) for problem in problems]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.jobs.job import Problem
+from lora_trainer.errors import Problem
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.planning.memory import memory_in_use
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks

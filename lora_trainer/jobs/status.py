@@ -6,7 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from lora_trainer.jobs.job import Event, Job, Problem, UnknownJobError
+from lora_trainer.errors import Problem
+from lora_trainer.jobs.job import Event, Job, UnknownJobError
 from lora_trainer.jobs.metrics import Points, has_grown, read_points
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.worker import JobManager

@@ -13,8 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.job import Event, Job, Problem, UnknownJobError
+from lora_trainer.errors import Problem, UserError
+from lora_trainer.jobs.job import Event, Job, UnknownJobError
 from lora_trainer.jobs.migrations import MIGRATIONS, migrate
 
 _COLUMNS = tuple(field.name for field in fields(Job))

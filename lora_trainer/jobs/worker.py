@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
-from lora_trainer.errors import UserError
+from lora_trainer.errors import Problem, UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
 from lora_trainer.jobs.execution import execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import ACTIVE, Job, Problem, UnknownJobError, full_disk
+from lora_trainer.jobs.job import ACTIVE, Job, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
 from lora_trainer.jobs.publishing import publish
 from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.workspace.paths import check_name
+from lora_trainer.workspace.sessions import EditorSessions
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
@@ -68,6 +69,7 @@ class JobManager:
         self.folders = JobFolders(Path(data_dir or host.folders().data))
         self.store = JobStore(self.folders.data / "jobs.sqlite")
         self.lease = WorkerLease(self.folders.data / "worker.lock")
+        self.sessions = EditorSessions(self.folders.data, lambda: self.host)
         self._train = train
         self._lock = threading.RLock()
         self._naming = threading.RLock()  # a name that was found free is so until the job has it

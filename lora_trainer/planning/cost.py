@@ -1,4 +1,4 @@
-"""Minutes and memory of a run, told before it starts: as a comparable job took them, else by a forecast."""
+"""Minutes and memory of a run before it starts: measured in a comparable run, else forecast."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import hashlib
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_trainer.config import TrainConfig, parse_resolution
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.job import ACTIVE, Job
-from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import stored_config
 from lora_trainer.planning.memory import kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
@@ -27,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RECENT = 50  # jobs that are looked at for one that is comparable
-_MIN_STEPS = 5  # a shorter run says nothing about speed
-_TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
 _DEVICE = ("device", "mixed_precision")
 _FILLS_MEMORY = (
     *_DEVICE, "batch_size", "gradient_checkpointing", "train_text_encoder", "text_encoder_lr", "adapter", "lora_rank",
@@ -47,6 +41,26 @@ _in_use_idle: dict[Any, int | None] = {}  # bytes, by device, when nothing was t
 _trying = threading.Lock()
 
 
+@dataclass(frozen=True)
+class PastRun:
+    """A run that was measured. id: of its job. memory: peak bytes on the device; None is what was not measured."""
+
+    id: int
+    config: TrainConfig
+    pictures_per_second: float | None
+    memory: int | None
+
+
+class PastRuns(Protocol):
+    """The runs that were measured on this machine, as the queue keeps them."""
+
+    def busy(self) -> bool:
+        """Whether a run is in progress."""
+
+    def on(self, host: str, architecture: str) -> Iterable[PastRun]:
+        """The newest runs on this host and a model of this ``architecture_mark``, newest first."""
+
+
 def architecture_mark(architecture: Architecture | None) -> str:
     """By which a later run finds the jobs on models that are built alike; "" where that is not known."""
     return "" if architecture is None else hashlib.sha256(repr(architecture).encode()).hexdigest()[:16]
@@ -59,12 +73,12 @@ def precision_of(config: TrainConfig, host: Host) -> Precision:
     return resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
 
 
-def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store: JobStore) -> dict[str, Any]:
+def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: PastRuns) -> dict[str, Any]:
     """``minutes`` and ``memory`` (bytes), with ``basis`` and ``memory_basis``, the jobs that they are taken from.
 
     visits: pictures that the run shows the model, all repetitions counted.
 
-    The newest job on a model that is built alike counts, one that may still run: its minutes with other settings as
+    The newest run on a model that is built alike counts, one that may still run: its minutes with other settings as
     well, by the work that they make, its memory only with the same ones. Else it is a forecast, for which a piece of
     the model is tried on the device (a second, now and then), unless somebody computes there. None is what is not
     known.
@@ -78,24 +92,22 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, store:
     found: dict[str, Any] = dict.fromkeys(("minutes", "memory", "basis", "memory_basis"))
     if info.architecture is None:
         return found
-    size, precision, busy = _size(config, info), precision_of(config, host), bool(store.list(ACTIVE))
+    size, precision, busy = _size(config, info), precision_of(config, host), past.busy()
     if not busy:  # a training in hand has taken memory of its own, which will be free again
         _in_use_idle[precision.device] = _in_use(precision.device)
     model = _model(info.architecture, host, busy)
     if model is not None:
         choose(model.targets, config)  # which finds what selects no layer
-    for job in store.list(_TRAINED, limit=_RECENT):
-        if job.host != host.name or job.architecture != architecture_mark(info.architecture) or job.step < _MIN_STEPS:
+    for run in past.on(host.name, architecture_mark(info.architecture)):
+        before = run.config
+        if _values(before, _DEVICE) != _values(config, _DEVICE):
             continue
-        before = _stored(store, job)
-        if before is None or _values(before, _DEVICE) != _values(config, _DEVICE):
-            continue
-        if found["basis"] is None and job.pictures_per_second:
+        if found["basis"] is None and run.pictures_per_second:
             work = _work_on_picture(config, info, size) / _work_on_picture(before, info, _size(before, info))
-            found |= {"minutes": visits / job.pictures_per_second * work / 60, "basis": job.id}
+            found |= {"minutes": visits / run.pictures_per_second * work / 60, "basis": run.id}
         alike = _values(before, _FILLS_MEMORY) == _values(config, _FILLS_MEMORY) and _size(before, info) == size
-        if found["memory_basis"] is None and alike and job.memory:
-            found |= {"memory": job.memory, "memory_basis": job.id}
+        if found["memory_basis"] is None and alike and run.memory:
+            found |= {"memory": run.memory, "memory_basis": run.id}
         if None not in found.values():
             return found
     if found["minutes"] is None and (speed := _speed(info.architecture, precision, size, host, busy)) is not None:
@@ -180,10 +192,3 @@ def _size(config: TrainConfig, info: ModelInfo) -> tuple[int, int]:
     """Width and height of the pictures, in pixels."""
     size = parse_resolution(config.resolution)
     return size if isinstance(size, tuple) else (info.default_resolution, info.default_resolution)
-
-
-def _stored(store: JobStore, job: Job) -> TrainConfig | None:
-    try:
-        return stored_config(store.get(job.id))
-    except UserError:
-        return None  # deleted in between, or written by an older release with settings that are gone

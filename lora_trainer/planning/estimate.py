@@ -1,21 +1,19 @@
-"""What a run will take, told before it starts."""
+"""What a run will take, before it starts."""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import concerning
-from lora_trainer.jobs.job import Problem
-from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import check_beginning, check_settings, name_taken
-from lora_trainer.planning.cost import cost
-from lora_trainer.workspace.captioners import captioner_sources
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import Problem
+from lora_trainer.planning.cost import PastRuns, cost
 
 if TYPE_CHECKING:
+    from lora_trainer.captioning.registry import Sources
     from lora_trainer.host.base import Host
+    from lora_trainer.models.base import ModelInfo
 
 _STAND_IN = "a picture"  # for captions that are not there yet; what they say changes none of the figures
 
@@ -23,34 +21,28 @@ _STAND_IN = "a picture"  # for captions that are not there yet; what they say ch
 _scanning = threading.Lock()
 
 
-def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
+def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources, past: PastRuns) -> dict[str, Any]:
     """Pictures that would be used and refused, buckets, steps, minutes and memory.
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
-    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, ``name_taken`` (why the LoRA cannot be
-    called so, or None), and what ``cost`` finds. ``captioner`` describes the pictures first, as they have no captions;
-    None where none is needed, or can run. ``problems`` [``Problem``]: what would stop the run although its pictures
-    can be counted.
+    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, and what ``cost`` finds. ``captioner``
+    describes the pictures first, as they have no captions; None where none is needed, or can run. ``problems``
+    [``Problem``]: what would stop the run although its pictures can be counted.
 
     Raises:
-        UserError, ConfigError: what would stop the run, naming the field.
+        UserError: what would stop the run, naming the field.
     """
     from lora_trainer.dataset.buckets import BatchPlan
     from lora_trainer.dataset.folder import UncaptionedError, scan
-    from lora_trainer.jobs.execution import lender_options
     from lora_trainer.planning.measured import measure
     from lora_trainer.run.captioning import training_captioner
 
-    config = check_settings(settings, host)
-    with concerning("base_model"):
-        info = host.lender(config.base_model, lender_options(host, config)).describe()
-    check_beginning(config)
     captioner, problems = None, []
     with _scanning:
         try:
             dataset = scan(config, measure=measure)
         except UncaptionedError as error:
-            captioner = training_captioner(config, captioner_sources(host))
+            captioner = training_captioner(config, sources)
             problems = [] if captioner else [Problem.of(error)]
             dataset = scan(config, measure=measure, stand_in=_STAND_IN)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
@@ -70,7 +62,6 @@ def estimate(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> 
         "steps": steps,
         "base_model": info.name,
         "family": info.family,
-        "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
         "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
-        **cost(config, info, visits, host, store),
+        **cost(config, info, visits, host, past),
     }

@@ -1,7 +1,6 @@
-"""The folders that people edit: one session each, and what runs in the background for it (checking, captioning).
+"""Editor sessions: one for each folder that is being edited, with its background task (checking, captioning).
 
-The desk lives in the package like the job queue: a page that is loaded again, and "Reload UI", find the session with
-everything that is not saved yet.
+The job manager holds them, so that a page that is loaded again, and "Reload UI", find unsaved changes.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import UserError
+from lora_trainer.errors import Problem, UserError
 from lora_trainer.files import safe_name_problem
-from lora_trainer.jobs.job import Problem
 from lora_trainer.workspace.gallery import Gallery
 from lora_trainer.workspace.paths import allowed
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
     from lora_trainer.dataset.editing import EditSession
     from lora_trainer.dataset.findings import Report
-    from lora_trainer.jobs.worker import JobManager
+    from lora_trainer.host.base import Host
     from lora_trainer.run.captioning import CaptionJob
 
 log = logging.getLogger(__name__)
@@ -95,8 +93,8 @@ class Task:
                 self.over.set()
 
 
-class Bench:
-    """One open folder: its edit session, gallery, last report and task."""
+class EditorSession:
+    """One open folder: its edits, gallery, last report and task."""
 
     def __init__(self, identifier: str, session: EditSession, trigger_word: str):
         self.id = identifier
@@ -146,25 +144,20 @@ class Bench:
             return values[name]
 
 
-class Desk:
+class EditorSessions:
     """All open folders of one server."""
 
-    def __init__(self, manager: JobManager):
-        self._manager = weakref.ref(manager)
-        self._benches: dict[str, Bench] = {}
+    def __init__(self, data: Path, current_host: Callable[[], Host]):
+        """data: the data folder. current_host: asked each time, as "Reload UI" exchanges the host."""
+        self._data = data
+        self._current_host = current_host
+        self._open: dict[str, EditorSession] = {}
         self._lock = threading.Lock()
         self._device = threading.Lock()  # one captioner at a time
 
-    @property
-    def manager(self) -> JobManager:
-        manager = self._manager()
-        if manager is None:
-            raise UnknownSessionError
-        return manager
-
-    def open(self, folder: str, metadata_path: str | None = None, trigger_word: str = "") -> Bench:
-        """Open a dataset of the library by its name, or a folder by its path; the same folder gives the same bench,
-        with what is unsaved.
+    def open(self, folder: str, metadata_path: str | None = None, trigger_word: str = "") -> EditorSession:
+        """Open a dataset of the library by its name, or a folder by its path; the same folder gives the same
+        session, with what is unsaved.
 
         Raises:
             UserError: there is no such folder, or callers may not name it.
@@ -172,71 +165,71 @@ class Desk:
         from lora_trainer.dataset.editing import EditSession
         from lora_trainer.dataset.writing import CaptionFolder
 
-        data, access = self.manager.folders.data, self.manager.host.access()
+        data, access = self._data, self._current_host().access()
         if safe_name_problem(folder) is None and (data / "datasets" / folder).is_dir():
             folder = str(data / "datasets" / folder)
         root = allowed(folder, data, access, "folder")
         metadata = allowed(metadata_path, data, access, "metadata_path") if metadata_path else None
         identifier = hashlib.sha256(f"{root}\0{metadata}".encode("utf-8", "replace")).hexdigest()[:16]
         with self._lock:
-            bench = self._benches.get(identifier)
-            if bench is None:
-                session = EditSession(CaptionFolder(root, metadata, confined=access.roots is not None))
-                bench = self._benches[identifier] = Bench(identifier, session, trigger_word)
-            elif not bench.busy:
-                bench.session.refresh()
+            editor = self._open.get(identifier)
+            if editor is None:
+                edits = EditSession(CaptionFolder(root, metadata, confined=access.roots is not None))
+                editor = self._open[identifier] = EditorSession(identifier, edits, trigger_word)
+            elif not editor.busy:
+                editor.session.refresh()
         if trigger_word:
-            bench.trigger_word = trigger_word
-        return bench
+            editor.trigger_word = trigger_word
+        return editor
 
-    def get(self, identifier: str) -> Bench:
+    def get(self, identifier: str) -> EditorSession:
         """Raises UnknownSessionError."""
-        bench = self._benches.get(identifier)
-        if bench is None:
+        editor = self._open.get(identifier)
+        if editor is None:
             raise UnknownSessionError
-        return bench
+        return editor
 
     def close(self, identifier: str, *, discard: bool = False) -> None:
         """Forget a session. Raises UserError while something is unsaved, unless it may be discarded."""
-        bench = self.get(identifier)
-        if bench.session.unsaved and not discard:
-            count = len(bench.session.unsaved)
+        editor = self.get(identifier)
+        if editor.session.unsaved and not discard:
+            count = len(editor.session.unsaved)
             raise UserError(f"{count} changes are not saved.", field="discard", remedy="Save or discard them.")
-        if bench.task is not None:
-            bench.task.cancel()
+        if editor.task is not None:
+            editor.task.cancel()
         with self._lock:
-            self._benches.pop(identifier, None)
+            self._open.pop(identifier, None)
 
     # -- what runs in the background
 
-    def check(self, bench: Bench, resolution: int | tuple[int, int] = 512) -> Task:
+    def check(self, editor: EditorSession, resolution: int | tuple[int, int] = 512) -> Task:
         """Check what is in the files. Raises UserError while something is unsaved, for the report would not know it."""
         from lora_trainer.dataset.checks import check_folder
 
-        _refuse_unsaved(bench, "checking")
-        session = bench.session
+        _refuse_unsaved(editor, "checking")
+        session = editor.session
 
         def work(task: Task) -> dict[str, Any]:
             revision = session.revision
             report = check_folder(
-                session.root, resolution=resolution, trigger_word=bench.trigger_word,
+                session.root, resolution=resolution, trigger_word=editor.trigger_word,
                 metadata_path=session.folder.metadata_path, progress=task.progress,
             )  # fmt: skip
-            bench.report, bench.report_revision = report, revision
+            editor.report, editor.report_revision = report, revision
             return {"findings": len(report.findings), "stops_training": report.stops_training}
 
-        return bench.start("check", work)
+        return editor.start("check", work)
 
-    def caption(self, bench: Bench, make_job: Callable[[EditSession], CaptionJob], sources: Sources) -> Task:
+    def caption(self, editor: EditorSession, make_job: Callable[[EditSession], CaptionJob], sources: Sources) -> Task:
         """Caption pictures on the host's device, batch by batch between the host's own work."""
         from lora_trainer.run.captioning import CaptionCallbacks, caption_folder
 
-        _refuse_unsaved(bench, "captioning")
-        job = make_job(bench.session)
+        _refuse_unsaved(editor, "captioning")
+        job = make_job(editor.session)
         job.options.check()
-        turn = getattr(self.manager.host, "device_turn", nullcontext)
+        turn = getattr(self._current_host(), "device_turn", nullcontext)
 
-        class Told(CaptionCallbacks):
+        class Reported(CaptionCallbacks):
             def on_progress(self, done: int, total: int) -> None:
                 task_box[0].progress(done, total)
 
@@ -248,7 +241,7 @@ class Desk:
         def work(task: Task) -> dict[str, Any]:
             task_box.append(task)
             with self._device:
-                result = caption_folder(job, sources, callbacks=Told(), cancelled=lambda: task.cancelled, turn=turn)
+                result = caption_folder(job, sources, callbacks=Reported(), cancelled=lambda: task.cancelled, turn=turn)
             return {
                 "captioner": result.captioner,
                 "written": result.written,
@@ -257,22 +250,9 @@ class Desk:
                 "cancelled": result.cancelled,
             }
 
-        return bench.start("caption", work)
+        return editor.start("caption", work)
 
 
-_desks: weakref.WeakKeyDictionary[JobManager, Desk] = weakref.WeakKeyDictionary()
-_desks_lock = threading.Lock()
-
-
-def desk_of(manager: JobManager) -> Desk:
-    """The one desk of a manager, also after "Reload UI"."""
-    with _desks_lock:
-        desk = _desks.get(manager)
-        if desk is None:
-            desk = _desks[manager] = Desk(manager)
-        return desk
-
-
-def _refuse_unsaved(bench: Bench, what: str) -> None:
-    if count := len(bench.session.unsaved):
+def _refuse_unsaved(editor: EditorSession, what: str) -> None:
+    if count := len(editor.session.unsaved):
         raise UserError(f"{count} changes are not saved.", remedy=f"Save or discard them before {what}.")

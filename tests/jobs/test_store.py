@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.job import Problem, UnknownJobError
+from lora_trainer.errors import Problem, UserError
+from lora_trainer.jobs.job import UnknownJobError
 from lora_trainer.jobs.migrations import MIGRATIONS
 from lora_trainer.jobs.store import JobStore
 

@@ -10,9 +10,9 @@ import torch
 
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
+from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.models.detect import detect
 from lora_trainer.planning import cost
-from lora_trainer.planning.estimate import estimate
 from lora_trainer.training import throughput
 from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve
@@ -55,14 +55,14 @@ def trained(manager, train, settings, known):
 
 
 def test_minutes_and_memory_are_those_of_a_job_like_it(manager, settings, host, known, trained):
-    facts = estimate({**settings, "max_train_steps": 240}, host, manager.store)
+    facts = estimate_job({**settings, "max_train_steps": 240}, host, manager.store)
     assert (facts["minutes"], facts["memory"]) == (2.0, 5_000) and not known[1]
     assert facts["basis"] == facts["memory_basis"] == trained
 
 
 def test_other_settings_take_more_minutes_than_the_job_and_memory_of_their_own(manager, settings, host, known, trained):
     larger = {**settings, "max_train_steps": 240, "batch_size": 2, "gradient_checkpointing": True, "lora_rank": 64}
-    facts = estimate(larger, host, manager.store)
+    facts = estimate_job(larger, host, manager.store)
     pictures = facts["pictures"] * 240 / facts["steps_per_epoch"]
     works = [
         work_on_batch(known[0], (512, 512), config).operations / config.batch_size
@@ -76,18 +76,18 @@ def test_a_job_on_another_model_or_in_another_precision_says_nothing(
     manager, settings, host, known, trained, monkeypatch
 ):
     manager.store.update(trained, architecture="of another width")
-    facts = estimate(settings, host, manager.store)
+    facts = estimate_job(settings, host, manager.store)
     assert (facts["basis"], facts["memory_basis"]) == (None, None) and facts["minutes"] > 0
     manager.store.update(trained, architecture=cost.architecture_mark(known[0]))
-    assert estimate(settings, host, manager.store)["basis"] == trained
+    assert estimate_job(settings, host, manager.store)["basis"] == trained
     monkeypatch.setattr(torch, "__version__", "2.2.0")  # the first that computes in bf16 on the CPU
-    assert estimate({**settings, "mixed_precision": "bf16"}, host, manager.store)["basis"] is None
+    assert estimate_job({**settings, "mixed_precision": "bf16"}, host, manager.store)["basis"] is None
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 16}, {"gradient_accumulation_steps": 16}])
 def test_minutes_count_pictures_not_places_in_a_batch(idle, host, settings, known, changes):
     """Three pictures never fill a batch of 16."""
-    one, many = (estimate({**settings, "epochs": 10, **more}, host, idle.store) for more in ({}, changes))
+    one, many = (estimate_job({**settings, "epochs": 10, **more}, host, idle.store) for more in ({}, changes))
     assert one["steps"] > many["steps"] and many["minutes"] == pytest.approx(one["minutes"])
 
 
@@ -95,18 +95,18 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     architecture, tried = known
     wanted = {**settings, "max_train_steps": 90, "batch_size": 2, "gradient_accumulation_steps": 3, "resolution": "256"}
     config, precision = TrainConfig(batch_size=2), resolve("cpu", "no")
-    facts = estimate(wanted, host, idle.store)
+    facts = estimate_job(wanted, host, idle.store)
     pictures = 90 / facts["steps_per_epoch"] * facts["pictures"]
     operations = pictures / 2 * work_on_batch(architecture, (256, 256), config).operations
     assert facts["minutes"] == pytest.approx(operations / SPEED / 60)
     assert (facts["basis"], facts["memory_basis"]) == (None, None)
     assert facts["memory"] == IN_USE + memory_needed(Weightless.of(architecture), (256, 256), config, precision)
     host.model_bytes = lambda: 1_000_000
-    loaded = estimate(wanted, host, idle.store)["memory"]
+    loaded = estimate_job(wanted, host, idle.store)["memory"]
     assert loaded == facts["memory"] - 1_000_000, "what is there already is not taken once more"
-    estimate({**wanted, "epochs": 3}, host, idle.store)
+    estimate_job({**wanted, "epochs": 3}, host, idle.store)
     assert tried == [(architecture.unet, precision, (256, 256))], "once for each size"
-    estimate({**wanted, "resolution": "1024x640"}, host, idle.store)
+    estimate_job({**wanted, "resolution": "1024x640"}, host, idle.store)
     assert tried[1:] == [(architecture.unet, precision, (512, 512))], "a CPU is not tried for long"
 
 
@@ -116,27 +116,27 @@ def test_a_device_at_work_is_left_alone(idle, host, settings, known, monkeypatch
         yield False
 
     free, host.spare_turn = host.spare_turn, taken
-    facts = estimate(settings, host, idle.store)
+    facts = estimate_job(settings, host, idle.store)
     assert (facts["minutes"], facts["memory"]) == (None, None) and not known[1]
     host.spare_turn = free
-    first = estimate(settings, host, idle.store)
+    first = estimate_job(settings, host, idle.store)
     assert first["minutes"] > 0 and first["memory"] > IN_USE
     host.spare_turn = taken
-    assert estimate(settings, host, idle.store) == first, "what was tried is known"
+    assert estimate_job(settings, host, idle.store) == first, "what was tried is known"
     host.spare_turn = free
-    assert estimate(settings, host, idle.store) == first and len(known[1]) == 1
+    assert estimate_job(settings, host, idle.store) == first and len(known[1]) == 1
     monkeypatch.setattr(cost, "_TRIAL_AGE", 0.0)
-    estimate(settings, host, idle.store)
+    estimate_job(settings, host, idle.store)
     assert len(known[1]) == 2, "somebody else may have slowed it down"
 
 
 @pytest.mark.parametrize("known_before", [False, True])
 def test_memory_of_a_run_in_hand_is_not_counted_for_the_next(manager, host, settings, known, monkeypatch, known_before):
     wanted = {**settings, "output_name": "next"}
-    before = estimate(wanted, host, manager.store) if known_before else {"minutes": None, "memory": None}
+    before = estimate_job(wanted, host, manager.store) if known_before else {"minutes": None, "memory": None}
     wait_status(manager, manager.submit({**settings, "output_name": "first"}), "running")
     monkeypatch.setattr(cost, "memory_in_use", lambda device: 2 * IN_USE)
-    facts = estimate(wanted, host, manager.store)
+    facts = estimate_job(wanted, host, manager.store)
     assert all(facts[name] == before[name] for name in ("minutes", "memory")) and len(known[1]) == known_before
 
 
@@ -152,13 +152,13 @@ def test_a_full_device_only_costs_the_forecast(idle, host, settings, known, monk
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(throughput, "throughput", fail)
-    facts = estimate(settings, host, idle.store)
+    facts = estimate_job(settings, host, idle.store)
     assert facts["minutes"] is None and facts["memory"] > IN_USE
     monkeypatch.setattr(throughput, "throughput", lambda *_: pytest.fail("tried again at once"))
-    assert estimate(settings, host, idle.store)["minutes"] is None
+    assert estimate_job(settings, host, idle.store)["minutes"] is None
 
 
 def test_layers_that_the_model_lacks_are_named_before_the_start(idle, host, settings, known):
     with pytest.raises(UserError) as caught:
-        estimate({**settings, "target_modules": ["no_such_layer"]}, host, idle.store)
+        estimate_job({**settings, "target_modules": ["no_such_layer"]}, host, idle.store)
     assert caught.value.field == "target_modules"

@@ -12,7 +12,6 @@ from PIL import Image
 pytest.importorskip("playwright.sync_api")
 
 from lora_trainer.errors import UserError
-from lora_trainer.workspace.sessions import desk_of
 
 PICTURES = 60
 
@@ -242,7 +241,7 @@ def test_a_server_that_was_started_anew_opens_the_folder_again(page, folder, man
     until(page, "place_of", "2 of")
     page.keyboard.press("Enter")
     page.keyboard.type(", being typed")
-    desk_of(manager)._benches.clear()
+    manager.sessions._open.clear()
     page.keyboard.press("Control+s")
     until(page, "message", "1 change that was not saved is gone")
     assert page.input_value("#lora_trainer_editor_caption").endswith("number 1, being typed")

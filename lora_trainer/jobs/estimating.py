@@ -1,0 +1,58 @@
+"""What a job would take, before it is submitted: by its pictures, and by the jobs before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_trainer.errors import UserError, concerning
+from lora_trainer.jobs.execution import lender_options
+from lora_trainer.jobs.job import ACTIVE
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.jobs.submitting import check_beginning, check_settings, name_taken, stored_config
+from lora_trainer.planning.cost import PastRun
+from lora_trainer.planning.estimate import estimate
+from lora_trainer.workspace.captioners import captioner_sources
+
+if TYPE_CHECKING:
+    from lora_trainer.host.base import Host
+
+_RECENT = 50  # jobs that are searched for comparable ones
+_MIN_STEPS = 5  # a shorter run says nothing about speed
+_TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
+
+
+def estimate_job(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
+    """``planning.estimate`` of these settings, and ``name_taken``: why the LoRA cannot be called so, or None.
+
+    Raises:
+        UserError, ConfigError: what would stop the run, naming the field.
+    """
+    config = check_settings(settings, host)
+    with concerning("base_model"):
+        info = host.lender(config.base_model, lender_options(host, config)).describe()
+    check_beginning(config)
+    return {
+        **estimate(config, info, host, captioner_sources(host), QueuedRuns(store)),
+        "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
+    }
+
+
+class QueuedRuns:
+    """The ``PastRuns`` of the queue."""
+
+    def __init__(self, store: JobStore):
+        self._store = store
+
+    def busy(self) -> bool:
+        return bool(self._store.list(ACTIVE))
+
+    def on(self, host: str, architecture: str) -> Iterator[PastRun]:
+        for job in self._store.list(_TRAINED, limit=_RECENT):
+            if (job.host, job.architecture) != (host, architecture) or job.step < _MIN_STEPS:
+                continue
+            try:
+                config = stored_config(self._store.get(job.id))
+            except UserError:
+                continue  # deleted in between, or written by an older release with settings that are gone
+            yield PastRun(job.id, config, job.pictures_per_second, job.memory)
