@@ -1,0 +1,33 @@
+"""A step may not launch more kernels, or keep more memory, than it did when these budgets were written."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.count_step import KINDS, Case, count
+from tests.tiny import SD1, SDXL, sd1_shapes, sdxl_shapes
+
+# One resnet a level, two of two transformer blocks: every kind of layer, few of them.
+SMALL = {
+    "sd1": Case("sd1", sd1_shapes(**{**SD1, "mult": (1, 2), "depths": (1, 0), "layers": 1}), 256),
+    "sdxl": Case("sdxl", sdxl_shapes(**{**SDXL, "mult": (1, 2), "depths": (0, 2), "layers": 1}), 256),
+}
+BUDGETS = {
+    ("sd1", "lora"): (1364, 14727),
+    ("sd1", "lora dropout"): (1788, 15927),
+    ("sd1", "locon"): (1777, 16926),
+    ("sd1", "dora"): (2200, 18205),
+    ("sd1", "lokr"): (1615, 13488),
+    ("sdxl", "lora"): (2108, 14415),
+}
+"""Kernels, and KiB that autograd keeps."""
+
+
+@pytest.mark.parametrize("family, kind", BUDGETS)
+def test_budget(family, kind):
+    """The passes forwards and backwards: what clips and updates differs from one release of torch to another."""
+    counter = count(SMALL[family], KINDS[kind])
+    phases = counter.launches_by("phase")
+    launches, kept = BUDGETS[family, kind]
+    assert phases["forward"] + phases["backward"] <= launches
+    assert counter.kept <= kept * 1024
