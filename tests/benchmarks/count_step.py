@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
-from lora_trainer.models import assemble as assembling
 from lora_trainer.models.base import ModelInfo, NoiseSchedule, Prompts
-from lora_trainer.models.binding import build_unet
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families.unet import model as assembling
+from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.precision import Precision
