@@ -13,13 +13,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config import TrainConfig, from_mapping, load
+from lora_trainer.config import TrainConfig, from_mapping, load, settings_where
 from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
-from lora_trainer.workspace.paths import READ_FIELDS
 
 INTERRUPTED = 130
-_PATHS = (*READ_FIELDS, "base_model", "train_data_dir", "cache_dir", "output_dir", "merge_into_base", "resume")
+_PATHS = settings_where(lambda facts: facts.path is not None)
 
 
 def add_parser(commands: Any) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 import yaml
 
 from lora_trainer.config.names import ALIASES, is_text, types
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config.schema import FACTS, TrainConfig
 from lora_trainer.config.yaml_text import read_yaml
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_PARTS_AT = {"preview_prompts": "\n"}  # a prompt has commas; the parts of every other list do not
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -73,8 +72,8 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             continue
         if value is None and known[name].default == "":
             value = ""  # "trigger_word:" with nothing behind it
-        if isinstance(value, str) and name in _PARTS_AT:
-            value = [part.strip() for part in value.split(_PARTS_AT[name]) if part.strip()]
+        if isinstance(value, str) and (separator := FACTS[name].separator):
+            value = [part.strip() for part in value.split(separator) if part.strip()]
         try:
             clean[name] = _check_limits(_convert(value, types()[name]), known[name].metadata)
         except ValueError as error:
@@ -173,7 +172,8 @@ def _stands_as_it_is(name: str, text: str) -> bool:
     """Whether ``text`` is the value of a text setting, neither YAML's nothing nor quoted for it."""
     if text in ("", "null") or text.startswith(("'", '"')):
         return False
-    return is_text(name) or (ALIASES.get(name, name) in _PARTS_AT and not text.startswith("["))
+    facts = FACTS.get(ALIASES.get(name, name))
+    return is_text(name) or (facts is not None and facts.separator is not None and not text.startswith("["))
 
 
 def _unknown(name: str, known: Iterable[str]) -> UserError:

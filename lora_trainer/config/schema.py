@@ -6,11 +6,36 @@ README; the text under a field is what the tab shows as its explanation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
 LR_SCHEDULERS = ("constant", "cosine", "cosine_with_restarts", "linear", "polynomial")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rest of the package must know of a setting, besides its type.
+
+    decides: another value makes another LoRA. False for what names a place (what lies there is compared by its
+    content) and for what only concerns the results' files.
+    path: the value is a path that the run reads or writes.
+    or_name: instead of a path it may be a name of the host's list. words: what it may be instead of a path.
+    given_by: who sets it where there is a page: its three steps, its form, or the job, whatever a person says.
+    fills_memory: another value needs another amount of the device's memory.
+    sets_pace: minutes that were measured with another value say nothing.
+    separator: stands between the parts of a list that is one text; None for the comma.
+    """
+
+    decides: bool = True
+    path: Literal["read", "write"] | None = None
+    or_name: bool = False
+    words: tuple[str, ...] = ()
+    given_by: Literal["form", "steps", "job"] = "form"
+    fills_memory: bool = False
+    sets_pace: bool = False
+    separator: str | None = None
 
 
 def setting(
@@ -20,46 +45,47 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     remedy: str | None = None,
+    **facts: Any,
 ) -> Any:
-    """A dataclass field with limits: ``minimum <= value <= maximum`` and ``value > above``."""
+    """A dataclass field with limits, ``minimum <= value <= maximum`` and ``value > above``, and its ``Facts``."""
     limits = {"minimum": minimum, "maximum": maximum, "above": above, "remedy": remedy}
-    metadata = {name: value for name, value in limits.items() if value is not None}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    metadata = {name: value for name, value in limits.items() if value is not None} | {"facts": Facts(**facts)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    base_model: str = setting("")
+    base_model: str = setting("", decides=False, path="read", or_name=True, given_by="steps")
     """Checkpoint to train on: a .safetensors file or a diffusers folder. Inside a WebUI: its name in the list,
     or empty for the one that is loaded."""
 
-    vae: str | None = setting(None)
+    vae: str | None = setting(None, decides=False, path="read", or_name=True)
     """Another VAE file (.safetensors) to encode the pictures with; empty for the checkpoint's own."""
 
     v_prediction: bool | None = setting(None)
     """Whether the base model predicts v instead of noise; empty reads it off the checkpoint."""
 
-    device: str = setting("auto")
+    device: str = setting("auto", decides=False, fills_memory=True, sets_pace=True)
     """Where to train: auto, cpu, cuda, cuda:1, mps …"""
 
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto", fills_memory=True, sets_pace=True)
     """Number format of the computation. auto: bf16 where the GPU can, else fp16; on the CPU no (fp32)."""
 
-    gradient_checkpointing: bool = setting(False)
+    gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
     """Needs about half the activation memory and about a quarter more time."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    train_data_dir: str = setting("")
+    train_data_dir: str = setting("", decides=False, path="read", given_by="steps")
     """Folder with the pictures; sub-folders count too."""
 
-    metadata_path: str | None = setting(None)
+    metadata_path: str | None = setting(None, decides=False, path="read")
     """metadata.csv or metadata.jsonl with the captions; empty looks for one in the folder."""
 
-    reg_data_dir: str | None = setting(None)
+    reg_data_dir: str | None = setting(None, decides=False, path="read")
     """Folder with regularization pictures: what the class looks like without your subject."""
 
     prior_loss_weight: float = setting(1.0, minimum=0, maximum=10)
@@ -95,14 +121,14 @@ class DataSettings:
     use_masks: bool = setting(False)
     """Learn only where <picture>.mask.png is white, or where a picture is not transparent."""
 
-    caption_extension: str = setting(".txt")
+    caption_extension: str = setting(".txt", decides=False)
     """Ending of caption files, tried first; .txt and .caption are found anyway."""
 
-    caption_mapping: str | None = setting(None)
+    caption_mapping: str | None = setting(None, decides=False, path="read")
     """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are read:
     Stable Diffusion's CLIP barely reads Chinese."""
 
-    trigger_word: str = setting("")
+    trigger_word: str = setting("", given_by="steps")
     """Word that calls the LoRA up later; put first in every caption that lacks it."""
 
     shuffle_tags: bool = setting(False)
@@ -123,28 +149,28 @@ class DataSettings:
     max_token_length: Literal[75, 150, 225] = setting(225)
     """Longest caption in tokens; longer ones are cut. More than 75 are read in chunks of 75."""
 
-    cache_dir: str | None = setting(None)
+    cache_dir: str | None = setting(None, decides=False, path="write", given_by="job")
     """Where encoded pictures and captions are kept; empty for <output_dir>/cache."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    adapter: Literal["lora", "loha", "lokr"] = setting("lora")
+    adapter: Literal["lora", "loha", "lokr"] = setting("lora", fills_memory=True)
     """Kind of network. lora is read by every tool."""
 
-    lora_rank: int = setting(16, minimum=1, maximum=1024)
+    lora_rank: int = setting(16, minimum=1, maximum=1024, fills_memory=True)
     """Capacity of the LoRA: 8–16 for a style, 12–32 for a character. Above 32 it tends to memorize."""
 
     alpha: float | None = setting(None, above=0)
     """Strength: the LoRA counts alpha/rank. Empty means equal to the rank."""
 
-    conv_rank: int = setting(0, minimum=0, maximum=1024)
+    conv_rank: int = setting(0, minimum=0, maximum=1024, fills_memory=True)
     """Rank for the 3×3 convolutions (LoCon); 0 leaves them alone."""
 
     conv_alpha: float | None = setting(None, above=0)
     """Alpha for the convolutions; empty means equal to conv_rank."""
 
-    dora: bool = setting(False)
+    dora: bool = setting(False, fills_memory=True)
     """Learn magnitude and direction apart (DoRA): slower, a little more faithful at low rank."""
 
     dropout: float = setting(0.0, minimum=0, maximum=0.95)
@@ -153,27 +179,27 @@ class AdapterSettings:
     rank_dropout: float = setting(0.0, minimum=0, maximum=0.95)
     """Share of the ranks switched off at random in training."""
 
-    lokr_factor: int = setting(-1, minimum=-1, maximum=1024)
+    lokr_factor: int = setting(-1, minimum=-1, maximum=1024, fills_memory=True)
     """Size of the smaller Kronecker factor (lokr only); -1 splits as evenly as possible."""
 
-    target_modules: list[str] = setting(["attention", "feed_forward", "projection"])
+    target_modules: list[str] = setting(["attention", "feed_forward", "projection"], fills_memory=True)
     """Layers of the UNet that learn: groups (attention, feed_forward, projection), names (to_q, q_proj, ff.net …)
     or regular expressions written as /…/ ."""
 
-    train_text_encoder: bool = setting(False)
+    train_text_encoder: bool = setting(False, fills_memory=True)
     """Train the text encoders as well: helps with a new word, costs memory and flexibility."""
 
-    text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"])
+    text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"], fills_memory=True)
     """Layers of the text encoders that learn, if they are trained."""
 
-    block_ranks: list[int] | None = setting(None)
+    block_ranks: list[int] | None = setting(None, fills_memory=True)
     """25 ranks, one per UNet block as kohya counts (SD: 12 in, middle, 12 out; SDXL: places 1–9 in, 10–12 middle,
     13–21 out); 0 leaves a block out."""
 
     block_lr_weights: list[float] | None = setting(None)
     """25 factors on the learning rate, one per UNet block; 0 freezes a block."""
 
-    init_lora: str | None = setting(None)
+    init_lora: str | None = setting(None, decides=False, path="read")
     """Continue from this LoRA file (.safetensors, ours or kohya's)."""
 
 
@@ -185,7 +211,7 @@ class OptimizationSettings:
     max_train_steps: int | None = setting(None, minimum=1, maximum=100_000_000)
     """Stop after this many steps, whatever epochs says."""
 
-    batch_size: int = setting(1, minimum=1, maximum=256)
+    batch_size: int = setting(1, minimum=1, maximum=256, fills_memory=True)
     """Pictures per step."""
 
     gradient_accumulation_steps: int = setting(1, minimum=1, maximum=1024)
@@ -194,13 +220,13 @@ class OptimizationSettings:
     learning_rate: float = setting(1e-4, above=0, maximum=10)
     """Step size of the UNet's LoRA: 1e-4 to 2e-4 with AdamW; 1 with Prodigy."""
 
-    text_encoder_lr: float | None = setting(None, minimum=0, maximum=10)
+    text_encoder_lr: float | None = setting(None, minimum=0, maximum=10, fills_memory=True)
     """Learning rate of the text encoders; empty for half of learning_rate."""
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting("adamw")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting("adamw", fills_memory=True)
     """Update rule. adamw is safe; adamw8bit saves memory; prodigy finds its own learning rate."""
 
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    optimizer_args: dict[str, Any] = setting({})
     """Further arguments of the optimizer, such as weight_decay: 0.01."""
 
     lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = setting("cosine")
@@ -218,7 +244,7 @@ class OptimizationSettings:
     max_grad_norm: float = setting(1.0, minimum=0)
     """Longest gradient that is let through; 0 does not clip."""
 
-    ema_decay: float | None = setting(None, above=0, maximum=0.99999)
+    ema_decay: float | None = setting(None, above=0, maximum=0.99999, fills_memory=True)
     """Save an exponential moving average of the weights, with this decay (such as 0.99); empty: none."""
 
     seed: int = setting(42, minimum=0, maximum=2**63 - 1)
@@ -269,46 +295,46 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    output_dir: str = setting("./output")
+    output_dir: str = setting("./output", decides=False, path="write", given_by="job")
     """Folder of the results: the LoRA, logs, states, this configuration."""
 
-    output_name: str = setting("")
+    output_name: str = setting("", decides=False, given_by="steps")
     """Name of the LoRA, as it will stand in <lora:name:0.8>; empty for the last part of output_dir."""
 
-    overwrite: bool = setting(False)
+    overwrite: bool = setting(False, decides=False)
     """Replace a LoRA of this name if there is one."""
 
-    save_steps: int | None = setting(None, minimum=1)
+    save_steps: int | None = setting(None, minimum=1, decides=False)
     """Save the LoRA and the training state every so many steps."""
 
-    save_epochs: int | None = setting(None, minimum=1)
+    save_epochs: int | None = setting(None, minimum=1, decides=False)
     """Save the LoRA and the training state every so many epochs."""
 
-    keep_checkpoints: int | None = setting(None, minimum=1)
+    keep_checkpoints: int | None = setting(None, minimum=1, decides=False)
     """How many of the LoRAs saved on the way to keep; empty keeps all."""
 
-    save_precision: Literal["fp16", "bf16", "fp32"] = setting("fp16")
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting("fp16", decides=False)
     """Number format of the saved LoRA."""
 
-    export_diffusers: bool = setting(True)
+    export_diffusers: bool = setting(True, decides=False)
     """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
 
-    merge_into_base: str | None = setting(None)
+    merge_into_base: str | None = setting(None, decides=False, path="write")
     """Also write a full checkpoint with the LoRA merged in, under this path."""
 
-    resume: str = setting("auto")
+    resume: str = setting("auto", decides=False, path="read", words=("auto", "never"))
     """auto continues an interrupted run of the same settings, never starts over, a path continues that state."""
 
-    preview_prompts: list[str] = setting([])
+    preview_prompts: list[str] = setting([], decides=False, separator="\n")  # a prompt has commas
     """Pictures to draw along the way."""
 
-    preview_steps: int | None = setting(None, minimum=1)
+    preview_steps: int | None = setting(None, minimum=1, decides=False)
     """Draw the previews every so many steps; empty draws them when the LoRA is saved."""
 
-    description: str = setting("")
+    description: str = setting("", decides=False)
     """A sentence about the LoRA for its card and its metadata."""
 
-    tensorboard: bool = setting(True)
+    tensorboard: bool = setting(True, decides=False)
     """Write curves for TensorBoard under logs/ (if tensorboard is installed)."""
 
 
@@ -347,3 +373,11 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("output", OutputSettings),
 )
 """The groups in the order in which a person meets them; the tab's Advanced sections and the saved YAML follow it."""
+
+FACTS: dict[str, Facts] = {one.name: one.metadata["facts"] for _, group in GROUPS for one in fields(group)}
+"""The facts of every setting."""
+
+
+def settings_where(holds: Callable[[Facts], bool]) -> tuple[str, ...]:
+    """Names of the settings of whose facts ``holds`` is true, in the order of the groups."""
+    return tuple(name for name, facts in FACTS.items() if holds(facts))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_trainer.config import TrainConfig, parse_resolution
+from lora_trainer.config import TrainConfig, parse_resolution, settings_where
 from lora_trainer.planning.memory import kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DEVICE = ("device", "mixed_precision")
-_FILLS_MEMORY = (
-    *_DEVICE, "batch_size", "gradient_checkpointing", "train_text_encoder", "text_encoder_lr", "adapter", "lora_rank",
-    "conv_rank", "lokr_factor", "dora", "target_modules", "text_encoder_target_modules", "block_ranks", "optimizer",
-    "ema_decay",
-)  # fmt: skip
+_PACE = settings_where(lambda facts: facts.sets_pace)
+_MEMORY = settings_where(lambda facts: facts.fills_memory)
 _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
 _TRIAL_AGE = 600.0  # seconds after which a device is tried again: it may have been slowed down by others
@@ -100,12 +96,12 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
         choose(model.targets, config)  # which finds what selects no layer
     for run in past.on(host.name, architecture_mark(info.architecture)):
         before = run.config
-        if _values(before, _DEVICE) != _values(config, _DEVICE):
+        if _values(before, _PACE) != _values(config, _PACE):
             continue
         if found["basis"] is None and run.pictures_per_second:
             work = _work_on_picture(config, info, size) / _work_on_picture(before, info, _size(before, info))
             found |= {"minutes": visits / run.pictures_per_second * work / 60, "basis": run.id}
-        alike = _values(before, _FILLS_MEMORY) == _values(config, _FILLS_MEMORY) and _size(before, info) == size
+        alike = _values(before, _MEMORY) == _values(config, _MEMORY) and _size(before, info) == size
         if found["memory_basis"] is None and alike and run.memory:
             found |= {"memory": run.memory, "memory_basis": run.id}
         if None not in found.values():

@@ -16,7 +16,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
 from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import TrainConfig, to_mapping, to_yaml
+from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.dataset.folder import scan
@@ -36,16 +36,6 @@ from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.state import fingerprint, named_state
-
-# Settings that say where data comes from and results go, not what the result is. An interrupted run is continued
-# whatever they are; the data and the models behind the paths are compared by their content.
-_NOT_DECISIVE = {
-    "base_model", "vae", "device", "train_data_dir", "metadata_path", "reg_data_dir", "caption_extension",
-    "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps", "save_epochs",
-    "keep_checkpoints",
-    "save_precision", "export_diffusers", "merge_into_base", "resume", "preview_prompts", "preview_steps",
-    "description", "tensorboard", "gradient_checkpointing",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,7 +191,7 @@ def _identity(
     config: TrainConfig, dataset: Dataset, model: LentModel, precision: str, initial: LoraFile | None
 ) -> dict[str, Any]:
     """Everything that decides on the result, by name; two runs that agree in it make the same LoRA."""
-    settings = {name: value for name, value in to_mapping(config).items() if name not in _NOT_DECISIVE}
+    settings = {name: value for name, value in to_mapping(config).items() if FACTS[name].decides}
     pictures = [
         (sample.key, sample.digest, sample.caption, sample.repeats, sample.mask_path and sha256_file(sample.mask_path))
         for sample in dataset.samples

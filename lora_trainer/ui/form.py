@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from lora_trainer.config import TrainConfig, field_docs, to_mapping
+from lora_trainer.config import FACTS, TrainConfig, field_docs, to_mapping
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.ui.markup import Markup, tag
 
@@ -21,12 +21,6 @@ GROUP_TITLES = {
     "objective": "What counts as an error",
     "output": "Saving and previews",
 }
-
-IN_THE_STEPS = ("train_data_dir", "output_name", "trigger_word", "base_model")
-"""Settings that the three steps ask for."""
-
-DECIDED_BY_THE_JOB = ("output_dir", "cache_dir")
-"""Settings of the command line that a job sets itself."""
 
 _WORDS = {"lora": "LoRA", "snr": "SNR", "ema": "EMA", "lr": "learning rate", "vae": "VAE", "min": "minimum",
           "max": "maximum", "dir": "folder", "reg": "regularization", "init": "initial", "dora": "DoRA", "c": "c",
@@ -53,10 +47,9 @@ def label(name: str) -> str:
 
 def advanced() -> Markup:
     """Every setting that the steps do not ask for, in its group, folded."""
-    hidden = {*IN_THE_STEPS, *DECIDED_BY_THE_JOB}
     sections = []
     for group, kind in GROUPS:
-        fields = [field(one.name) for one in dataclasses.fields(kind) if one.name not in hidden]
+        fields = [field(one.name) for one in dataclasses.fields(kind) if FACTS[one.name].given_by == "form"]
         summary = tag("summary", tag("span", GROUP_TITLES[group]), tag("span", class_="changed", data_changed=group))
         sections.append(tag("details", summary, tag("div", *fields, class_="fields"), class_="group", data_group=group))
     return Markup("".join(sections))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lora_trainer
-from lora_trainer.config import TrainConfig
+from lora_trainer.config import FACTS, TrainConfig
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of characters
 _LONGEST = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
-
-READ_FIELDS = ("metadata_path", "caption_mapping", "reg_data_dir", "init_lora", "vae")
-"""Settings that name a file or folder to read, besides ``train_data_dir``, ``base_model`` and ``resume``."""
 
 _REFUSED = "This path may not be used here."
 
@@ -107,28 +104,23 @@ def confine_config(
         except UserError as error:
             problems.append(error)
 
-    folder = config.train_data_dir
-    if folder and safe_name_problem(folder) is None and (data / "datasets" / folder).is_dir():
-        folder = str(data / "datasets" / folder)
-    if folder:
-        check("train_data_dir", folder)
-    for field in READ_FIELDS:
+    for field, facts in FACTS.items():
         text = getattr(config, field)
-        if text and not (field == "vae" and _is_plain_name(text)):
-            check(field, text)
-    if config.base_model and config.base_model not in known_models and not _is_plain_name(config.base_model):
-        check("base_model", config.base_model)
-    if config.resume not in ("auto", "never", ""):
-        check("resume", config.resume)
-    if config.merge_into_base:
-        check("merge_into_base", config.merge_into_base)
+        if facts.path is None or facts.given_by == "job" or not text or text in facts.words:
+            continue
+        if facts.or_name and _is_plain_name(text):
+            continue  # the host looks it up in its own list; without a folder it leads nowhere else
+        if field == "base_model" and text in known_models:
+            continue
+        if field == "train_data_dir" and _is_plain_name(text) and (data / "datasets" / text).is_dir():
+            text = str(data / "datasets" / text)
+        check(field, text)
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(config, **values)
 
 
 def _is_plain_name(text: str) -> bool:
-    # The host looks it up in its own list; without a folder it leads nowhere else.
     return safe_name_problem(text) is None
 
 
