@@ -1,0 +1,59 @@
+"""Text to a mapping, whichever of JSON, TOML and YAML it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+from lora_trainer.config.yaml_text import parse_yaml
+from lora_trainer.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_TOML_LINE = re.compile(r'\s*(\[{1,2}\s*[\w."-]+\s*\]{1,2}|["\w.-]+\s*=.*)\s*(#.*)?')
+
+
+def parse_any(text: str, source: str = "The configuration") -> dict[str, Any]:
+    """The mapping in ``text``. Raises UserError naming ``source`` and the line."""
+    text = text.removeprefix("\ufeff")
+    if text.lstrip().startswith("{"):
+        return _json(text, source)
+    if is_toml(text):
+        return _toml(text, source)
+    return parse_yaml(text, source)
+
+
+def is_toml(text: str) -> bool:
+    """Whether the first line that says anything is TOML's (``name = value`` or ``[section]``) and not YAML's."""
+    for line in text.splitlines():
+        if line.strip() and not line.lstrip().startswith("#"):
+            return _TOML_LINE.fullmatch(line) is not None
+    return False
+
+
+def _json(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as json_error:
+        try:
+            return parse_yaml(text, source)  # {a: 1} is YAML in one line
+        except UserError:
+            raise UserError(
+                f"{source} cannot be read as JSON: {json_error}.", remedy="Give the file as its program wrote it."
+            ) from None
+    return {str(name): value for name, value in values.items()}
+
+
+def _toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        remedy = "Each line has the form 'name = value'; text stands in quotes."
+        if '\\' in text:
+            remedy += " A Windows path stands in single quotes: 'D:\\pictures'."
+        raise UserError(f"{source} cannot be read as TOML: {error}.", remedy=remedy) from None

@@ -1,0 +1,212 @@
+"""Settings of kohya's sd-scripts: the arguments of train_network.py as TOML, and its dataset_config with subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.config.foreign import kohya
+from lora_trainer.config.foreign.report import Reading, Translation, is_on, number
+from lora_trainer.errors import UserError
+
+TOOL = "sd-scripts"
+
+# What train_network.py does where a setting is not given, and this program would do otherwise.
+DEFAULTS = {"lr_scheduler": "constant", "network_dim": 4, "max_train_steps": 1600, "max_token_length": 75,
+            "enable_bucket": False, "train_batch_size": 1}  # fmt: skip
+
+_OF_DATASETS = ("image_dir", "num_repeats", "class_tokens", "is_reg", "metadata_file", "custom_attributes")
+_NETWORKS = {
+    "networks.lora": "lora", "lycoris.kohya": "locon", "networks.loha": "loha", "networks.lokr": "lokr",
+    "networks.lora_flux": "lora", "networks.lora_sd3": "lora",
+}  # fmt: skip
+
+
+def is_dataset_config(values: Mapping[str, Any]) -> bool:
+    return isinstance(values.get("datasets"), list)
+
+
+def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -> Translation:
+    """``values``: the file's settings. Raises UserError for several folders that cannot be trained together."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and name not in ("general", "optimizer_args"):  # sections only group
+            flat.update(value)
+        else:
+            flat[name] = value
+    translation = Translation(TOOL)
+    data = {name: flat.pop(name) for name in ("general", "datasets") if name in flat}
+    given = bool(flat)
+    reading = Reading(translation, flat, folder=folder)
+    named = reading.pop("dataset_config")
+    if named and not data:
+        data = _read_dataset_config(str(named), folder, translation)
+    if data:  # goes before the arguments of the same name
+        _datasets(data, translation)
+        reading.ignore("train_data_dir", "reg_data_dir", "in_json", "resolution", "train_batch_size")
+    if given:
+        _arguments(reading, known)
+    return translation
+
+
+def _arguments(reading: Reading, known: set[str]) -> None:
+    for name, value in DEFAULTS.items():
+        if name not in reading.left and not _decided(reading, name):
+            reading.left[name] = value
+            if name != "max_train_steps" or "max_train_epochs" not in reading.left:
+                reading.note(f"{name} is not given: sd-scripts takes {value}.")
+    kind = _NETWORKS.get(str(reading.left.get("network_module") or "networks.lora"))
+    module = str(reading.pop("network_module") or "networks.lora")
+    arguments = kohya.pairs(reading.pop("network_args"))
+    lycoris = module == "lycoris.kohya"
+    algorithm = str(arguments.get("algo", "lora")) if lycoris else kind or module
+    convolutions = is_on(arguments.get("conv_dim"))
+    if lycoris and not convolutions and str(arguments.get("preset", "full")) == "full":
+        # LyCORIS trains the convolutions as well, with the rank of the others.
+        convolutions, arguments["conv_dim"] = True, reading.left.get("network_dim")
+        arguments.setdefault("conv_alpha", reading.left.get("network_alpha", 1))
+    name = "network_args.algo" if lycoris else "network_module"
+    unet_only, text_only = (
+        is_on(reading.left.get(one)) for one in ("network_train_unet_only", "network_train_text_encoder_only")
+    )
+    kohya.network(reading, algorithm, arguments, convolutions=convolutions, name=name)
+    kohya.rates(reading, unet_only=unet_only, text_encoder_only=text_only)
+    kohya.optimizer(reading)
+    kohya.schedule(reading)
+    kohya.warmup(reading, "lr_warmup_steps")
+    kohya.length(reading, reading.pop("max_train_epochs"), reading.pop("max_train_steps"))
+    if "dataset_repeats" in reading.left:
+        reading.take("dataset_repeats", "repeats", number)
+    _previews(reading)
+    kohya.common(reading)
+    reading.ignore(*kohya.NOTHING, *kohya.OF_OTHER_FAMILIES)
+    reading.cannot(kohya.CANNOT, kohya.HARMLESS)
+    reading.finish(known)
+
+
+def _decided(reading: Reading, name: str) -> bool:
+    """Whether a dataset_config has said it already."""
+    ours = {"enable_bucket": "enable_bucket", "train_batch_size": "batch_size"}.get(name)
+    return ours in reading.translation.settings
+
+
+def _previews(reading: Reading) -> None:
+    """``sample_prompts``: a file of prompts, one a line."""
+    named = reading.pop("sample_prompts")
+    if named is None:
+        return
+    path = _find(str(named), reading.folder)
+    if path is None or path.suffix.lower() not in (".txt", ""):
+        reading.unmet("sample_prompts", named, "write the prompts as preview_prompts, one a line")
+        return
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    reading.set("sample_prompts", "preview_prompts", [line for line in prompts if line and not line.startswith("#")])
+
+
+def _find(name: str, folder: Path | None) -> Path | None:
+    """A file that the settings name, relative to them or to here; None where it may not be read or is not there."""
+    if folder is None:
+        return None
+    return next((path for path in (folder / name, Path(name)) if path.is_file()), None)
+
+
+def _read_dataset_config(name: str, folder: Path | None, translation: Translation) -> dict[str, Any]:
+    from lora_trainer.config.foreign.formats import parse_any
+
+    path = _find(name, folder)
+    if path is None:
+        raise UserError(
+            f"dataset_config names {name}, which "
+            + ("is not there." if folder is not None else "lies on a disk; only what is pasted is read here."),
+            field="dataset_config",
+            remedy="Check the path." if folder is not None else "Paste its lines below the others.",
+        )
+    translation.notes.append(f"The pictures are those of {path}.")
+    return parse_any(path.read_text(encoding="utf-8-sig"), str(path))
+
+
+def _datasets(data: Mapping[str, Any], translation: Translation) -> None:
+    """[general], [[datasets]] and [[datasets.subsets]]: what stands in a lower one counts."""
+    general = dict(data.get("general") or {})
+    subsets: list[dict[str, Any]] = []
+    for one in data.get("datasets") or []:
+        shared = {**general, **{name: value for name, value in one.items() if name != "subsets"}}
+        subsets += [{**shared, **subset} for subset in one.get("subsets") or []]
+    training = [subset for subset in subsets if not subset.get("is_reg")]
+    regularization = [subset for subset in subsets if subset.get("is_reg")]
+    if not training:
+        raise UserError("names no folder with pictures.", field="datasets", remedy="Give a subset its image_dir.")
+    if len(regularization) > 1:
+        raise UserError(
+            f"names {len(regularization)} folders of regularization pictures; there can be one here.",
+            field="datasets", remedy="Put them into one folder, each in a sub-folder such as 1_person.",
+        )  # fmt: skip
+    first, *others = training
+    _one_folder(first, translation)
+    _further_folders(others, translation)
+    for subset in regularization:
+        reading = Reading(translation, {"image_dir": subset.get("image_dir")}, "datasets.subsets.")
+        reading.take("image_dir", "reg_data_dir")
+        repeats, words = subset.get("num_repeats", 1), str(subset.get("class_tokens") or "")
+        if (repeats != 1 or words) and not _says(str(subset.get("image_dir")), repeats, words):
+            translation.notes.append(
+                f"Regularization pictures: name the folder {repeats}_{words or 'class'}, which says how often they "
+                "are seen and their caption."
+            )
+    for name in sorted({name for subset in training for name in subset} - set(_OF_DATASETS)):
+        values = [subset.get(name) for subset in training]
+        if any(value != values[0] for value in values):
+            translation.notes.append(f"{name} differs between the folders; {values[0]} counts for all of them.")
+
+
+def _one_folder(subset: Mapping[str, Any], translation: Translation) -> None:
+    reading = Reading(translation, subset, "datasets.")
+    folder = str(reading.left.get("image_dir") or "")
+    reading.take("image_dir", "train_data_dir")
+    reading.take("metadata_file", "metadata_path")
+    reading.take("num_repeats", "repeats", number)
+    reading.take("class_tokens", "default_caption")
+    repeats = number(subset.get("num_repeats", 1))
+    if (label := _label(folder)) and label[0] != repeats:
+        translation.notes.append(
+            f"The name of {folder} says {label[0]} repeats, which counts here; num_repeats says {repeats}. Rename it."
+        )
+    reading.take("batch_size", "batch_size", number)
+    reading.ignore("is_reg", "custom_attributes")
+    if is_on(reading.left.get("enable_wildcard")):
+        reading.take("enable_wildcard", "wildcards", is_on)
+    reading.ignore("enable_wildcard")
+    for name in ("keep_tokens", "resolution"):
+        if name in reading.left:
+            reading.take(name, name, kohya.resolution if name == "resolution" else number)
+    for theirs, ours in kohya.SAME.items():
+        if theirs in reading.left:
+            reading.take(theirs, ours)
+    if is_on(reading.left.get("alpha_mask")) or is_on(reading.left.get("conditioning_data_dir")):
+        translation.settings["use_masks"] = True
+    reading.take_unless_off("conditioning_data_dir", "mask_dir")
+    reading.ignore("alpha_mask", *kohya.NOTHING)
+    reading.cannot(kohya.CANNOT, kohya.HARMLESS)
+    reading.finish()
+
+
+def _further_folders(subsets: list[dict[str, Any]], translation: Translation) -> None:
+    folders = []
+    for subset in subsets:
+        repeats, words = number(subset.get("num_repeats", 1)), str(subset.get("class_tokens") or "").strip()
+        folders.append(f"{repeats}_{words}={subset.get('image_dir')}")
+    if folders:
+        Reading(translation, {}, "datasets.subsets.").set("image_dir", "more_folders", folders)
+
+
+def _label(folder: str) -> tuple[int, str] | None:
+    """What a folder's own name says: ``10_dog`` -> (10, "dog")."""
+    repeats, underscore, words = Path(folder.replace("\\", "/")).name.partition("_")
+    return (int(repeats), words) if underscore and repeats.isdecimal() and words else None
+
+
+def _says(folder: str, repeats: Any, words: str) -> bool:
+    return _label(folder) == (repeats, words)
+
+
