@@ -140,19 +140,34 @@
 
     estimate.yamlIn = async function() {
         try {
-            const {settings, given} = await app.post("/settings/check", {yaml: app.get("yaml").value});
+            const {settings, given, translation} = await app.post("/settings/check", {yaml: app.get("yaml").value});
             app.show(app.get("problem_yaml"), false);
+            tellTranslation(translation);
             // What a YAML of a few settings leaves open is not emptied: model, name and trigger word stay.
             for (const name of ["base_model", "output_name", "trigger_word"]) {
                 if (!given.includes(name) && name in app.form.given) settings[name] = app.form.given[name];
             }
             app.form.fill({...settings, train_data_dir: settings.train_data_dir || app.pictures.chosen || ""});
         } catch (error) {
+            tellTranslation(null);
             if (!error.problems) return app.complain(error, app.get("problem_yaml"));
             app.setText(app.get("problem_yaml"), error.problems.map(app.named).join("\n"));
             app.show(app.get("problem_yaml"), true);
         }
     };
+
+    /** What became of another trainer's settings; nothing where they were ours. */
+    function tellTranslation(told) {
+        const place = app.get("translation");
+        app.show(place, told);
+        if (!told) return;
+        const taken = told.taken.map((one) => `${one.theirs} → ${one.ours}: ${one.value}`).join(", ");
+        const lines = [app.t("Settings of {tool}, {n} taken: {list}", {tool: told.tool, n: told.taken.length, list: taken})];
+        const unmet = told.unmet.map((one) => `${one.theirs}: ${one.value} (${one.reason})`).join(", ");
+        if (unmet) lines.push(app.t("Cannot be honored here: {list}", {list: unmet}));
+        if (told.ignored.length) lines.push(app.t("Mean nothing here: {list}", {list: told.ignored.join(", ")}));
+        place.replaceChildren(...[...lines, ...told.notes].map((line) => app.el("li", {}, line)));
+    }
 
     estimate.yamlDownload = async function() {
         const url = URL.createObjectURL(new Blob([await estimate.yamlOut()], {type: "text/yaml"}));

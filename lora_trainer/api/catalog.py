@@ -10,12 +10,11 @@ from fastapi import APIRouter, Query
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded
-from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, read_text, to_mapping, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.job import ACTIVE
-from lora_trainer.jobs.submitting import read_settings
 from lora_trainer.planning.memory import free_memory
 from lora_trainer.planning.presets import PRESETS, preset
 
@@ -58,11 +57,17 @@ def routes(context: Context) -> APIRouter:
 
     @router.post("/settings/check", response_model=schemas.ConfigModel)
     def check(new: schemas.NewJobModel) -> dict[str, Any]:
-        """Settings or YAML -> every setting named, and the same as YAML; errors name each field."""
-        given = read_settings(new.given())
+        """Settings, or text (YAML, or what another trainer writes) -> every setting named, the same as YAML, and what
+        became of the other trainer's settings; errors name each field."""
+        settings = new.given()
+        given, translation = read_text(settings) if isinstance(settings, str) else (settings, None)
         config = from_mapping(given)
-        names = [ALIASES.get(name, name) for name in given]
-        return {"settings": to_mapping(config), "given": names, "yaml": to_yaml(config)}
+        return {
+            "settings": to_mapping(config),
+            "given": [ALIASES.get(name, name) for name in given],
+            "yaml": to_yaml(config),
+            "translation": translation and translation.to_json(),
+        }
 
     @router.post("/estimate", response_model=schemas.EstimateModel)
     def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:

@@ -266,11 +266,13 @@ class SettingListModel(BaseModel):
 
 
 class ConfigModel(BaseModel):
-    """A checked configuration, every setting named, and as YAML. given: the names that were in what was checked."""
+    """A checked configuration, every setting named, and as YAML. given: the names that were in what was checked.
+    translation: what became of another trainer's settings; None where they were ours."""
 
     settings: dict[str, Any]
     given: list[str]
     yaml: str
+    translation: dict[str, Any] | None = None
 
 
 class RefusedPictureModel(BaseModel):

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from lora_trainer import __version__
-from lora_trainer.cli import caption, demo, tools, train, ui
+from lora_trainer.cli import caption, convert, demo, tools, train, ui
 from lora_trainer.errors import UserError
 from lora_trainer.requirements import missing_package
 
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (train.add_parser, caption.add_parser, *tools.PARSERS, demo.add_parser, ui.add_parser):
+    first, last = (train.add_parser, convert.add_parser, caption.add_parser), (demo.add_parser, ui.add_parser)
+    for add in (*first, *tools.PARSERS, *last):
         add(commands)
     return parser

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config import TrainConfig, from_mapping, load, settings_where
+from lora_trainer.config import TrainConfig, Translation, from_mapping, load, settings_where, with_folder
 from lora_trainer.config.parse import parse_overrides
 from lora_trainer.errors import UserError
 
@@ -34,14 +34,24 @@ def run(options: argparse.Namespace) -> int:
     if options.config is None and not options.overrides:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
     overrides = options.overrides
-    config = load(options.config, overrides) if options.config else from_mapping(parse_overrides(overrides))
+
+    def told(translation: Translation) -> None:
+        print(translation.to_text(str(options.config)), file=sys.stderr)
+
+    config = load(options.config, overrides, told) if options.config else from_mapping(parse_overrides(overrides))
     return run_training(_at_home(config))[0]
 
 
 def _at_home(config: TrainConfig) -> TrainConfig:
     """~/pictures in a path is the user's own: no shell has read what stands in the file, or behind an equals sign."""
-    paths = {name: value for name in _PATHS if (value := getattr(config, name)) and value.startswith("~")}
-    return dataclasses.replace(config, **{name: os.path.expanduser(value) for name, value in paths.items()})
+    paths: dict[str, Any] = {
+        name: [with_folder(entry, os.path.expanduser) for entry in value]
+        if isinstance(value, list)
+        else os.path.expanduser(value)
+        for name in _PATHS
+        if (value := getattr(config, name))
+    }
+    return dataclasses.replace(config, **paths)
 
 
 def run_training(config: TrainConfig) -> tuple[int, Any]:

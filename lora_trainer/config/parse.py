@@ -15,25 +15,45 @@ from typing import Any
 
 import yaml
 
+from lora_trainer.config.foreign import Translation, read_text
+from lora_trainer.config.foreign.kohya import pairs
 from lora_trainer.config.names import ALIASES, is_text, types
 from lora_trainer.config.schema import FACTS, TrainConfig
-from lora_trainer.config.yaml_text import read_yaml
+from lora_trainer.config.yaml_text import file_text
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_OTHER_WORDS = {
+    ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
+    ("save_precision", "float"): "fp32", ("resume", ""): "auto",
+}  # fmt: skip
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file, apply ``key=value`` overrides, check everything.
+def load(
+    path: Path | str, overrides: Sequence[str] = (), told: Callable[[Translation], None] = lambda translation: None
+) -> TrainConfig:
+    """Read a file of settings, ours or another tool's, apply ``key=value`` overrides, check everything.
+
+    told: hears what became of another tool's settings.
 
     Raises:
         ConfigError: with every problem found, each naming field, value and remedy.
-        UserError: the file cannot be read or is no YAML mapping.
+        UserError: the file cannot be read or holds no settings.
     """
-    values = read_yaml(Path(path))
-    return from_mapping({**values, **parse_overrides(overrides)})
+    values, translation = read_file(Path(path))
+    if translation is not None:
+        told(translation)
+    given = parse_overrides(overrides)
+    replaced = {ALIASES.get(name, name) for name in given}
+    kept = {name: value for name, value in values.items() if ALIASES.get(name, name) not in replaced}
+    return from_mapping({**kept, **given})
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], Translation | None]:
+    """The settings in a file, by our names, and what became of another tool's. Raises UserError."""
+    return read_text(file_text(path), str(path), folder=path.parent)
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
@@ -72,8 +92,14 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             continue
         if value is None and known[name].default == "":
             value = ""  # "trigger_word:" with nothing behind it
+        if isinstance(value, str) and FACTS[name].path is not None:
+            value = _unquoted(value)
         if isinstance(value, str) and (separator := FACTS[name].separator):
             value = [part.strip() for part in value.split(separator) if part.strip()]
+        if (name, str(value).strip().lower()) in _OTHER_WORDS:
+            value = _OTHER_WORDS[name, str(value).strip().lower()]
+        elif _is_off(value, known[name]):
+            value = None
         try:
             clean[name] = _check_limits(_convert(value, types()[name]), known[name].metadata)
         except ValueError as error:
@@ -156,6 +182,19 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
     return problems
 
 
+def parse_folder(text: str) -> tuple[int | None, str, str]:
+    """An entry of more_folders: ``"10_dog=PATH"`` -> (10, "dog", "PATH"), ``"PATH"`` -> (None, "", "PATH")."""
+    if match := re.fullmatch(r"(\d{1,5})_([^=/\\]*)=(.+)", text.strip()):
+        return int(match[1]), match[2].strip(), match[3].strip()
+    return None, "", text.strip()
+
+
+def with_folder(text: str, change: Callable[[str], str]) -> str:
+    """The entry of more_folders with another path."""
+    repeats, words, path = parse_folder(text)
+    return change(path) if repeats is None else f"{repeats}_{words}={change(path)}"
+
+
 def parse_resolution(text: str) -> tuple[int, int] | str | None:
     """``"512"`` -> (512, 512); ``"768x512"`` -> (768, 512) (width, height); ``"auto"`` -> "auto"; else None."""
     if text == "auto":
@@ -194,14 +233,43 @@ def _convert(value: Any, kind: Any) -> Any:
     if origin is typing.Literal:
         return _choice(value, options)
     if origin is list:
-        parts = value if isinstance(value, list) else _split(value)
+        parts = _in_quotes(value) if isinstance(value, str) else value
+        parts = parts if isinstance(parts, list) else _split(parts)
         return [_convert(part, options[0]) for part in parts]
     if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError("is not a mapping of names to values")
+        value = _in_quotes(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):  # ["weight_decay=0.1"], as kohya's scripts take it
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, list) or any("=" not in str(text) for text in texts):
+                raise ValueError("is not a mapping of names to values")
+            value = pairs(value)
         return {str(name): _convert_loose(part) for name, part in value.items()}
     converters: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str}
     return converters[kind](value)
+
+
+def _unquoted(path: str) -> str:
+    """A path without the quotes around it, which Windows puts there when it is copied."""
+    path = path.strip() if path.strip()[:1] in ("'", '"') else path
+    return path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+
+
+def _is_off(value: Any, field: dataclasses.Field) -> bool:
+    """Whether 0 stands for "not used", where nothing does: other trainers write it so."""
+    if isinstance(value, bool) or (field.default is not None and field.name != "min_snr_gamma"):
+        return False
+    low = field.metadata.get("minimum", field.metadata.get("above", 0))
+    zero = value == 0 or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()) and float(value) == 0)
+    return bool(zero) and (low > 0 or "above" in field.metadata)
+
+
+def _in_quotes(text: str) -> Any:
+    """A list or mapping that stands in quotes: what is inside them; other texts as they are."""
+    if text.strip()[:1] not in ("[", "{"):
+        return text
+    with contextlib.suppress(yaml.YAMLError):
+        return yaml.safe_load(text)
+    return text
 
 
 def _choice(value: Any, options: Sequence[Any]) -> Any:

@@ -82,6 +82,10 @@ class DataSettings:
     train_data_dir: str = setting("", decides=False, path="read", given_by="steps")
     """Folder with the pictures; sub-folders count too."""
 
+    more_folders: list[str] = setting([], decides=False, path="read", separator="\n")
+    """Further folders with pictures, one a line; 10_dog=PATH says how often its pictures are seen in an epoch and what
+    those without a caption show, as the name of a folder 10_dog does."""
+
     metadata_path: str | None = setting(None, decides=False, path="read")
     """metadata.csv or metadata.jsonl with the captions; empty looks for one in the folder."""
 
@@ -127,6 +131,9 @@ class DataSettings:
     caption_mapping: str | None = setting(None, decides=False, path="read")
     """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are read:
     Stable Diffusion's CLIP barely reads Chinese."""
+
+    default_caption: str = setting("", decides=False)
+    """Caption of the pictures that have none; empty takes the class in their folder's name, or the trigger word."""
 
     trigger_word: str = setting("", given_by="steps")
     """Word that calls the LoRA up later; put first in every caption that lacks it."""
@@ -235,6 +242,9 @@ class OptimizationSettings:
     lr_warmup_steps: int = setting(0, minimum=0)
     """Steps in which the learning rate rises from 0."""
 
+    lr_warmup_ratio: float = setting(0.0, minimum=0, maximum=1)
+    """The same as a share of the whole training, such as 0.1; counts where lr_warmup_steps is 0."""
+
     lr_cycles: int = setting(1, minimum=1, maximum=1000)
     """Restarts of cosine_with_restarts."""
 
@@ -283,8 +293,8 @@ class ObjectiveSettings:
     min_timestep: int = setting(0, minimum=0, maximum=999)
     """Lowest noise level that is trained."""
 
-    max_timestep: int = setting(999, minimum=0, maximum=999)
-    """Highest noise level that is trained."""
+    max_timestep: int = setting(999, minimum=0, maximum=1000)
+    """Highest noise level that is trained, of the model's 1000 from 0 to 999."""
 
     latent_sampling: Literal["sample", "mean"] = setting("sample")
     """What of the VAE's answer is learned: a draw from it, or its mean."""
@@ -358,6 +368,10 @@ class TrainConfig(
     @property
     def effective_text_encoder_lr(self) -> float:
         return self.learning_rate / 2 if self.text_encoder_lr is None else self.text_encoder_lr
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Of a run of ``total_steps``."""
+        return self.lr_warmup_steps or round(self.lr_warmup_ratio * total_steps)
 
     @property
     def text_encoders_learn(self) -> bool:

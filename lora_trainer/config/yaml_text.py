@@ -3,30 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_trainer.config.names import is_text
-from lora_trainer.config.schema import GROUPS, TrainConfig
+from lora_trainer.config.names import ALIASES, is_text
+from lora_trainer.config.schema import GROUPS, TrainConfig, settings_where
 from lora_trainer.errors import UserError
 
+_SETTING = re.compile(r'\s*(?:-\s+)?"?([\w.]+)"?\s*[:=]')
+_PATHS = settings_where(lambda facts: facts.path is not None)
+_PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
+_SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
+_DRIVE = re.compile(r'"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError when there is none."""
+
+def file_text(path: Path) -> str:
+    """The text of a file of settings. Raises UserError when there is none."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"There is no configuration at {path}.", remedy="Check the path after --config.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).", remedy="Save it as UTF-8.") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML file.") from None
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML, JSON or TOML file."
+        ) from None
+
+
+def check_backslashes(text: str, source: str) -> None:
+    """Raises UserError for a Windows path in double quotes with single backslashes: \\n and \\t in it are a new line
+    and a tab to YAML, TOML and JSON."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        named = _SETTING.match(line)
+        of_a_path = named and (ALIASES.get(named[1], named[1]) in _PATHS or named[1].endswith(_PATH_ENDINGS))
+        pattern = _SINGLE_BACKSLASH if of_a_path else _DRIVE
+        if line.lstrip().startswith("#") or not (match := pattern.search(line)):
+            continue
+        path = match[1][:2] + match[1][2:].replace("\\\\", "\\")  # a server's name begins with two
+        slashes = '"' + path.replace("\\", "/") + '"'
+        is_json = text.lstrip().startswith("{")
+        raise UserError(
+            f"{source}, line {number}: in double quotes a backslash means something else than in a path.",
+            field=named[1] if named else None,
+            remedy=f"Write {slashes}." if is_json else f"Write '{path}' in single quotes, or {slashes} with slashes.",
+        )
 
 
 def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
     """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
+    check_backslashes(text, source)
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -46,12 +76,17 @@ def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The effective configuration as YAML, grouped as the tab shows it; ``load`` reads it back to an equal one."""
+def to_yaml(config: TrainConfig, only: Container[str] | None = None) -> str:
+    """The effective configuration as YAML, grouped as the tab shows it; ``load`` reads it back to an equal one.
+
+    only: names of the settings that are written; the others have their defaults.
+    """
     values = dataclasses.asdict(config)
     blocks = []
     for title, group in GROUPS:
-        names = [field.name for field in dataclasses.fields(group)]
+        names = [field.name for field in dataclasses.fields(group) if only is None or field.name in only]
+        if not names:
+            continue
         block = yaml.dump(
             {name: values[name] for name in names}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
         )

@@ -2,7 +2,8 @@
 
 Where a picture's caption comes from, first match wins:
 metadata.csv / metadata.jsonl > ``<image>`` + caption_extension > ``<image>.txt`` > ``<image>.caption`` >
-the class tokens of a kohya folder ``<repeats>_<class>`` > the trigger word > an error that names the picture.
+the class tokens of a kohya folder ``<repeats>_<class>`` > default_caption > the trigger word > an error that names the
+picture.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config import TrainConfig, parse_folder
 from lora_trainer.dataset import captions as grammar
 from lora_trainer.dataset.caption_files import read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
@@ -56,20 +58,48 @@ def scan(
     """
     if not config.train_data_dir:
         raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
+    sources = _sources(config, stand_in)
+    roots = [source.root for source in sources]
     results = folders_of_results(config)
-    others = [*results, *([Path(config.reg_data_dir)] if config.reg_data_dir else [])]
-    training = _scan_root(config, Path(config.train_data_dir), others, False, progress, measure, stand_in)
-    if not config.reg_data_dir:
-        return _translated(training, config)
-    others = [*results, Path(config.train_data_dir)]
-    regularization = _scan_root(config, Path(config.reg_data_dir), others, True, progress, measure)
-    both = Dataset(
-        training.root,
-        training.samples + regularization.samples,
-        training.skipped + regularization.skipped,
-        training.warnings + regularization.warnings,
+    parts = [
+        _scan_root(config, source, [*results, *(root for root in roots if root != source.root)], progress, measure)
+        for source in sources
+    ]
+    whole = Dataset(
+        parts[0].root,
+        tuple(sample for part in parts for sample in part.samples),
+        tuple(skipped for part in parts for skipped in part.skipped),
+        tuple(warning for part in parts for warning in part.warnings),
     )
-    return _translated(both, config)
+    return _translated(whole, config)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder that is read. prefix: before the keys of its pictures. setting: that names it. repeats: of its
+    pictures, whatever their folders' names say; None leaves it to those and to ``repeats``. stand_in: the caption of
+    pictures without one, after the class in their folder's name."""
+
+    root: Path
+    setting: str
+    prefix: str = ""
+    repeats: int | None = None
+    words: str = ""
+    stand_in: str = ""
+    is_regularization: bool = False
+
+
+def _sources(config: TrainConfig, stand_in: str) -> list[_Source]:
+    """The training folders first, then that of the regularization pictures."""
+    sources = [_Source(Path(config.train_data_dir), "train_data_dir", stand_in=stand_in)]
+    for number, entry in enumerate(config.more_folders, start=2):
+        repeats, words, path = parse_folder(entry)
+        sources.append(_Source(Path(path), "more_folders", f"{number}:", repeats, words, stand_in))
+    if config.reg_data_dir:
+        sources.append(
+            _Source(Path(config.reg_data_dir), "reg_data_dir", REGULARIZATION_PREFIX, is_regularization=True)
+        )
+    return sources
 
 
 def folders_of_results(config: TrainConfig) -> list[Path]:
@@ -93,20 +123,18 @@ def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
 
 def _scan_root(
     config: TrainConfig,
-    root: Path,
+    source: _Source,
     exclude: Sequence[Path],
-    is_regularization: bool,
     progress: Callable[[int, int], None] | None,
     measure: Callable[[Path], tuple[tuple[int, int], str]],
-    stand_in: str = "",
 ) -> Dataset:
-    setting = "reg_data_dir" if is_regularization else "train_data_dir"
+    root, setting, is_regularization = source.root, source.setting, source.is_regularization
     try:
         listing = list_folder(root, exclude)
     except UserError as error:
         raise UserError(error.message, field=setting, remedy=error.remedy) from None
     problems: list[CaptionProblem] = []
-    metadata_path = None if is_regularization else config.metadata_path
+    metadata_path = config.metadata_path if setting == "train_data_dir" else None
     captions = read_captions(root, metadata_path, config.caption_extension, problems=problems, listing=listing)
     if fatal := [problem for problem in problems if problem.fatal]:
         setting = "metadata_path" if metadata_path and str(fatal[0].path) == str(metadata_path) else setting
@@ -130,15 +158,18 @@ def _scan_root(
         path = listing.pictures[key]
         folder = kohya_folder(root, key)
         repeats, class_tokens = folder or (config.repeats, "")
+        if source.repeats is not None:
+            repeats, class_tokens = source.repeats, source.words
         if isinstance(found, str):
             skipped.append(Skipped(path, found))
             continue
         if repeats == 0:
             skipped.append(Skipped(path, "its folder's name says 0 repeats"))
             continue
-        source = captions.get(key)
+        written = captions.get(key)
         trigger_word = "" if is_regularization else config.trigger_word.strip()
-        caption = source.text if source else class_tokens or trigger_word or stand_in
+        stands_in = class_tokens or ("" if is_regularization else config.default_caption.strip()) or trigger_word
+        caption = written.text if written else stands_in or source.stand_in
         if not caption:
             without_caption.append(path)
             continue
@@ -149,10 +180,9 @@ def _scan_root(
         except UserError as error:
             skipped.append(Skipped(path, error.message))
             continue
-        name = REGULARIZATION_PREFIX + key if is_regularization else key
         samples.append(
             Sample(
-                path, name, caption, edit.size(size), edit.digest(digest), repeats, is_regularization,
+                path, source.prefix + key, caption, edit.size(size), edit.digest(digest), repeats, is_regularization,
                 mask_of(listing, key), edit,
             )
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, to_yaml
+from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, read_text, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, safe_name_problem
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Settings as a mapping or as YAML text -> a mapping."""
-    return parse_yaml(settings) if isinstance(settings, str) else dict(settings)
+    """Settings as a mapping, or as text (YAML, or what another trainer writes) -> a mapping by our names."""
+    return read_text(settings)[0] if isinstance(settings, str) else dict(settings)
 
 
 def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:

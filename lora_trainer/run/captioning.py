@@ -173,7 +173,9 @@ def _wordless(config: TrainConfig) -> list[str]:
     """The pictures of a training folder without any words: no caption, no class in a folder's name, no trigger word.
     Empty where there are some."""
     root = Path(config.train_data_dir)
-    if not config.train_data_dir or config.metadata_path or config.trigger_word.strip() or not root.is_dir():
+    if not config.train_data_dir or config.metadata_path or not root.is_dir():
+        return []
+    if config.trigger_word.strip() or config.default_caption.strip():
         return []
     listing = list_folder(root, folders_of_results(config))
     problems: list = []

@@ -283,9 +283,9 @@ class Trainer:
 
     def _warn_about_settings(self) -> None:
         config = self.config
-        if config.lr_warmup_steps >= self.total_steps:
+        if (warmup := config.warmup_steps(self.total_steps)) >= self.total_steps:
             self.callbacks.on_warning(
-                f"lr_warmup_steps ({config.lr_warmup_steps}) is as long as the training ({self.total_steps} steps): "
+                f"lr_warmup_steps ({warmup}) is as long as the training ({self.total_steps} steps): "
                 "the learning rate never reaches learning_rate."
             )
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:

@@ -136,14 +136,14 @@ def create_scheduler(
     """The learning-rate schedule over ``total_steps`` optimizer steps, as diffusers and transformers define it."""
     from diffusers.optimization import get_scheduler
 
-    name = config.lr_scheduler
-    if name == "constant" and config.lr_warmup_steps:
+    name, warmup = config.lr_scheduler, config.warmup_steps(total_steps)
+    if name == "constant" and warmup:
         name = "constant_with_warmup"
     try:
         return get_scheduler(
             name,
             optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
+            num_warmup_steps=warmup,
             num_training_steps=total_steps,
             num_cycles=config.lr_cycles,
             power=config.lr_power,

@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lora_trainer
-from lora_trainer.config import FACTS, TrainConfig
+from lora_trainer.config import FACTS, TrainConfig, with_folder
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
 
@@ -96,11 +96,14 @@ def confine_config(
         ConfigError: with every path that may not be used, each naming its field.
     """
     problems: list[UserError] = []
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
 
-    def check(field: str, text: str) -> None:
+    def check(field: str, text: str | list[str]) -> None:
+        def confine(path: str) -> str:
+            return str(allowed(path, data, access, field))
+
         try:
-            values[field] = str(allowed(text, data, access, field))
+            values[field] = confine(text) if isinstance(text, str) else [with_folder(one, confine) for one in text]
         except UserError as error:
             problems.append(error)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lora_trainer.api import PREFIX
 from lora_trainer.host.base import AccessPolicy
+from tests.config.foreign_presets import kohya_gui
 from tests.jobs.fakes import make_pictures, wait_for
 from tests.workspace.evil import EVIL_PATHS
 
@@ -225,7 +226,18 @@ def test_the_catalog(client, monkeypatch):
     assert all(row["explanation"] for row in rows) and {"lora_rank", "base_model"} <= {row["name"] for row in rows}
     checked = client.post("/settings/check", json={"yaml": "rank: 4\nlearning_rate: 2e-4"}).json()
     assert checked["settings"]["lora_rank"] == 4 and "lora_rank: 4" in checked["yaml"]
-    assert checked["given"] == ["lora_rank", "learning_rate"]
+    assert checked["given"] == ["lora_rank", "learning_rate"] and checked["translation"] is None
+
+
+def test_another_trainers_settings_are_understood_where_they_are_pasted(client):
+    preset = kohya_gui("base.safetensors", "discs", "out", color_aug=True)
+    checked = client.post("/settings/check", json={"yaml": preset}).json()
+    assert checked["settings"]["lora_rank"] == 4 and checked["settings"]["learning_rate"] == 2e-4
+    told = checked["translation"]
+    assert {"theirs": "network_dim", "ours": "lora_rank", "value": "4"} in told["taken"]
+    assert [one["theirs"] for one in told["unmet"]] == ["color_aug"] and "xformers" in told["ignored"]
+    refused = client.post("/settings/check", json={"yaml": "dataset_config = '/etc/passwd'"})
+    assert refused.status_code == 400 and "only what is pasted" in refused.text
 
 
 def test_the_schema_is_typed_and_can_be_read(client, app):

@@ -14,6 +14,7 @@ from lora_trainer.dataset.listing import list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.errors import UserError
 from tests.dataset.folders import captions, picture, scan_folder, write
+from tests.pictures import draw_dataset
 
 # --- which pictures ---------------------------------------------------------------------------------------------
 
@@ -279,3 +280,20 @@ def test_a_mapping_translates_captions_as_they_are_read(tmp_path):
     assert captions(scan_folder(tmp_path / "data")) == {"a.png": "**红色帽子**, sky, (雨:1.2)"}
     with pytest.raises(UserError, match=r"caption_mapping.*terms\.txt"):
         scan_folder(tmp_path / "data", caption_mapping=str(tmp_path / "terms.txt"))
+
+
+def test_further_folders_have_repeats_and_words_of_their_own(tmp_path):
+    first = draw_dataset(tmp_path / "5_five", 1)
+    second = draw_dataset(tmp_path / "7_seven", 1, caption=lambda index: None)
+    third = draw_dataset(tmp_path / "plain", 1, caption=lambda index: None)
+    config = TrainConfig(
+        train_data_dir=str(first),
+        more_folders=[f"3_a dog={second}", str(second), str(third)],
+        default_caption="a thing",
+        repeats=2,
+    )
+    samples = scan(config).samples
+    assert [(sample.repeats, sample.caption.partition(" **")[0]) for sample in samples] == [
+        (5, "a red"), (3, "a dog"), (7, "seven"), (2, "a thing")
+    ]  # fmt: skip
+    assert len({sample.key for sample in samples}) == 4

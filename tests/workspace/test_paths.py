@@ -136,3 +136,13 @@ def test_redacted_text_names_no_folder(root):
 
 def test_the_evil_ones_are_many():
     assert len(set(EVIL_PATHS)) > 250 and len(list(itertools.islice(EVIL_PATHS, 5))) == 5
+
+
+def test_further_folders_are_confined_as_the_first_one_is(root):
+    access = AccessPolicy(roots=(root,), hide_paths=False)
+    inside, outside = root / "sub", root.parent / "root-beside"
+    config = from_mapping({"train_data_dir": str(inside), "more_folders": [f"3_a dog={inside}", str(inside)]})
+    kept = confine_config(config, root / "data", access)
+    assert kept.more_folders == [f"3_a dog={inside}", str(inside)]
+    with pytest.raises(ConfigError, match="more_folders"):
+        confine_config(from_mapping({"more_folders": [f"3_a dog={outside}"]}), root / "data", access)

@@ -13,9 +13,12 @@ from lora_trainer.config.names import ALIASES, types
 
 __all__ = ["Translation", "read_text", "translate"]
 
-_OF_SD_SCRIPTS = ({"pretrained_model_name_or_path", "network_module", "network_args", "dataset_config", "lr_warmup_steps",
-                   *kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya.OF_OTHER_FAMILIES})  # fmt: skip
-_SURE_OF_SD_SCRIPTS = {"network_module", "network_args", "dataset_config"}
+_OF_SD_SCRIPTS = {*kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya.OF_OTHER_FAMILIES,
+                  *sd_scripts.NAMES}  # fmt: skip
+_OURS_ALONE = set(types()) - _OF_SD_SCRIPTS
+"""Settings that stand in a file of our own only."""
+_NOT_OURS = _OF_SD_SCRIPTS - {*types(), *ALIASES}
+"""Settings of sd-scripts that have no name here."""
 
 
 def read_text(text: str, source: str = "The configuration", *, folder: Path | None = None) -> (
@@ -43,12 +46,8 @@ def translate(values: Mapping[str, Any], folder: Path | None = None, *, toml: bo
         return onetrainer.translate(values, folder, known)
     if names & (kohya_gui.MARKERS - known):
         return kohya_gui.translate(values, folder, known)
-    if toml or sd_scripts.is_dataset_config(values) or _is_sd_scripts(names, known):
+    if names & _OURS_ALONE:
+        return sd_scripts.set_aside(values) if names & _NOT_OURS else None
+    if toml or sd_scripts.is_dataset_config(values) or names & _NOT_OURS or {"learning_rate", "unet_lr"} <= names:
         return sd_scripts.translate(values, folder, known)
     return None
-
-
-def _is_sd_scripts(names: set[str], known: set[str]) -> bool:
-    """A flat file with a setting that sd-scripts knows and this program does not; or two names of one setting that
-    mean two things there."""
-    return bool(names & _SURE_OF_SD_SCRIPTS or names & (_OF_SD_SCRIPTS - known) or {"learning_rate", "unet_lr"} <= names)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign.kohya import MANY_EPOCHS, resolution
+from lora_trainer.config.foreign.kohya import resolution
 from lora_trainer.config.foreign.report import Reading, Translation, choice, is_off, is_on, number
 from lora_trainer.errors import UserError
 
@@ -57,10 +57,11 @@ _DATASET_CANNOT = {
     "extra_values": "pictures are learned without further values",
 }
 _DATASET_HARMLESS = {"scale": 1, "network_weight": 1, "loss_multiplier": 1, "num_frames": 1, "mask_min_value": 0}
-_DATASET_NOTHING = ("cache_latents", "cache_latents_to_disk", "cache_clip_vision_to_disk", "cache_text_embeddings",
-                    "bucket_tolerance", "buckets", "type", "shrink_video_to_frames", "enable_ar_bucket",
-                    "num_workers", "prefetch_factor", "dataset_path", "caption_type", "controls", "full_size_control_images",
-                    "fast_image_size", "fps", "auto_frame_count")  # fmt: skip
+_DATASET_NOTHING = """
+    cache_latents cache_latents_to_disk cache_clip_vision_to_disk cache_text_embeddings bucket_tolerance buckets
+    type shrink_video_to_frames enable_ar_bucket num_workers prefetch_factor dataset_path caption_type controls
+    full_size_control_images fast_image_size fps auto_frame_count
+""".split()
 
 _TRAIN_CANNOT = {
     "loss_target": "the loss is that of the model's own prediction",
@@ -96,18 +97,19 @@ _TRAIN_HARMLESS = {
     "loss_target": "noise", "content_or_style": "balanced", "noise_multiplier": 1, "img_multiplier": 1,
     "latent_multiplier": 1, "reg_weight": 1,
 }  # fmt: skip
-_TRAIN_NOTHING = ("skip_first_sample", "force_first_sample", "disable_sampling", "linear_timesteps",
-                  "linear_timesteps2", "timestep_type", "noise_scheduler", "train_unet", "xformers", "sdp",
-                  "attention_backend", "gradient_checkpointing", "unload_text_encoder", "cache_text_embeddings",
-                  "single_item_batching", "merge_network_on_save", "auto_memory", "fuse_optimizer",
-                  "bypass_guidance_embedding", "optimal_noise_pairing_samples", "free_u", "low_vram", "dtype",
-                  "content_or_style_reg", "switch_boundary_every", "train_refiner", "refiner_lr", "adapter_lr",
-                  "embedding_lr")  # fmt: skip
-_MODEL_NOTHING = ("is_v2", "is_xl", "is_flux", "is_v3", "is_pixart", "is_pixart_sigma", "is_auraflow", "is_ssd",
-                  "is_vega", "is_lumina2", "arch", "dtype", "low_vram", "quantize", "quantize_te", "qtype", "qtype_te",
-                  "quantize_kwargs", "use_text_encoder_1", "use_text_encoder_2", "experimental_xl", "split_model_over_gpus",
-                  "layer_offloading", "layer_offloading_transformer_percent", "layer_offloading_text_encoder_percent",
-                  "attn_masking", "model_kwargs", "compile", "te_name_or_path", "text_encoder_bits")  # fmt: skip
+_TRAIN_NOTHING = """
+    skip_first_sample force_first_sample disable_sampling linear_timesteps linear_timesteps2 timestep_type
+    noise_scheduler train_unet xformers sdp attention_backend gradient_checkpointing unload_text_encoder
+    cache_text_embeddings single_item_batching merge_network_on_save auto_memory fuse_optimizer
+    bypass_guidance_embedding optimal_noise_pairing_samples free_u low_vram dtype content_or_style_reg
+    switch_boundary_every train_refiner refiner_lr adapter_lr embedding_lr
+""".split()
+_MODEL_NOTHING = """
+    is_v2 is_xl is_flux is_v3 is_pixart is_pixart_sigma is_auraflow is_ssd is_vega is_lumina2 arch dtype low_vram
+    quantize quantize_te qtype qtype_te quantize_kwargs use_text_encoder_1 use_text_encoder_2 experimental_xl
+    split_model_over_gpus layer_offloading layer_offloading_transformer_percent
+    layer_offloading_text_encoder_percent attn_masking model_kwargs compile te_name_or_path text_encoder_bits
+""".split()
 
 
 def is_one(values: Mapping[str, Any]) -> bool:
@@ -200,9 +202,7 @@ def _train(reading: Reading) -> None:
                       "optimizer_params": "optimizer_args"})  # fmt: skip
     reading.take_unless_off("gradient_accumulation_steps", "gradient_accumulation_steps", number)
     reading.take_unless_off("gradient_accumulation", "gradient_accumulation_steps", number)
-    if is_on(reading.left.get("steps")):
-        reading.take("steps", "max_train_steps", number)
-        settings["epochs"] = MANY_EPOCHS
+    reading.take_unless_off("steps", "max_train_steps", number)
     general, unet = number(reading.pop("lr")), number(reading.pop("unet_lr"))
     if unet is not None:
         reading.set("unet_lr", "learning_rate", unet)

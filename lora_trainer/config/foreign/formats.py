@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from lora_trainer.config.yaml_text import parse_yaml
+from lora_trainer.config.yaml_text import check_backslashes, parse_yaml
 from lora_trainer.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -21,6 +21,7 @@ _TOML_LINE = re.compile(r'\s*(\[{1,2}\s*[\w."-]+\s*\]{1,2}|["\w.-]+\s*=.*)\s*(#.
 def parse_any(text: str, source: str = "The configuration") -> dict[str, Any]:
     """The mapping in ``text``. Raises UserError naming ``source`` and the line."""
     text = text.removeprefix("\ufeff")
+    check_backslashes(text, source)
     if text.lstrip().startswith("{"):
         return _json(text, source)
     if is_toml(text):
@@ -54,6 +55,4 @@ def _toml(text: str, source: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         remedy = "Each line has the form 'name = value'; text stands in quotes."
-        if '\\' in text:
-            remedy += " A Windows path stands in single quotes: 'D:\\pictures'."
         raise UserError(f"{source} cannot be read as TOML: {error}.", remedy=remedy) from None

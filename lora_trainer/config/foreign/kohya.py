@@ -138,42 +138,38 @@ HARMLESS = {
     "secondary_separator": ";;;",
 }  # fmt: skip
 
-NOTHING = (
-    "xformers", "sdpa", "mem_eff_attn", "cache_latents", "cache_latents_to_disk", "vae_batch_size", "no_half_vae",
-    "sdxl_no_half_vae", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
-    "sdxl_cache_text_encoder_outputs", "max_data_loader_n_workers", "persistent_data_loader_workers",
-    "num_cpu_threads_per_process", "num_machines", "num_processes", "multi_gpu", "gpu_ids", "main_process_port",
-    "lowram", "lowvram", "highvram", "full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "no_token_padding",
-    "noise_offset_type", "save_model_as", "save_state", "save_state_on_train_end", "save_state_to_huggingface",
-    "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs_state", "save_as_bool", "no_metadata",
-    "logging_dir", "log_with", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name",
-    "wandb_api_key", "use_wandb", "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo",
-    "huggingface_token", "huggingface_repo_visibility", "async_upload", "dynamo_backend", "dynamo_mode",
-    "dynamo_use_fullgraph", "dynamo_use_dynamic", "torch_compile", "extra_accelerate_launch_args", "ddp_timeout",
-    "ddp_gradient_as_bucket_view", "ddp_static_graph", "deepspeed", "offload_optimizer_device", "zero_stage",
-    "metadata_author", "metadata_title", "metadata_license", "metadata_tags", "model_list", "sdxl", "v2",
-    "sd3_checkbox", "flux1_checkbox", "train_on_input", "save_clip", "save_t5xxl", "sample_sampler",
-    "sample_at_first", "sample_every_n_epochs", "tokenizer_cache_dir", "disable_mmap_load_safetensors",
-    "skip_cache_check", "debug_dataset", "output_config", "config_file", "console_log_level", "console_log_file",
-    "console_log_simple", "prompt", "network_train_unet_only", "network_train_text_encoder_only", "cache_info", "bypass_mode", "split_mode",
-    "validation_seed",
-    "LyCORIS_preset", "folder_names", "accelerate_path", "skip_until_initial_step", "vae_slicing",
-)  # fmt: skip
+NOTHING = """
+    xformers sdpa mem_eff_attn cache_latents cache_latents_to_disk vae_batch_size no_half_vae sdxl_no_half_vae
+    cache_text_encoder_outputs cache_text_encoder_outputs_to_disk sdxl_cache_text_encoder_outputs
+    max_data_loader_n_workers persistent_data_loader_workers num_cpu_threads_per_process num_machines
+    num_processes multi_gpu gpu_ids main_process_port lowram lowvram highvram full_fp16 full_bf16 fp8_base
+    fp8_base_unet no_token_padding noise_offset_type save_model_as save_state save_state_on_train_end
+    save_state_to_huggingface save_last_n_steps save_last_n_steps_state save_last_n_epochs_state save_as_bool
+    no_metadata logging_dir log_with log_prefix log_tracker_name log_tracker_config log_config wandb_run_name
+    wandb_api_key use_wandb huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token
+    huggingface_repo_visibility async_upload dynamo_backend dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic
+    torch_compile extra_accelerate_launch_args ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph deepspeed
+    offload_optimizer_device zero_stage metadata_author metadata_title metadata_license metadata_tags model_list
+    sdxl v2 sd3_checkbox flux1_checkbox train_on_input save_clip save_t5xxl sample_sampler sample_at_first
+    sample_every_n_epochs tokenizer_cache_dir disable_mmap_load_safetensors skip_cache_check debug_dataset
+    output_config config_file console_log_level console_log_file console_log_simple prompt network_train_unet_only
+    network_train_text_encoder_only cache_info bypass_mode split_mode validation_seed LyCORIS_preset folder_names
+    accelerate_path skip_until_initial_step vae_slicing
+""".split()
 """How another program computes, logs and stores; here that is decided otherwise and changes no result."""
 
-OF_OTHER_FAMILIES = ("ae", "clip_l", "clip_g", "t5xxl", "t5xxl_max_token_length", "guidance_scale", "timestep_sampling",
-                     "model_prediction_type", "discrete_flow_shift", "sigmoid_scale", "apply_t5_attn_mask",
-                     "split_qkv", "single_dim", "double_dim", "img_mod_dim", "txt_mod_dim", "in_dims",
-                     "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "single_blocks_to_swap",
-                     "double_blocks_to_swap", "blocks_to_swap", "cpu_offload_checkpointing", "t5xxl_device",
-                     "t5xxl_dtype", "flux1_cache_text_encoder_outputs", "flux1_cache_text_encoder_outputs_to_disk",
-                     "sd3_cache_text_encoder_outputs", "sd3_cache_text_encoder_outputs_to_disk",
-                     "flux_fused_backward_pass", "sd3_fused_backward_pass", "mem_eff_save", "img_attn_dim",
-                     "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "train_double_block_indices",
-                     "train_single_block_indices", "train_t5xxl", "enable_all_linear", "sd3_clip_l", "sd3_clip_g",
-                     "sd3_t5xxl", "sd3_clip_l_dropout_rate", "sd3_text_encoder_batch_size", "clip_l_dropout_rate",
-                     "clip_g_dropout_rate", "t5_dropout_rate", "training_shift", "pos_emb_random_crop_rate",
-                     "enable_scaled_pos_embed", "use_t5xxl_cache_only")  # fmt: skip
+OF_OTHER_FAMILIES = """
+    ae clip_l clip_g t5xxl t5xxl_max_token_length guidance_scale timestep_sampling model_prediction_type
+    discrete_flow_shift sigmoid_scale apply_t5_attn_mask split_qkv single_dim double_dim img_mod_dim txt_mod_dim
+    in_dims weighting_scheme logit_mean logit_std mode_scale single_blocks_to_swap double_blocks_to_swap
+    blocks_to_swap cpu_offload_checkpointing t5xxl_device t5xxl_dtype flux1_cache_text_encoder_outputs
+    flux1_cache_text_encoder_outputs_to_disk sd3_cache_text_encoder_outputs sd3_cache_text_encoder_outputs_to_disk
+    flux_fused_backward_pass sd3_fused_backward_pass mem_eff_save img_attn_dim txt_attn_dim img_mlp_dim
+    txt_mlp_dim train_double_block_indices train_single_block_indices train_t5xxl enable_all_linear sd3_clip_l
+    sd3_clip_g sd3_t5xxl sd3_clip_l_dropout_rate sd3_text_encoder_batch_size clip_l_dropout_rate
+    clip_g_dropout_rate t5_dropout_rate training_shift pos_emb_random_crop_rate enable_scaled_pos_embed
+    use_t5xxl_cache_only
+""".split()
 """Settings of FLUX and SD 3, which the interface writes for every model."""
 
 
@@ -296,11 +292,6 @@ def length(reading: Reading, epochs: Any, steps: Any) -> None:
         reading.set("max_train_epochs", "epochs", epochs)
     elif is_on(steps):
         reading.set("max_train_steps", "max_train_steps", steps)
-        reading.translation.settings["epochs"] = MANY_EPOCHS
-
-
-MANY_EPOCHS = 100_000
-"""Epochs of a run that is to end by its number of steps."""
 
 
 def pairs(value: Any) -> dict[str, Any]:
@@ -375,7 +366,9 @@ def _blocks(inner: Reading) -> None:
     if any(is_on(inner.left.get(part)) for part in ("down_lr_weight", "mid_lr_weight", "up_lr_weight")):
         whole = [part or [1.0] * size for part, size in zip(weights, (12, 1, 12))]
         if [len(part) for part in whole] == [12, 1, 12]:
-            inner.set("down_lr_weight, mid_lr_weight, up_lr_weight", "block_lr_weights", sum(whole, []))
+            inner.set(
+                "down_lr_weight, mid_lr_weight, up_lr_weight", "block_lr_weights", [*whole[0], *whole[1], *whole[2]]
+            )
         else:
             inner.unmet("down_lr_weight", inner.left.get("down_lr_weight"), "give 25 numbers as block_lr_weights")
     for part in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,18 @@ _KINDS = {
     "lycoris/loha": ("loha", True),
     "lycoris/lokr": ("lokr", True),
 }
-_OF_THE_NETWORK = ("conv_dim", "conv_alpha", "conv_dims", "conv_alphas", "conv_block_dims", "conv_block_alphas",
-                   "block_dims", "block_alphas", "down_lr_weight", "mid_lr_weight", "up_lr_weight",
-                   "block_lr_zero_threshold", "rank_dropout", "module_dropout", "factor", "dora_wd", "decompose_both",
-                   "use_cp", "use_tucker", "use_scalar", "rank_dropout_scale", "rescaled", "constrain", "train_norm",
-                   "bypass_mode", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio",
-                   "unit")  # fmt: skip
+_OF_THE_NETWORK = """
+    conv_dim conv_alpha conv_dims conv_alphas conv_block_dims conv_block_alphas block_dims block_alphas
+    down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold rank_dropout module_dropout factor dora_wd
+    decompose_both use_cp use_tucker use_scalar rank_dropout_scale rescaled constrain train_norm bypass_mode
+    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio unit
+""".split()
 
 
 def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -> Translation:
     translation = Translation(TOOL)
     reading = Reading(translation, values, folder=folder)
-    extra = kohya.pairs(reading.pop("additional_parameters"))
+    extra = _arguments(str(reading.pop("additional_parameters") or ""))
     if extra:
         reading.left.update(extra)  # the interface appends them to the command, where the last one counts
         reading.note(f"additional_parameters are read too: {', '.join(sorted(extra))}.")
@@ -65,6 +66,19 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
     reading.finish(known)
     return translation
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """``--a=1 --b 2 --c`` -> {"a": "1", "b": "2", "c": True}."""
+    found: dict[str, Any] = {}
+    name = ""
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = value if equals else True
+        elif name:
+            found[name] = word if found[name] is True else f"{found[name]} {word}"
+    return found
 
 
 def _network(reading: Reading) -> None:

@@ -60,11 +60,13 @@ CANNOT = {
     "scheduler_params": "the schedules have no further arguments",
     "force_epsilon_prediction": "it is read off the model; v_prediction: false says so too",
     "generalized_offset_noise": "use noise_offset", "random_rotate_and_crop": "pictures are not turned",
-    "train_unet_epochs": "the UNet learns to the end", "train_text_encoder_epochs": "the text encoders learn as long as the UNet",
+    "train_unet_epochs": "the UNet learns to the end",
+    "train_text_encoder_epochs": "the text encoders learn as long as the UNet",
     "lora_decompose_norm_epsilon": "it is always there", "lora_decompose_output_axis": "magnitudes are per input",
     "additional_embeddings": "embeddings are not trained", "embedding": "embeddings are not trained",
     "validation": "pictures are not held out", "force_circular_padding": "the base model is trained as it is",
-    "continue_last_backup": "states of other trainers are not read", "custom_conditioning_image": "pictures are learned alone",
+    "continue_last_backup": "states of other trainers are not read",
+    "custom_conditioning_image": "pictures are learned alone",
     "circular_mask_generation": "masks are not made", "text_encoder_2_layer_skip": "SDXL reads its usual layers",
     "quantization": "the base model is not quantized",
 }  # fmt: skip
@@ -73,29 +75,27 @@ HARMLESS = {
     "unmasked_weight": 0.1, "learning_rate_scaler": "NONE", "loss_scaler": "NONE", "train_unet_epochs": 100000,
     "noising_bias": 0.5, "lora_decompose_norm_epsilon": True,
 }  # fmt: skip
-NOTHING = (
-    "__version", "debug_mode", "debug_dir", "workspace_dir", "tensorboard_expose", "tensorboard_always_on",
-    "tensorboard_port", "validate_after", "validate_after_unit", "prevent_overwrites", "include_train_config",
-    "model_type", "training_method", "peft_type", "weight_dtype", "output_model_format", "async_offloading",
-    "gradient_checkpointing_offload", "layer_offload_fraction", "enable_activation_offloading",
-    "enable_async_offloading", "force_attention_mask", "compile", "latent_caching", "image_caching", "text_caching",
-    "latent_caching_epochs", "clear_cache_before_training", "caching_threads", "dataloader_threads",
-    "prefetch_next_batch", "temp_device", "fallback_train_dtype", "enable_autocast_cache", "only_cache", "frames",
-    "attention_mechanism", "multi_gpu", "device_indexes", "gradient_reduce_precision", "fused_gradient_reduce",
-    "async_gradient_reduce", "async_gradient_reduce_buffer", "ema_update_step_interval", "loss_weight_strength",
-    "huber_delta", "timestep_shift", "dynamic_timestep_shifting", "prior", "transformer", "unconditional_transformer",
-    "text_encoder_3", "text_encoder_4", "text_encoder_3_layer_skip", "text_encoder_4_layer_skip",
-    "text_encoder_sequence_length", "text_encoder_2_sequence_length", "effnet_encoder", "decoder",
-    "decoder_text_encoder", "decoder_vqgan", "embedding_learning_rate", "preserve_embedding_norm",
-    "embedding_weight_dtype", "embedding_weight_dtypes", "cloud", "secrets", "rolling_backup", "rolling_backup_count",
-    "backup_after", "backup_after_unit", "backup_before_save", "save_filename_prefix", "save_skip_first",
-    "sample_image_format", "sample_video_format", "sample_audio_format", "samples_to_tensorboard",
-    "non_ema_sampling", "sample_skip_first", "optimizer_defaults", "text_encoder_weight_dtype", "unet_weight_dtype",
-    "vae_weight_dtype", "text_encoder_2_weight_dtype", "prior_weight_dtype", "extra_model_name", "lora_weight_dtype",
-    "token_count", "initial_embedding_text", "placeholder", "lora_layers", "lora_layer_preset", "bundle_additional_embeddings",
-    "align_prop", "align_prop_weight", "dispatcher", "layer_filter_regex", "noise_scheduler", "effnet_encoder_weight_dtype",
-    "decoder_weight_dtype", "decoder_text_encoder_weight_dtype", "decoder_vqgan_weight_dtype", "concepts_hash",
-)  # fmt: skip
+NOTHING = """
+    __version debug_mode debug_dir workspace_dir tensorboard_expose tensorboard_always_on tensorboard_port
+    validate_after validate_after_unit prevent_overwrites include_train_config model_type training_method
+    peft_type weight_dtype output_model_format async_offloading gradient_checkpointing_offload
+    layer_offload_fraction enable_activation_offloading enable_async_offloading force_attention_mask compile
+    latent_caching image_caching text_caching latent_caching_epochs clear_cache_before_training caching_threads
+    dataloader_threads prefetch_next_batch temp_device fallback_train_dtype enable_autocast_cache only_cache
+    frames attention_mechanism multi_gpu device_indexes gradient_reduce_precision fused_gradient_reduce
+    async_gradient_reduce async_gradient_reduce_buffer ema_update_step_interval loss_weight_strength huber_delta
+    timestep_shift dynamic_timestep_shifting prior transformer unconditional_transformer text_encoder_3
+    text_encoder_4 text_encoder_3_layer_skip text_encoder_4_layer_skip text_encoder_sequence_length
+    text_encoder_2_sequence_length effnet_encoder decoder decoder_text_encoder decoder_vqgan
+    embedding_learning_rate preserve_embedding_norm embedding_weight_dtype embedding_weight_dtypes cloud secrets
+    rolling_backup rolling_backup_count backup_after backup_after_unit backup_before_save save_filename_prefix
+    save_skip_first sample_image_format sample_video_format sample_audio_format samples_to_tensorboard
+    non_ema_sampling sample_skip_first optimizer_defaults text_encoder_weight_dtype unet_weight_dtype
+    vae_weight_dtype text_encoder_2_weight_dtype prior_weight_dtype extra_model_name lora_weight_dtype token_count
+    initial_embedding_text placeholder lora_layers lora_layer_preset bundle_additional_embeddings align_prop
+    align_prop_weight dispatcher layer_filter_regex noise_scheduler effnet_encoder_weight_dtype
+    decoder_weight_dtype decoder_text_encoder_weight_dtype decoder_vqgan_weight_dtype concepts_hash
+""".split()
 
 
 def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -> Translation:
@@ -221,8 +221,10 @@ def _parts(reading: Reading) -> None:
     if text.get("dropout_probability"):
         reading.set("text_encoder.dropout_probability", "caption_dropout", text["dropout_probability"])
     for part, name in ((unet, "unet"), (text, "text_encoder")):
-        if part.get("train") is not False and part.get("stop_training_after_unit") not in (None, "NEVER") and (
-            part.get("stop_training_after")
+        if (
+            part.get("train") is not False
+            and part.get("stop_training_after_unit") not in (None, "NEVER")
+            and (part.get("stop_training_after"))
         ):
             reading.unmet(f"{name}.stop_training_after", part["stop_training_after"], "all parts learn to the end")
     if vae.get("model_name"):
@@ -324,8 +326,14 @@ def _samples(reading: Reading) -> None:
     prompts = []
     for one in samples or []:
         if isinstance(one, Mapping) and one.get("enabled", True) and one.get("prompt"):
-            flags = [(one.get("width"), "w"), (one.get("height"), "h"), (one.get("diffusion_steps"), "s"),
-                     (one.get("cfg_scale"), "l"), (one.get("seed"), "d"), (one.get("negative_prompt"), "n")]  # fmt: skip
+            flags = [
+                (one.get("width"), "w"),
+                (one.get("height"), "h"),
+                (one.get("diffusion_steps"), "s"),
+                (one.get("cfg_scale"), "l"),
+                (one.get("seed"), "d"),
+                (one.get("negative_prompt"), "n"),
+            ]
             prompts.append(str(one["prompt"]) + "".join(f" --{flag} {value}" for value, flag in flags if value))
     if prompts:
         reading.set("samples", "preview_prompts", prompts)

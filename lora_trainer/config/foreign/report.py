@@ -150,9 +150,13 @@ class Reading:
 
 def is_off(value: Any) -> bool:
     """Whether a value says that a feature is not used: empty, zero, false, none."""
-    return value is None or value is False or (
-        isinstance(value, (int, float)) and value == 0
-    ) or (isinstance(value, (list, dict)) and not value) or (isinstance(value, str) and value.strip().lower() in _OFF)
+    return (
+        value is None
+        or value is False
+        or (isinstance(value, (int, float)) and value == 0)
+        or (isinstance(value, (list, dict)) and not value)
+        or (isinstance(value, str) and value.strip().lower() in _OFF)
+    )
 
 
 def is_on(value: Any) -> bool:

@@ -16,6 +16,14 @@ TOOL = "sd-scripts"
 DEFAULTS = {"lr_scheduler": "constant", "network_dim": 4, "max_train_steps": 1600, "max_token_length": 75,
             "enable_bucket": False, "train_batch_size": 1}  # fmt: skip
 
+NAMES = """
+    network_module network_args network_alpha optimizer_type optimizer_args learning_rate unet_lr text_encoder_lr
+    lr_scheduler lr_warmup_steps max_train_steps max_train_epochs loss_type save_precision min_snr_gamma
+    min_timestep max_timestep resolution masked_loss alpha_mask sample_prompts dataset_config dataset_repeats
+    datasets general conv_dim conditioning_data_dir
+""".split()
+"""What is read here beside the names of ``kohya.py``."""
+
 _OF_DATASETS = ("image_dir", "num_repeats", "class_tokens", "is_reg", "metadata_file", "custom_attributes")
 _NETWORKS = {
     "networks.lora": "lora", "lycoris.kohya": "locon", "networks.loha": "loha", "networks.lokr": "lokr",
@@ -47,6 +55,21 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
         reading.ignore("train_data_dir", "reg_data_dir", "in_json", "resolution", "train_batch_size")
     if given:
         _arguments(reading, known)
+    return translation
+
+
+def set_aside(values: Mapping[str, Any]) -> Translation:
+    """A file with our names, into which some of sd-scripts' were carried over that mean nothing here."""
+    translation = Translation("this program, with some of sd-scripts")
+    reading = Reading(translation, values)
+    reading.ignore(*kohya.NOTHING, *kohya.OF_OTHER_FAMILIES)
+    if str(reading.left.get("network_module", "")) in ("", "networks.lora"):
+        reading.ignore("network_module")
+    if "unet_lr" in reading.left and "learning_rate" in reading.left:
+        reading.note(f"unet_lr ({reading.left['unet_lr']}) counts, not learning_rate.")
+        del reading.left["learning_rate"]
+    reading.cannot(kohya.CANNOT, kohya.HARMLESS)
+    translation.settings.update(reading.left)
     return translation
 
 
@@ -208,5 +231,3 @@ def _label(folder: str) -> tuple[int, str] | None:
 
 def _says(folder: str, repeats: Any, words: str) -> bool:
     return _label(folder) == (repeats, words)
-
-
