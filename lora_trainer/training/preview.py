@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_trainer.models.base import LentModel, NoiseSchedule, Prompts
 from lora_trainer.training.inputs import Turn
-from lora_trainer.training.objective import generator_for
+from lora_trainer.training.objectives.diffusion import generator_for
 from lora_trainer.training.precision import Precision
 
 

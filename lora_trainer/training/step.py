@@ -15,7 +15,7 @@ from lora_trainer.devices import to_device
 from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.training.ema import ExponentialMovingAverage
 from lora_trainer.training.inputs import Batch, BatchSource
-from lora_trainer.training.objective import Objective, generator_for
+from lora_trainer.training.objectives.diffusion import Objective, generator_for
 from lora_trainer.training.optim import (
     advance_scheduler,
     create_optimizer,

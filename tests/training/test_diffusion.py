@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import NoiseSchedule, Prompts
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
-from lora_trainer.training import objective
 from lora_trainer.training.inputs import Batch
-from lora_trainer.training.objective import Objective, generator_for
+from lora_trainer.training.objectives import diffusion
+from lora_trainer.training.objectives.diffusion import Objective, generator_for
 from tests.training.fakes import FakeModel, Run, configuration
 
 SEED = 7
@@ -170,7 +170,7 @@ def test_schedule_is_rescaled_before_the_tables_and_only_once():
 def test_weights_stay_finite_at_zero_and_at_infinite_snr(tmp_path):
     snr = torch.tensor([0.0, 1e-8, 1.0, 5.0, 1e6])
     for prediction_type in ("epsilon", "v_prediction"):
-        weight = objective.min_snr_weight(snr, 5.0, prediction_type)
+        weight = diffusion.min_snr_weight(snr, 5.0, prediction_type)
         assert torch.isfinite(weight).all() and (weight <= 1).all()
     config = configuration(tmp_path, debiased_estimation=True, zero_terminal_snr=True)
     schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
