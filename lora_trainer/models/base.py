@@ -60,9 +60,10 @@ class Prompts:
     def __len__(self) -> int:
         return self.context.shape[0]
 
-    def __getitem__(self, index: int) -> Prompts:
-        pooled = None if self.pooled is None else self.pooled[index : index + 1]
-        return Prompts(self.context[index : index + 1], pooled)
+    def __getitem__(self, rows: int | slice) -> Prompts:
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1)
+        return Prompts(self.context[rows], None if self.pooled is None else self.pooled[rows])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Prompts:
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
@@ -136,9 +137,12 @@ class LentModel(Protocol):
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
         ...
 
-    def encode_prompts(self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False) -> Prompts:
+    def encode_prompts(
+        self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
+    ) -> Prompts:
         """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
 
+        Only ``rows`` of the captions are encoded, with as many chunks as all of them together would get.
         Differentiable when text encoders carry adapters; wrap in ``torch.no_grad`` otherwise.
         """
         ...

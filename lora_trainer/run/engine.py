@@ -32,6 +32,7 @@ from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns, resting
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import ModelPreviewer
@@ -137,6 +138,8 @@ def train(
                 model,
                 adapters,
                 source,
+                DiffusionObjective(config, model, precision, source.encode_prompts),
+                precision,
                 turn=turn,
                 saver=LoraSaver(config, outputs, adapters, facts, callbacks, lender.model_hash),
                 output_dir=outputs.directory,

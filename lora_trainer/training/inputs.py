@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +22,9 @@ from lora_trainer.files import sha256_file
 from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.source import Turn, ahead
 
 CAPTIONS_PER_TURN = 16
-
-Turn = Callable[[], AbstractContextManager[None]]
-Argument = TypeVar("Argument")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,37 +46,36 @@ class Batch:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of its pictures; the tensors are views."""
+        return Batch(
+            self.moments[rows],
+            self.captions[rows],
+            None if self.prompts is None else self.prompts[rows],
+            None if self.size_ids is None else self.size_ids[rows],
+            None if self.mask is None else self.mask[rows],
+            self.weights[rows],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """On ``device``, copied without waiting for it."""
         return Batch(
             to_device(self.moments, device),
             self.captions,
-            self.prompts
-            and Prompts(to_device(self.prompts.context, device), to_device(self.prompts.pooled, device)),
+            self.prompts and Prompts(to_device(self.prompts.context, device), to_device(self.prompts.pooled, device)),
             to_device(self.size_ids, device),
             to_device(self.mask, device),
             to_device(self.weights, device),
         )
 
 
-def ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:
-    """``map`` whose next value is computed in a thread while the caller works on the current one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="lora-trainer-input") as pool:
-        current = None
-        for argument in arguments:
-            following = pool.submit(function, argument)
-            if current is not None:
-                yield current.result()
-            current = following
-        if current is not None:
-            yield current.result()
 
 
 class BatchSource:
-    """The inputs of every step; a pure function of (settings, data, epoch, position).
+    """The ``Source`` of runs on pictures.
 
     ``prepare`` encodes everything that does not change from epoch to epoch; ``prepare_epoch`` the rest, which is
-    only random crops. ``group`` then reads what one optimizer step needs, without touching the device.
+    only random crops. ``micro_batches`` then reads what one optimizer step needs, without using the device.
     """
 
     def __init__(
@@ -216,16 +209,20 @@ class BatchSource:
             callbacks.on_phase("captions", done, len(captions))
         return True
 
-    def encode_prompts(self, captions: Sequence[str]) -> Prompts:
-        """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained."""
+    def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Prompts:
+        """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained.
+
+        ``rows``: those that are encoded; they are padded to the length of the longest of all ``captions``.
+        """
+        tokens, weighted = self.config.max_token_length, self.config.weighted_captions
         with self.precision.autocast():
-            return self.model.encode_prompts(captions, self.config.max_token_length, self.config.weighted_captions)
+            return self.model.encode_prompts(captions, tokens, weighted, rows)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def group(self, epoch: int, position: int) -> list[Batch]:
-        """The batches of one optimizer step: ``gradient_accumulation_steps`` consecutive ones of the epoch's plan,
-        or what is left of them at its end. Reads the disk only; safe in a thread.
+    def micro_batches(self, epoch: int, position: int) -> list[Batch]:
+        """``gradient_accumulation_steps`` consecutive batches of the epoch's plan, or what is left of them at its end.
+        Reads the disk only; safe in a thread.
 
         Raises:
             UserError: the cache was damaged or removed while the run was going on.
@@ -234,11 +231,11 @@ class BatchSource:
         batches = self._epoch_batches(epoch)
         first = position * size
         visit = sum(len(batch) for batch in batches[:first])
-        group = []
+        micro_batches = []
         for items in batches[first : first + size]:
-            group.append(self._batch(items, epoch, visit))
+            micro_batches.append(self._batch(items, epoch, visit))
             visit += len(items)
-        return group
+        return micro_batches
 
     def _batch(self, items: Sequence[Item], epoch: int, visit: int) -> Batch:
         """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice."""

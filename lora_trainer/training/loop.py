@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentModel
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
-from lora_trainer.training.inputs import Batch, BatchSource, Turn, ahead
 from lora_trainer.training.metrics import MetricsLog, StepMetrics
+from lora_trainer.training.objectives.base import MicroBatch, Objective
 from lora_trainer.training.optim import learning_rates
+from lora_trainer.training.precision import Precision
+from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
 from lora_trainer.training.step import TrainingStep
 
@@ -69,7 +71,7 @@ class Outcome:
 
 
 class Trainer:
-    """One training run over a lent model with attached adapters.
+    """One training run: ``source`` gives the data, ``objective`` the loss, ``adapters`` (attached) learn.
 
     turn: the lender's; taken for every step and every look at the trained weights.
     identity: the settings and facts that decide on the result; a state of another identity is not gone on from.
@@ -84,7 +86,9 @@ class Trainer:
         config: TrainConfig,
         model: LentModel,
         adapters: nn.Module,
-        source: BatchSource,
+        source: Source,
+        objective: Objective,
+        precision: Precision,
         *,
         turn: Turn,
         saver: Saver,
@@ -100,7 +104,7 @@ class Trainer:
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
         self.output_dir, self.name, self.identity = Path(output_dir), name, identity
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
-        self.train_step = TrainingStep(config, model, adapters, source)
+        self.train_step = TrainingStep(config, objective, adapters, precision, source.total_steps)
         self.states = StateStore(self.output_dir / "state", name, identity, self.callbacks.on_warning)
 
         self.step = 0  # optimizer steps done
@@ -135,32 +139,32 @@ class Trainer:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):
                     return self._stop()
-                with closing(self._groups(epoch, position)) as groups:
-                    for batches in groups:
+                with closing(self._steps(epoch, position)) as steps:
+                    for micro_batches in steps:
                         self._obey()
                         if self.commands.stopping:
                             return self._stop()
-                        self._take_step(batches)
+                        self._take_step(micro_batches)
             return self._finish()
 
-    def _groups(self, epoch: int, position: int) -> Iterator[list[Batch]]:
-        """The batches of each step that is left of an epoch; the next ones are read while a step computes."""
+    def _steps(self, epoch: int, position: int) -> Iterator[Sequence[MicroBatch]]:
+        """The micro-batches of each step that is left of an epoch; the next ones are read while a step computes."""
         end = min(self.steps_per_epoch, position + self.total_steps - self.step)
-        return ahead(lambda place: self.source.group(epoch, place), range(position, end))
+        return ahead(lambda place: self.source.micro_batches(epoch, place), range(position, end))
 
-    def _take_step(self, batches: list[Batch]) -> None:
+    def _take_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """One optimizer step, its report, and what is due after it."""
         started = time.monotonic()
         rates = learning_rates(self.train_step.optimizer)
         try:
             with self.turn():
-                loss = self.train_step(self.step, batches)
+                loss = self.train_step(self.step, micro_batches)
         except torch.cuda.OutOfMemoryError as error:
             self._give_up_for_memory(error)
         seconds = time.monotonic() - started
         self.step += 1
         self.seconds += seconds
-        self._report(loss, rates, seconds, sum(len(batch) for batch in batches))
+        self._report(loss, rates, seconds, sum(map(len, micro_batches)))
         self._guard(loss)
         self._save_when_due()
 
@@ -292,9 +296,8 @@ class Trainer:
             self.callbacks.on_warning(
                 f"learning_rate {config.learning_rate:g} scales down what Prodigy finds by itself; 1 is usual."
             )
-        objective = self.train_step.objective
-        if objective.prediction_type == "epsilon" and objective.alphas_cumprod[-1] == 0:
-            self.callbacks.on_warning("zero_terminal_snr is meant for v-prediction models; this one predicts noise.")
+        for warning in self.train_step.objective.warnings():
+            self.callbacks.on_warning(warning)
 
     def _resume(self) -> None:
         state = self.states.find(self.config.resume)

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_trainer.models.base import LentModel, NoiseSchedule, Prompts
-from lora_trainer.training.inputs import Turn
-from lora_trainer.training.objectives.diffusion import generator_for
+from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.source import Turn
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One optimizer step: noise, prediction, loss, gradients, update."""
+"""One optimizer step: draws, loss, gradients, update."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.devices import to_device
-from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.training.ema import ExponentialMovingAverage
-from lora_trainer.training.inputs import Batch, BatchSource
-from lora_trainer.training.objectives.diffusion import Objective, generator_for
+from lora_trainer.training.objectives.base import MicroBatch, Objective, generator_for
 from lora_trainer.training.optim import (
     advance_scheduler,
     create_optimizer,
@@ -23,64 +20,48 @@ from lora_trainer.training.optim import (
     load_optimizer,
     step_scheduler,
 )
+from lora_trainer.training.precision import Precision
 
 
 class TrainingStep:
     """What one step needs, and everything that changes by it.
 
-    adapters: attached to ``model``; offers ``param_groups(config)`` and ``begin_step(step, micro_step)``.
+    adapters: attached to the model; offers ``param_groups(config)`` and ``begin_step(step, micro_step)``.
+    total_steps: length of the learning-rate schedule.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     """
 
-    def __init__(self, config: TrainConfig, model: LentModel, adapters: nn.Module, source: BatchSource):
-        self.config, self.model, self.adapters, self.source = config, model, adapters, source
-        self.device, self.precision = model.device, source.precision
-        zero_terminal_snr = config.zero_terminal_snr
-        if zero_terminal_snr is None:
-            zero_terminal_snr = model.info.zero_terminal_snr
-        self.objective = Objective(config, model.schedule, self.device, zero_terminal_snr)
+    def __init__(
+        self, config: TrainConfig, objective: Objective, adapters: nn.Module, precision: Precision, total_steps: int
+    ):
+        self.config, self.objective, self.adapters, self.precision = config, objective, adapters, precision
         self.parameters = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
         self.optimizer = create_optimizer(config, adapters.param_groups(config))
-        self.scheduler = create_scheduler(config, self.optimizer, source.total_steps)
-        self.scaler = self.precision.create_scaler()
+        self.scheduler = create_scheduler(config, self.optimizer, total_steps)
+        self.scaler = precision.create_scaler()
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
         self.updating = False
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> float | None:
-        """Train on ``batches``, whose gradients are averaged. ``step``: how many were made before.
+    def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:
+        """Train on ``micro_batches``. The loss of the step is the mean over all their samples, whatever their sizes.
 
-        Returns the mean loss; None when it or the gradient was not finite, and the weights were left alone.
+        step: optimizer steps done before. Returns the loss; None when it or the gradient was not finite, and the
+        weights were not changed.
         """
-        total = torch.zeros((), device=self.device)
-        for micro_step, batch in enumerate(batches):
+        seed = self.config.seed
+        drawn = [
+            self.objective.draw(micro_batch, generator_for(seed, "step", step, micro_step))
+            for micro_step, micro_batch in enumerate(micro_batches)
+        ]
+        count = sum(part.count for part in drawn)
+        total = torch.zeros((), device=self.precision.device)
+        for micro_step, part in enumerate(drawn):
             self.adapters.begin_step(step, micro_step)
-            generator = generator_for(self.config.seed, "step", step, micro_step)
-            loss = self.loss(batch.to(self.device), generator) / len(batches)
+            # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
+            loss = self.objective.loss(part) / count
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         return self._update(total)
-
-    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The loss of one batch, a scalar with gradients. All that is random comes from ``generator``."""
-        sampling = self.config.latent_sampling == "sample"
-        latents = self.model.sample_latents(batch.moments, generator if sampling else None)  # (B, 4, h, w)
-        noise = self.objective.draw_noise(latents.shape, generator)
-        timesteps = self.objective.draw_timesteps(len(batch), generator)  # (B,)
-        perturbed = self.objective.perturb(noise, generator)
-        noise, perturbed, timesteps = (to_device(drawn, self.device) for drawn in (noise, perturbed, timesteps))
-
-        noisy_latents = self.objective.add_noise(latents, perturbed, timesteps)
-        target = self.objective.target(latents, noise, timesteps)
-        prompts = self._prompts(batch)
-        with self.precision.autocast():
-            model_pred = self.model.predict(noisy_latents, timesteps, prompts, batch.size_ids)
-        return self.objective.loss(model_pred, target, timesteps, batch.weights, batch.mask)
-
-    def _prompts(self, batch: Batch) -> Prompts:
-        if batch.prompts is not None:
-            return batch.prompts
-        with torch.set_grad_enabled(self.config.train_text_encoder):
-            return self.source.encode_prompts(batch.captions)
 
     def _update(self, total: Tensor) -> float | None:
         if self.scaler is not None:

@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,21 +32,14 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Prompts
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.training.inputs import Batch
-from lora_trainer.training.precision import Precision, resolve
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.precision import resolve
 from lora_trainer.training.step import TrainingStep
 from tests.tiny import SD1_FULL, tiny_sd1
 
 RANK = 16
 SIDES = ("ours", "diffusers")
 Step = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What ``BatchSource`` offers a step, without a data set."""
-
-    precision: Precision
-    total_steps: int = 1000
 
 
 def batch_of(options: argparse.Namespace, context_width: int) -> Batch:
@@ -72,7 +64,8 @@ def our_step(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         model.set_gradient_checkpointing(options.gradient_checkpointing)
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
-            step = TrainingStep(config, model, adapters, Inputs(precision))
+            objective = DiffusionObjective(config, model, precision, model.encode_prompts)
+            step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
             batch = batch_of(options, model.unet.config.cross_attention_dim)
             yield lambda number: step(number, [batch])
 

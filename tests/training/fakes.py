@@ -22,6 +22,7 @@ from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Trainer
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision
 
 WIDTH, CONTEXT = 8, 6
@@ -80,14 +81,16 @@ class FakeModel:
         assert "vae" not in self.released
         return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8).clamp(-1, 1)
 
-    def encode_prompts(self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False) -> Prompts:
+    def encode_prompts(
+        self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
+    ) -> Prompts:
         assert "text_encoders" not in self.released
-        self.encoded_captions += captions
-        rows = []
-        for caption in captions:
+        self.encoded_captions += captions[rows]
+        encoded = []
+        for caption in captions[rows]:
             seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big")
-            rows.append(torch.randn(77, CONTEXT, generator=torch.Generator().manual_seed(seed)))
-        return Prompts(self.text_encoder(torch.stack(rows)))
+            encoded.append(torch.randn(77, CONTEXT, generator=torch.Generator().manual_seed(seed)))
+        return Prompts(self.text_encoder(torch.stack(encoded)))
 
     def count_tokens(self, caption: str) -> int:
         return len(caption.split())
@@ -199,6 +202,7 @@ class Run:
         cache, keep = TensorCache(out / "cache"), previewer is not None
         self.source = BatchSource(config, self.model, self.dataset, self.plan, cache, self.precision, keep)
         assert self.source.prepare(self.turns, self.recorder, self.commands)
+        objective = DiffusionObjective(config, self.model, self.precision, self.source.encode_prompts)
         self.adapters = AdapterSet.build(self.model.lora_targets(), config)
         self.adapters.attach()
         self.saved: list[tuple[int, str, dict[str, Tensor]]] = []
@@ -207,6 +211,8 @@ class Run:
             self.model,
             self.adapters,
             self.source,
+            objective,
+            self.precision,
             turn=self.turns,
             saver=self._save,
             output_dir=out,

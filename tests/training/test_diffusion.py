@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import NoiseSchedule, Prompts
+from lora_trainer.models.base import Prompts
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives import diffusion
-from lora_trainer.training.objectives.diffusion import Objective, generator_for
+from lora_trainer.training.objectives.base import generator_for
+from lora_trainer.training.precision import Precision
 from tests.training.fakes import FakeModel, Run, configuration
 
 SEED = 7
@@ -125,7 +126,7 @@ def test_one_step_equals_the_recipe(tmp_path, settings, prediction_type, zero_te
         pytest.skip("refused; tested below")
     config = configuration(tmp_path, seed=SEED, zero_terminal_snr=zero_terminal, dropout=0.0, **settings)
     model = FakeModel(prediction_type=prediction_type)
-    step = Run(config, model).trainer.train_step
+    objective = Run(config, model).trainer.train_step.objective
     generator = generator_for(1, "data")
     moments = torch.randn(3, 8, 8, 12, generator=generator)
     weights = torch.tensor([1.0, 0.5, 2.0])
@@ -138,7 +139,8 @@ def test_one_step_equals_the_recipe(tmp_path, settings, prediction_type, zero_te
         return (0.3 * noisy_latents + timesteps.view(-1, 1, 1, 1) / 1000).requires_grad_()
 
     model.predict = predict
-    loss = step.loss(batch, generator_for(SEED, "step", 0, 0))
+    drawn = objective.draw(batch, generator_for(SEED, "step", 0, 0))
+    loss = objective.loss(drawn) / drawn.count
 
     def predict_again(noisy, timesteps):
         return 0.3 * noisy + timesteps.reshape(-1, 1, 1, 1) / 1000
@@ -152,12 +154,50 @@ def test_one_step_equals_the_recipe(tmp_path, settings, prediction_type, zero_te
     np.testing.assert_allclose(loss.item(), expected, rtol=2e-5)
 
 
-def test_the_mean_over_a_group_of_unequal_batches_is_over_its_batches(tmp_path):
-    run = Run(configuration(tmp_path, batch_size=2, gradient_accumulation_steps=4, dropout=0.0))
-    step, batches = run.trainer.train_step, run.source.group(0, 0)
-    assert len({len(batch) for batch in batches}) > 1
-    losses = [step.loss(b, generator_for(run.config.seed, "step", 0, m)).item() for m, b in enumerate(batches)]
-    assert step(0, batches) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 3), (2, 1, 1), (2, 2), (1, 1, 1, 1)], ids=str)
+def test_every_picture_of_a_step_has_the_same_weight_however_the_batches_are_cut(tmp_path, monkeypatch, sizes):
+    settings = {"min_timestep": 500, "max_timestep": 500, "latent_sampling": "mean", "max_grad_norm": 0, "dropout": 0.0}
+    whole, parts = (Run(configuration(tmp_path, **settings)).trainer.train_step for _ in range(2))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.zeros(*shape))  # each batch draws its own noise
+    moments = torch.rand(4, 8, 8, 12, generator=generator_for(1, "data")) * torch.arange(1, 5).view(4, 1, 1, 1)
+    contexts = torch.rand(4, 77, 6, generator=generator_for(2, "data"))
+    weights = torch.tensor([1.0, 0.5, 2.0, 1.0])
+
+    def batch(start, end):
+        prompts = Prompts(contexts[start:end])
+        return Batch(moments[start:end], ("a",) * (end - start), prompts, None, None, weights[start:end])
+
+    ends = np.cumsum(sizes)
+    expected = whole(0, [batch(0, 4)])
+    loss = parts(0, [batch(end - size, end) for end, size in zip(ends, sizes)])
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for first, second in zip(whole.parameters, parts.parameters):  # Adam's first moment is 0.1 times the gradient
+        gradient, other = (step.optimizer.state[p]["exp_avg"] for step, p in ((whole, first), (parts, second)))
+        torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-9)
+    assert any(state["exp_avg"].any() for state in whole.optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"multires_noise_iterations": 4, "input_perturbation": 0.1}, {"loss": "huber"}]
+)
+@pytest.mark.parametrize("varying", [False, True], ids=["cached captions", "encoded in the step"])
+def test_a_micro_batch_can_be_cut_and_its_losses_add_up(tmp_path, settings, varying):
+    config = configuration(tmp_path, batch_size=4, dropout=0.0, use_masks=True, shuffle_tags=varying, **settings)
+    run = Run(config, FakeModel("sdxl"))
+    objective = run.trainer.train_step.objective
+    batch = max(run.source.micro_batches(0, 0), key=len)
+    assert len(batch) == 4 and (batch.prompts is None) == varying
+    drawn = objective.draw(batch, generator_for(0, "draw"))
+    assert drawn.count == len(drawn) == 4
+    whole = objective.loss(drawn).item()
+    one_by_one = [objective.loss(drawn[row : row + 1]).item() for row in range(4)]
+    assert len(set(one_by_one)) == 4
+    for cut in (1, 2, 3):
+        parts = [drawn[:cut], drawn[cut:]]
+        assert [part.count for part in parts] == [cut, 4 - cut]
+        assert sum(objective.loss(part).item() for part in parts) == pytest.approx(whole, rel=1e-5)
+    assert objective.loss(drawn[1:4][1:2]).item() == pytest.approx(one_by_one[2], rel=1e-5)
+    assert whole == pytest.approx(sum(one_by_one), rel=1e-5)
 
 
 def test_schedule_is_rescaled_before_the_tables_and_only_once():
@@ -172,20 +212,23 @@ def test_weights_stay_finite_at_zero_and_at_infinite_snr(tmp_path):
     for prediction_type in ("epsilon", "v_prediction"):
         weight = diffusion.min_snr_weight(snr, 5.0, prediction_type)
         assert torch.isfinite(weight).all() and (weight <= 1).all()
-    config = configuration(tmp_path, debiased_estimation=True, zero_terminal_snr=True)
-    schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
     with pytest.raises(UserError) as error:
-        Objective(config, schedule, torch.device("cpu"), True)
+        objective(configuration(tmp_path, debiased_estimation=True, zero_terminal_snr=True))
     assert error.value.field == "debiased_estimation"
 
 
+def objective(config) -> diffusion.DiffusionObjective:
+    precision = Precision(torch.device("cpu"), torch.float32, None)
+    return diffusion.DiffusionObjective(config, FakeModel(), precision, encode=FakeModel().encode_prompts)
+
+
 def test_timestep_limits_are_included(tmp_path):
-    config = configuration(tmp_path, min_timestep=10, max_timestep=12)
-    schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
-    drawn = Objective(config, schedule, torch.device("cpu"), False).draw_timesteps(200, generator_for(0, "t"))
-    assert set(drawn.tolist()) == {10, 11, 12}
+    run = Run(configuration(tmp_path, min_timestep=10, max_timestep=12))
+    (batch, *_) = run.source.micro_batches(0, 0)
+    draws = [run.trainer.train_step.objective.draw(batch, generator_for(0, "t", place)) for place in range(50)]
+    assert {timestep for drawn in draws for timestep in drawn.timesteps.tolist()} == {10, 11, 12}
     with pytest.raises(UserError) as error:
-        Objective(configuration(tmp_path, min_timestep=500, max_timestep=100), schedule, torch.device("cpu"), False)
+        objective(configuration(tmp_path, min_timestep=500, max_timestep=100))
     assert error.value.field == "min_timestep"
 
 

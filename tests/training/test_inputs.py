@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.training.inputs import ahead
+from lora_trainer.training.source import ahead
 from tests.training.fakes import FakeModel, Recorder, Run, configuration
 
 
@@ -18,7 +18,7 @@ def captions(run: Run, epoch: int = 0) -> list[str]:
     return [
         caption
         for position in range(run.source.steps_per_epoch)
-        for batch in run.source.group(epoch, position)
+        for batch in run.source.micro_batches(epoch, position)
         for caption in batch.captions
     ]
 
@@ -45,7 +45,7 @@ def test_a_damaged_file_is_made_again_and_one_lost_while_training_is_named(tmp_p
     for file in files:
         file.unlink()
     with pytest.raises(UserError) as error:
-        run.source.group(0, 0)
+        run.source.micro_batches(0, 0)
     assert str(tmp_path) in error.value.message and error.value.field == "cache_dir"
 
 
@@ -79,7 +79,7 @@ def test_latents_are_those_of_the_picture(tmp_path):
     run = Run(configuration(tmp_path, batch_size=1, gradient_accumulation_steps=1))
     items = [item for batch in run.plan.epoch(0) for item in batch]
     for position, item in enumerate(items):
-        (batch,) = run.source.group(0, position)
+        (batch,) = run.source.micro_batches(0, position)
         with Image.open(run.dataset.samples[item.sample].path) as image:
             if image.size != item.bucket:
                 continue
@@ -103,7 +103,7 @@ def test_caption_dropout_tag_dropout_and_shuffling_depend_on_seed_epoch_and_plac
 
 def test_dropped_captions_are_read_from_the_cache_too(tmp_path):
     run = Run(configuration(tmp_path, caption_dropout=1.0))
-    (empty,) = {row.context.sum().item() for b in run.source.group(0, 0) for row in [b.prompts[0]]}
+    (empty,) = {row.context.sum().item() for b in run.source.micro_batches(0, 0) for row in [b.prompts[0]]}
     assert captions(run) == [""] * 5
     fresh = FakeModel().encode_prompts([""])
     assert empty == pytest.approx(fresh.context.sum().item())
@@ -119,7 +119,7 @@ def test_regularization_pictures_have_their_own_weight_and_no_trigger_word(tmp_p
     rows = [
         (caption, weight)
         for position in range(run.source.steps_per_epoch)
-        for batch in run.source.group(0, position)
+        for batch in run.source.micro_batches(0, position)
         for caption, weight in zip(batch.captions, batch.weights.tolist())
     ]
     assert len(rows) == 10
@@ -137,7 +137,7 @@ def test_masks_come_with_the_latents(tmp_path):
     run = Run(config)
     masks = {}
     for position, (item,) in enumerate(run.plan.epoch(0)):
-        (batch,) = run.source.group(0, position)
+        (batch,) = run.source.micro_batches(0, position)
         masks[run.dataset.samples[item.sample].path.name] = batch.mask
     assert masks["1.png"].eq(1).all()
     half = masks["0.png"]
@@ -146,10 +146,10 @@ def test_masks_come_with_the_latents(tmp_path):
 
 def test_sdxl_gets_its_sizes_and_others_none(tmp_path):
     run = Run(configuration(tmp_path), FakeModel("sdxl"))
-    batches = run.source.group(0, 0)
+    batches = run.source.micro_batches(0, 0)
     first = run.plan.epoch(0)[0]
     assert batches[0].size_ids.tolist() == [list(item.size_ids) for item in first]
-    assert Run(configuration(tmp_path)).source.group(0, 0)[0].size_ids is None
+    assert Run(configuration(tmp_path)).source.micro_batches(0, 0)[0].size_ids is None
 
 
 class FullDevice(FakeModel):

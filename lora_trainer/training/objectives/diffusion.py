@@ -1,30 +1,27 @@
-"""What a training step asks of the model: noise in, a target out, and how the error is weighed.
+"""The loss of diffusion models that predict ε or v.
 
 All random numbers come from private generators on the CPU (``generator_for``), so every device sees the same noise
-and nothing that runs beside us can disturb it. x0, ε, v, ᾱ and SNR are the papers' names:
+and nothing that runs in the same process can change it. x0, ε, v, ᾱ and SNR are the papers' names:
 x_t = √ᾱ·x0 + √(1−ᾱ)·ε (Ho et al. 2020, eq. 4), v = √ᾱ·ε − √(1−ᾱ)·x0 (Salimans & Ho 2022, app. D),
 SNR = ᾱ / (1−ᾱ) (Kingma et al. 2021).
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import NoiseSchedule
+from lora_trainer.models.base import LentModel, Prompts
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
-
-
-def generator_for(seed: int, *parts: int | str) -> torch.Generator:
-    """A CPU generator of its own for each (seed, purpose, step …); the same ones in every process and version."""
-    digest = hashlib.sha256(repr((int(seed), *parts)).encode("utf-8")).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & 0x7FFF_FFFF_FFFF_FFFF)
-
+from lora_trainer.training.inputs import Batch
+from lora_trainer.training.precision import Precision
 
 # ---- noise ----------------------------------------------------------------------------------------------------
 
@@ -94,15 +91,51 @@ def smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
     return 2 * ((difference**2 + c**2).sqrt() - c)
 
 
-class Objective:
-    """One run's objective: its noise, its targets and its loss. Tables live on ``device``, (T,) fp32 each.
+@dataclass(frozen=True)
+class DiffusionDraws:
+    """A micro-batch of pictures with the random numbers of its loss, on the CPU (see ``objectives.base.Drawn``).
 
-    Raises:
-        UserError: settings that do not go together.
+    latents: (B, C, h, w) fp32, sampled from the VAE's moments, scaled. noise: (B, C, h, w), what the target is made of.
+    perturbed: (B, C, h, w), what is added to the latents; the same as ``noise`` without input_perturbation.
+    timesteps: (B,) int64. rows: the pictures of ``batch`` that are meant; all tensors hold the whole batch.
     """
 
-    def __init__(self, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, zero_terminal_snr: bool):
-        self.config = config
+    batch: Batch
+    latents: Tensor
+    noise: Tensor
+    perturbed: Tensor
+    timesteps: Tensor
+    rows: range
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> DiffusionDraws:
+        return replace(self, rows=self.rows[rows])
+
+
+class DiffusionObjective:
+    """The objective of a diffusion model. Its tables live on the model's device, (T,) fp32 each.
+
+    encode: captions and which rows of them are needed -> their encoding, for micro-batches that come without one.
+
+    Raises:
+        UserError: settings that cannot be combined.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LentModel,
+        precision: Precision,
+        encode: Callable[[Sequence[str], slice], Prompts],
+    ):
+        self.config, self.model, self.precision, self.encode = config, model, precision, encode
+        schedule = model.schedule
         self.prediction_type = schedule.prediction_type
         self.min_timestep, self.max_timestep = config.min_timestep, min(config.max_timestep, len(schedule) - 1)
         if self.min_timestep > self.max_timestep:
@@ -113,19 +146,54 @@ class Objective:
             )
         # Before any table is made: every one of them depends on it.
         alphas_cumprod = schedule.alphas_cumprod
-        if zero_terminal_snr:  # leaves a schedule alone that ends at 0 already
+        zero_terminal_snr = config.zero_terminal_snr
+        if zero_terminal_snr is None:
+            zero_terminal_snr = model.info.zero_terminal_snr
+        if zero_terminal_snr:  # does not change a schedule that ends at 0 already
             alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
         if config.debiased_estimation and self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
             raise UserError(
-                "the last noise level would weigh infinitely much under zero terminal SNR.",
+                "the last noise level would get an infinite weight under zero terminal SNR.",
                 field="debiased_estimation",
                 remedy="Switch one of the two off; zero_terminal_snr is for v-prediction models.",
             )
+        device = model.device
         self.alphas_cumprod = alphas_cumprod.double()
         self._signal = self.alphas_cumprod.sqrt().float().to(device)
         self._noise = (1 - self.alphas_cumprod).sqrt().float().to(device)
         self._weight = self._timestep_weights().float().to(device)
         self._huber_c = huber_threshold(self.alphas_cumprod, config.huber_c).float().to(device)
+
+    def draw(self, micro_batch: Batch, generator: torch.Generator) -> DiffusionDraws:
+        """Latents, noise and timesteps of a micro-batch, on the CPU."""
+        sampling = self.config.latent_sampling == "sample"
+        latents = self.model.sample_latents(micro_batch.moments, generator if sampling else None)
+        noise = self._draw_noise(latents.shape, generator)
+        timesteps = torch.randint(self.min_timestep, self.max_timestep + 1, (len(micro_batch),), generator=generator)
+        perturbed = self._perturb(noise, generator)
+        return DiffusionDraws(micro_batch, latents, noise, perturbed, timesteps, range(len(micro_batch)))
+
+    def loss(self, drawn: DiffusionDraws) -> Tensor:
+        """The sum over the pictures of ``drawn``, a scalar fp32 with gradients."""
+        rows = slice(drawn.rows.start, drawn.rows.stop)
+        batch = drawn.batch[rows].to(self.model.device)
+        draws = (drawn.latents, drawn.noise, drawn.perturbed, drawn.timesteps)
+        latents, noise, perturbed, timesteps = (to_device(values[rows], self.model.device) for values in draws)
+
+        noisy_latents = self._add_noise(latents, perturbed, timesteps)
+        target = self._target(latents, noise, timesteps)
+        prompts = batch.prompts
+        if prompts is None:
+            with torch.set_grad_enabled(self.config.train_text_encoder):
+                prompts = self.encode(drawn.batch.captions, rows)
+        with self.precision.autocast():
+            model_pred = self.model.predict(noisy_latents, timesteps, prompts, batch.size_ids)
+        return self._losses(model_pred, target, timesteps, batch.weights, batch.mask).sum()
+
+    def warnings(self) -> list[str]:
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+            return ["zero_terminal_snr is meant for v-prediction models; this one predicts noise."]
+        return []
 
     def _timestep_weights(self) -> Tensor:
         snr = signal_to_noise(self.alphas_cumprod)
@@ -135,8 +203,8 @@ class Objective:
             return min_snr_weight(snr, self.config.min_snr_gamma, self.prediction_type)
         return torch.ones_like(snr)
 
-    def draw_noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """ε, (B, C, H, W) fp32 on the CPU."""
+    def _draw_noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """ε, (B, C, h, w) fp32 on the CPU."""
         noise = torch.randn(shape, generator=generator)
         if self.config.noise_offset:
             noise = offset_noise(noise, self.config.noise_offset, generator)
@@ -145,41 +213,36 @@ class Objective:
             noise = multires_noise(noise, iterations, discount, generator)
         return noise
 
-    def perturb(self, noise: Tensor, generator: torch.Generator) -> Tensor:
-        """The noise that the model sees, where the target keeps ε (Ning et al. 2023, "Input perturbation", alg. 1)."""
+    def _perturb(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise that the model sees; the target keeps ε (Ning et al. 2023, "Input perturbation", alg. 1)."""
         if not self.config.input_perturbation:
             return noise
         return noise + self.config.input_perturbation * torch.randn(noise.shape, generator=generator)
 
-    def draw_timesteps(self, batch: int, generator: torch.Generator) -> Tensor:
-        """(B,) int64 on the CPU, uniform from min_timestep to max_timestep, both included."""
-        return torch.randint(self.min_timestep, self.max_timestep + 1, (batch,), generator=generator)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, (B, C, H, W)."""
+    def _add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, (B, C, h, w)."""
         return self._signal[timesteps].view(-1, 1, 1, 1) * latents + self._noise[timesteps].view(-1, 1, 1, 1) * noise
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model is to answer: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0, (B, C, H, W)."""
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model learns to predict: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0, (B, C, h, w)."""
         if self.prediction_type == "v_prediction":
             signal, sigma = self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
             return signal * noise - sigma * latents
         return noise
 
-    def loss(
+    def _losses(
         self, model_pred: Tensor, target: Tensor, timesteps: Tensor, weights: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The mean over the batch, a scalar.
+        """The loss of each picture, (B,).
 
-        Order: element-wise error in fp32 -> × mask (B, 1, H, W) -> mean over C, H, W -> × weight of the sample (B,)
-        -> × weight of the timestep -> mean over the batch.
+        Order: element-wise error in fp32 -> × mask (B, 1, h, w) -> mean over C, h, w -> × weight of the sample (B,)
+        -> × weight of the timestep.
         """
         difference = model_pred.float() - target.float()
         loss = self._elementwise(difference, timesteps)
         if mask is not None:
             loss = loss * mask
-        loss = loss.mean(dim=(1, 2, 3)) * weights * self._weight[timesteps]  # (B,)
-        return loss.mean()
+        return loss.mean(dim=(1, 2, 3)) * weights * self._weight[timesteps]
 
     def _elementwise(self, difference: Tensor, timesteps: Tensor) -> Tensor:
         if self.config.loss == "mse":

@@ -197,14 +197,18 @@ class DiffusionModel:
 
     # Captions -----------------------------------------------------------------------------------------------------
 
-    def encode_prompts(self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False) -> Prompts:
+    def encode_prompts(
+        self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
+    ) -> Prompts:
         """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
 
+        Only ``rows`` of the captions are encoded, with as many chunks as all of them together would get.
         SDXL's D is that of both encoders side by side, and ``pooled`` (B, P) comes from the second one's first chunk.
         """
         encoders = self._needed(self.text_encoders, "text_encoders")
         cut = [chunks_of(caption, self._tokenizer, max_tokens, weighted) for caption in captions]
         count = max(map(len, cut))
+        cut = cut[rows]
         chunks = [chunk for row in cut for chunk in [*row, *[Chunk()] * (count - len(row))]]  # B·count
         weights = token_weights(chunks).to(self.device)
         contexts, pooled = [], None
@@ -215,14 +219,14 @@ class DiffusionModel:
             hidden = self._hidden(encoder, output)  # (B·count, 77, D)
             if weighted:
                 hidden = weigh(hidden, weights)
-            contexts.append(hidden.reshape(len(captions), -1, hidden.shape[-1]))
+            contexts.append(hidden.reshape(len(cut), -1, hidden.shape[-1]))
             if shape.projection is not None:
                 ends = (ids[::count] == self._tokenizer.eos).int().argmax(dim=1)
                 last = output.last_hidden_state[::count]  # first chunks, after the final LayerNorm
                 # open_clip's matrix is bound transposed, transformers' as it is; a product's rounding goes by the order
                 # in memory, and must not depend on who lends.
                 projection = encoder.text_projection.weight.to(self.compute_dtype).contiguous()
-                pooled = F.linear(last[torch.arange(len(captions), device=self.device), ends], projection)
+                pooled = F.linear(last[torch.arange(len(cut), device=self.device), ends], projection)
         return Prompts(torch.cat(contexts, dim=-1), pooled)
 
     def _hidden(self, encoder: nn.Module, output) -> Tensor:

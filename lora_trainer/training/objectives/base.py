@@ -1,0 +1,58 @@
+"""The protocol of training objectives: how a micro-batch becomes a loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sized
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Drawn(Protocol):
+    """A micro-batch together with every random number that its loss needs, all on the CPU.
+
+    count: what the sum of its losses is divided by, such as the number of pictures or of labelled tokens.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Samples in the micro-batch."""
+        ...
+
+    def __getitem__(self, rows: slice) -> Drawn:
+        """Some consecutive samples, with the same draws. The losses of all parts add up to the loss of the whole."""
+        ...
+
+
+class Objective(Protocol):
+    """A training objective, from the random draws to the loss.
+
+    ``draw`` is separate from ``loss`` so that a micro-batch can be computed again, in smaller parts, with the same
+    draws.
+    """
+
+    def draw(self, micro_batch: Any, generator: torch.Generator) -> Drawn:
+        """Draw all random numbers for a micro-batch on the CPU. Everything random comes from ``generator``."""
+        ...
+
+    def loss(self, drawn: Any) -> Tensor:
+        """The sum of the losses over ``drawn``, a scalar with gradients; ``drawn.count`` is its divisor."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """Settings that are accepted but probably not intended, one sentence each."""
+        ...
+
+
+class MicroBatch(Sized, Protocol):
+    """The samples of one forward pass, as a source reads them; its objective knows what is inside."""
+
+
+def generator_for(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator of its own for each (seed, purpose, step …); the same ones in every process and version."""
+    digest = hashlib.sha256(repr((int(seed), *parts)).encode("utf-8")).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") & 0x7FFF_FFFF_FFFF_FFFF)
