@@ -105,6 +105,9 @@ def test_sdxl_text(checkpoints):
         close(both.context[1:, :77], prompts.context)
         close(both.context[1:, 77:], model.encode_prompts([""]).context)
         close(both.pooled[1:], pooled)
+        one = model.encode_prompts(["a dog " * 60, CAPTION], rows=slice(1, 2))  # alone, as long as with its neighbor
+        close(one.context, both.context[1:])
+        close(one.pooled, pooled)
 
 
 @torch.no_grad()
