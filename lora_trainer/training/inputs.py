@@ -69,8 +69,6 @@ class Batch:
         )
 
 
-
-
 class BatchSource:
     """The ``Source`` of runs on pictures.
 

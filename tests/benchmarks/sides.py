@@ -23,6 +23,7 @@ from lora_trainer.demo.base import build_base
 from lora_trainer.models.base import Prompts
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.training.inputs import Batch
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision, resolve
 from lora_trainer.training.step import TrainingStep
 from tests.tiny import SD1_FULL, SDXL_FULL, tiny_sd1, tiny_sdxl
@@ -75,14 +76,6 @@ class Work:
         return TARGETS if self.targets == "all" else TARGETS[:1]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a step asks of a ``BatchSource``, without a data set."""
-
-    precision: Precision
-    total_steps: int = 1000
-
-
 def write_base(folder: Path, work: Work) -> Path:
     """The checkpoint, written once."""
     if work.size == "demo":
@@ -112,7 +105,7 @@ def batch_of(work: Work, unet: nn.Module) -> Batch:
 def our_step(work: Work, folder: Path) -> Iterator[Step]:
     """Our own step, through the file lender."""
     with our_training(work, folder) as step:
-        batch = batch_of(work, step.model.unet)
+        batch = batch_of(work, step.objective.model.unet)
         yield lambda number: step(number, [batch])
 
 
@@ -137,7 +130,8 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
         model.set_gradient_checkpointing(work.gradient_checkpointing)
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
-            yield TrainingStep(config, model, adapters, Inputs(precision))
+            objective = DiffusionObjective(config, model, precision, model.encode_prompts)
+            yield TrainingStep(config, objective, adapters, precision, total_steps=1000)
 
 
 @contextmanager

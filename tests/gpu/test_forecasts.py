@@ -32,9 +32,9 @@ def test_memory_and_seconds_are_foretold(name, bases):
     architecture = FileLender(write_base(bases, work)).architecture()
     with our_training(work, bases) as step:
         config = dataclasses.replace(step.config, batch_size=work.batch_size)
-        unet = sum(p.numel() * p.element_size() for p in step.model.unet.parameters())
+        unet = sum(p.numel() * p.element_size() for p in step.objective.model.unet.parameters())
         torch.cuda.reset_peak_memory_stats()
-        batch, seconds = batch_of(work, step.model.unet), []
+        batch, seconds = batch_of(work, step.objective.model.unet), []
         for number in range(10):
             torch.cuda.synchronize()
             started = time.perf_counter()

@@ -32,7 +32,7 @@ def gradients(work: Work, folder, changes: dict, prepare=lambda model: None) -> 
             generator = torch.Generator().manual_seed(len(name))
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data.add_(0.02 * noise if "dora_scale" not in name else 0 * noise)
-        prepare(step.model)
+        prepare(step.objective.model)
 
         def keep(optimizer, *_) -> None:
             for name, parameter in step.adapters.named_parameters():
@@ -41,7 +41,7 @@ def gradients(work: Work, folder, changes: dict, prepare=lambda model: None) -> 
                     found[name] = parameter.grad.float().cpu()
 
         step.optimizer.register_step_pre_hook(keep)
-        loss = step(0, [batch_of(work, step.model.unet)])
+        loss = step(0, [batch_of(work, step.objective.model.unet)])
         assert found.keys() == {name for name, _ in step.adapters.named_parameters()}
     assert loss is not None
     return loss, found
