@@ -5,8 +5,7 @@ A new captioner is a ``Kind`` in ``registry.py``: nothing else has to know of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -84,21 +83,6 @@ class Kind:
     weights: Weights
     load: Callable[[Path, Settings], Captioner]
     packages: tuple[str, ...] = ()
-
-
-class HostCaptioning(Protocol):
-    """What a WebUI may offer on top of ``Host``; captioning asks for it with ``getattr``.
-
-    A host without it captions on its ``device()`` with our own captioners.
-    """
-
-    def captioners(self) -> Mapping[str, HostCaptioner]:
-        """The host's own captioners by name, "host-blip" and "host-deepbooru"; also those whose files are missing."""
-        ...
-
-    def device_turn(self) -> AbstractContextManager[None]:
-        """Inside, the host's device is ours for a batch; outside, the host may work. Modules are built inside, too."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ logic; nothing here names one host's habits.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
+from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.models.base import Lender
 
 
@@ -110,7 +112,7 @@ class PreviewRequest:
 
 
 class Host(Protocol):
-    """A place where the trainer runs."""
+    """A place where the trainer runs. Hosts derive from it; what has a body here is the usual answer."""
 
     name: str  # "a1111", "forge", "standalone"
 
@@ -137,9 +139,18 @@ class Host(Protocol):
         """
         ...
 
+    def captioners(self) -> Mapping[str, HostCaptioner]:
+        """The host's own captioners by name, "host-blip" and "host-deepbooru"; also those whose files are missing."""
+        return {}
+
     def model_bytes(self) -> int:
         """What the host's own model takes of the device now; a lent one is that model, or takes its place."""
-        ...
+        return 0
+
+    def device_turn(self) -> AbstractContextManager[Any]:
+        """Inside, the host's device is ours for something else than a training, such as a batch of captions; outside,
+        the host may work. Modules are built inside, too."""
+        return nullcontext()
 
     def spare_turn(self) -> AbstractContextManager[bool]:
         """The host's device for a moment; False, at once, and not ours, when somebody computes on it now."""
@@ -168,4 +179,4 @@ class Host(Protocol):
 
     def forget(self, name: str) -> None:
         """Drop what the host remembers of a LoRA's earlier weights, also where they are merged into its model."""
-        ...
+        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +18,7 @@ from lora_trainer.files import sha256_file
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.fingerprint import Fingerprint
 from lora_trainer.host.turns import Turns
-from lora_trainer.models.base import ModelAwayError, ModelInfo
+from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import VAE
 from lora_trainer.models.families.unet.architecture import Architecture, Hints
@@ -55,7 +55,7 @@ class LoadedModel(Protocol):
         ...
 
 
-class WebuiLender(ABC):
+class WebuiLender(Lender):
     """See ``Lender``. One object per run; all but ``describe`` and ``model_hash`` happens in turns.
 
     checkpoint: entry of the WebUI's list (a ``CheckpointInfo``), which need not be the loaded one.
@@ -108,11 +108,9 @@ class WebuiLender(ABC):
         self._webui.devices.torch_gc()
 
     def rest(self) -> AbstractContextManager[None]:
-        """Between two turns: the WebUI is its own inside, though the run keeps it otherwise (``hold``)."""
-        return self._turns.rest()
+        return self._turns.rest()  # the WebUI generates inside, though the run keeps it otherwise (``hold``)
 
     def device_turn(self) -> AbstractContextManager[None]:
-        """The WebUI's device without the model, for what comes before ``borrow``: captions, if there are none."""
         return self._turns.take()
 
     def model_hash(self) -> str | None:

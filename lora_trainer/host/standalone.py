@@ -15,7 +15,7 @@ from PIL import Image
 from lora_trainer.adapters.describe import describe
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender
@@ -25,7 +25,7 @@ from lora_trainer.training.preview import sample
 _ENDINGS = (".safetensors", ".ckpt")
 
 
-class StandaloneHost:
+class StandaloneHost(Host):
     """See ``Host``.
 
     data: the trainer's own folder. checkpoints: folder with base models, searched with its sub-folders; None when
@@ -80,11 +80,7 @@ class StandaloneHost:
             clip_skip=options.clip_skip,
         )
 
-    def model_bytes(self) -> int:
-        return 0
-
     def device_turn(self) -> AbstractContextManager[Any]:
-        """The device for something else than a training: a batch of captions."""
         return self._describing
 
     @contextmanager
@@ -112,9 +108,6 @@ class StandaloneHost:
     def verify(self, lora: Path, prompt: str) -> str | None:
         """Without a WebUI there is no other loader: the file itself is looked at."""
         return next(iter(describe(lora).problems), None)
-
-    def forget(self, name: str) -> None:
-        """Files are read anew each time."""
 
     def _path(self, name: str) -> Path:
         known = self.checkpoints()

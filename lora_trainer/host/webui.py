@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from lora_trainer.adapters.describe import describe
 from lora_trainer.errors import UserError
 from lora_trainer.host import drawing
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions, PreviewRequest
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
 from lora_trainer.host.lending import WebuiLender, loaded_model
 from lora_trainer.host.loras import HostLoras
 from lora_trainer.host.publishing import place_lora
@@ -27,13 +27,11 @@ _turns: Turns | None = None
 _turns_lock = threading.Lock()
 
 
-class WebuiHost(ABC):
+class WebuiHost(Host):
     """See ``Host``. Holds nothing of the user interface, so it outlives "Reload UI".
 
     webui: the WebUI's modules that we touch, under one name.
     """
-
-    name: str
 
     def __init__(self, webui: Any, loras: HostLoras):
         self._webui, self._loras = webui, loras
@@ -109,7 +107,6 @@ class WebuiHost(ABC):
         )  # fmt: skip
 
     def device_turn(self) -> AbstractContextManager[None]:
-        """The WebUI's device for something else than its base model: a batch of captions."""
         return self._turns.take()
 
     def model_bytes(self) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,10 @@ class ModelAwayError(Exception):
 
 
 class Lender(Protocol):
-    """Where a model comes from: a file, or a running WebUI."""
+    """Where a model comes from: a file, or a running WebUI.
+
+    Lenders derive from it. What has a body here is right for one that shares its device with nobody.
+    """
 
     def describe(self) -> ModelInfo:
         """Says what would be lent, without loading weights. Raises UserError when it cannot be trained."""
@@ -196,12 +199,21 @@ class Lender(Protocol):
         """
         ...
 
+    def rest(self) -> AbstractContextManager[None]:
+        """What a run waits in between two turns: a lender that keeps the device for the whole run gives it back
+        inside."""
+        return nullcontext()
+
+    def device_turn(self) -> AbstractContextManager[Any]:
+        """The device without the model, for what comes before ``borrow``, such as writing captions."""
+        return nullcontext()
+
     def make_room(self) -> None:
         """Memory was short in a turn: whoever else keeps things on the device, the host first, sends them away.
 
         Called inside a turn. What was sent away comes back when it is needed, or at the end of ``borrow``.
         """
-        ...
+        return None
 
     def model_hash(self) -> str | None:
         """SHA-256 of the base checkpoint's file, if there is one."""

@@ -10,7 +10,7 @@ import torch
 
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
-from lora_trainer.models.base import ModelInfo
+from lora_trainer.models.base import Lender, ModelInfo
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.detect import UNET, detect
 from lora_trainer.models.families.unet.architecture import Architecture, Hints
@@ -25,7 +25,7 @@ _SD1_TEXT = "cond_stage_model.transformer."
 _TURBO_TEXT = "conditioner.embedders.0.model."
 
 
-class FileLender:
+class FileLender(Lender):
     """See ``Lender``. Nothing else uses the weights, so a turn costs nothing.
 
     path: a .safetensors or .ckpt file, or a diffusers folder.
@@ -94,9 +94,6 @@ class FileLender:
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-    def make_room(self) -> None:
-        """Nobody else's things are on the device."""
 
     def model_hash(self) -> str | None:
         """SHA-256 of the file, read once; None for a folder."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +27,7 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run.captioning import caption_for_training
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver, run_facts
-from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns, resting
+from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
@@ -100,8 +99,7 @@ def train(
     initial = check_files(config)
     check_optimizer(config)
     info = lender.describe()
-    device_turn = getattr(lender, "device_turn", nullcontext)
-    captioned = caption_for_training(config, callbacks, commands, device_turn, captioners)
+    captioned = caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
     if captioned is not None and captioned.cancelled:
         callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
@@ -112,7 +110,7 @@ def train(
         callbacks.on_warning(warning)
     plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     turn = patient_turns(lender, callbacks, commands)
-    commands.resting = resting(lender)
+    commands.resting = lender.rest
 
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)

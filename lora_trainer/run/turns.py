@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from lora_trainer.models.base import Lender, ModelAwayError
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 
 _POLL_SECONDS = 0.25
-
-
-def resting(lender: Lender) -> Callable[[], AbstractContextManager[None]]:
-    """What to wait in between two turns: a lender that keeps the device for the whole run gives it back inside."""
-    return getattr(lender, "rest", nullcontext)
 
 
 class StoppedWhileWaiting(Exception):
@@ -40,7 +35,7 @@ def patient_turns(
                         callbacks.on_waiting(told)
                 if commands.stopping:
                     raise StoppedWhileWaiting
-                with resting(lender)():
+                with lender.rest():
                     time.sleep(_POLL_SECONDS)
             yield
 

@@ -14,5 +14,4 @@ def captioner_sources(host: Host) -> Sources:
     """The host's own captioners, and ours with their weights in ``<data>/captioners/<name>/``."""
     from lora_trainer.captioning.registry import Sources
 
-    own = getattr(host, "captioners", None)
-    return Sources(folders=[Path(host.folders().data) / "captioners"], host=own() if own is not None else {})
+    return Sources(folders=[Path(host.folders().data) / "captioners"], host=host.captioners())

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,7 +226,7 @@ class EditorSessions:
         _refuse_unsaved(editor, "captioning")
         job = make_job(editor.session)
         job.options.check()
-        turn = getattr(self._current_host(), "device_turn", nullcontext)
+        turn = self._current_host().device_turn
 
         class Reported(CaptionCallbacks):
             def on_progress(self, done: int, total: int) -> None:

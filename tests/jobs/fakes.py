@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, LenderOptions
-from lora_trainer.models.base import ModelInfo
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions
+from lora_trainer.models.base import Lender, ModelInfo
 from lora_trainer.training.callbacks import StepReport
 
 TIMEOUT = 20.0
@@ -39,7 +39,7 @@ def make_pictures(folder: Path, count: int = 3, caption: str = "**red hat**, a c
     return folder
 
 
-class FakeLender:
+class FakeLender(Lender):
     def __init__(self, family: str = "sd1"):
         self.info = ModelInfo(family, "epsilon", "tiny-model")
 
@@ -57,7 +57,7 @@ class FakeLender:
 
 
 @dataclass
-class FakeHost:
+class FakeHost(Host):
     root: Path
     name: str = "standalone"
     policy: AccessPolicy = field(default_factory=AccessPolicy)
@@ -85,9 +85,6 @@ class FakeHost:
 
     def device(self) -> torch.device:
         return torch.device("cpu")
-
-    def model_bytes(self) -> int:
-        return 0
 
     def spare_turn(self) -> Any:
         return nullcontext(True)
@@ -117,8 +114,6 @@ class FakeHost:
         if isinstance(self.verdict, Exception):
             raise self.verdict
         return self.verdict
-
-    def forget(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
-from lora_trainer.run.turns import patient_turns, resting
+from lora_trainer.run.turns import patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.host.conftest import OPTIONS, sha, storages
 from tests.host.test_contract import answer
@@ -335,7 +335,7 @@ def test_a_run_that_holds_the_model_and_is_paused_lets_the_host_draw(a1111, webu
     with a1111.lender("", LenderOptions()).borrow() as model:
         expected = answer(model)
     lender, commands = a1111.lender("", LenderOptions(hold=True)), TrainCommands()
-    commands.resting = resting(lender)
+    commands.resting = lender.rest
     with lender.borrow() as model:
         commands.pause()
         waiting = threading.Thread(target=lambda: (webui.generate("a"), webui.select("second"), commands.resume()))
