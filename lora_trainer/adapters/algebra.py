@@ -52,23 +52,29 @@ def factorize(dimension: int, factor: int = -1) -> tuple[int, int]:
     return smaller, dimension // smaller
 
 
-def column_norm(weight: Tensor) -> Tensor:
-    """Length of W's columns: (out, in[, kh, kw]) -> (1, in[, 1, 1]); one number for each *input*."""
-    return torch.linalg.vector_norm(weight, dim=(0, *range(2, weight.dim())), keepdim=True)
+def column_norm(weight: Tensor, axis: int = 1) -> Tensor:
+    """Length of W's columns: (out, in[, kh, kw]) -> (1, in[, 1, 1]); one number for each *input*.
+
+    axis 0: length of its rows, (out, 1[, 1, 1]); one number for each output.
+    """
+    return torch.linalg.vector_norm(weight, dim=(1 - axis, *range(2, weight.dim())), keepdim=True)
 
 
-def dora_gain(weight: Tensor, delta: Tensor, dora_scale: Tensor) -> Tensor:
-    """DoRA (arXiv:2402.09353) per input column: ``dora_scale / ‖W + ΔW‖``, (1, in[, 1, 1]).
+def dora_gain(weight: Tensor, delta: Tensor, dora_scale: Tensor, axis: int = 1) -> Tensor:
+    """DoRA (arXiv:2402.09353) per input column: ``dora_scale / ‖W + ΔW‖``, (1, in[, 1, 1]); per row with axis 0.
 
     The smallest float keeps a column of zeros (a layer that starts at zero) from becoming NaN.
     """
-    norm = column_norm(weight + delta)
+    norm = column_norm(weight + delta, axis)
     return dora_scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def decompose(weight: Tensor, delta: Tensor, dora_scale: Tensor) -> Tensor:
-    """W with the change and DoRA's magnitudes: ``(W + ΔW) · dora_scale / ‖W + ΔW‖``, what A1111 puts in W's place."""
-    return (weight + delta) * dora_gain(weight, delta, dora_scale)
+def decompose(weight: Tensor, delta: Tensor, dora_scale: Tensor, axis: int = 1) -> Tensor:
+    """W with the change and DoRA's magnitudes: ``(W + ΔW) · dora_scale / ‖W + ΔW‖``, what A1111 puts in W's place.
+
+    axis: of the magnitudes, 1 for the inputs (A1111), 0 for the outputs (PEFT).
+    """
+    return (weight + delta) * dora_gain(weight, delta, dora_scale, axis)
 
 
 def truncated_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

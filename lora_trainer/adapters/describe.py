@@ -82,9 +82,7 @@ def _problems(lora: LoraFile) -> list[str]:
     else:
         zero = (part for part, flags in neutral.items() if all(flags))
         problems += [f"Its {part} layers are all zero and change nothing." for part in zero]
-    if lora.unsupported:
-        problems.append(f"{len(lora.unsupported)} tensors are of a kind unknown here, such as {lora.unsupported[0]}.")
-    return problems
+    return problems + lora.left_out()
 
 
 def _is_zero(module: ModuleWeights) -> bool:

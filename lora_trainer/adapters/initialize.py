@@ -53,9 +53,11 @@ def init_from(adapters: AdapterSet, lora: LoraFile) -> list[str]:
                 remedy=f"It was made for {base}." if base else "It was made for another model.",
             ) from error
     warnings = []
-    if unmatched or lora.unsupported:
-        ignored = len(unmatched) + len({name.rpartition(".")[0] for name in lora.unsupported})
-        warnings.append(f"{lora.path.name}: {ignored} of its layers are not trained in this run and were left out.")
+    if unmatched:
+        warnings.append(
+            f"{lora.path.name}: {len(unmatched)} of its layers are not trained in this run and were left out."
+        )
+    warnings += [f"{lora.path.name}: {sentence}" for sentence in lora.left_out()]
     if missing := len(targets) - len(matched):
         warnings.append(f"{lora.path.name} lacks {missing} of the {len(targets)} layers; those start new.")
     if reduced:
@@ -74,20 +76,22 @@ def _initialize(adapter: Adapter, weights: ModuleWeights) -> bool:
         weights.kind == "lora"
         and "lora_mid.weight" not in weights.tensors
         and (weights.dora_scale is None or adapter.dora_scale is not None)
+        and not weights.is_per_output
     ):
         approximated = _copy_low_rank(adapter, weights)
     else:
-        delta = change if adapter.dora_scale is None else weights.delta(adapter.shape)
+        whole = adapter.dora_scale is None or weights.is_per_output
+        delta = change if whole else weights.delta(adapter.shape)
         down, up = truncated_factors(delta.flatten(1) / adapter.scale, adapter.rank)
         _place(adapter, down, up)
         approximated = True
     if adapter.dora_scale is not None:
-        if weights.dora_scale is not None:
+        if weights.dora_scale is not None and not weights.is_per_output:
             adapter.dora_scale.copy_(weights.dora_scale.view_as(adapter.dora_scale))
         else:  # magnitudes at which the file's change is what it was
             adapter.dora_scale.copy_(column_norm(weight + change.to(weight)))
     elif weights.dora_scale is not None and not isinstance(adapter, LoraAdapter):
-        raise UserError("the file is a DoRA.", field="init_lora", remedy="Set dora: true.")
+        raise UserError("the file is a DoRA.", field="init_lora", remedy="Set adapter: lora and dora: true.")
     return approximated
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,13 @@ from lora_trainer.errors import UserError
 _DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 _SUFFIX = re.compile(
     r"^(?P<module>.+?)\.(?P<suffix>lora_(?:down|up|mid)\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight"
-    r"|lora_[AB](?:\.default)?\.weight|alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]"
-    r"|lokr_w[12](?:_[ab])?|lokr_t2)$"
+    r"|lora_[AB](?:\.default)?\.weight|alpha|dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?"
+    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)$"
 )
+_ADDED = re.compile(
+    r"\.(?P<suffix>w_norm|b_norm|diff|diff_b|set_weight|bias|lora_(?:A|B|up|down)(?:\.default)?\.bias|lora_bias)$"
+)
+"""Differences that stand beside a low-rank change and leave its meaning as it is: of norms, biases, whole weights."""
 _KINDS = {"lora": "lora_down.weight, lora_up.weight", "loha": "hada_…", "lokr": "lokr_…"}
 
 
@@ -53,9 +58,16 @@ class ModuleWeights:
 
     @property
     def dora_scale(self) -> Tensor | None:
-        """(1, in[, 1, 1]) fp32, for DoRA."""
+        """DoRA's magnitudes in fp32: (1, in[, 1, 1]) as A1111 reads them, or (out, 1[, 1, 1]) as PEFT and LyCORIS from
+        3.2 on write them."""
         scale = self.tensors.get("dora_scale")
         return None if scale is None else scale.float()
+
+    @property
+    def is_per_output(self) -> bool:
+        """Whether the magnitudes are those of the rows of the weight, one for each output."""
+        scale = self.dora_scale
+        return scale is not None and scale.shape[0] > 1
 
     def delta(self, shape: Sequence[int]) -> Tensor:
         """ΔW in fp32, as ``shape``; without DoRA's magnitudes. Raises ValueError when it does not fit that shape."""
@@ -82,10 +94,12 @@ class ModuleWeights:
         delta = self.delta(weight.shape)
         if self.dora_scale is None:
             return delta
-        if self.dora_scale.numel() != weight.shape[1]:
-            raise ValueError(f"dora_scale has {self.dora_scale.numel()} values for {weight.shape[1]} inputs")
-        dora_scale = self.dora_scale.reshape(1, -1, *[1] * (weight.dim() - 2))
-        return algebra.decompose(weight, delta, dora_scale) - weight
+        axis, side = (0, "outputs") if self.is_per_output else (1, "inputs")
+        if self.dora_scale.numel() != weight.shape[axis]:
+            raise ValueError(f"dora_scale has {self.dora_scale.numel()} values for {weight.shape[axis]} {side}")
+        shape = [1] * weight.dim()
+        shape[axis] = -1
+        return algebra.decompose(weight, delta, self.dora_scale.reshape(shape), axis) - weight
 
     def is_finite(self) -> bool:
         tensors_finite = all(bool(torch.isfinite(tensor.float()).all()) for tensor in self.tensors.values())
@@ -96,7 +110,7 @@ class ModuleWeights:
 class LoraFile:
     """A LoRA file in memory. ``modules`` by the name in the file: a kohya name, or a dotted diffusers path.
 
-    unsupported: names of tensors that belong to no kind of network that is known here.
+    unsupported: names of tensors that are not read: differences of norms and biases, networks of another kind.
     """
 
     path: Path
@@ -109,6 +123,21 @@ class LoraFile:
         known = {alias: target.kohya_name for target in targets for alias in _aliases(target)}
         matched = {known[name]: weights for name, weights in self.modules.items() if name in known}
         return matched, [name for name in self.modules if name not in known]
+
+    def left_out(self) -> list[str]:
+        """What the file holds beside its layers, in sentences."""
+        counts = Counter(found["suffix"] for name in self.unsupported if (found := _ADDED.search(name)))
+        others = [name for name in self.unsupported if not _ADDED.search(name)]
+        sentences = []
+        if counts:
+            kinds = ", ".join(f"{count} × {suffix}" for suffix, count in sorted(counts.items()))
+            sentences.append(
+                f"It also holds differences of normalization layers, biases or whole weights ({kinds}), which are not "
+                "trained here and are left out."
+            )
+        if others:
+            sentences.append(f"{len(others)} tensors are of a kind unknown here, such as {others[0]}.")
+        return sentences
 
     def __repr__(self) -> str:
         return f"LoraFile({str(self.path)!r}, {len(self.modules)} modules)"
@@ -135,13 +164,30 @@ def read_lora(path: str | Path) -> LoraFile:
                 continue
             module = found["module"].replace(".processor.", ".").removeprefix("base_model.model.")
             # A copy: the file's pages must not be needed any more when somebody replaces it.
-            groups.setdefault(module, {})[_canonical(found["suffix"])] = handle.get_tensor(name).clone()
+            tensor = handle.get_tensor(name).clone()
+            if found["suffix"].startswith("lora_magnitude_vector"):  # PEFT's: (out,), or (1, out, 1, 1)
+                tensor = tensor.reshape(-1, 1)
+            groups.setdefault(module, {})[_canonical(found["suffix"])] = tensor
     if not any(set(tensors) - {"alpha"} for tensors in groups.values()):
         what = "a whole checkpoint" if any(name.startswith("model.diffusion_model.") for name in names) else "no LoRA"
         raise UserError(f"{path} is {what}: it holds no layers of a LoRA.", remedy="Choose a LoRA file.")
+    _refuse_other_meanings(path, groups, unsupported)
     alphas = _peft_alphas(path, metadata)
     modules = {name: _module(path, name, tensors, alphas) for name, tensors in groups.items()}
     return LoraFile(path, modules, metadata, tuple(unsupported))
+
+
+def _refuse_other_meanings(path: Path, groups: dict[str, dict[str, Tensor]], unsupported: list[str]) -> None:
+    """Raises UserError for an unknown tensor beside those of a layer: it may change what they mean."""
+    for name in unsupported:
+        stem = name
+        while "." in stem:
+            stem = stem.rpartition(".")[0]
+            if stem in groups and not _ADDED.search(name):
+                raise UserError(
+                    f"{path}: {name} changes what the other tensors of {stem} mean, and is not known here.",
+                    remedy="Save the LoRA in kohya's layout, or merge it with the program that made it.",
+                )
 
 
 def _lora_path(path: Path) -> Path:
@@ -160,7 +206,7 @@ def _canonical(suffix: str) -> str:
         return _DOWN
     if suffix.startswith(("lora_B", "lora.up", "lora_linear_layer.up")):
         return _UP
-    return suffix
+    return "dora_scale" if suffix.startswith("lora_magnitude_vector") else suffix
 
 
 def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict[str, dict]) -> ModuleWeights:
@@ -182,9 +228,8 @@ def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict
     kind = kinds.pop()
     if not _consistent(kind, {key: tuple(tensor.shape) for key, tensor in tensors.items()}):
         raise problem(f"do not belong together ({_KINDS[kind]})")
-    dora_scale = tensors.get("dora_scale")
-    if dora_scale is not None and dora_scale.numel() != dora_scale.shape[min(1, dora_scale.dim() - 1)]:
-        raise UserError(f"{path}: {name} stores DoRA per output; A1111 and Forge read it per input, and so does this.")
+    if "dora_scale" in tensors:
+        tensors["dora_scale"] = _dora_scale(tensors["dora_scale"], problem)
     weights = ModuleWeights(name, kind, tensors, None if alpha_tensor is None else float(alpha_tensor))
     if alpha_tensor is None and weights.rank and (config := peft_alphas.get(name.split(".")[0], peft_alphas.get(""))):
         alpha = next(
@@ -193,6 +238,13 @@ def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict
         )
         weights = ModuleWeights(name, kind, tensors, alpha * (weights.rank**0.5 if config.get("use_rslora") else 1.0))
     return weights
+
+
+def _dora_scale(scale: Tensor, problem: Callable[[str], UserError]) -> Tensor:
+    """(1, in), or (out, 1) where the file has one number for each output."""
+    if sum(side != 1 for side in scale.shape) > 1:
+        raise problem("have a dora_scale that is neither per input nor per output")
+    return scale.reshape(1, -1) if scale.dim() < 2 or scale.shape[0] == 1 else scale.reshape(-1, 1)
 
 
 def _consistent(kind: str, shapes: dict[str, tuple[int, ...]]) -> bool:
@@ -266,4 +318,13 @@ def _aliases(target: Target) -> list[str]:
     prefixes = {"unet": ["lora_unet"], "text_encoder": ["lora_te", "lora_te1"]}.get(target.part, ["lora_te2"])
     names = [target.kohya_name, *(f"{part}.{path}" for path in paths)]
     names += [f"{prefix}_{path.replace('.', '_')}" for prefix in prefixes for path in paths]
-    return [*names, path] if target.part == "unet" else names
+    if target.part != "unet":  # ComfyUI's
+        encoders = ("clip_g",) if target.part == "text_encoder_2" else ("clip_l", "clip_h")
+        stems = [f"{stem}{encoder}.transformer." for stem in ("", "text_encoders.") for encoder in encoders]
+        return [*names, *(stem + path for stem in stems for path in paths)]
+    names.append(path)
+    if target.checkpoint_name:  # the names of the original implementations: input_blocks.1.1. …
+        original = target.checkpoint_name.removeprefix("model.diffusion_model.")
+        names += [f"{stem}{original}" for stem in ("model.diffusion_model.", "diffusion_model.", "unet.", "")]
+        names.append(f"lora_unet_{original.replace('.', '_')}")
+    return names

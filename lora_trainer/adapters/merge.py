@@ -22,11 +22,13 @@ _FUSED = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class MergeResult:
-    """merged: how many layers were changed. unmatched: names in the LoRA that the base has no layer for."""
+    """merged: how many layers were changed. unmatched: names in the LoRA that the base has no layer for.
+    notes: what else of the LoRA is not in the result."""
 
     path: Path
     merged: int
     unmatched: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def merge(
 
         with atomic_path(output) as temporary, open(temporary, "wb") as file:
             write_tensors(file, specs.values(), load, handle.metadata())
-    return MergeResult(output, sum(map(len, plan.values())), (*unmatched, *absent, *lora.unsupported))
+    return MergeResult(output, sum(map(len, plan.values())), (*unmatched, *absent), tuple(lora.left_out()))
 
 
 def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:

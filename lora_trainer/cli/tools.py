@@ -91,6 +91,8 @@ def merge(options: argparse.Namespace) -> int:
     print(f"{result.path}: {result.merged} layers merged at strength {options.weight:g}")
     if result.unmatched:
         print(f"{len(result.unmatched)} of the LoRA's layers are not in this base: {', '.join(result.unmatched[:5])} …")
+    for note in result.notes:
+        print(note)
     return DONE
 
 

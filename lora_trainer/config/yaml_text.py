@@ -41,8 +41,8 @@ def check_backslashes(text: str, source: str) -> None:
     for number, line in enumerate(text.splitlines(), start=1):
         named = _SETTING.match(line)
         of_a_path = named and (ALIASES.get(named[1], named[1]) in _PATHS or named[1].endswith(_PATH_ENDINGS))
-        pattern = _SINGLE_BACKSLASH if of_a_path else _DRIVE
-        if line.lstrip().startswith("#") or not (match := pattern.search(line)):
+        match = (of_a_path and _SINGLE_BACKSLASH.search(line)) or _DRIVE.search(line)
+        if line.lstrip().startswith("#") or not match:
             continue
         path = match[1][:2] + match[1][2:].replace("\\\\", "\\")  # a server's name begins with two
         slashes = '"' + path.replace("\\", "/") + '"'

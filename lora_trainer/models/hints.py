@@ -17,37 +17,76 @@ from lora_trainer.models.families.unet.architecture import Hints
 HINTS_KEY = "lora_trainer.architecture"  # metadata: a JSON object with fields of ``Hints``
 
 
+# Tensors by which Forge and ComfyUI tell variants whose layers are those of an SDXL.
+_OTHER_VARIANTS = {
+    "edm_mean": "an EDM model, such as Playground 2.5",
+    "edm_std": "an EDM model, such as Playground 2.5",
+    "edm_vpred.sigma_max": "an EDM model that predicts v, such as CosXL",
+    "edm_vpred.sigma_min": "an EDM model that predicts v, such as CosXL",
+}
+_EPSILON, _V = ("epsilon", "eps", "noise"), ("v", "v_prediction", "v-prediction", "vpred", "v_pred", "velocity")
+_PREDICTIONS = {**dict.fromkeys(_EPSILON, "epsilon"), **dict.fromkeys(_V, "v_prediction")}
+_PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+
+
 def file_hints(path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Hints:
     """Hints for a single file. The .yaml beside it decides over the metadata, and that over marker tensors.
 
     Raises:
-        UserError: the .yaml is not YAML.
+        UserError: the .yaml is not YAML, or the model predicts something that cannot be trained here.
     """
     hints = Hints()
     # NoobAI and others ship empty tensors with these names; Forge and ComfyUI obey them.
     names = set(names)
+    for marker, what in _OTHER_VARIANTS.items():
+        if marker in names:
+            raise _other_variant(path, what)
     if "v_pred" in names:
         hints = replace(hints, prediction_type="v_prediction")
     if "ztsnr" in names:
         hints = replace(hints, zero_terminal_snr=True)
-    hints = merged(hints, _metadata_hints(metadata))
+    hints = merged(hints, _metadata_hints(path, metadata))
     config = Path(path).with_suffix(".yaml")
     return merged(hints, _yaml_hints(config)) if config.is_file() else hints
 
 
+def _other_variant(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is {what}; only models that predict noise (epsilon) or v can be trained here.",
+        field="base_model",
+        remedy="Choose such a model.",
+    )
+
+
+def _prediction(path: Path, text: Any) -> str | None:
+    """What a model predicts, from a word of its metadata; None for no word. Raises UserError for another thing."""
+    word = str(text or "").strip().lower()
+    if not word:
+        return None
+    if (known := _PREDICTIONS.get(word)) is None:
+        raise _other_variant(path, f"a model that predicts {word!r}")
+    return known
+
+
 def folder_hints(folder: Path) -> Hints:
-    """Hints from the configuration files of a diffusers folder."""
+    """Hints from the configuration files of a diffusers folder.
+
+    Raises:
+        UserError: a file is not JSON, or the model predicts something that cannot be trained here.
+    """
     unet = read_json(folder / "unet" / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     text = [read_json(folder / name / "config.json") for name in ("text_encoder", "text_encoder_2")]
     # diffusers' "attention_head_dim" is the number of heads in every Stable Diffusion.
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
     text_heads = tuple(config["num_attention_heads"] for config in text if _is_count(config.get("num_attention_heads")))
-    prediction = scheduler.get("prediction_type")
+    name = str(scheduler.get("_class_name") or "")
+    if name.startswith(("EDM", "FlowMatch")):
+        raise _other_variant(folder, f"a model for {name}")
     return Hints(
         num_heads=_heads(heads),
         text_heads=text_heads or None,
-        prediction_type=prediction if prediction in ("epsilon", "v_prediction") else None,
+        prediction_type=_prediction(folder, scheduler.get("prediction_type")),
         zero_terminal_snr=True if scheduler.get("rescale_betas_zero_snr") is True else None,
     )
 
@@ -71,9 +110,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _metadata_hints(metadata: Mapping[str, str]) -> Hints:
-    prediction = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    hints = Hints(prediction_type=prediction.get(metadata.get("modelspec.prediction_type", "").lower()))
+def _metadata_hints(path: Path, metadata: Mapping[str, str]) -> Hints:
+    said = next((text for key in _PREDICTION_KEYS if (text := metadata.get(key))), None)
+    hints = Hints(prediction_type=_prediction(path, said))
+    if hints.prediction_type is None and metadata.get("ss_v_parameterization") == "True":
+        hints = replace(hints, prediction_type="v_prediction")
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        hints = replace(hints, zero_terminal_snr=True)
     if hints.prediction_type is None and metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v":
         hints = replace(hints, prediction_type="v_prediction")
     try:
@@ -89,7 +132,7 @@ def _metadata_hints(metadata: Mapping[str, str]) -> Hints:
             num_heads=_heads(ours.get("num_heads")),
             head_dim=_count(ours.get("head_dim")),
             text_heads=tuple(text_heads) if isinstance(text_heads, list) and all(map(_is_count, text_heads)) else None,
-            prediction_type=prediction.get(str(ours.get("prediction_type"))),
+            prediction_type=_PREDICTIONS.get(str(ours.get("prediction_type"))),
         ),
     )
 
@@ -105,6 +148,10 @@ def _yaml_hints(path: Path) -> Hints:
     encoders = [_dig(params, "cond_stage_config"), *(_dig(params, "conditioner_config", "params", "emb_models") or [])]
     text_heads = [heads for encoder in encoders if (heads := _text_heads(_dig(encoder, "params"), path)) is not None]
     scaling = str(_dig(params, "denoiser_config", "params", "scaling_config", "target") or "")
+    if "EDM" in scaling.rpartition(".")[2]:
+        raise _other_variant(path.with_suffix(".safetensors"), "an EDM model, as the .yaml beside it says")
+    if _dig(params, "parameterization") not in (None, "v", "eps"):
+        raise _other_variant(path.with_suffix(".safetensors"), f"a model that predicts {params['parameterization']!r}")
     if _dig(params, "parameterization") == "v" or scaling.rpartition(".")[2].startswith("VScaling"):
         prediction = "v_prediction"
     elif _dig(params, "parameterization") == "eps" or scaling.endswith("EpsScaling"):

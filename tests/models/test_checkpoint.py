@@ -19,6 +19,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.header import read_header
+from lora_trainer.models.hints import folder_hints
 from lora_trainer.models.tensors import SafetensorsSource
 from tests.models import reference
 from tests.tiny import (
@@ -291,6 +292,10 @@ SGM_V = "model: {params: {denoiser_config: {params: {scaling_config: {target: sg
         (None, (), None, "epsilon", False),
         ({"modelspec.prediction_type": "v"}, (), None, "v_prediction", False),
         ({"modelspec.prediction_type": "epsilon"}, (), None, "epsilon", False),
+        ({"modelspec.predict_key": "v"}, (), None, "v_prediction", False),
+        ({"modelspec.predict_key": "epsilon"}, (), None, "epsilon", False),
+        ({"modelspec.prediction_type": "V-Prediction"}, (), None, "v_prediction", False),
+        ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, (), None, "v_prediction", True),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), None, "v_prediction", False),
         (None, ("v_pred", "ztsnr"), None, "v_prediction", True),
         (None, (), "model: {params: {parameterization: v}}", "v_prediction", False),
@@ -311,6 +316,46 @@ def test_what_the_model_predicts(checkpoints, tmp_path, metadata, markers, yaml,
     assert FileLender(path, v_prediction=True).describe().prediction_type == "v_prediction"
     assert FileLender(path, v_prediction=False).describe().prediction_type == "epsilon"
     assert not FileLender(path, zero_terminal_snr=False).describe().zero_terminal_snr
+
+
+EDM_SCALING = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.x.EDMScaling}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "markers", "yaml", "what"),
+    [
+        (None, ("edm_mean", "edm_std"), None, "Playground"),
+        (None, ("edm_vpred.sigma_max", "edm_vpred.sigma_min"), None, "CosXL"),
+        ({"modelspec.predict_key": "x0"}, (), None, "'x0'"),
+        ({"modelspec.prediction_type": "flow"}, (), None, "'flow'"),
+        (None, (), EDM_SCALING, "EDM"),
+        (None, (), "model: {params: {parameterization: x0}}", "'x0'"),
+    ],
+)
+def test_a_variant_that_predicts_something_else_is_refused(checkpoints, tmp_path, metadata, markers, yaml, what):
+    path = tmp_path / "base.safetensors"
+    tensors = {**load_file(str(checkpoints["sd1"])), **{name: torch.ones(4) for name in markers}}
+    save_file(tensors, str(path), metadata)
+    if yaml is not None:
+        path.with_suffix(".yaml").write_text(yaml)
+    with pytest.raises(UserError, match=what) as caught:
+        FileLender(path).describe()
+    assert caught.value.field == "base_model" and "epsilon" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "EDMDPMSolverMultistepScheduler"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "flow_prediction"},
+    ],
+)
+def test_a_folder_for_another_scheduler_is_refused(tmp_path, scheduler):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.raises(UserError, match="can be trained"):
+        folder_hints(tmp_path)
 
 
 def test_a_broken_yaml_beside_the_file_is_named(checkpoints, tmp_path):
