@@ -76,6 +76,9 @@ class ModelSettings:
     gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
     """Needs about half the activation memory and about a quarter more time."""
 
+    cuda_graphs: Literal["auto", "off"] = setting("auto", decides=False, fills_memory=True, sets_pace=True)
+    """auto: on NVIDIA cards, launch a step's kernels as one CUDA graph where memory is free for it and it is faster."""
+
 
 @dataclass(frozen=True)
 class DataSettings:

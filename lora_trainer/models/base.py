@@ -162,6 +162,10 @@ class LentModel(Protocol):
         """Every layer that an adapter can attach to, in the order of the file format (UNet, then text encoders)."""
         ...
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that ``predict`` reads; other addresses mean that the lender moved them."""
+        ...
+
     def set_gradient_checkpointing(self, enabled: bool) -> None: ...
 
     def release(self, *parts: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.training.ema import ExponentialMovingAverage
+from lora_trainer.training.graphs import MicroBatchGraphs
 from lora_trainer.training.objectives.base import MicroBatch, Objective, generator_for
 from lora_trainer.training.optim import (
     advance_scheduler,
@@ -40,6 +41,11 @@ class TrainingStep:
         self.scheduler = create_scheduler(config, self.optimizer, total_steps)
         self.scaler = precision.create_scaler()
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.graphs = MicroBatchGraphs(
+            self._forward_backward, self.parameters, objective.addresses, precision.device
+        )
+        if config.cuda_graphs == "off" or config.dropout or config.rank_dropout:  # masks lie elsewhere in each step
+            self.graphs.give_up("the settings exclude them.")
         self.updating = False
 
     def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:
@@ -53,17 +59,24 @@ class TrainingStep:
             self.objective.draw(micro_batch, generator_for(seed, "step", step, micro_step))
             for micro_step, micro_batch in enumerate(micro_batches)
         ]
-        count = sum(part.count for part in drawn)
-        total = torch.zeros((), device=self.precision.device)
-        for micro_step, part in enumerate(drawn):
-            self.adapters.begin_step(step, micro_step)
-            # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
-            loss = self.objective.loss(part) / count
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            total += loss.detach()
-        return self._update(total)
+        device = self.precision.device
+        count = torch.tensor(float(sum(part.count for part in drawn)), device=device)
+        total = torch.zeros((), device=device)
+        with self.graphs.step():
+            for micro_step, part in enumerate(drawn):
+                self.adapters.begin_step(step, micro_step)
+                total += self.graphs(self.objective.inputs(part), count)
+            return self._update(total)
+
+    def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:
+        """A micro-batch's share of the step's loss, detached; its gradients are added to the parameters'."""
+        # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
+        loss = self.objective.loss(inputs) / count
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
 
     def _update(self, total: Tensor) -> float | None:
+        self.graphs.finish()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)

@@ -112,6 +112,9 @@ class FakeModel:
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.checkpointing = enabled
 
+    def addresses(self) -> tuple[int, ...]:
+        return ()
+
     def release(self, *parts: str) -> None:
         self.released.update(parts)
 

@@ -140,7 +140,7 @@ def test_one_step_equals_the_recipe(tmp_path, settings, prediction_type, zero_te
 
     model.predict = predict
     drawn = objective.draw(batch, generator_for(SEED, "step", 0, 0))
-    loss = objective.loss(drawn) / drawn.count
+    loss = objective.loss(objective.inputs(drawn)) / drawn.count
 
     def predict_again(noisy, timesteps):
         return 0.3 * noisy + timesteps.reshape(-1, 1, 1, 1) / 1000
@@ -189,14 +189,14 @@ def test_a_micro_batch_can_be_cut_and_its_losses_add_up(tmp_path, settings, vary
     assert len(batch) == 4 and (batch.prompts is None) == varying
     drawn = objective.draw(batch, generator_for(0, "draw"))
     assert drawn.count == len(drawn) == 4
-    whole = objective.loss(drawn).item()
-    one_by_one = [objective.loss(drawn[row : row + 1]).item() for row in range(4)]
+    whole = objective.loss(objective.inputs(drawn)).item()
+    one_by_one = [objective.loss(objective.inputs(drawn[row : row + 1])).item() for row in range(4)]
     assert len(set(one_by_one)) == 4
     for cut in (1, 2, 3):
         parts = [drawn[:cut], drawn[cut:]]
         assert [part.count for part in parts] == [cut, 4 - cut]
-        assert sum(objective.loss(part).item() for part in parts) == pytest.approx(whole, rel=1e-5)
-    assert objective.loss(drawn[1:4][1:2]).item() == pytest.approx(one_by_one[2], rel=1e-5)
+        assert sum(objective.loss(objective.inputs(part)).item() for part in parts) == pytest.approx(whole, rel=1e-5)
+    assert objective.loss(objective.inputs(drawn[1:4][1:2])).item() == pytest.approx(one_by_one[2], rel=1e-5)
     assert whole == pytest.approx(sum(one_by_one), rel=1e-5)
 
 

@@ -31,16 +31,25 @@ class Drawn(Protocol):
 class Objective(Protocol):
     """A training objective, from the random draws to the loss.
 
-    ``draw`` is separate from ``loss`` so that a micro-batch can be computed again, in smaller parts, with the same
-    draws.
+    ``draw`` is separate so that a micro-batch can be computed again, in smaller parts, with the same draws; ``inputs``
+    is separate from ``loss`` so that a CUDA graph of the loss can be replayed on other inputs.
     """
 
     def draw(self, micro_batch: Any, generator: torch.Generator) -> Drawn:
         """Draw all random numbers for a micro-batch on the CPU. Everything random comes from ``generator``."""
         ...
 
-    def loss(self, drawn: Any) -> Tensor:
-        """The sum of the losses over ``drawn``, a scalar with gradients; ``drawn.count`` is its divisor."""
+    def inputs(self, drawn: Any) -> Any:
+        """What ``loss`` reads of ``drawn``: a dataclass with tensors on the device. A field with anything else, other
+        than None, says that ``loss`` also does something on the CPU that no CUDA graph can repeat."""
+        ...
+
+    def loss(self, inputs: Any) -> Tensor:
+        """The sum of the losses over a micro-batch, a scalar with gradients; ``drawn.count`` is its divisor."""
+        ...
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the frozen weights lie that ``loss`` reads. Other addresses invalidate a CUDA graph."""
         ...
 
     def warnings(self) -> list[str]:

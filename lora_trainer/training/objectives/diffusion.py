@@ -118,6 +118,24 @@ class DiffusionDraws:
         return replace(self, rows=self.rows[rows])
 
 
+@dataclass(frozen=True)
+class DiffusionInputs:
+    """What the loss of a micro-batch reads, on the device: see ``DiffusionDraws`` and ``Batch``.
+
+    captions: those of the batch and which of them are meant, where the loss encodes them; else None.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    perturbed: Tensor
+    timesteps: Tensor
+    prompts: Prompts | None
+    size_ids: Tensor | None
+    weights: Tensor
+    mask: Tensor | None
+    captions: tuple[Sequence[str], slice] | None
+
+
 class DiffusionObjective:
     """The objective of a diffusion model. Its tables live on the model's device, (T,) fp32 each.
 
@@ -173,22 +191,35 @@ class DiffusionObjective:
         perturbed = self._perturb(noise, generator)
         return DiffusionDraws(micro_batch, latents, noise, perturbed, timesteps, range(len(micro_batch)))
 
-    def loss(self, drawn: DiffusionDraws) -> Tensor:
-        """The sum over the pictures of ``drawn``, a scalar fp32 with gradients."""
+    def inputs(self, drawn: DiffusionDraws) -> DiffusionInputs:
+        """The pictures of ``drawn`` on the device. Captions that came without an encoding are encoded, unless the text
+        encoders learn, which makes their encoding a part of the loss."""
         rows = slice(drawn.rows.start, drawn.rows.stop)
         batch = drawn.batch[rows].to(self.model.device)
         draws = (drawn.latents, drawn.noise, drawn.perturbed, drawn.timesteps)
         latents, noise, perturbed, timesteps = (to_device(values[rows], self.model.device) for values in draws)
-
-        noisy_latents = self._add_noise(latents, perturbed, timesteps)
-        target = self._target(latents, noise, timesteps)
-        prompts = batch.prompts
-        if prompts is None:
-            with torch.set_grad_enabled(self.config.train_text_encoder):
+        prompts, captions = batch.prompts, None
+        if prompts is None and self.config.train_text_encoder:
+            captions = (drawn.batch.captions, rows)
+        elif prompts is None:
+            with torch.no_grad():
                 prompts = self.encode(drawn.batch.captions, rows)
+        return DiffusionInputs(
+            latents, noise, perturbed, timesteps, prompts, batch.size_ids, batch.weights, batch.mask, captions
+        )
+
+    def loss(self, inputs: DiffusionInputs) -> Tensor:
+        """The sum over the pictures, a scalar fp32 with gradients."""
+        latents, timesteps = inputs.latents, inputs.timesteps
+        noisy_latents = self._add_noise(latents, inputs.perturbed, timesteps)
+        target = self._target(latents, inputs.noise, timesteps)
+        prompts = inputs.prompts if inputs.captions is None else self.encode(*inputs.captions)
         with self.precision.autocast():
-            model_pred = self.model.predict(noisy_latents, timesteps, prompts, batch.size_ids)
-        return self._losses(model_pred, target, timesteps, batch.weights, batch.mask).sum()
+            model_pred = self.model.predict(noisy_latents, timesteps, prompts, inputs.size_ids)
+        return self._losses(model_pred, target, timesteps, inputs.weights, inputs.mask).sum()
+
+    def addresses(self) -> tuple[int, ...]:
+        return self.model.addresses()
 
     def warnings(self) -> list[str]:
         if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:

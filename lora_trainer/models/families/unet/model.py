@@ -24,7 +24,8 @@ from lora_trainer.models.tokenizer import Tokenizer
 PARTS = ("unet", "vae", "text_encoders")
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
 
-_checkpoint = partial(checkpoint, use_reentrant=False)
+# The model draws no random numbers, and their state cannot be read while a CUDA graph is recorded.
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def assemble(
@@ -142,6 +143,10 @@ class DiffusionModel:
             if module is not None
             for name, parameter in module.named_parameters()
         }
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the UNet's weights lie; other addresses mean that the lender moved them."""
+        return tuple(binding.owner._parameters[binding.name].data_ptr() for binding in self._unet_bindings)
 
     def release(self, *parts: str) -> None:
         """Drop "vae", "text_encoders" or, in the end, "unet": their weights are let go and cannot be used any more."""
