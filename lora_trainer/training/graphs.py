@@ -59,6 +59,7 @@ class MicroBatchGraphs:
     ):
         self._compute, self._parameters, self._addresses, self._device = compute, parameters, addresses, device
         self.enabled = device.type == "cuda"
+        self.min_gain, self.spare_bytes = MIN_GAIN, SPARE_BYTES
         self._sums: list[Tensor] = []
         self._recorded: dict[Any, _Recorded] = {}
         self._seconds: dict[tuple[Any, bool], list[float]] = {}  # of whole steps, by shapes and with or without graphs
@@ -103,6 +104,11 @@ class MicroBatchGraphs:
         recorded.divisor.copy_(divisor)
         recorded.graph.replay()
         return recorded.loss.clone()
+
+    @property
+    def count(self) -> int:
+        """Recorded graphs."""
+        return len(self._recorded)
 
     def finish(self) -> None:
         """Give the parameters the gradients of the step."""
@@ -164,7 +170,7 @@ class MicroBatchGraphs:
         activations = torch.cuda.max_memory_allocated(self._device) - allocated
         unused = torch.cuda.memory_reserved(self._device) - allocated
         free, _ = torch.cuda.mem_get_info(self._device)
-        return free + unused >= 2 * activations + SPARE_BYTES
+        return free + unused >= 2 * activations + self.spare_bytes
 
     def _judge(self, seconds: float) -> None:
         """Take the time of a step; give graphs up where they do not pay."""
@@ -179,7 +185,7 @@ class MicroBatchGraphs:
             plain = self._seconds.get((shape, False), [])
             if with_graphs and len(times) == EAGER_STEPS and plain:
                 gain = statistics.median(times) / statistics.median(plain[1:] or plain)
-                if gain > MIN_GAIN:
+                if gain > self.min_gain:
                     self.give_up(f"a step takes {gain:.2f} of its time without.")
                     return
 
