@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,25 +14,19 @@ from lora_trainer.adapters.lora_file import LoraFile, read_lora
 from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
-from lora_trainer.dataset.buckets import BatchPlan
-from lora_trainer.dataset.cache import TensorCache
-from lora_trainer.dataset.folder import scan
-from lora_trainer.dataset.samples import Dataset
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.run.captioning import caption_for_training
 from lora_trainer.run.outputs import Outputs, output_name
-from lora_trainer.run.saving import LoraSaver, run_facts
+from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
+from lora_trainer.run.workloads.base import Workload
+from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
-from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
-from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.state import fingerprint, named_state
 
 
@@ -98,62 +90,54 @@ def train(
     config = dataclasses.replace(config, output_name=output_name(config))
     initial = check_files(config)
     check_optimizer(config)
-    info = lender.describe()
-    captioned = caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
-    if captioned is not None and captioned.cancelled:
-        callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
+    workload = Pictures.open(config, lender, callbacks, commands, captioners)
+    if workload is None:
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
-    dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
-    for skipped in dataset.skipped:
-        callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
-    for warning in dataset.warnings:
-        callbacks.on_warning(warning)
-    plan = BatchPlan.from_config(dataset, config, info.default_resolution)
     turn = patient_turns(lender, callbacks, commands)
     commands.resting = lender.rest
 
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)
-        identity = _identity(config, dataset, model, precision.name, initial)
-        outputs = Outputs.of(config, fingerprint(identity))
+        run_key = _run_key(config, workload, model, precision.name, initial)
+        outputs = Outputs.of(config, fingerprint(run_key))
         outputs.refuse_to_overwrite()
         if config.merge_into_base:
             _check_merge(config, model, outputs.lora)
-        cache = TensorCache(Path(config.cache_dir or outputs.directory / "cache"), callbacks.on_warning)
         draws_here = previewer is None and bool(config.preview_prompts)
-        source = BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts=draws_here)
+        if draws_here:
+            previewer = workload.previewer(model, turn, precision)
+        work = workload.work(model, precision, keep_model_parts=draws_here)
         try:
             with turn():
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
-                adapters = AdapterSet.build(model.lora_targets(), config, model.device)
+                adapters = AdapterSet.build(work.targets(), config, model.device)
             if initial:
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
-            facts = run_facts(config, lender, info, dataset, plan, precision.name, source.total_steps)
-            # Made before anything is encoded: it refuses settings that do not go together.
+            # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
                 config,
                 model,
                 adapters,
-                source,
-                DiffusionObjective(config, model, precision, source.encode_prompts),
+                work.source,
+                work.objective,
                 precision,
                 turn=turn,
-                saver=LoraSaver(config, outputs, adapters, facts, callbacks, lender.model_hash),
+                saver=LoraSaver(config, outputs, adapters, work.facts, callbacks, lender.model_hash),
                 output_dir=outputs.directory,
                 name=outputs.name,
-                identity=identity,
+                run_key=run_key,
                 callbacks=callbacks,
                 commands=commands,
-                previewer=ModelPreviewer(model, turn, precision, plan.resolution) if draws_here else previewer,
+                previewer=previewer,
             )
             _save_configuration(config, outputs)
-            if not source.prepare(turn, callbacks, commands):
+            if not work.source.prepare(turn, callbacks, commands):
                 raise StoppedWhileWaiting
             with adapters:
                 outcome = trainer.run()
         except StoppedWhileWaiting:
-            outcome = Outcome("stopped", 0, source.total_steps, 0, None, 0.0, None)
+            outcome = Outcome("stopped", 0, work.source.total_steps, 0, None, 0.0, None)
         result = _result(config, outputs, outcome)
         if outcome.status == "finished" and config.merge_into_base:
             try:
@@ -188,26 +172,17 @@ def summary(result: Result, resume: str = "auto") -> str:
     return "\n".join(lines)
 
 
-def _identity(
-    config: TrainConfig, dataset: Dataset, model: LentModel, precision: str, initial: LoraFile | None
+def _run_key(
+    config: TrainConfig, workload: Workload, model: LentModel, precision: str, initial: LoraFile | None
 ) -> dict[str, Any]:
-    """Everything that decides on the result, by name; two runs that agree in it make the same LoRA."""
+    """Everything that determines the result, by name; two runs with the same key make the same LoRA."""
     settings = {name: value for name, value in to_mapping(config).items() if FACTS[name].decides}
-    pictures = [
-        (sample.key, sample.digest, sample.caption, sample.repeats, sample.mask_path and sha256_file(sample.mask_path))
-        for sample in dataset.samples
-    ]
     return {
         **settings,
         "mixed_precision": precision,
-        "pictures": _digest(pictures),
-        "base_model": _digest([model.info.family, model.info.prediction_type, model.vae_key, model.text_key]),
+        **workload.run_key(model),
         "init_lora": initial and sha256_file(initial.path),
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()
 
 
 def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:

@@ -12,7 +12,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
 
-RUN_KEY = "lora_trainer.run"
+FINGERPRINT_ENTRY = "lora_trainer.run"
 """Metadata entry of the files we write: the fingerprint of the run that wrote them."""
 
 
@@ -76,7 +76,7 @@ class Outputs:
 
 def run_of(path: Path) -> str | None:
     """The fingerprint of the run that wrote a LoRA; None when no run of ours did."""
-    return _metadata(path).get(RUN_KEY)
+    return _metadata(path).get(FINGERPRINT_ENTRY)
 
 
 def _metadata(path: Path) -> dict[str, str]:

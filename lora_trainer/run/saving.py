@@ -17,8 +17,8 @@ from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.captions import parse
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.tags import tag_frequency
-from lora_trainer.models.base import Lender, ModelInfo
-from lora_trainer.run.outputs import RUN_KEY, Outputs
+from lora_trainer.models.base import ModelInfo
+from lora_trainer.run.outputs import FINGERPRINT_ENTRY, Outputs
 from lora_trainer.training.callbacks import TrainCallbacks
 
 
@@ -39,7 +39,7 @@ class LoraSaver:
             # Reading the base's file costs seconds: not before the first LoRA is there to be saved.
             self.facts = replace(self.facts, model_hash=self.model_hash())
         facts = replace(self.facts, step=step, epoch=epoch, finished_at=time.time())
-        metadata = {**build_metadata(self.config, facts), RUN_KEY: self.outputs.fingerprint}
+        metadata = {**build_metadata(self.config, facts), FINGERPRINT_ENTRY: self.outputs.fingerprint}
         on_the_way = kind == "step"
         path = self.outputs.checkpoint(step) if on_the_way else self.outputs.lora
         save_lora(self.adapters, path, metadata, self.config.save_precision)
@@ -59,7 +59,7 @@ class LoraSaver:
 
 
 def run_facts(
-    config: TrainConfig, lender: Lender, info: ModelInfo, dataset: Dataset, plan: BatchPlan, precision: str, steps: int
+    config: TrainConfig, info: ModelInfo, dataset: Dataset, plan: BatchPlan, precision: str, steps: int
 ) -> RunFacts:
     """What the metadata says of the data and the model. ``steps``: optimizer steps of the whole run."""
     now = time.time()

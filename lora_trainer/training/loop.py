@@ -74,7 +74,7 @@ class Trainer:
     """One training run: ``source`` gives the data, ``objective`` the loss, ``adapters`` (attached) learn.
 
     turn: the lender's; taken for every step and every look at the trained weights.
-    identity: the settings and facts that decide on the result; a state of another identity is not gone on from.
+    run_key: the settings and facts that determine the result; a state with another key is not resumed from.
     output_dir: gets ``state/``, ``logs/`` and ``previews/``; their files start with ``name``.
 
     Raises:
@@ -94,7 +94,7 @@ class Trainer:
         saver: Saver,
         output_dir: Path,
         name: str,
-        identity: Mapping[str, Any],
+        run_key: Mapping[str, Any],
         callbacks: TrainCallbacks | None = None,
         commands: TrainCommands | None = None,
         previewer: Previewer | None = None,
@@ -102,10 +102,10 @@ class Trainer:
         self.config, self.model, self.adapters, self.source = config, model, adapters, source
         self.turn, self.saver, self.previewer = turn, saver, previewer
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
-        self.output_dir, self.name, self.identity = Path(output_dir), name, identity
+        self.output_dir, self.name, self.run_key = Path(output_dir), name, run_key
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
         self.train_step = TrainingStep(config, objective, adapters, precision, source.total_steps)
-        self.states = StateStore(self.output_dir / "state", name, identity, self.callbacks.on_warning)
+        self.states = StateStore(self.output_dir / "state", name, run_key, self.callbacks.on_warning)
 
         self.step = 0  # optimizer steps done
         self.seconds = 0.0
@@ -258,7 +258,7 @@ class Trainer:
         versions = {"lora_trainer": lora_trainer.__version__, "torch": torch.__version__}
         with self.turn():
             parts = {**self.train_step.state_dict(), "progress": progress}
-            state = TrainingState(self.step, epoch, position, self.identity, parts, finished, versions)
+            state = TrainingState(self.step, epoch, position, self.run_key, parts, finished, versions)
             path = self.states.save(state)
         self._state_saved_at = time.monotonic()
         self.callbacks.on_saved(path, self.step, "state")
@@ -304,7 +304,7 @@ class Trainer:
         if state is None:
             return
         remedy = "Set resume: never, or the settings as they were; init_lora goes on from any LoRA, with any of them."
-        before = state.identity.get("optimizer", self.config.optimizer)
+        before = state.run_key.get("optimizer", self.config.optimizer)
         if before != self.config.optimizer:
             message = f"The training state of step {state.step} is {before}'s, not {self.config.optimizer}'s."
             raise UserError(message, field="resume", remedy=remedy)

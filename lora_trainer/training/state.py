@@ -36,7 +36,7 @@ class DamagedState(Exception):
 class TrainingState:
     """step: optimizer steps done; epoch and position (steps done in it) follow from it and are there for readers.
 
-    identity: the settings and facts that decide on the result; a state fits a run whose identity is the same.
+    run_key: the settings and facts that determine the result; a state fits a run with the same key.
     parts: name -> what that part's ``state_dict`` gave (nested dicts, lists, tensors, numbers, texts).
     finished: the LoRA of this step was exported and the run ended.
     """
@@ -44,15 +44,15 @@ class TrainingState:
     step: int
     epoch: int
     position: int
-    identity: Mapping[str, Any]
+    run_key: Mapping[str, Any]
     parts: Mapping[str, Any]
     finished: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """8 hexadecimal digits of the SHA-256 of the canonical JSON of ``identity``."""
-    return hashlib.sha256(_canonical(identity).encode("utf-8")).hexdigest()[:8]
+def fingerprint(run_key: Mapping[str, Any]) -> str:
+    """8 hexadecimal digits of the SHA-256 of the canonical JSON of ``run_key``."""
+    return hashlib.sha256(_canonical(run_key).encode("utf-8")).hexdigest()[:8]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -73,7 +73,7 @@ def write_state(path: Path, state: TrainingState) -> None:
         "step": state.step,
         "epoch": state.epoch,
         "position": state.position,
-        "identity": state.identity,
+        "identity": state.run_key,  # its name in files of this format
         "finished": state.finished,
         "versions": state.versions,
         "parts": _pack(dict(state.parts), "", tensors),
@@ -95,8 +95,8 @@ def read_state(path: Path) -> TrainingState:
         if metadata["crc32"] != str(_checksum(tensors)):
             raise DamagedState("its checksum is wrong")
         parts = _unpack(content["parts"], tensors)
-        names = ("step", "epoch", "position", "identity", "finished", "versions")
-        return TrainingState(parts=parts, **{name: content[name] for name in names})
+        names = ("step", "epoch", "position", "finished", "versions")
+        return TrainingState(run_key=content["identity"], parts=parts, **{name: content[name] for name in names})
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"it is no whole training state ({error})") from error
 
@@ -169,32 +169,32 @@ class StateStore:
         self,
         directory: Path,
         name: str,
-        identity: Mapping[str, Any],
+        run_key: Mapping[str, Any],
         on_warning: Callable[[str], None] = lambda text: None,
         keep: int = KEPT_STATES,
     ):
         self.directory = Path(directory)
         self.name = name
-        self.identity = identity
+        self.run_key = run_key
         self._on_warning = on_warning
         self._keep = keep
 
     def path(self, step: int) -> Path:
-        return self.directory / f"{self.name}-{fingerprint(self.identity)}-step{step:08d}.state"
+        return self.directory / f"{self.name}-{fingerprint(self.run_key)}-step{step:08d}.state"
 
     def save(self, state: TrainingState) -> Path:
         """Write the state; only when it is in place are older ones of the same run removed, all but ``keep`` - 1."""
         path = self.path(state.step)
         write_state(path, state)
-        ours = fingerprint(self.identity)
+        ours = fingerprint(self.run_key)
         older = [old for mark, step, old in self._listing() if mark == ours and step < state.step]
         for old in older[self._keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
 
     def newest(self) -> TrainingState | None:
-        """The newest whole state of a run with this identity. Damaged ones are passed over with a warning."""
-        ours = fingerprint(self.identity)
+        """The newest whole state of a run with this key. Damaged ones are passed over with a warning."""
+        ours = fingerprint(self.run_key)
         for mark, _, path in self._listing():
             if mark == ours:
                 try:
@@ -204,12 +204,12 @@ class StateStore:
         return None
 
     def other_settings(self) -> list[str]:
-        """What the newest state of this name with another identity had different; empty when there is none."""
-        ours = fingerprint(self.identity)
+        """What the newest state of this name with another run key had different; empty when there is none."""
+        ours = fingerprint(self.run_key)
         for mark, _, path in self._listing():
             if mark != ours:
                 try:
-                    return differences(read_state(path).identity, self.identity)
+                    return differences(read_state(path).run_key, self.run_key)
                 except DamagedState:
                     continue
         return []
@@ -231,7 +231,7 @@ class StateStore:
                 )
             return state
         state = named_state(resume)
-        if names := differences(state.identity, self.identity):
+        if names := differences(state.run_key, self.run_key):
             self._on_warning(f"{resume} was trained with other settings: {', '.join(names)}. The new ones count.")
         return state
 

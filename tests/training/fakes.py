@@ -194,7 +194,7 @@ def configuration(folder: Path, **settings) -> TrainConfig:
 class Run:
     """Everything of one run, put together as ``run.py`` does; ``trainer.run()`` starts it."""
 
-    def __init__(self, config: TrainConfig, model: FakeModel | None = None, on=None, previewer=None, identity=None):
+    def __init__(self, config: TrainConfig, model: FakeModel | None = None, on=None, previewer=None, run_key=None):
         self.config = config
         self.model = model or FakeModel()
         self.recorder, self.commands, self.turns = Recorder(on), TrainCommands(), Turns()
@@ -220,7 +220,7 @@ class Run:
             saver=self._save,
             output_dir=out,
             name="thing",
-            identity=identity if identity is not None else {"learning_rate": config.learning_rate},
+            run_key=run_key if run_key is not None else {"learning_rate": config.learning_rate},
             callbacks=self.recorder,
             commands=self.commands,
             previewer=previewer,

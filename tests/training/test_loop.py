@@ -142,9 +142,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_other_settings_start_anew_and_leave_the_old_state(tmp_path):
-    first = Run(configuration(tmp_path), identity={"learning_rate": 1e-2, "images": "a"})
+    first = Run(configuration(tmp_path), run_key={"learning_rate": 1e-2, "images": "a"})
     first.trainer.run()
-    other = Run(configuration(tmp_path), identity={"learning_rate": 1e-3, "images": "a"})
+    other = Run(configuration(tmp_path), run_key={"learning_rate": 1e-3, "images": "a"})
     other.trainer.run()
     assert "learning_rate" in other.recorder.warnings[0] and "images" not in other.recorder.warnings[0]
     assert other.recorder.reports[0].step == 1
@@ -169,12 +169,12 @@ def test_resume_never_and_resume_by_path_with_a_new_learning_rate(tmp_path):
 
 @pytest.mark.parametrize("old, new", [("adamw", "adafactor"), ("adafactor", "adamw")])
 def test_a_state_of_another_optimizer_is_refused_by_its_name(tmp_path, old, new):
-    first = Run(configuration(tmp_path, optimizer=old, epochs=1), identity={"optimizer": old})
+    first = Run(configuration(tmp_path, optimizer=old, epochs=1), run_key={"optimizer": old})
     first.trainer.run()
     path = next((tmp_path / "out" / "state").glob("*.state"))
     config = configuration(tmp_path / "new", optimizer=new, resume=str(path), epochs=3)
     with pytest.raises(UserError, match=old) as error:
-        Run(config, identity={"optimizer": new}).trainer.run()
+        Run(config, run_key={"optimizer": new}).trainer.run()
     assert error.value.field == "resume" and len(str(error.value)) < 300
 
 

@@ -15,8 +15,8 @@ from lora_trainer.training.metrics import MetricsLog, StepMetrics, read_metrics
 from lora_trainer.training.state import DamagedState, StateStore, TrainingState, read_state, write_state
 
 
-def state(step: int, identity=None, **parts) -> TrainingState:
-    return TrainingState(step, 0, step, identity or {"lr": 1}, parts or {"a": torch.full((3,), float(step))})
+def state(step: int, run_key=None, **parts) -> TrainingState:
+    return TrainingState(step, 0, step, run_key or {"lr": 1}, parts or {"a": torch.full((3,), float(step))})
 
 
 def values():
