@@ -313,6 +313,8 @@ class FakeA1111:
         return SimpleNamespace(images=[Image.fromarray(np.resize(shade, (p.height, p.width, 3)))])
 
     def _send_everything_to_cpu(self) -> None:
+        if self.lowvram.module_in_gpu is not None:
+            self.lowvram.module_in_gpu.to("cpu")
         self.lowvram.module_in_gpu = None
 
 

@@ -147,7 +147,7 @@ class FakeForge:
 
     def __init__(self, folder: Path, checkpoints: list[Path], kohya_names: dict[str, str]):
         """kohya_names: name in a LoRA file -> name of the tensor's module in the checkpoint."""
-        self.folder, self.kohya_names = folder, kohya_names
+        self.folder, self.kohya_names, self.device = folder, kohya_names, CPU
         infos = [Info(path) for path in checkpoints]
         lora_dir = folder / "models" / "Lora"
         lora_dir.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ class FakeForge:
             refresh_model_loading_parameters=self._refresh_model_loading_parameters,
         )
         self.memory_management = SimpleNamespace(
-            current_loaded_models=[], get_torch_device=lambda: CPU, load_models_gpu=self._load_models_gpu
+            current_loaded_models=[], get_torch_device=lambda: self.device, load_models_gpu=self._load_models_gpu
         )
         self.processing = SimpleNamespace(
             StableDiffusionProcessing=Processing,
@@ -259,6 +259,9 @@ class FakeForge:
                 continue
             loaded[:] = [entry for entry in loaded if entry.model.model is not patcher.model]
             patcher.lora_loader.refresh(patcher.lora_patches)
+            for name, parameter in list(patcher.model.named_parameters())[::2]:  # no room for the others
+                if self.device != CPU:
+                    put(patcher.model, name, nn.Parameter(parameter.to(self.device), requires_grad=False))
             loaded.insert(0, SimpleNamespace(model=patcher))
 
     # What a user does -----------------------------------------------------------------------------------------------
