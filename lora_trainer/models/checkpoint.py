@@ -12,7 +12,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, ModelInfo
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.detect import UNET, detect
+from lora_trainer.models.detect import UNET, VAE, detect
 from lora_trainer.models.families.unet.architecture import Architecture, Hints
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.families.unet.folder import add_vae_file, read_folder
@@ -30,7 +30,7 @@ class FileLender(Lender):
 
     path: a .safetensors or .ckpt file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
-        in this format are mapped from the file instead of copied.
+        in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own.
     v_prediction, zero_terminal_snr: override what the file says.
@@ -76,7 +76,7 @@ class FileLender(Lender):
         tensors = self._open()
         info = self._described
         tokenizer = load_tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
-        tensors.place(self.device, self.weight_dtype)
+        tensors.place(self.device, self.weight_dtype, as_stored=VAE)
         model = assemble(
             tensors,
             info.architecture,

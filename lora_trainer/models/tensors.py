@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.header import DTYPES, read_header
 
@@ -63,7 +64,10 @@ class SafetensorsSource:
 
 
 class PickleSource:
-    """A .ckpt, .pt or .bin file, read with ``weights_only`` so that it cannot run code."""
+    """A .ckpt, .pt or .bin file, read with ``weights_only`` so that it cannot run code.
+
+    Before torch 2.6 it can all the same (CVE-2025-32434), so there no such file is read.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -78,6 +82,12 @@ class PickleSource:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     def _load(self) -> dict[str, Tensor]:
+        if torch_version() < (2, 6):
+            raise UserError(
+                f"{self.path} is not opened: with torch {torch.__version__} a file of this kind could run code.",
+                remedy="Convert it to .safetensors, choose the .safetensors version of this model, or update torch to "
+                "2.6 or newer. A WebUI's loaded model can be trained whatever its file is.",
+            )
         try:
             # From torch.serialization, because WebUIs replace torch.load with one that returns None when it refuses.
             content = torch.serialization.load(
@@ -130,9 +140,12 @@ class Tensors(Mapping[str, Tensor]):
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
         self.place(torch.device("cpu"), None)
 
-    def place(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        """From now on, read onto ``device`` and in ``dtype`` (None: as stored)."""
-        self._device, self._dtype = device, dtype
+    def place(self, device: torch.device, dtype: torch.dtype | None, as_stored: str | None = None) -> None:
+        """From now on, read onto ``device`` and in ``dtype`` (None: as stored).
+
+        as_stored: prefix of the names that keep the number format of the file.
+        """
+        self._device, self._dtype, self._as_stored = device, dtype, as_stored
         self._recent.clear()
 
     def add(self, name: str, source: Source, stored_name: str) -> None:
@@ -154,7 +167,8 @@ class Tensors(Mapping[str, Tensor]):
         if name in self._recent:
             return self._recent[name]
         source, stored = self._where[name]
-        tensor = source.read(stored, self._device, self._dtype)
+        keeps = self._as_stored is not None and name.startswith(self._as_stored)
+        tensor = source.read(stored, self._device, None if keeps else self._dtype)
         self._recent[name] = tensor
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)

@@ -33,11 +33,14 @@ class LoraSaver:
     callbacks: TrainCallbacks
     model_hash: Callable[[], str | None]
 
+    def prepare(self) -> None:
+        """Hash the base's file. That takes seconds: not before the first LoRA is there to be saved, and not in a turn,
+        for which the WebUI would wait."""
+        if self.facts.model_hash is None:
+            self.facts = replace(self.facts, model_hash=self.model_hash())
+
     def __call__(self, step: int, epoch: int, kind: str) -> Path:
         """kind: "step" on the way, "stopped" when a person ended the run, "final". Returns the LoRA's path."""
-        if self.facts.model_hash is None:
-            # Reading the base's file costs seconds: not before the first LoRA is there to be saved.
-            self.facts = replace(self.facts, model_hash=self.model_hash())
         facts = replace(self.facts, step=step, epoch=epoch, finished_at=time.time())
         metadata = {**build_metadata(self.config, facts), FINGERPRINT_ENTRY: self.outputs.fingerprint}
         on_the_way = kind == "step"

@@ -200,6 +200,7 @@ class BatchSource:
                 # One by one: captions of unequal length would be filled up to the longest of them.
                 encoded = [self.encode_prompts([caption]) for caption in some]
                 for caption, prompts in zip(some, encoded):
+                    prompts = prompts.to("cpu", self.precision.compute_dtype)
                     tensors = {"context": prompts.context, "pooled": prompts.pooled}
                     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
                     self.cache.put(self._prompt_key(caption), present)

@@ -41,8 +41,11 @@ PAUSE_POLL_SECONDS = 0.5
 class Saver(Protocol):
     """Writes the LoRA as the adapters are now and returns its path. Called inside a turn.
 
+    prepare: does what takes long and needs no model; called outside of turns, before each save.
     epoch: counted from 1. kind: "step" on the way, "stopped" when a person ended the run, "final" at the end.
     """
+
+    def prepare(self) -> None: ...
 
     def __call__(self, step: int, epoch: int, kind: str) -> Path: ...
 
@@ -244,6 +247,7 @@ class Trainer:
             self._draw_previews()
 
     def _save_lora(self, kind: str) -> None:
+        self.saver.prepare()
         with self.turn(), self.train_step.averaged():
             self.lora = self.saver(self.step, self.epoch, kind)
         self.callbacks.on_saved(self.lora, self.step, "lora")

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
@@ -38,6 +39,9 @@ from tests.tiny import (
 )
 
 UNET = "model.diffusion_model."
+
+needs_safe_pickles = pytest.mark.skipif(torch_version() < (2, 6), reason="this torch could run a pickle's code")
+
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,7 @@ def test_a_truncated_download_is_called_that(checkpoints, scratch, share):
         FileLender(scratch).describe()
 
 
+@needs_safe_pickles
 def test_ckpt_files_are_read_without_running_code(checkpoints, tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": load_file(str(checkpoints["sd1"])), "epoch": 3}, path)
@@ -256,11 +261,28 @@ def test_ckpt_files_are_read_without_running_code(checkpoints, tmp_path):
     assert FileLender(path).describe().family == "sd1"
 
 
+@pytest.mark.parametrize("version", ["2.1.2+cu121", "2.5.1", "2.6.0"])
+def test_ckpt_files_are_not_opened_where_torch_would_run_their_code(checkpoints, tmp_path, monkeypatch, version):
+    """CVE-2025-32434: before torch 2.6 ``weights_only`` does not keep a file from it."""
+    path, opened = tmp_path / "model.ckpt", []
+    torch.save(load_file(str(checkpoints["sd1"])), path)
+    load = torch.serialization.load
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.serialization, "load", lambda *args, **more: opened.append(args) or load(*args, **more))
+    if version == "2.6.0":
+        assert FileLender(path).describe().family == "sd1" and opened
+        return
+    with pytest.raises(UserError, match="could run code") as caught:
+        FileLender(path).describe()
+    assert "safetensors" in caught.value.remedy and not opened
+
+
 class Dangerous:
     def __reduce__(self):
         return (pytest.fail, ("the pickle ran",))
 
 
+@needs_safe_pickles
 @pytest.mark.parametrize("content", [None, b"<!DOCTYPE html><title>404</title>"])
 def test_a_file_under_the_ending_of_another_is_not_said_to_run_code(checkpoints, tmp_path, content):
     path = tmp_path / "model.ckpt"
@@ -269,6 +291,7 @@ def test_a_file_under_the_ending_of_another_is_not_said_to_run_code(checkpoints,
         FileLender(path).describe()
 
 
+@needs_safe_pickles
 def test_ckpt_files_that_hold_more_are_refused(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {}, "callbacks": Dangerous()}, path)

@@ -191,6 +191,23 @@ def configuration(folder: Path, **settings) -> TrainConfig:
     return TrainConfig(**{**defaults, **settings})
 
 
+class Saver:
+    """Keeps what is to be saved in ``run.saved``."""
+
+    def __init__(self, run: Run):
+        self._run, self._prepared = run, False
+
+    def prepare(self) -> None:
+        assert not self._run.turns.held, "what takes long is done outside of turns"
+        self._prepared = True
+
+    def __call__(self, step: int, epoch: int, kind: str) -> Path:
+        run = self._run
+        assert run.turns.held and self._prepared
+        run.saved.append((step, kind, {k: v.clone() for k, v in run.adapters.state_dict().items()}))
+        return Path(run.config.output_dir) / f"thing-{kind}-{step}.safetensors"
+
+
 class Run:
     """Everything of one run, put together as ``run.py`` does; ``trainer.run()`` starts it."""
 
@@ -217,7 +234,7 @@ class Run:
             objective,
             self.precision,
             turn=self.turns,
-            saver=self._save,
+            saver=Saver(self),
             output_dir=out,
             name="thing",
             run_key=run_key if run_key is not None else {"learning_rate": config.learning_rate},
@@ -225,11 +242,6 @@ class Run:
             commands=self.commands,
             previewer=previewer,
         )
-
-    def _save(self, step: int, epoch: int, kind: str) -> Path:
-        assert self.turns.held
-        self.saved.append((step, kind, {k: v.clone() for k, v in self.adapters.state_dict().items()}))
-        return Path(self.config.output_dir) / f"thing-{kind}-{step}.safetensors"
 
     @property
     def final(self) -> dict[str, Tensor]:
