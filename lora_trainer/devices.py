@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def torch_version() -> tuple[int, int]:
+    """Major and minor."""
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    return int(major), int(minor)
 
 
 def indexed(device: torch.device | str) -> torch.device:

@@ -63,7 +63,9 @@ class AccessPolicy:
 class LenderOptions:
     """How a run wants its model: the fields of the configuration that decide on the weights' form.
 
-    compute_dtype: number format of the computation; the lent weights keep theirs.
+    compute_dtype: number format of the computation. The weights that a WebUI lends keep theirs; those of a file are
+        converted to it.
+    device: where to compute; None for where the host does. A WebUI computes nowhere else.
     vae: file of another VAE; None for the one that the host uses.
     hold: keep the host to ourselves for the whole run instead of step by step.
     wait_for_model: a checkpoint switch by the user waits until the run is over, instead of pausing the run.
@@ -73,6 +75,7 @@ class LenderOptions:
     v_prediction: bool | None = None
     zero_terminal_snr: bool | None = None
     compute_dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
     vae: str | None = None
     hold: bool = False
     wait_for_model: bool = False

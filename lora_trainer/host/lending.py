@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.host.base import LenderOptions
@@ -104,8 +106,8 @@ class WebuiLender(Lender):
             finally:
                 self._leave()
 
-    def make_room(self) -> None:
-        self._webui.devices.torch_gc()
+    @abstractmethod
+    def make_room(self) -> None: ...
 
     def rest(self) -> AbstractContextManager[None]:
         return self._turns.rest()  # the WebUI generates inside, though the run keeps it otherwise (``hold``)
@@ -116,6 +118,11 @@ class WebuiLender(Lender):
     def model_hash(self) -> str | None:
         # The WebUI has it already, unless it was told not to hash.
         return self.checkpoint.sha256 or sha256_file(Path(self.checkpoint.filename))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the WebUI computes."""
+        return indexed(self._webui.devices.device)
 
     # What WebUIs do differently -----------------------------------------------------------------------------------
 

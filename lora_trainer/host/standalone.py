@@ -71,8 +71,8 @@ class StandaloneHost(Host):
     def lender(self, checkpoint: str, options: LenderOptions) -> FileLender:
         return FileLender(
             self._path(checkpoint),
-            device=self._precision.device,
-            weight_dtype=self._precision.weight_dtype,
+            device=options.device or self._precision.device,
+            weight_dtype=options.compute_dtype,
             vae=options.vae,
             v_prediction=options.v_prediction,
             zero_terminal_snr=options.zero_terminal_snr,

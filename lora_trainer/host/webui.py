@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from lora_trainer.adapters.describe import describe
+from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
 from lora_trainer.host import drawing
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
@@ -52,7 +53,7 @@ class WebuiHost(Host):
         return Settings(self._webui.shared.opts).get(key, default)
 
     def device(self) -> torch.device:
-        return self._webui.devices.device
+        return indexed(self._webui.devices.device)
 
     def checkpoints(self) -> list[Checkpoint]:
         current = self._current()
@@ -69,6 +70,12 @@ class WebuiHost(Host):
     # Lending and drawing ------------------------------------------------------------------------------------------
 
     def lender(self, checkpoint: str, options: LenderOptions) -> WebuiLender:
+        if options.device not in (None, self.device()):
+            raise UserError(
+                f"The WebUI's model is on {self.device()}; it cannot be trained on {options.device}.",
+                field="device",
+                remedy="Use auto.",
+            )
         return self._lender(self._checkpoint(checkpoint), options)
 
     @abstractmethod

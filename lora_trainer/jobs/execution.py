@@ -98,7 +98,6 @@ def _train(
 
 def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
     """How a run with this configuration wants its model. Raises UserError for a precision the device lacks."""
-    import torch
 
     from lora_trainer.host.base import LenderOptions
 
@@ -107,7 +106,8 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
         clip_skip=config.clip_skip,
         v_prediction=config.v_prediction,
         zero_terminal_snr=config.zero_terminal_snr,
-        compute_dtype=precision.autocast_dtype or torch.float32,
+        compute_dtype=precision.compute_dtype,
+        device=precision.device,
         vae=config.vae,
         hold=bool(host.option(HOLD_OPTION, False)),
         wait_for_model=bool(host.option(WAIT_OPTION, False)),

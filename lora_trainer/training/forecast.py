@@ -225,7 +225,7 @@ def memory_needed(
 def step_bytes(model: Weightless, resolution: tuple[int, int], config: TrainConfig, precision: Precision) -> float:
     """Bytes that come and go within a step."""
     kept = work_on_batch(model.architecture, resolution, config).kept
-    kept *= _bytes(precision.autocast_dtype or torch.float32)
+    kept *= _bytes(precision.compute_dtype)
     if precision.device.type == "cuda" and precision.autocast_dtype is not None:
         kept *= _CUDA_AUTOCAST
     largest = max(math.prod(weight_shape(target.module)) for target, _, _ in choose(model.targets, config))

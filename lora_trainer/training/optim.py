@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
-from lora_trainer.training.precision import torch_version
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lora_trainer.devices import indexed, torch_version
 from lora_trainer.errors import UserError
 
 
@@ -24,6 +24,10 @@ class Precision:
     def name(self) -> str:
         """As in ``mixed_precision``: "no", "fp16" or "bf16"."""
         return {None: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.autocast_dtype]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.autocast_dtype or torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -42,10 +46,12 @@ class Precision:
 def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
     """Settle "auto": the GPU if there is one; bf16 where it computes in it, else fp16; fp32 elsewhere.
 
+    The device gets its index ("cuda" becomes "cuda:0").
+
     Raises:
         UserError: the device does not exist, or cannot compute in the format asked for.
     """
-    device = _device(device)
+    device = indexed(_device(device))
     if mixed_precision == "auto":
         mixed_precision = ("bf16" if _has_bf16(device) else "fp16") if device.type == "cuda" else "no"
     if mixed_precision == "fp16" and device.type != "cuda":
@@ -60,12 +66,6 @@ def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
         raise UserError(message, field="mixed_precision", remedy="Use auto or no (fp32).")
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     return Precision(device, dtype or torch.float32, dtype)
-
-
-def torch_version() -> tuple[int, int]:
-    """Major and minor."""
-    major, minor = re.findall(r"\d+", torch.__version__)[:2]
-    return int(major), int(minor)
 
 
 def _device(name: str | torch.device) -> torch.device:

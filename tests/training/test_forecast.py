@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
+from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, step_bytes, work_on_batch
-from lora_trainer.training.precision import Precision, resolve, torch_version
+from lora_trainer.training.precision import Precision, resolve
 from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
 SIDE, BATCH = 128, 2

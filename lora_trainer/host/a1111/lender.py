@@ -48,12 +48,12 @@ class A1111Lender(WebuiLender):
     def _follow(self, sd_model: Any) -> None:
         super()._follow(sd_model)
         if self._residence is None:
-            self._residence = Residence(self._webui, self._host, self._rebind)
+            self._residence = Residence(self._webui, self._host, self.device, self._rebind)
         else:
             self._residence.follow(self._host)
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
-        device, one_at_a_time = self._webui.devices.device, self._residence.one_at_a_time
+        device, one_at_a_time = self.device, self._residence.one_at_a_time
         model = assemble(
             tensors,
             info.architecture,
@@ -94,10 +94,14 @@ class A1111Lender(WebuiLender):
         # With --medvram what is not on the device is brought there later, by its owner.
         self._model.bind(tensors, move=not self._residence.one_at_a_time)
 
-    def _rebind(self, part: str) -> None:
+    def _rebind(self, part: str, is_here: bool) -> None:
         if self._model is not None and part in self._parts():
-            self._model.bind(self._tensors(), parts=(part,), move=False)
+            # A VAE of the run's own follows the host's.
+            self._model.bind(self._tensors(), parts=(part,), move=is_here)
             self._fingerprint.settle(self._tensors())
+
+    def make_room(self) -> None:
+        self._residence.make_room(self._parts())
 
     def _leave(self) -> None:
         self._residence.leave(self._turns.somebody_waits)
@@ -109,7 +113,7 @@ class A1111Lender(WebuiLender):
         else:
             stored = single_file(open_source(Path(self.checkpoint.filename)))
         wanted = [name for name in tensors if name.startswith(VAE)]
-        device, dtype = self._webui.devices.device, self._webui.devices.dtype_vae
+        device, dtype = self.device, self._webui.devices.dtype_vae
         return {name: stored[name].to(device, dtype) for name in wanted}
 
     # Checkpoints --------------------------------------------------------------------------------------------------

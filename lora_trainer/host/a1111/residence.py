@@ -12,20 +12,26 @@ from lora_trainer.host.a1111.model import HostModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 
 CPU = torch.device("cpu")
+PARTS = frozenset({"unet", "vae", "text_encoders"})
 
 
 class Residence:
     """Brings the host's weights to the device when they are needed, and remembers where they belong.
 
     With --medvram the WebUI keeps its parts in main memory and moves one at a time to the device, by hooks of its own
-    modules, which ours never call. Ours get hooks that do the same.
+    modules, which ours never call. Ours get hooks that do the same. Text encoders that learn stay beside the UNet:
+    their gradients are computed after it, with their weights.
 
-    rebind: called with the part's name after it was moved.
+    device: where the host computes.
+    rebind: called with the part's name after it was moved, and whether it is on the device now.
     """
 
-    def __init__(self, webui: Any, host: HostModel, rebind: Callable[[str], None]):
-        self._webui, self._host, self._rebind = webui, host, rebind
+    def __init__(self, webui: Any, host: HostModel, device: torch.device, rebind: Callable[[str, bool], None]):
+        self._webui, self._host, self._device, self._rebind = webui, host, device, rebind
         self._hooks: list[Any] = []
+        self._text_learns = False
+        self._spare: frozenset[str] = frozenset()  # parts that make room during our turns
+        self._sent_away: list[Any] = []  # the host's other models
         self._was_parked = not self.one_at_a_time and not self._on_device("unet")
 
     @property
@@ -38,9 +44,12 @@ class Residence:
 
     def enter(self) -> None:
         """The host's model is where the turn needs it."""
-        if not self.one_at_a_time and not all(self._on_device(part) for part in ("unet", "vae", "text_encoders")):
+        if self.one_at_a_time:
+            return
+        if not all(self._on_device(part) for part in PARTS):
             # The user unloaded it, which moves it to main memory.
             self._webui.sd_models.send_model_to_device(self._host.sd_model)
+        self._park()
 
     def attach(self, model: DiffusionModel) -> None:
         """From now on the model's parts call their weights to the device when they run."""
@@ -51,9 +60,25 @@ class Residence:
         for part, module in first_layers:
             self._hooks.append(module.register_forward_pre_hook(self._caller(part)))
 
+    def make_room(self, needed: frozenset[str]) -> None:
+        """Send away what no step needs: the host's other models until ``give_back``, the parts of ours that are not
+        ``needed`` during each turn."""
+        sd_models = self._webui.sd_models
+        for sd_model in sd_models.model_data.loaded_sd_models:
+            if sd_model is not self._host.sd_model and not sd_model.lowvram and self._is_here(sd_model):
+                self._sent_away.append(sd_model)
+                sd_models.send_model_to_cpu(sd_model)
+        if not self.one_at_a_time:
+            self._spare = PARTS - needed
+            self._park()
+        self._webui.devices.torch_gc()
+
     def leave(self, somebody_waits: bool) -> None:
-        """Memory is freed only for somebody: moving the weights back and forth at every step would cost more."""
-        if somebody_waits and self._webui.devices.device != CPU:
+        """The host finds its parts where it left them. Memory is freed only for somebody: moving the weights back and
+        forth at every step would cost more."""
+        for part in self._spare:
+            self._host.roots[part].to(self._device)
+        if somebody_waits and self._device != CPU:
             if self.one_at_a_time:
                 self._evict()
             self._webui.devices.torch_gc()
@@ -62,28 +87,46 @@ class Residence:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        sd_models = self._webui.sd_models
         if self.one_at_a_time:
-            self._webui.lowvram.send_everything_to_cpu()
+            self._evict()
         elif self._was_parked:
-            self._webui.sd_models.send_model_to_cpu(self._host.sd_model)
+            sd_models.send_model_to_cpu(self._host.sd_model)
+        for sd_model in self._sent_away:
+            if sd_model in sd_models.model_data.loaded_sd_models:
+                sd_models.send_model_to_device(sd_model)
+        self._sent_away.clear()
 
     def _caller(self, part: str) -> Callable[[nn.Module, tuple], None]:
         def call(module: nn.Module, inputs: tuple) -> None:
+            if part == "text_encoders":
+                self._text_learns = torch.is_grad_enabled()
             if not self._on_device(part):
-                self._evict()
+                self._evict(keep="text_encoders" if part == "unet" and self._text_learns else None)
                 root = self._host.roots[part]
-                root.to(self._webui.devices.device)
+                root.to(self._device)
                 self._webui.lowvram.module_in_gpu = root  # so that the host's next module sends it away
-                self._rebind(part)
+                self._rebind(part, True)
 
         return call
 
-    def _evict(self) -> None:
-        self._webui.lowvram.send_everything_to_cpu()
-        for part in self._host.roots:
-            self._rebind(part)  # an alias would keep the memory that the host has just left
+    def _evict(self, keep: str | None = None) -> None:
+        """Every part to main memory, but one that is on the device and is to stay there."""
+        lowvram, roots = self._webui.lowvram, self._host.roots
+        if keep is not None and lowvram.module_in_gpu is roots[keep]:
+            lowvram.module_in_gpu = None
+        lowvram.send_everything_to_cpu()
+        for part in PARTS - {keep}:
+            if self._on_device(part):
+                roots[part].to(CPU)
+            self._rebind(part, False)  # an alias would keep the memory that the host has just left
+
+    def _park(self) -> None:
+        for part in self._spare:
+            self._host.roots[part].to(CPU)
 
     def _on_device(self, part: str) -> bool:
-        wanted = self._webui.devices.device
-        device = self._host.device(part)
-        return device.type == wanted.type and (wanted.index is None or device.index == wanted.index)
+        return self._host.device(part) == self._device
+
+    def _is_here(self, sd_model: nn.Module) -> bool:
+        return any(parameter.device == self._device for parameter in sd_model.parameters())

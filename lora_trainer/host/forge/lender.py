@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_trainer.devices import indexed
 from lora_trainer.host.forge.loras import holds_loras
 from lora_trainer.host.forge.memory import Residence
 from lora_trainer.host.forge.model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
@@ -54,7 +55,7 @@ class ForgeLender(WebuiLender):
             info.architecture,
             self._host.tokenizer(),
             info=info,
-            device=self._webui.memory_management.get_torch_device(),
+            device=indexed(self._webui.memory_management.get_torch_device()),
             compute_dtype=self._options.compute_dtype,
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
@@ -79,6 +80,9 @@ class ForgeLender(WebuiLender):
 
     def _bind(self, tensors: dict[str, Tensor]) -> None:
         self._model.bind(aliases(tensors))
+
+    def make_room(self) -> None:
+        self._residence.make_room(patchers(self._host.sd_model), self._parts())
 
     def _leave(self) -> None:
         self._residence.leave()

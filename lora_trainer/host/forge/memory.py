@@ -9,6 +9,9 @@ import torch
 
 from lora_trainer.host.forge.loras import holds_loras
 
+_EVERYTHING = 1e30
+"""Bytes to free, as Forge itself writes it."""
+
 
 class Residence:
     """Has Forge load the parts of the model that are needed, without LoRAs, and keep room beside them.
@@ -38,6 +41,15 @@ class Residence:
         if (device := self._memory.get_torch_device()).type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
+
+    def make_room(self, patchers: dict[str, Any], parts: Iterable[str]) -> None:
+        """Unload all but these parts. Forge loads again what it needs for its next picture."""
+        needed = {id(patchers[part]) for part in parts}
+        keep = [entry for entry in self._memory.current_loaded_models if id(entry.model) in needed]
+        with torch.inference_mode():
+            self._memory.free_memory(_EVERYTHING, self._memory.get_torch_device(), keep)
+        self._memory.soft_empty_cache(True)
+        self._seen = self._loaded()
 
     def leave(self) -> None:
         """Learn from the turn that ends how much one takes."""

@@ -206,7 +206,7 @@ class FakeA1111:
             return host.sd_models.model_data.sd_model
 
         self.sd_models = SimpleNamespace(
-            model_data=SimpleNamespace(sd_model=None),
+            model_data=SimpleNamespace(sd_model=None, loaded_sd_models=[]),
             checkpoints_list={info.title: info for info in infos},
             checkpoint_aliases={},
             select_checkpoint=self.select_checkpoint,

@@ -30,6 +30,7 @@ class Part(torch.nn.Module):
         return self
 
 
+@torch.no_grad()
 def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
     cuda = torch.device("cuda")
     roots = {name: Part() for name in ("unet", "vae", "text_encoders")}
@@ -43,7 +44,7 @@ def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
     webui.devices = SimpleNamespace(device=cuda, torch_gc=lambda: None)
     host = SimpleNamespace(sd_model=SimpleNamespace(lowvram=True), roots=roots, device=lambda part: roots[part].where)
     moved = []
-    residence = Residence(webui, host, moved.append)
+    residence = Residence(webui, host, cuda, lambda part, is_here: moved.append((part, is_here)))
     residence.enter()
     unet, encoder = torch.nn.Identity(), torch.nn.Identity()
     vae = SimpleNamespace(encoder=SimpleNamespace(conv_in=torch.nn.Identity()), post_quant_conv=torch.nn.Identity())
@@ -54,7 +55,7 @@ def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
         module(torch.zeros(1))
         assert places() == [part]
         assert webui.lowvram.module_in_gpu is roots[part]
-    assert moved[-1] == "unet"
+    assert moved[-1] == ("unet", True)
     residence.leave(somebody_waits=False)
     assert places() == ["unet"]
     residence.leave(somebody_waits=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_trainer.devices import to_device, without_autocast
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import LoraTarget, ModelInfo, NoiseSchedule, Prompts
 from lora_trainer.models.casting import cast_layers
@@ -168,7 +169,7 @@ class DiffusionModel:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 8, H/8, W/8) fp32: mean and log-variance, unscaled."""
         vae = self._needed(self.vae, "vae")
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             x = vae.encoder.conv_in(pixels.to(self.device, VAE_DTYPE))
             for block in vae.encoder.down_blocks:
                 x = block(x)
@@ -183,7 +184,7 @@ class DiffusionModel:
         """
         mean, log_variance = moments.float().chunk(2, dim=1)
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
             mean = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
         return mean * self.architecture.vae.scaling_factor
 
@@ -192,7 +193,7 @@ class DiffusionModel:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
         vae = self._needed(self.vae, "vae")
         # The decoder's own forward would cast to the dtype of its weights.
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             latents = latents.to(self.device, VAE_DTYPE) / self.architecture.vae.scaling_factor
             x = vae.decoder.mid_block(vae.decoder.conv_in(vae.post_quant_conv(latents)))
             for block in vae.decoder.up_blocks:
@@ -215,11 +216,11 @@ class DiffusionModel:
         count = max(map(len, cut))
         cut = cut[rows]
         chunks = [chunk for row in cut for chunk in [*row, *[Chunk()] * (count - len(row))]]  # B·count
-        weights = token_weights(chunks).to(self.device)
+        weights = to_device(token_weights(chunks), self.device)
         contexts, pooled = [], None
         for encoder, shape in zip(encoders, self.architecture.text_encoders):
             pad = 0 if shape.pad == "zero" else self._tokenizer.eos
-            ids = token_ids(chunks, self._tokenizer, pad).to(self.device)
+            ids = to_device(token_ids(chunks, self._tokenizer, pad), self.device)
             output = encoder(input_ids=ids, output_hidden_states=True)
             hidden = self._hidden(encoder, output)  # (B·count, 77, D)
             if weighted:
