@@ -18,13 +18,26 @@ from lora_trainer.devices import autocast_dtype
 class Target(Protocol):
     """The attributes of ``models.base.LoraTarget`` that the adapters use."""
 
-    kohya_name: str
-    diffusers_name: str
-    checkpoint_name: str | None
-    part: str
-    group: str
-    block: int | None
-    module: nn.Module
+    @property
+    def kohya_name(self) -> str: ...
+
+    @property
+    def diffusers_name(self) -> str: ...
+
+    @property
+    def checkpoint_name(self) -> str | None: ...
+
+    @property
+    def part(self) -> str: ...
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def block(self) -> int | None: ...
+
+    @property
+    def module(self) -> nn.Module: ...
 
 
 def seed_from(*parts: object) -> int:

@@ -99,7 +99,7 @@ def _part(name: str) -> str:
 def _most_frequent_tag(metadata: dict[str, str]) -> str | None:
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        counts = Counter()
+        counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({tag.strip(): int(count) for tag, count in tags.items()})
     except (ValueError, AttributeError, TypeError):

@@ -30,7 +30,7 @@ def save_lora(
     Raises:
         UserError: a weight is not finite in that number format, or the file cannot be written.
     """
-    tensors = source.export() if isinstance(source, AdapterSet) else source
+    tensors: Mapping[str, Tensor] = source.export() if isinstance(source, AdapterSet) else source
     stored = {name: _stored(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     complete = {**metadata, **kohya_hashes(stored, metadata)}
     atomic_write(Path(path), serialize(stored, complete))

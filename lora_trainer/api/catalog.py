@@ -29,7 +29,7 @@ def routes(context: Context) -> APIRouter:
         """Settings to begin with, adapted to so many pictures, a model of this family (sd1, sd2, sdxl), and the memory
         that is free now."""
         # What a training in hand has taken will be free again when the next one begins.
-        free = None if context.manager.store.list(ACTIVE) else free_memory(context.host)
+        free = None if context.manager.store.jobs(ACTIVE) else free_memory(context.host)
         return {
             "presets": [
                 {"kind": kind, "title": one.title, "hint": one.hint, "settings": preset(kind, pictures, family, free)}

@@ -26,7 +26,7 @@ def routes(context: Context) -> APIRouter:
     @router.get("/datasets", response_model=schemas.DatasetListModel)
     def list_datasets() -> dict[str, Any]:
         """Every dataset, the one changed last first. A job names it in ``train_data_dir``."""
-        found = library.list()
+        found = library.datasets()
         return {"datasets": [{"name": one.name, "pictures": one.pictures, "changed": one.changed} for one in found]}
 
     @router.post("/datasets", response_model=schemas.PictureListModel, status_code=201)

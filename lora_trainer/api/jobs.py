@@ -59,7 +59,7 @@ def routes(context: Context) -> APIRouter:
         """What runs first, then the queue in its order, then the newest."""
         if status is not None and status not in STATUSES:
             raise UserError(f"There is no status {status!r}.", field="status", remedy=f"One of {', '.join(STATUSES)}.")
-        jobs = manager.store.list((status,) if status else None, limit=limit, offset=offset)
+        jobs = manager.store.jobs((status,) if status else None, limit=limit, offset=offset)
         return {"jobs": [context.job(job) for job in jobs], "counts": manager.store.counts()}
 
     @router.post("/jobs", response_model=schemas.JobDetailModel, status_code=201)

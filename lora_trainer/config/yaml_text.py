@@ -107,7 +107,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     _depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         # Lists of aliases of lists of aliases … are a few lines here and billions of values for whoever looks at them.
         if self._depth > 1 and self.check_event(yaml.AliasEvent):
             problem = "an alias stands for a whole setting, not for a part of one"

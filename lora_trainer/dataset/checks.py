@@ -16,7 +16,7 @@ from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.caption_checks import check_captions, orphans
 from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.captions import parse
-from lora_trainer.dataset.findings import Finding, Report, enumerate_some
+from lora_trainer.dataset.findings import Finding, Report, Severity, enumerate_some
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.inspection import Picture, inspect
@@ -42,7 +42,7 @@ DARK_LEVEL, BRIGHT_LEVEL = 45.0, 230.0
 
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _SEVERITIES = ("error", "warning", "info")
-_PAIR_TEXTS = {
+_PAIR_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "duplicate": (
         "warning",
         "The picture is the same file as {0}.",
@@ -213,7 +213,7 @@ def _check_pictures(pictures: Mapping[str, Picture], target: int) -> Iterator[Fi
         short, long = sorted(picture.size)
         shown = f"{picture.size[0]}×{picture.size[1]}"
         if short < target:
-            severity = "error" if 2 * short < target else "warning"
+            severity: Severity = "error" if 2 * short < target else "warning"
             remedy = f"Use a larger original, or train at {max(64, short // 64 * 64)}."
             message = f"The picture has {shown} pixels; training at {target} enlarges it."
             yield Finding(key, "too-small", severity, message, remedy)
@@ -273,7 +273,7 @@ def _without_caption(
     empty = {problem.path for problem in problems if problem.empty}
     lacking = [key for key in pictures if key not in captioned]
     if lacking and len(lacking) == len(pictures) and not empty:
-        stand_in = trigger_word or any(kohya_folder(listing.root, key) for key in lacking)
+        stand_in = bool(trigger_word) or any(kohya_folder(listing.root, key) for key in lacking)
         message = "No picture has a caption" + ("; each is trained with the same words." if stand_in else ".")
         remedy = "Describe them, or let the caption command do it."
         yield Finding("", "no-captions", "info" if stand_in else "error", message, remedy)
@@ -281,7 +281,7 @@ def _without_caption(
     for key in lacking:
         path = listing.pictures[key]
         files = [file for file in empty if file.with_suffix("") in (path, path.with_suffix(""))]
-        stand_in = trigger_word or kohya_folder(listing.root, key)
+        stand_in = bool(trigger_word or kohya_folder(listing.root, key))
         # Whole sentences, which can be translated.
         if files:
             kind, message = "empty-caption", f"The caption file {files[0].name} is empty."

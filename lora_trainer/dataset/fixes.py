@@ -68,8 +68,8 @@ def apply_fix(session: EditSession, finding: Finding, name: str) -> Step:
         return session.edit(Edit("replace", escape(often), (seldom,)), captioned)
     if name == "add-core":
         return session.edit(Edit("add", f"**{escape(finding.values[0])}**", place="start"), finding.files)
-    edit = Edit("mark", "core", finding.values) if name == "mark-core" else Edit("remove", tags=finding.values)
-    return session.edit(edit, captioned)
+    whole = Edit("mark", "core", finding.values) if name == "mark-core" else Edit("remove", tags=finding.values)
+    return session.edit(whole, captioned)
 
 
 def apply_safe_fixes(session: EditSession, findings: tuple[Finding, ...]) -> list[Step]:

@@ -90,6 +90,7 @@ def inspect(path: Path, edit: PictureEdit = UNTOUCHED) -> Picture:
     grey = np.asarray(grey_image, dtype=np.float32)
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
     flatness = float((np.abs(laplacian) < _FLAT_STEP).mean())
+    paper, low, high = (float(level) for level in np.percentile(grey, (0.5, 5, 95)))
     return Picture(
         size=edit.size(size),
         original_size=size,
@@ -103,7 +104,7 @@ def inspect(path: Path, edit: PictureEdit = UNTOUCHED) -> Picture:
         sharpest=_largest_tile_variance(laplacian),
         steepness=float(np.abs(laplacian).max()) / max(float(np.ptp(grey)), 1.0),
         flatness=flatness,
-        levels=tuple(float(level) for level in np.percentile(grey, (0.5, 5, 95))),
+        levels=(paper, low, high),
         phash=_perceptual_hash(grey_image),
         thumbnail=np.asarray(small.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX), dtype=np.uint8),
     )

@@ -48,13 +48,12 @@ def rewrite_csv(text: str, change: Change, added: Sequence[tuple[str, str]] = ()
             pieces[-1] = _csv_row(cells, delimiter, newline)
     if pieces and not pieces[-1].endswith(("\n", "\r")) and added:
         pieces.append(newline)
-    if columns is None and added:
-        columns = (0, 1)
-        if not "".join(pieces).strip():
-            pieces.append(_csv_row([FILENAME_COLUMNS[0], CAPTION_COLUMNS[0]], delimiter, newline))
-    for name, caption in added:
+    picture, caption = columns or (0, 1)
+    if columns is None and added and not "".join(pieces).strip():
+        pieces.append(_csv_row([FILENAME_COLUMNS[0], CAPTION_COLUMNS[0]], delimiter, newline))
+    for name, text in added:
         cells = [""] * max(width, 2)
-        cells[columns[0]], cells[columns[1]] = name, caption
+        cells[picture], cells[caption] = name, text
         pieces.append(_csv_row(cells, delimiter, newline))
     return "".join(pieces)
 
@@ -96,8 +95,11 @@ REWRITERS: dict[str, Callable[[str, Change, Sequence[tuple[str, str]]], str]] = 
 def _csv_row(cells: Sequence[str], delimiter: str, newline: str) -> str:
     row = io.StringIO()
     # A lone carriage return ends a row for whoever reads it, and is not quoted by itself.
-    quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
-    csv.writer(row, delimiter=delimiter, lineterminator=newline, quoting=quoting).writerow(cells)
+    alone = any("\r" in cell for cell in cells)
+    writer = csv.writer(
+        row, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL if alone else csv.QUOTE_MINIMAL
+    )
+    writer.writerow(cells)
     return row.getvalue()
 
 

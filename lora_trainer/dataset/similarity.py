@@ -48,13 +48,13 @@ def find_pairs(pictures: Sequence[Picture]) -> list[Pair]:
         bits = _BITS[hashes[:second] ^ hashes[second]].sum(axis=1, dtype=np.int64)
         alike = np.abs(coarse[:second] - coarse[second]).mean(axis=1) < _UNSTEADY_HASH_MEAN
         best: tuple[float, Pair] | None = None
-        for first in np.flatnonzero((bits <= SIMILAR_BITS) | alike):
+        for first in map(int, np.flatnonzero((bits <= SIMILAR_BITS) | alike)):
             both_flat = picture.is_flat and pictures[first].is_flat
             difference = np.abs(thumbnails[first] - thumbnails[second])
             kind = _kind(int(bits[first]), difference, both_flat)
             mean = float(difference.mean())
             if kind and (best is None or mean < best[0]):
-                best = mean, Pair(int(first), second, kind)
+                best = mean, Pair(first, second, kind)
         if best:
             pairs.append(best[1])
     return pairs

@@ -172,12 +172,13 @@ def near_synonyms(captions: Mapping[str, Caption]) -> list[NearSynonym]:
         words = _words(tag.text)
         for place, word in enumerate(words):
             if len(word) >= _MIN_LETTERS:
-                holes[(*words[:place], "", *words[place + 1 :], word[0])].append((tag.text, word))
-    known = {frozenset((pair.often, pair.seldom)) for pair in found}
+                rest = (*words[:place], "", *words[place + 1 :], word[0])
+                holes[rest].append((tag.text, word))
+    compared = {frozenset((pair.often, pair.seldom)) for pair in found}
     for members in holes.values():
         for (often, word), (seldom, other) in itertools.combinations(members, 2):
-            if frozenset((often, seldom)) not in known and _is_slip(word, other):
-                known.add(frozenset((often, seldom)))
+            if frozenset((often, seldom)) not in compared and _is_slip(word, other):
+                compared.add(frozenset((often, seldom)))
                 found.append(NearSynonym(often, seldom, "spelling"))
     return found
 

@@ -77,7 +77,7 @@ def _write(path: Path) -> None:
         ids, rows = tensors.pop(EMBEDDING_IDS), tensors.pop(EMBEDDING_ROWS)
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{SHIPPED} is damaged: {error}.", remedy="Install the package again.") from error
-    table = networks.constructed_embeddings().astype(np.float16)
+    table: np.ndarray = networks.constructed_embeddings().astype(np.float16)
     table[ids] = rows
     tensors[f"{TEXT}embeddings.token_embedding.weight"] = table
     tensors[f"{TEXT}embeddings.position_ids"] = np.arange(networks.CONTEXT_LENGTH, dtype=np.int64)[None]

@@ -34,7 +34,7 @@ def prompts(
     """Scenes to ask for: shapes and sizes take turns, (color, background) pairs do so in a random order."""
     rng = np.random.default_rng(seed)
     pairs = pairs or shapes.color_pairs()
-    order = [pairs[i] for _ in range(count // len(pairs) + 1) for i in rng.permutation(len(pairs))]
+    order = [pairs[int(i)] for _ in range(count // len(pairs) + 1) for i in rng.permutation(len(pairs))]
     sizes = tuple(shapes.SIZES)
     return [
         shapes.random_scene(rng, names[i % len(names)], *order[i], sizes[i // len(names) % len(sizes)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ UNET_CONFIG = {
     "attention_head_dim": 4,  # diffusers' historical name for the number of heads
     "norm_num_groups": 32,
 }
-TEXT_CONFIG = {
+TEXT_CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 256,

@@ -74,7 +74,7 @@ def draw_masks(count: int, seed: int) -> Masks:
     """`count` masks of each known shape in each size."""
     rng = np.random.default_rng(seed)
     kinds = [(shape, size) for shape in shapes.KNOWN_SHAPES for size in shapes.SIZES for _ in range(count)]
-    coverage = np.empty((len(kinds), 16, 16), np.float32)
+    coverage: np.ndarray = np.empty((len(kinds), 16, 16), np.float32)
     for row, (shape, size) in enumerate(kinds):
         mask = shapes.draw_mask(shapes.random_scene(rng, shape=shape, size=size))
         coverage[row] = np.asarray(mask, np.float32).reshape(16, 8, 16, 8).mean(axis=(1, 3)) / 255

@@ -111,8 +111,9 @@ def _variants(name: str) -> list[list[tuple[float, float]]]:
         return [[(x * f, y * f) if i % 2 else (x, y) for i, (x, y) in enumerate(outline)] for f in STAR_WAISTS]
     if name == "cross":
         arm = min(abs(x) for x, _ in outline)
-        return [
-            [tuple(math.copysign(arm * f, v) if abs(v) == arm else v for v in point) for point in outline]
-            for f in CROSS_ARMS
-        ]
+
+        def stretched(v: float, f: float) -> float:
+            return math.copysign(arm * f, v) if abs(v) == arm else v
+
+        return [[(stretched(x, f), stretched(y, f)) for x, y in outline] for f in CROSS_ARMS]
     return [outline]

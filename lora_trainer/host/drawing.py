@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
         return "The LoRA was not checked in the WebUI: its builtin Lora extension is disabled."
     loaded = loaded_model(webui)
     side = 256 if getattr(loaded, "is_sdxl", False) else 128
-    request = {"prompt": prompt, "width": side, "height": side, "steps": _TEST_STEPS, "seed": 1}
-    without = draw(webui, loras, PreviewRequest(**request))
+    request = PreviewRequest(prompt, width=side, height=side, steps=_TEST_STEPS, seed=1)
+    without = draw(webui, loras, request)
     missing = loras.unmatched(loaded, lora)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         title = loaded.sd_checkpoint_info.name_for_extra
         return f"The loaded model {title} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
-    with_lora = draw(webui, loras, PreviewRequest(**request, lora=lora))
+    with_lora = draw(webui, loras, replace(request, lora=lora))
     if np.array_equal(np.asarray(without), np.asarray(with_lora)):
         return "The LoRA changes nothing in a test picture; it may have been trained too briefly."
     return None

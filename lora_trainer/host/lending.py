@@ -88,7 +88,7 @@ class WebuiLender(Lender):
             try:
                 with self._turns.take():
                     self._begin()
-                yield self._model
+                yield self._lent
             finally:
                 with self._turns.take():
                     self._give_back()
@@ -123,6 +123,12 @@ class WebuiLender(Lender):
     def device(self) -> torch.device:
         """Where the WebUI computes."""
         return indexed(self._webui.devices.device)
+
+    @property
+    def _lent(self) -> DiffusionModel:
+        """The model, which is there from the beginning of ``borrow`` to its end."""
+        assert self._model is not None
+        return self._model
 
     # What WebUIs do differently -----------------------------------------------------------------------------------
 
@@ -166,10 +172,10 @@ class WebuiLender(Lender):
 
     def _step_aside(self) -> None:
         """The WebUI needs the room for something else; nothing of its weights is held until the next turn."""
-        self._model.unbind()
+        self._lent.unbind()
         self._fingerprint.settle({})
 
-    def _loaded(self) -> Any | None:
+    def _loaded(self) -> Any:
         return loaded_model(self._webui)
 
     # Beginning ----------------------------------------------------------------------------------------------------
@@ -304,8 +310,8 @@ def _return_memory() -> None:
         trim(0)
 
 
-def loaded_model(webui: Any) -> Any | None:
-    """The WebUI's model, if there is one. Forge has a stand-in before it loads the first."""
+def loaded_model(webui: Any) -> Any:
+    """The WebUI's model; None if there is none. Forge has a stand-in before it loads the first."""
     sd_model = webui.sd_models.model_data.sd_model
     return sd_model if hasattr(sd_model, "sd_checkpoint_info") else None
 

@@ -15,8 +15,9 @@ class HostLoras(ABC):
     """What the Lora extension keeps in ``networks``. Everything here is done in a turn."""
 
     @property
-    def networks(self) -> Any | None:
-        return sys.modules.get("networks")  # absent where the builtin extension is disabled
+    def networks(self) -> Any:
+        """The extension's module ``networks``; None where the builtin extension is disabled."""
+        return sys.modules.get("networks")
 
     @abstractmethod
     def take_out(self, sd_model: Any) -> Any:

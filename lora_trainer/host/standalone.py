@@ -65,7 +65,9 @@ class StandaloneHost(Host):
     def checkpoints(self) -> list[Checkpoint]:
         """Files and diffusers folders; nothing is ever loaded between runs."""
         root = self._checkpoints
-        found = [] if root is None else sorted(_base_models(root), key=lambda path: str(path).casefold())
+        if root is None:
+            return []
+        found = sorted(_base_models(root), key=lambda path: str(path).casefold())
         return [Checkpoint(path.relative_to(root).as_posix(), path) for path in found]
 
     def lender(self, checkpoint: str, options: LenderOptions) -> FileLender:
@@ -110,14 +112,14 @@ class StandaloneHost(Host):
         return next(iter(describe(lora).problems), None)
 
     def _path(self, name: str) -> Path:
-        known = self.checkpoints()
+        known = [(checkpoint.title, checkpoint.path) for checkpoint in self.checkpoints() if checkpoint.path]
         if not name:
             if len(known) == 1:
-                return known[0].path
+                return known[0][1]
             raise UserError("No base model is named.", field="base_model", remedy="Choose one of the list.")
-        for checkpoint in known:
-            if name in (checkpoint.title, str(checkpoint.path), checkpoint.path.name, checkpoint.path.stem):
-                return checkpoint.path
+        for title, path in known:
+            if name in (title, str(path), path.name, path.stem):
+                return path
         if Path(name).exists():
             return Path(name)
         raise UserError(f"There is no base model {name!r}.", field="base_model", remedy="Choose one of the list.")

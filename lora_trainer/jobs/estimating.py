@@ -45,10 +45,10 @@ class QueuedRuns:
         self._store = store
 
     def busy(self) -> bool:
-        return bool(self._store.list(ACTIVE))
+        return bool(self._store.jobs(ACTIVE))
 
     def on(self, host: str, architecture: str) -> Iterator[PastRun]:
-        for job in self._store.list(_TRAINED, limit=_RECENT):
+        for job in self._store.jobs(_TRAINED, limit=_RECENT):
             if (job.host, job.architecture) != (host, architecture) or job.step < _MIN_STEPS:
                 continue
             try:

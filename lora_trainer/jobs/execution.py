@@ -78,8 +78,9 @@ def _train(
     train: Callable[..., Any] | None,
 ) -> Any:
     if train is None:
-        from lora_trainer.run import train  # torch is slow to import: not before the first job
+        from lora_trainer import run  # torch is slow to import: not before the first job
 
+        train = run.train
     with concerning("base_model"):
         lender = host.lender(config.base_model, lender_options(host, config))
         info = lender.describe()
@@ -119,11 +120,12 @@ def _newest(
 ) -> Callable[[Path, int], None] | None:
     """What puts every LoRA that is saved on the way into the host's LoRA folder, if it has one.
 
-    Trouble with that is told once and no reason to end the training.
+    Trouble with that is reported once and no reason to end the training.
     """
     if current_host().folders().lora is None:
         return None
-    newest, told = NewestWeights(current_host, store, job.id, config), []
+    newest = NewestWeights(current_host, store, job.id, config)
+    failed_at: list[int] = []
 
     def show(lora: Path, step: int) -> None:
         if lora.stem == config.output_name:
@@ -132,11 +134,11 @@ def _newest(
             newest.show(lora, step, reporter.last_preview)
         except Exception as error:  # the host's code, or a full disk
             log.warning("The LoRA of step %s could not be put into the LoRA folder", step, exc_info=True)
-            if not told:
+            if not failed_at:
                 reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 remedy = "The training goes on, and the finished LoRA is put there at its end."
                 reporter.warn(Problem(f"It cannot be tried in txt2img before it is finished: {reason}", remedy=remedy))
-            told.append(step)
+            failed_at.append(step)
 
     return show
 

@@ -72,9 +72,9 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
     if since and revision == last.revision and (curve is None or not has_grown(curve, last.offset)):
         return Snapshot(str(last), True)
     known = last.revision if last.revision <= revision else 0  # the database was replaced
-    here = store.list(("running", "paused", "waiting", "stopping", "queued"))
+    here = store.jobs(("running", "paused", "waiting", "stopping", "queued"))
     running = next((job for job in here if job.active), None)
-    changed = store.list(("finished", "stopped", "failed", "interrupted"), since=known, limit=_RECENT_CHANGES)
+    changed = store.jobs(("finished", "stopped", "failed", "interrupted"), since=known, limit=_RECENT_CHANGES)
     # The first look shows the newest job that is over, so that a page opened late has its curve.
     shown = running or (_shown(store, last.job) if last.job else next(iter(changed), None))
     points = None

@@ -18,6 +18,7 @@ from lora_trainer.jobs.job import Event, Job, UnknownJobError
 from lora_trainer.jobs.migrations import MIGRATIONS, migrate
 
 _COLUMNS = tuple(field.name for field in fields(Job))
+_EVENT_COLUMNS = tuple(field.name for field in fields(Event))
 _JSON = {"error", "warnings", "result"}
 _LIST_COLUMNS = ", ".join("''" if name in ("config", "effective_config") else name for name in _COLUMNS)
 
@@ -66,14 +67,15 @@ class JobStore:
             raise UnknownJobError(job_id)
         return _job(row)
 
-    def list(
+    def jobs(
         self, statuses: Iterable[str] | None = None, *, since: int = 0, limit: int = 1000, offset: int = 0
     ) -> list[Job]:
         """Jobs without their configurations, what runs first, then the queue in its order, then the newest.
 
         ``since``: only those that changed after that revision.
         """
-        conditions, values = ["revision > ?"], [since]
+        conditions: list[str] = ["revision > ?"]
+        values: list[Any] = [since]
         if statuses is not None:
             chosen = list(statuses)
             conditions.append(f"status IN ({', '.join('?' * len(chosen))})")
@@ -109,10 +111,10 @@ class JobStore:
         """What happened after event ``since``, oldest first; the newest ``limit`` when there are more."""
         condition, values = ("job_id = ? AND ", (job_id,)) if job_id is not None else ("", ())
         rows = self._connection().execute(
-            f"SELECT id, job_id, time, kind, text, data FROM events WHERE {condition} id > ? ORDER BY id DESC LIMIT ?",
+            f"SELECT {', '.join(_EVENT_COLUMNS)} FROM events WHERE {condition} id > ? ORDER BY id DESC LIMIT ?",
             (*values, since, limit),
         )
-        return [Event(*row[:5], json.loads(row[5])) for row in reversed(rows.fetchall())]
+        return [_event(row) for row in reversed(rows.fetchall())]
 
     # -- writing
 
@@ -276,3 +278,8 @@ def _job(row: Sequence[Any]) -> Job:
     values["warnings"] = tuple(Problem(**warning) for warning in json.loads(values["warnings"]))
     values["result"] = json.loads(values["result"])
     return Job(**values)
+
+
+def _event(row: Sequence[Any]) -> Event:
+    values = dict(zip(_EVENT_COLUMNS, row))
+    return Event(**{**values, "data": json.loads(values["data"])})

@@ -109,7 +109,7 @@ def name_taken(store: JobStore, host: Host, name: str) -> str | None:
         return f"{name} cannot be a name: the WebUI keeps it for itself."
     if lora is not None and is_taken(Path(lora), name):
         return f"There is a LoRA named {name} already."
-    if any(job.name.casefold() == name.casefold() for job in store.list((*WAITING_TO_START, *ACTIVE))):
+    if any(job.name.casefold() == name.casefold() for job in store.jobs((*WAITING_TO_START, *ACTIVE))):
         return f"Another job in the queue makes a LoRA named {name}."
     return None
 
@@ -118,7 +118,7 @@ def free_name(store: JobStore, host: Host, name: str) -> str:
     """``name``, or with the first number behind it that makes it free."""
     stem, _, number = name.rpartition("_")
     base, count = (stem, int(number)) if stem and number.isdecimal() and len(number) < 4 else (name, 1)
-    taken = {job.name.casefold() for job in store.list(limit=100_000)}
+    taken = {job.name.casefold() for job in store.jobs(limit=100_000)}
     candidate = name
     while candidate.casefold() in taken or name_taken(store, host, candidate):
         count += 1

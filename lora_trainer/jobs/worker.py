@@ -239,7 +239,7 @@ class JobManager:
     def reorder(self, job_ids: Sequence[int]) -> list[Job]:
         """Put these queued jobs first, in this order; returns the queue."""
         self.store.reorder(job_ids)
-        return self.store.list(("queued",))
+        return self.store.jobs(("queued",))
 
     def duplicate(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
         """The same settings again, with changes and a name that is free."""

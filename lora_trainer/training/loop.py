@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +150,7 @@ class Trainer:
                         self._take_step(micro_batches)
             return self._finish()
 
-    def _steps(self, epoch: int, position: int) -> Iterator[Sequence[MicroBatch]]:
+    def _steps(self, epoch: int, position: int) -> Generator[Sequence[MicroBatch], None, None]:
         """The micro-batches of each step that is left of an epoch; the next ones are read while a step computes."""
         end = min(self.steps_per_epoch, position + self.total_steps - self.step)
         return ahead(lambda place: self.source.micro_batches(epoch, place), range(position, end))
@@ -347,4 +347,4 @@ class Trainer:
 
 
 def _every(step: int, interval: int | None) -> bool:
-    return bool(interval) and step % interval == 0
+    return interval is not None and step % interval == 0

@@ -136,7 +136,8 @@ def create_scheduler(
     """The learning-rate schedule over ``total_steps`` optimizer steps, as diffusers and transformers define it."""
     from diffusers.optimization import get_scheduler
 
-    name, warmup = config.lr_scheduler, config.warmup_steps(total_steps)
+    name: str = config.lr_scheduler
+    warmup = config.warmup_steps(total_steps)
     if name == "constant" and warmup:
         name = "constant_with_warmup"
     try:

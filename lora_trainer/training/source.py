@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
@@ -45,7 +45,7 @@ class Source(Protocol):
         ...
 
 
-def ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Iterator[Value]:
+def ahead(function: Callable[[Argument], Value], arguments: Iterable[Argument]) -> Generator[Value, None, None]:
     """``map`` whose next value is computed in a thread while the caller works on the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="lora-trainer-input") as pool:
         current = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -105,7 +105,7 @@ class TrainingStep:
         parts = {"adapters": self.adapters, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
         return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Raises ValueError, KeyError or RuntimeError when the state belongs to other adapters or another optimizer."""
         self.adapters.load_state_dict(state["adapters"])
         load_optimizer(self.optimizer, state["optimizer"])

@@ -60,7 +60,7 @@ class DatasetLibrary:
             raise UserError(f"There is no dataset {name}.", field="dataset", remedy="Reload the list of datasets.")
         return path
 
-    def list(self) -> list[DatasetSummary]:
+    def datasets(self) -> list[DatasetSummary]:
         """Every dataset, the one changed last first."""
         from lora_trainer.dataset.listing import is_picture
 

@@ -38,7 +38,7 @@ def test_delete_removes_the_jobs_own_folder_only(manager, train, settings, host)
     assert not folder.exists() and (outside / "file").exists()
     assert (host.root / "Lora" / "cat.safetensors").exists()
     assert len(list(Path(settings["train_data_dir"]).iterdir())) == 6
-    assert manager.store.list() == []
+    assert manager.store.jobs() == []
 
 
 @pytest.mark.parametrize("folder", ["", ".", "..", "../..", "other"])

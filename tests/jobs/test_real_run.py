@@ -230,7 +230,7 @@ def test_a_killed_server_goes_on_exactly(tmp_path, host, settings):
     assert killed.returncode == -9, killed.stderr
     manager = JobManager(host)
     manager.start_worker()
-    job = manager.store.list()[0]
+    job = manager.store.jobs()[0]
     wait_for(lambda: manager.store.get(job.id).status == "interrupted")
     assert manager.store.get(job.id).step in range(1, 12)
     manager.resume(job.id)

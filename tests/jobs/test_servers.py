@@ -101,7 +101,7 @@ def test_a_job_cut_off_is_interrupted_and_goes_on(tmp_path, settings, host, acti
         waiting = JobManager(host, train=FakeTrain())
         waiting.start_worker()
         wait_for(lambda: waiting.trouble)
-        assert [job.status for job in waiting.store.list()] == ["running"], "it belongs to the other server"
+        assert [job.status for job in waiting.store.jobs()] == ["running"], "it belongs to the other server"
         waiting.close()
         server.kill()
     server.wait()
@@ -109,7 +109,7 @@ def test_a_job_cut_off_is_interrupted_and_goes_on(tmp_path, settings, host, acti
     train = FakeTrain()
     manager = JobManager(host, train=train)
     manager.start_worker()
-    job = manager.store.list()[0]
+    job = manager.store.jobs()[0]
     wait_status(manager, job, "interrupted")
     manager.resume(job.id)
     train.allow(2)

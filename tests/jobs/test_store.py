@@ -33,11 +33,11 @@ def test_the_queue_runs_in_its_order_and_reorder_changes_it(store):
     first, second, third = (store.add(name, "") for name in "abc")
     assert store.next_queued().id == first.id
     store.reorder([third.id, first.id])
-    assert [job.id for job in store.list(("queued",))] == [third.id, first.id, second.id]
+    assert [job.id for job in store.jobs(("queued",))] == [third.id, first.id, second.id]
     store.claim(third.id)
     with pytest.raises(UserError, match="does not wait"):
         store.reorder([third.id])
-    assert [job.id for job in store.list()] == [third.id, first.id, second.id]
+    assert [job.id for job in store.jobs()] == [third.id, first.id, second.id]
 
 
 def test_only_one_of_many_claims_wins(store):
@@ -107,7 +107,7 @@ def test_a_failed_preparation_leaves_no_job(store):
 
     with pytest.raises(UserError):
         store.add("a", "", fail)
-    assert store.list() == []
+    assert store.jobs() == []
 
 
 def test_an_older_database_opens_and_a_copy_of_it_is_kept(tmp_path):
@@ -162,8 +162,8 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
 def test_five_hundred_jobs_list_fast(store):
     for index in range(500):
         store.add(f"job {index}", "x" * 4000, effective_config="y" * 4000, status="finished")
-    seconds = min(_timed(lambda: store.list()) for _ in range(3))
-    assert len(store.list()) == 500 and seconds < 0.1
+    seconds = min(_timed(lambda: store.jobs()) for _ in range(3))
+    assert len(store.jobs()) == 500 and seconds < 0.1
 
 
 def _timed(function):

@@ -22,7 +22,7 @@ def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings,
     (host.root / "Lora" / "cat.safetensors").unlink()
     with pytest.raises(UserError, match="Another job"):
         idle.submit({**settings, "output_name": "CAT"})
-    assert len(idle.store.list()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
+    assert len(idle.store.jobs()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
 
 
 def test_two_that_start_at_once_do_not_get_one_name(idle, settings):
@@ -37,7 +37,7 @@ def test_two_that_start_at_once_do_not_get_one_name(idle, settings):
 
     with ThreadPoolExecutor(6) as pool:
         names = list(pool.map(start, range(6)))
-    assert sorted([*names, "cat"]) == sorted({job.name for job in idle.store.list()}) and len(set(names)) == 6
+    assert sorted([*names, "cat"]) == sorted({job.name for job in idle.store.jobs()}) and len(set(names)) == 6
 
 
 @pytest.mark.parametrize("there", ["people/cat.safetensors", "CAT.pt", "cat.json"])

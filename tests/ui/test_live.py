@@ -126,7 +126,7 @@ def test_history(page, files, train, manager):
     page.click("#lora_trainer_run_2 >> text=Delete …")
     page.click("#lora_trainer_run_2 >> text=Delete it")
     page.wait_for_selector("#lora_trainer_run_2", state="detached")
-    assert [job.id for job in manager.store.list()] == [1]
+    assert [job.id for job in manager.store.jobs()] == [1]
     assert (manager.host.root / "Lora" / "hat_v2.safetensors").exists(), "the published LoRA stays"
 
 

@@ -147,7 +147,7 @@ def test_a_problem_stands_beside_what_it_concerns(page, files, manager, monkeypa
     page.click("#lora_trainer_start")
     page.wait_for_selector(f"#lora_trainer_problem_{field}:visible")
     assert words in text(page, f"problem_{field}")
-    assert not manager.store.list(), "nothing was started"
+    assert not manager.store.jobs(), "nothing was started"
 
 
 def test_a_taken_name_can_be_replaced(page, files, manager, train):

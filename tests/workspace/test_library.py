@@ -29,7 +29,7 @@ def test_pictures_and_captions_come_back(library):
     assert library.add_picture("cats", "猫 1.png", png(), "a **cat**") == "猫 1.png"
     assert library.add_picture("cats", "b.jpg", png()) == "b.jpg"
     assert [(one.file, one.caption) for one in library.pictures("cats")] == [("b.jpg", ""), ("猫 1.png", "a **cat**")]
-    assert [(one.name, one.pictures) for one in library.list()] == [("cats", 2)]
+    assert [(one.name, one.pictures) for one in library.datasets()] == [("cats", 2)]
 
 
 def test_a_picture_is_never_overwritten_and_the_same_one_is_added_once(library):

@@ -44,7 +44,7 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
         else:
             flat[name] = value
     translation = Translation(TOOL)
-    data = {name: flat.pop(name) for name in ("general", "datasets") if name in flat}
+    data: dict[str, Any] = {name: flat.pop(name) for name in ("general", "datasets") if name in flat}
     given = bool(flat)
     reading = Reading(translation, flat, folder=folder)
     named = reading.pop("dataset_config")

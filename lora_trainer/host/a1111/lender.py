@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class A1111Lender(WebuiLender):
     # Beginning ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._residence: Residence | None = None
+        self._placed: Residence | None = None
         self._merged: tuple[Any, list[Any]] | None = None  # model and layers that LoRAs were taken out of
         super()._begin()
         self._first_vae = self._webui.sd_vae.loaded_vae_file
@@ -47,10 +47,16 @@ class A1111Lender(WebuiLender):
 
     def _follow(self, sd_model: Any) -> None:
         super()._follow(sd_model)
-        if self._residence is None:
-            self._residence = Residence(self._webui, self._host, self.device, self._rebind)
+        if self._placed is None:
+            self._placed = Residence(self._webui, self._host, self.device, self._rebind)
         else:
-            self._residence.follow(self._host)
+            self._placed.follow(self._host)
+
+    @property
+    def _residence(self) -> Residence:
+        """Where the parts lie, known since a model of the WebUI's is followed."""
+        assert self._placed is not None
+        return self._placed
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
         device, one_at_a_time = self.device, self._residence.one_at_a_time
@@ -92,7 +98,7 @@ class A1111Lender(WebuiLender):
 
     def _bind(self, tensors: dict[str, Tensor]) -> None:
         # With --medvram what is not on the device is brought there later, by its owner.
-        self._model.bind(tensors, move=not self._residence.one_at_a_time)
+        self._lent.bind(tensors, move=not self._residence.one_at_a_time)
 
     def _rebind(self, part: str, is_here: bool) -> None:
         if self._model is not None and part in self._parts():
@@ -109,7 +115,7 @@ class A1111Lender(WebuiLender):
     def _vae_as_it_was(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first VAE of the run, from its file, in the number format that the WebUI keeps it in."""
         if self._first_vae is not None:
-            stored = vae_file(self._first_vae)
+            stored: Mapping[str, Tensor] = vae_file(self._first_vae)
         else:
             stored = single_file(open_source(Path(self.checkpoint.filename)))
         wanted = [name for name in tensors if name.startswith(VAE)]
@@ -164,5 +170,5 @@ class A1111Lender(WebuiLender):
             self._loras.put_back(self._merged[1])
 
     def _restore_places(self) -> None:
-        if self._residence is not None:
-            self._residence.give_back()
+        if self._placed is not None:
+            self._placed.give_back()

@@ -79,13 +79,14 @@ class ForgeLender(WebuiLender):
         )
 
     def _bind(self, tensors: dict[str, Tensor]) -> None:
-        self._model.bind(aliases(tensors))
+        self._lent.bind(aliases(tensors))
 
     def make_room(self) -> None:
         self._residence.make_room(patchers(self._host.sd_model), self._parts())
 
     def _leave(self) -> None:
-        self._residence.leave()
+        if self._residence is not None:
+            self._residence.leave()
         if self._turns.somebody_waits:
             self._step_aside()
             self._webui.devices.torch_gc()
