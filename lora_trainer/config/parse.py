@@ -32,11 +32,11 @@ _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 def load(
-    path: Path | str, overrides: Sequence[str] = (), told: Callable[[Translation], None] = lambda translation: None
+    path: Path | str, overrides: Sequence[str] = (), report: Callable[[Translation], None] = lambda translation: None
 ) -> TrainConfig:
     """Read a file of settings, ours or another tool's, apply ``key=value`` overrides, check everything.
 
-    told: hears what became of another tool's settings.
+    report: gets what became of another tool's settings.
 
     Raises:
         ConfigError: with every problem found, each naming field, value and remedy.
@@ -44,7 +44,7 @@ def load(
     """
     values, translation = read_file(Path(path))
     if translation is not None:
-        told(translation)
+        report(translation)
     given = parse_overrides(overrides)
     replaced = {ALIASES.get(name, name) for name in given}
     kept = {name: value for name, value in values.items() if ALIASES.get(name, name) not in replaced}

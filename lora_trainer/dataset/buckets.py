@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
-from lora_trainer.dataset.samples import Dataset, Item, Size
+from lora_trainer.dataset.samples import Dataset, Size, View
 from lora_trainer.errors import UserError
 
 LATENT_FACTOR = 8  # pixels of a latent's side; sides of buckets are multiples of it
@@ -102,17 +102,17 @@ class BatchPlan:
         """Pictures that are shown in an epoch, each as often as it is repeated; regularization pictures too."""
         return sum(self._visits_per_bucket().values())
 
-    def epoch(self, epoch: int) -> list[list[Item]]:
+    def epoch(self, epoch: int) -> list[list[View]]:
         """The batches of an epoch (counted from any number), in the order of training."""
-        groups: dict[Size, list[Item]] = {}
+        groups: dict[Size, list[View]] = {}
         for index in self._training:
             for visit in range(self.dataset.samples[index].repeats):
-                groups.setdefault(self._bucket_of[index], []).append(self._item(index, epoch, visit))
+                groups.setdefault(self._bucket_of[index], []).append(self._view(index, epoch, visit))
         for bucket, (members, quota) in self._quotas.items():
             for count in range(quota):
                 # Goes on where the last epoch ended, so that in the long run all are seen equally often.
                 turn, place = divmod(epoch * quota + count, len(members))
-                groups.setdefault(bucket, []).append(self._item(members[place], epoch, turn))
+                groups.setdefault(bucket, []).append(self._view(members[place], epoch, turn))
         batches = []
         for bucket in sorted(groups):
             items = groups[bucket]
@@ -181,7 +181,7 @@ class BatchPlan:
             quotas[bucket] += 1
         return {bucket: (members[bucket], quotas[bucket]) for bucket in buckets}
 
-    def _item(self, index: int, epoch: int, visit: int) -> Item:
+    def _view(self, index: int, epoch: int, visit: int) -> View:
         sample, bucket = self.dataset.samples[index], self._bucket_of[index]
         scaled = cover(sample.size, bucket)
         room = scaled[0] - bucket[0], scaled[1] - bucket[1]
@@ -192,10 +192,10 @@ class BatchPlan:
         else:
             left, top = room[0] // 2, room[1] // 2
         flip = self.flip and mirror < 0.5
-        # The model is told where the crop lies in the picture as it is shown, that is after mirroring.
+        # The model gets where the crop lies in the picture as it is shown, that is after mirroring.
         shown_left = room[0] - left if flip else left
         size_ids = (sample.size[1], sample.size[0], top, shown_left, bucket[1], bucket[0])
-        return Item(index, bucket, scaled, (left, top), flip, size_ids)
+        return View(index, bucket, scaled, (left, top), flip, size_ids)
 
 
 def make_buckets(resolution: Size, step: int, shortest: int, longest: int) -> list[Size]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.dataset.samples import Item, Sample
+from lora_trainer.dataset.samples import Sample, View
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
 
@@ -32,7 +32,7 @@ class TensorCache:
     """Tensors by key in ``<directory>/<first 2 digits>/<key>.cache``; the bytes are those of a safetensors file.
 
     Safe for several writers, also of several processes: files appear whole, and equal keys mean equal content.
-    on_warning: told once when the cache cannot be written.
+    on_warning: called once when the cache cannot be written.
     """
 
     def __init__(self, directory: Path, on_warning: Callable[[str], None] = _log.warning):
@@ -94,16 +94,16 @@ def cache_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def latent_key(sample: Sample, item: Item, vae_key: str) -> str:
+def latent_key(sample: Sample, view: View, vae_key: str) -> str:
     """The key of a picture's latents in one view: its content, size, crop, mirroring, and the VAE that encodes it."""
     return cache_key(
         kind="latents",
         version=PIXELS_VERSION,
         image=sample.digest,
-        scaled=item.scaled,
-        bucket=item.bucket,
-        crop=item.crop,
-        flip=item.flip,
+        scaled=view.scaled,
+        bucket=view.bucket,
+        crop=view.crop,
+        flip=view.flip,
         vae=vae_key,
     )
 

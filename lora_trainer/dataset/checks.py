@@ -33,7 +33,7 @@ WARN_ASPECT, ERROR_ASPECT = 2.0, 3.0
 BLURRED = 100.0
 """Variance of the Laplacian at 512 pixels below which a picture may be blurred …"""
 BLURRED_SHARE, BLURRED_TILE = 0.25, 60.0
-"""… and is told to be when its sharpest part is below this share of the set's median, or below this variance. A
+"""… and is reported as such when its sharpest part is below this share of the set's median, or below this variance. A
 portrait with a soft background is below ``BLURRED`` as a whole (one in focus was seen at 91) and is not blurred."""
 FLAT_STEEPNESS = 0.6
 """Flat drawings have too few edges for a variance. Their steepest one counts: 1.4 when clean, 0.2 when blurred."""
@@ -167,7 +167,7 @@ def _scan(
     """The data set as a training would see it, or why it would refuse; no picture is decoded again."""
     known = {listing.pictures[key]: found for key, found in looked_at.items()}
 
-    def told(path: Path) -> tuple[tuple[int, int], str]:
+    def measured(path: Path) -> tuple[tuple[int, int], str]:
         found = known.get(path)
         if found is None:  # it appeared since
             return measure(path)
@@ -176,7 +176,7 @@ def _scan(
         return found.original_size, found.digest
 
     try:
-        return scan(config, measure=told), None
+        return scan(config, measure=measured), None
     except UserError as error:
         return None, error
 
@@ -189,7 +189,7 @@ def _folder_findings(listing: Listing, problems: Sequence[CaptionProblem]) -> It
         yield Finding("", "folder", "warning", note, "Nothing needs doing if that is meant.")
     for problem in problems:
         if problem.empty and problem.line is None:
-            continue  # told of its picture
+            continue  # reported for its picture
         place = f"Line {problem.line}: " if problem.line else ""
         yield Finding(
             _relative(listing, problem.path),

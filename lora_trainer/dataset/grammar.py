@@ -90,7 +90,7 @@ class Caption:
 
 
 def parse(text: str, wildcards: bool = False) -> Caption:
-    """Read a caption. Any text is a caption: what looks wrong is taken literally and told in ``warnings``.
+    """Read a caption. Any text is a caption: what looks wrong is taken literally and reported in ``warnings``.
 
     ``wildcards`` makes ``{a|b}`` a choice that the training text draws from, instead of plain text.
     """

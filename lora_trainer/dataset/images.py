@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
-from lora_trainer.dataset.samples import Item, Sample
+from lora_trainer.dataset.samples import Sample, View
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,12 +139,12 @@ def load_pixels(
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
-def load_item(sample: Sample, item: Item) -> Tensor:
+def load_view(sample: Sample, view: View) -> Tensor:
     """Pixels (3, H, W) float32 in [-1, 1] of one visit of a plan."""
-    return load_pixels(sample.path, item.scaled, item.bucket, item.crop, item.flip, sample.edit)
+    return load_pixels(sample.path, view.scaled, view.bucket, view.crop, view.flip, sample.edit)
 
 
-def load_mask(sample: Sample, item: Item) -> Tensor | None:
+def load_mask(sample: Sample, view: View) -> Tensor | None:
     """Where to learn, (1, H/8, W/8) float32 in [0, 1], area-resized; None for everywhere.
 
     From ``<image>.mask.png`` (stretched over the picture, if its size differs), else from the picture's transparency.
@@ -161,8 +161,8 @@ def load_mask(sample: Sample, item: Item) -> Tensor | None:
         if image.mode != "RGBA":
             return None
         mask = image.getchannel("A")
-    mask = _view(sample.edit.apply(mask), item.scaled, item.bucket, item.crop, item.flip)
-    width, height = item.bucket
+    mask = _view(sample.edit.apply(mask), view.scaled, view.bucket, view.crop, view.flip)
+    width, height = view.bucket
     mask = mask.resize((width // _LATENT_FACTOR, height // _LATENT_FACTOR), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(mask, dtype=np.float32)[None] / 255.0)
 

@@ -27,7 +27,7 @@ _DCT = np.cos(np.pi * (_frequencies[None] + 0.5) * _frequencies[:, None] / _HASH
 
 @dataclass(frozen=True)
 class Picture:
-    """What one decoding told.
+    """What one decoding found.
 
     size: (width, height) in pixels after EXIF rotation and the editor's changes; original_size: without the latter.
     digest: SHA-256 of the file, hexadecimal.

@@ -184,8 +184,10 @@ def _csv_row(
 
 
 def find_columns(cells: list[str]) -> tuple[tuple[int, int], bool] | None:
-    """((picture's, caption's) column, whether this is a header), told by a CSV's first row with text; None for a header
-    that lacks one of them."""
+    """((picture's, caption's) column, whether this is a header), read from a CSV's first row with text.
+
+    None for a header that lacks one of them.
+    """
     header = [cell.strip().casefold() for cell in cells]
     names = set(header)
     if not names & {*FILENAME_COLUMNS, *CAPTION_COLUMNS}:

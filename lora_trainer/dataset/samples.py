@@ -1,4 +1,4 @@
-"""What a training set is made of: its pictures, and the visits that are paid to them."""
+"""A training set: its pictures, and the views of them that an epoch consists of."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Item:
-    """One visit of one picture in an epoch.
+class View:
+    """One picture as it is shown once in an epoch.
 
     sample: index into ``dataset.samples``.
     bucket: (width, height) of the picture that is trained; scaled: (width, height) before cropping to it.

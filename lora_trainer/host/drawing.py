@@ -61,7 +61,7 @@ def draw(webui: Any, loras: HostLoras, request: PreviewRequest) -> Image.Image:
         finally:
             loaded = loaded_model(webui)
             if loaded is not None:
-                loras.take_out(loaded)
+                loras.unmerge(loaded)
         if webui.shared.state.interrupted or webui.shared.state.stopping_generation or not images:
             raise UserError("The preview was interrupted in the WebUI.")
         if not used:

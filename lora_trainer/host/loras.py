@@ -20,7 +20,7 @@ class HostLoras(ABC):
         return sys.modules.get("networks")
 
     @abstractmethod
-    def take_out(self, sd_model: Any) -> Any:
+    def unmerge(self, sd_model: Any) -> Any:
         """Leave the model's own weights in it, whatever LoRAs were merged; true when there were some."""
 
     @abstractmethod

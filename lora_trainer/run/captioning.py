@@ -216,21 +216,21 @@ class _Writer:
         waiting, self._waiting = self._waiting, {}
         if not waiting:
             return
-        told: dict[str, str] = {}
+        described: dict[str, str] = {}
 
         def merged(current) -> dict[str, str]:
             here = {key: text for key, text in waiting.items() if key in current.listing.pictures and text}
             for key, text in here.items():
                 result = merge(current.text(key), text, self._mode)
                 if result != current.text(key):
-                    told[key] = result
-            return told
+                    described[key] = result
+            return described
 
         self._kept.update(self._folder.update(merged, kept=self._kept).files)
-        self.written += len(told)
-        self.unchanged += len(waiting) - len(told)
+        self.written += len(described)
+        self.unchanged += len(waiting) - len(described)
         self._last = time.monotonic()
-        for key, text in told.items():
+        for key, text in described.items():
             self._callbacks.on_caption(key, text)
 
 

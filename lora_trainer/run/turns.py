@@ -24,15 +24,15 @@ def patient_turns(
     @contextmanager
     def turn() -> Iterator[None]:
         with ExitStack() as stack:
-            told = None
+            reported = None
             while True:
                 try:
                     stack.enter_context(lender.turn())
                     break
                 except ModelAwayError as away:
-                    if away.reason != told:
-                        told = away.reason
-                        callbacks.on_waiting(told)
+                    if away.reason != reported:
+                        reported = away.reason
+                        callbacks.on_waiting(reported)
                 if commands.stopping:
                     raise StoppedWhileWaiting
                 with lender.rest():

@@ -1,4 +1,4 @@
-"""What a run tells (``TrainCallbacks``) and what it can be told (``TrainCommands``, polled between two steps)."""
+"""What a run reports (``TrainCallbacks``) and which commands it takes (``TrainCommands``, polled between steps)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepReport:
 
 
 class TrainCallbacks:
-    """Override what you want to hear. Called in the training thread, so be quick."""
+    """Override what is of interest. Called in the training thread, so it must return quickly."""
 
     def on_phase(self, name: str, done: int, total: int) -> None:
         """Progress of what comes before the steps: "latents", "captions" …"""
@@ -43,14 +43,14 @@ class TrainCallbacks:
         """A preview picture is in place."""
 
     def on_waiting(self, reason: str) -> None:
-        """The model is away; the run goes on by itself when it is back."""
+        """The model is not available; the run continues by itself when it is back."""
 
     def on_warning(self, text: str) -> None:
-        """Something that a person should read; the run goes on."""
+        """A message that a person should read; the run continues."""
 
 
 class TrainCommands:
-    """Thread-safe wishes of a person to a run.
+    """Thread-safe commands to a run.
 
     resting: what the run waits in while it is paused; a lender that keeps the device for a whole run gives it back
     inside.

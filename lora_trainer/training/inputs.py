@@ -14,8 +14,8 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
 from lora_trainer.dataset.captions import parse, train_text
-from lora_trainer.dataset.images import load_item, load_mask
-from lora_trainer.dataset.samples import Dataset, Item
+from lora_trainer.dataset.images import load_mask, load_view
+from lora_trainer.dataset.samples import Dataset, View
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
@@ -133,27 +133,27 @@ class BatchSource:
         """Encode the random crops of an epoch; nothing to do without them. Returns False when stopped."""
         if not self.config.random_crop:
             return True
-        items = [item for batch in self._epoch_batches(epoch) for item in batch]
-        return self._encode_latents(items, turn, callbacks, commands)
+        views = [view for batch in self._epoch_batches(epoch) for view in batch]
+        return self._encode_latents(views, turn, callbacks, commands)
 
-    def _views(self) -> list[Item]:
+    def _views(self) -> list[View]:
         """Each picture as it is ever shown. Not every epoch visits every regularization picture, so look at more."""
-        views: dict[tuple[int, bool], Item] = {}
+        views: dict[tuple[int, bool], View] = {}
         everything = range(len(self.dataset.samples))
         for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
-            for item in (item for batch in self.plan.epoch(epoch) for item in batch):
-                for flip in (False, True) if self.config.flip else (item.flip,):
-                    views.setdefault((item.sample, flip), replace(item, flip=flip))
+            for view in (view for batch in self.plan.epoch(epoch) for view in batch):
+                for flip in (False, True) if self.config.flip else (view.flip,):
+                    views.setdefault((view.sample, flip), replace(view, flip=flip))
             if {sample for sample, _ in views}.issuperset(everything):
                 break
         return list(views.values())
 
     def _encode_latents(
-        self, items: Sequence[Item], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
+        self, views: Sequence[View], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
     ) -> bool:
-        total = len(items)
-        missing = {self._latent_key(item): item for item in items}
-        missing = {key: item for key, item in missing.items() if key not in self.cache}
+        total = len(views)
+        missing = {self._latent_key(view): view for view in views}
+        missing = {key: view for key, view in missing.items() if key not in self.cache}
         done = total - len(missing)
         callbacks.on_phase("latents", done, total)
         for key, pixels in ahead(self._load_pixels, missing.items()):
@@ -165,9 +165,9 @@ class BatchSource:
             callbacks.on_phase("latents", done, total)
         return True
 
-    def _load_pixels(self, keyed: tuple[str, Item]) -> tuple[str, Tensor]:
-        key, item = keyed
-        return key, load_item(self.dataset.samples[item.sample], item)
+    def _load_pixels(self, keyed: tuple[str, View]) -> tuple[str, Tensor]:
+        key, view = keyed
+        return key, load_view(self.dataset.samples[view.sample], view)
 
     def _encode(self, pixels: Tensor, turn: Turn) -> Tensor:
         """(3, H, W) -> moments (8, h, w) on the CPU.
@@ -231,23 +231,23 @@ class BatchSource:
         first = position * size
         visit = sum(len(batch) for batch in batches[:first])
         micro_batches = []
-        for items in batches[first : first + size]:
-            micro_batches.append(self._batch(items, epoch, visit))
-            visit += len(items)
+        for views in batches[first : first + size]:
+            micro_batches.append(self._batch(views, epoch, visit))
+            visit += len(views)
         return micro_batches
 
-    def _batch(self, items: Sequence[Item], epoch: int, visit: int) -> Batch:
+    def _batch(self, views: Sequence[View], epoch: int, visit: int) -> Batch:
         """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice."""
-        samples = [self.dataset.samples[item.sample] for item in items]
-        captions = tuple(self._caption(item.sample, epoch, visit + offset) for offset, item in enumerate(items))
+        samples = [self.dataset.samples[view.sample] for view in views]
+        captions = tuple(self._caption(view.sample, epoch, visit + offset) for offset, view in enumerate(views))
         prior = self.config.prior_loss_weight
         is_sdxl = self.model.info.family == "sdxl"
         return Batch(
-            moments=torch.stack([self._read(self._latent_key(item))["moments"] for item in items]),
+            moments=torch.stack([self._read(self._latent_key(view))["moments"] for view in views]),
             captions=captions,
             prompts=self._read_prompts(captions) if self.caches_prompts else None,
-            size_ids=torch.tensor([item.size_ids for item in items]) if is_sdxl else None,
-            mask=torch.stack([self._mask(item) for item in items]) if self.config.use_masks else None,
+            size_ids=torch.tensor([view.size_ids for view in views]) if is_sdxl else None,
+            mask=torch.stack([self._mask(view) for view in views]) if self.config.use_masks else None,
             weights=torch.tensor([prior if sample.is_regularization else 1.0 for sample in samples]),
         )
 
@@ -276,21 +276,21 @@ class BatchSource:
 
         return Prompts.stack([read(caption) for caption in captions], read(""))
 
-    def _mask(self, item: Item) -> Tensor:
+    def _mask(self, view: View) -> Tensor:
         """(1, h, w); ones where there is none. Kept in the cache, as reading it means decoding the picture."""
-        sample = self.dataset.samples[item.sample]
+        sample = self.dataset.samples[view.sample]
         key = cache_key(
             kind="mask",
             version=PIXELS_VERSION,
             image=sample.digest,
             mask=sample.mask_path and self._mask_digest(sample.mask_path),
-            view=[item.scaled, item.bucket, item.crop, item.flip],
+            view=[view.scaled, view.bucket, view.crop, view.flip],
         )
         if (known := self.cache.get(key)) is not None:
             return known["mask"]
-        mask = load_mask(sample, item)
+        mask = load_mask(sample, view)
         if mask is None:
-            mask = torch.ones(1, item.bucket[1] // 8, item.bucket[0] // 8)
+            mask = torch.ones(1, view.bucket[1] // 8, view.bucket[0] // 8)
         self.cache.put(key, {"mask": mask})
         return mask
 
@@ -304,8 +304,8 @@ class BatchSource:
             )
         return tensors
 
-    def _latent_key(self, item: Item) -> str:
-        return latent_key(self.dataset.samples[item.sample], item, self.model.vae_key)
+    def _latent_key(self, view: View) -> str:
+        return latent_key(self.dataset.samples[view.sample], view, self.model.vae_key)
 
     def _prompt_key(self, caption: str) -> str:
         text_key = f"{self.model.text_key}:{self.precision.name}"

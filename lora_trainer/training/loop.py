@@ -34,7 +34,7 @@ NON_FINITE_LIMIT_FP16 = 40
 STATE_SECONDS = 600
 """A state is saved at least this often, whatever save_steps says: what a crash can cost."""
 AVERAGED_STEPS = 100
-"""The loss that is told at the end is the mean over the last steps, as single ones say little."""
+"""The loss that is reported at the end is the mean over this many last steps, as single ones vary too much."""
 PAUSE_POLL_SECONDS = 0.5
 
 

@@ -35,7 +35,7 @@ class MetricsLog:
 
     step: optimizer steps done before; lines of later ones (written by a run that was killed) are removed. At 0 the
     metrics of an earlier run are kept as ``metrics-1.jsonl``, ``metrics-2.jsonl`` …; so are those of another run in
-    the same folder, which is told by ``losses``, those of the last steps before.
+    the same folder, recognized by ``losses``, those of the last steps before.
     """
 
     def __init__(

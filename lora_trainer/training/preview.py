@@ -47,20 +47,20 @@ def sample(
     latents = latents.to(model.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps.tolist():
         with precision.autocast():
-            answer = _guided_answer(model, latents, timestep, prompts, size_ids, cfg)
-        latents = scheduler.step(answer, timestep, latents).prev_sample
+            model_pred = _guided_pred(model, latents, timestep, prompts, size_ids, cfg)
+        latents = scheduler.step(model_pred, timestep, latents).prev_sample
     return _to_image(model.decode_latents(latents))
 
 
-def _guided_answer(
+def _guided_pred(
     model: LentModel, latents: Tensor, timestep: int, prompts: Prompts, size_ids: Tensor | None, cfg: float
 ) -> Tensor:
     count = len(prompts)
     timesteps = torch.full((count,), timestep, device=latents.device)
-    answers = model.predict(latents.expand(count, -1, -1, -1), timesteps, prompts, size_ids).float()
+    model_pred = model.predict(latents.expand(count, -1, -1, -1), timesteps, prompts, size_ids).float()
     if count == 1:
-        return answers
-    negative, positive = answers.chunk(2)
+        return model_pred
+    negative, positive = model_pred.chunk(2)
     return negative + cfg * (positive - negative)
 
 

@@ -213,7 +213,7 @@ def test_the_order_does_not_depend_on_the_hash_seed():
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
         outputs.add(done.stdout)
-    assert len(outputs) == 1 and outputs.pop().startswith("[[Item(")
+    assert len(outputs) == 1 and outputs.pop().startswith("[[View(")
 
 
 def test_regularization_is_balanced_and_seen_evenly_over_the_epochs():

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from lora_trainer.dataset.cache import TensorCache, cache_key, latent_key, prompt_key
-from lora_trainer.dataset.samples import Item, Sample
+from lora_trainer.dataset.samples import Sample, View
 
 KEY = cache_key(kind="test")
 
@@ -161,7 +161,7 @@ def test_cache_key_is_canonical():
 
 def test_everything_that_changes_latents_changes_their_key():
     sample = Sample(Path("a.png"), "a.png", "x", (900, 500), "0" * 64)
-    item = Item(0, (512, 512), (922, 512), (205, 0), False, (500, 900, 0, 205, 512, 512))
+    item = View(0, (512, 512), (922, 512), (205, 0), False, (500, 900, 0, 205, 512, 512))
     keys = [
         latent_key(sample, item, "vae"),
         latent_key(sample, item, "other vae"),

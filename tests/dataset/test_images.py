@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer.dataset import images
-from lora_trainer.dataset.images import flatten, load_item, load_mask, load_pixels, measure, open_image, resize
-from lora_trainer.dataset.samples import Item, Sample
+from lora_trainer.dataset.images import flatten, load_mask, load_pixels, load_view, measure, open_image, resize
+from lora_trainer.dataset.samples import Sample, View
 from lora_trainer.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -218,8 +218,8 @@ def test_flatten_over_a_grey_level():
 # --- masks ------------------------------------------------------------------------------------------------------
 
 
-def item(bucket=(32, 16), scaled=(40, 20), crop=(8, 2), flip=False) -> Item:
-    return Item(0, bucket, scaled, crop, flip, ())
+def item(bucket=(32, 16), scaled=(40, 20), crop=(8, 2), flip=False) -> View:
+    return View(0, bucket, scaled, crop, flip, ())
 
 
 def sample(path: Path, mask: Path | None = None) -> Sample:
@@ -253,10 +253,10 @@ def test_a_mask_painted_on_transparency_is_black_where_nothing_is_painted(tmp_pa
     assert load_mask(visit, item())[0, 0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.01)
 
 
-def test_load_item_is_load_pixels_of_its_view(tmp_path):
+def test_load_view_is_load_pixels_of_its_view(tmp_path):
     path = save(two_colors(), tmp_path / "a.png")
     visit = item(flip=True)
-    assert load_item(sample(path), visit).equal(load_pixels(path, (40, 20), (32, 16), (8, 2), True))
+    assert load_view(sample(path), visit).equal(load_pixels(path, (40, 20), (32, 16), (8, 2), True))
 
 
 # --- what cannot be used ----------------------------------------------------------------------------------------

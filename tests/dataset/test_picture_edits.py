@@ -11,7 +11,7 @@ from PIL import Image
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.folder import scan
-from lora_trainer.dataset.images import load_item, load_mask
+from lora_trainer.dataset.images import load_mask, load_view
 from lora_trainer.dataset.picture_edits import EDITS_NAME, UNTOUCHED, PictureEdit, load_edits, save_edits
 from lora_trainer.dataset.thumbnails import ThumbnailCache
 from lora_trainer.errors import UserError
@@ -47,12 +47,12 @@ def test_training_sees_the_edited_picture_and_mask(root):
     sample = found.samples[0]
     assert sample.size == (64, 64) and sample.digest != before["a.png"].digest
     assert found.samples[1] == before["b.png"]
-    pixels = load_item(sample, first(found, (64, 64))).numpy()
+    pixels = load_view(sample, first(found, (64, 64))).numpy()
     assert np.allclose(pixels[0], 1) and np.allclose(pixels[2], -1)
     assert load_mask(sample, first(found, (64, 64))).max() == 0
     save_edits(root, {"a.png": PictureEdit(crop=(0.5, 0, 1, 1))})
     found = dataset(root)
-    assert np.allclose(load_item(found.samples[0], first(found, (64, 64)))[2], 1)
+    assert np.allclose(load_view(found.samples[0], first(found, (64, 64)))[2], 1)
     assert load_mask(found.samples[0], first(found, (64, 64))).min() == 1
     assert (root / "a.png").read_bytes() == original
 

@@ -69,7 +69,7 @@ class Translation:
 
 
 class Reading:
-    """Works through a mapping of another tool: each name is read once, and what is left at the end is told too.
+    """Works through a mapping of another tool: each name is read once, and what is left at the end is reported too.
 
     prefix: goes before the names in the report, as ``train.`` in a nested file. folder: where files that the
     settings name may be read; None where none may, as in the tab.
@@ -123,7 +123,7 @@ class Reading:
         self.translation.unmet.append(Unmet(self.prefix + name, value, reason))
 
     def cannot(self, names: Mapping[str, str], harmless: Mapping[str, Any] | None = None) -> None:
-        """Settings that have no counterpart: told when they are on, or differ from what is ``harmless``."""
+        """Settings that have no counterpart: reported when they are on, or differ from what is ``harmless``."""
         for name, reason in names.items():
             if name not in self.left:
                 continue

@@ -78,7 +78,7 @@ class A1111Lender(WebuiLender):
     # Every turn ---------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        layers = self._loras.take_out(self._host.sd_model)
+        layers = self._loras.unmerge(self._host.sd_model)
         if layers:
             self._merged = self._host.sd_model, layers
         self._residence.enter()
@@ -167,7 +167,7 @@ class A1111Lender(WebuiLender):
 
     def _restore_loras(self) -> None:
         if self._merged is not None and self._merged[0] is self._loaded():
-            self._loras.put_back(self._merged[1])
+            self._loras.merge(self._merged[1])
 
     def _restore_places(self) -> None:
         if self._placed is not None:

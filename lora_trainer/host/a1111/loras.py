@@ -21,7 +21,7 @@ class A1111Loras(HostLoras):
     def __init__(self, webui: Any):
         self._webui = webui
 
-    def take_out(self, sd_model: Any) -> list[Any]:
+    def unmerge(self, sd_model: Any) -> list[Any]:
         """Restore the weights of every layer that a LoRA is merged into; returns these layers.
 
         ``loaded_networks`` stays: the extension needs it to drop a LoRA's bundled embeddings, and merges again when a
@@ -34,7 +34,7 @@ class A1111Loras(HostLoras):
                 layer.network_current_names = ()
         return layers
 
-    def put_back(self, layers: Iterable[Any]) -> None:
+    def merge(self, layers: Iterable[Any]) -> None:
         """Merge into these layers what the extension has loaded, as it would do by itself when they next run."""
         with torch.no_grad():
             for layer in layers:
@@ -49,7 +49,7 @@ class A1111Loras(HostLoras):
             networks.loaded_networks.remove(net)
         merged = {entry[0] for layer in _layers(sd_model) for entry in _merged(layer)}
         if name in merged:
-            self.take_out(sd_model)
+            self.unmerge(sd_model)
         forget_prompts(processing)
 
     @contextmanager

@@ -25,7 +25,7 @@ class ForgeLoras(HostLoras):
     def __init__(self, webui: Any):
         self._webui = webui
 
-    def take_out(self, sd_model: Any) -> bool:
+    def unmerge(self, sd_model: Any) -> bool:
         objects = sd_model.forge_objects_original
         patchers = [patcher for patcher in (objects.unet, objects.clip.patcher) if holds_loras(patcher)]
         if patchers:
@@ -36,7 +36,7 @@ class ForgeLoras(HostLoras):
 
     def forget(self, sd_model: Any, name: str, processing: Any) -> None:
         self._forget_files()
-        self.take_out(sd_model)
+        self.unmerge(sd_model)
         forget_prompts(processing)
 
     def _forget_files(self) -> None:
