@@ -65,16 +65,16 @@ class ModelSettings:
     """Another VAE file (.safetensors) to encode the pictures with; empty for the checkpoint's own."""
 
     v_prediction: bool | None = setting(None)
-    """Whether the base model predicts v instead of noise; empty reads it off the checkpoint."""
+    """Whether the base model predicts v instead of noise; empty detects it from the checkpoint."""
 
     device: str = setting("auto", decides=False, fills_memory=True, sets_pace=True)
     """Where to train: auto, cpu, cuda, cuda:1, mps …"""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto", fills_memory=True, sets_pace=True)
-    """Number format of the computation. auto: bf16 where the GPU can, else fp16; on the CPU no (fp32)."""
+    """Number format of the computation. auto: bf16 where the GPU supports it, else fp16; on the CPU no (fp32)."""
 
     gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
-    """Needs about half the activation memory and about a quarter more time."""
+    """Recompute activations in the backward pass: about half the activation memory, about a quarter more time."""
 
     cuda_graphs: Literal["auto", "off"] = setting("auto", decides=False, fills_memory=True, sets_pace=True)
     """auto: on NVIDIA cards, launch a step's kernels as one CUDA graph where memory is free for it and it is faster."""
@@ -96,13 +96,13 @@ class DataSettings:
     """Folder with regularization pictures: what the class looks like without your subject."""
 
     prior_loss_weight: float = setting(1.0, minimum=0, maximum=10)
-    """How much a regularization picture counts compared with one of yours."""
+    """Weight of a regularization picture in the loss; a picture of yours has weight 1."""
 
     resolution: str = setting("auto")
     """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""
 
     enable_bucket: bool = setting(True)
-    """Keep each picture's shape (grouped into buckets of like shape) instead of cropping all to one."""
+    """Keep each picture's aspect ratio (grouped into buckets of equal size) instead of cropping all to one."""
 
     min_bucket_resolution: int = setting(256, minimum=64, maximum=4096)
     """Shortest side of a bucket in pixels."""
@@ -132,14 +132,14 @@ class DataSettings:
     """Ending of caption files, tried first; .txt and .caption are found anyway."""
 
     caption_mapping: str | None = setting(None, decides=False, path="read")
-    """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are read:
-    Stable Diffusion's CLIP barely reads Chinese."""
+    """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are
+    read: Stable Diffusion's CLIP hardly understands Chinese."""
 
     default_caption: str = setting("", decides=False)
     """Caption of the pictures that have none; empty takes the class in their folder's name, or the trigger word."""
 
     trigger_word: str = setting("", given_by="steps")
-    """Word that calls the LoRA up later; put first in every caption that lacks it."""
+    """Word that activates the LoRA in a prompt; added at the start of every caption that lacks it."""
 
     shuffle_tags: bool = setting(False)
     """Shuffle the comma-separated parts of captions; the kept ones stay first."""
@@ -148,16 +148,17 @@ class DataSettings:
     """Parts at the start of a caption that are not shuffled or dropped (the **bold** ones never are)."""
 
     caption_dropout: float = setting(0.0, minimum=0, maximum=1)
-    """Share of steps that see a picture without its caption."""
+    """Probability that a picture is trained without its caption."""
 
     tag_dropout: float = setting(0.0, minimum=0, maximum=1)
-    """Share of caption parts that are left out of a step; *mood* parts are left out twice as often."""
+    """Probability that a part of a caption is left out in a step; *mood* parts are left out twice as often."""
 
     weighted_captions: bool = setting(False)
-    """Obey weights such as (red hat:1.2) in captions instead of removing them."""
+    """Apply weights such as (red hat:1.2) in captions instead of removing them."""
 
     max_token_length: Literal[75, 150, 225] = setting(225)
-    """Longest caption in tokens; longer ones are cut. More than 75 are read in chunks of 75."""
+    """Maximum caption length in tokens; longer captions are truncated. More than 75 are encoded in chunks of
+    75."""
 
     cache_dir: str | None = setting(None, decides=False, path="write", given_by="job")
     """Where encoded pictures and captions are kept; empty for <output_dir>/cache."""
@@ -166,41 +167,42 @@ class DataSettings:
 @dataclass(frozen=True)
 class AdapterSettings:
     adapter: Literal["lora", "loha", "lokr"] = setting("lora", fills_memory=True)
-    """Kind of network. lora is read by every tool."""
+    """Type of network. lora can be loaded by every tool."""
 
     lora_rank: int = setting(16, minimum=1, maximum=1024, fills_memory=True)
     """Capacity of the LoRA: 8–16 for a style, 12–32 for a character. Above 32 it tends to memorize."""
 
     alpha: float | None = setting(None, above=0)
-    """Strength: the LoRA counts alpha/rank. Empty means equal to the rank."""
+    """The LoRA is scaled by alpha/rank. Empty means equal to the rank."""
 
     conv_rank: int = setting(0, minimum=0, maximum=1024, fills_memory=True)
-    """Rank for the 3×3 convolutions (LoCon); 0 leaves them alone."""
+    """Rank for the 3×3 convolutions (LoCon); 0 does not train them."""
 
     conv_alpha: float | None = setting(None, above=0)
     """Alpha for the convolutions; empty means equal to conv_rank."""
 
     dora: bool = setting(False, fills_memory=True)
-    """Learn magnitude and direction apart (DoRA): slower, a little more faithful at low rank."""
+    """Train magnitude and direction of the weights separately (DoRA): slower, a little more accurate at low
+    rank."""
 
     dropout: float = setting(0.0, minimum=0, maximum=0.95)
-    """Share of what passes through the LoRA that is switched off at random in training; 0.1–0.3 with few pictures."""
+    """Probability that an activation inside the LoRA is set to zero in training; 0.1–0.3 with few pictures."""
 
     rank_dropout: float = setting(0.0, minimum=0, maximum=0.95)
-    """Share of the ranks switched off at random in training."""
+    """Probability that a rank is set to zero in training."""
 
     lokr_factor: int = setting(-1, minimum=-1, maximum=1024, fills_memory=True)
     """Size of the smaller Kronecker factor (lokr only); -1 splits as evenly as possible."""
 
     target_modules: list[str] = setting(["attention", "feed_forward", "projection"], fills_memory=True)
-    """Layers of the UNet that learn: groups (attention, feed_forward, projection), names (to_q, q_proj, ff.net …)
-    or regular expressions written as /…/ ."""
+    """Layers of the UNet that are trained: groups (attention, feed_forward, projection), names (to_q, q_proj,
+    ff.net …) or regular expressions written as /…/ ."""
 
     train_text_encoder: bool = setting(False, fills_memory=True)
     """Train the text encoders as well: helps with a new word, costs memory and flexibility."""
 
     text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"], fills_memory=True)
-    """Layers of the text encoders that learn, if they are trained."""
+    """Layers of the text encoders that are trained, if train_text_encoder is on."""
 
     block_ranks: list[int] | None = setting(None, fills_memory=True)
     """25 ranks, one per UNet block as kohya counts (SD: 12 in, middle, 12 out; SDXL: places 1–9 in, 10–12 middle,
@@ -216,34 +218,35 @@ class AdapterSettings:
 @dataclass(frozen=True)
 class OptimizationSettings:
     epochs: int = setting(10, minimum=1, maximum=100_000)
-    """How often every picture is seen."""
+    """How many times every picture is seen."""
 
     max_train_steps: int | None = setting(None, minimum=1, maximum=100_000_000)
-    """Stop after this many steps, whatever epochs says."""
+    """Stop after this many steps, whatever the number of epochs."""
 
     batch_size: int = setting(1, minimum=1, maximum=256, fills_memory=True)
     """Pictures per step."""
 
     gradient_accumulation_steps: int = setting(1, minimum=1, maximum=1024)
-    """Batches whose gradients are added up before each step: a larger batch without its memory."""
+    """Batches whose gradients are summed before each optimizer step: a larger effective batch without its
+    memory."""
 
     learning_rate: float = setting(1e-4, above=0, maximum=10)
-    """Step size of the UNet's LoRA: 1e-4 to 2e-4 with AdamW; 1 with Prodigy."""
+    """Learning rate of the UNet's LoRA: 1e-4 to 2e-4 with AdamW; 1 with Prodigy."""
 
     text_encoder_lr: float | None = setting(None, minimum=0, maximum=10, fills_memory=True)
     """Learning rate of the text encoders; empty for half of learning_rate."""
 
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting("adamw", fills_memory=True)
-    """Update rule. adamw is safe; adamw8bit saves memory; prodigy finds its own learning rate."""
+    """Optimizer. adamw is safe; adamw8bit saves memory; prodigy finds its own learning rate."""
 
     optimizer_args: dict[str, Any] = setting({})
     """Further arguments of the optimizer, such as weight_decay: 0.01."""
 
     lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = setting("cosine")
-    """How the learning rate falls."""
+    """How the learning rate changes over the run."""
 
     lr_warmup_steps: int = setting(0, minimum=0)
-    """Steps in which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
 
     lr_warmup_ratio: float = setting(0.0, minimum=0, maximum=1)
     """The same as a share of the whole training, such as 0.1; counts where lr_warmup_steps is 0."""
@@ -255,7 +258,7 @@ class OptimizationSettings:
     """Exponent of polynomial."""
 
     max_grad_norm: float = setting(1.0, minimum=0)
-    """Longest gradient that is let through; 0 does not clip."""
+    """Maximum gradient norm; 0 does not clip."""
 
     ema_decay: float | None = setting(None, above=0, maximum=0.99999, fills_memory=True)
     """Save an exponential moving average of the weights, with this decay (such as 0.99); empty: none."""
@@ -267,43 +270,44 @@ class OptimizationSettings:
 @dataclass(frozen=True)
 class ObjectiveSettings:
     loss: Literal["mse", "huber", "smooth_l1"] = setting("mse")
-    """How errors are measured; huber bears outliers."""
+    """Loss function; huber and smooth_l1 are robust to outliers."""
 
     huber_c: float = setting(0.1, above=0, maximum=10)
-    """Where huber and smooth_l1 change from square to straight."""
+    """Threshold at which huber and smooth_l1 change from quadratic to linear."""
 
     min_snr_gamma: float | None = setting(5.0, above=0, maximum=100)
-    """Balance early and late noise levels (min-SNR); 5 is usual, empty is off."""
+    """Weight the loss by the noise level (min-SNR); 5 is usual, empty is off."""
 
     debiased_estimation: bool = setting(False)
     """Weight the loss by 1/√SNR instead of min-SNR."""
 
     noise_offset: float = setting(0.0, minimum=0, maximum=1)
-    """Lets very dark and bright pictures be learned; 0.05 is usual."""
+    """Adds a constant offset to the noise, so that very dark and bright pictures can be learned; 0.05 is usual."""
 
     multires_noise_iterations: int = setting(0, minimum=0, maximum=10)
-    """Adds noise at several scales, for light and dark as well; 6 is usual."""
+    """Number of scales of additional noise, also for dark and bright pictures; 6 is usual."""
 
     multires_noise_discount: float = setting(0.3, minimum=0, maximum=1)
-    """How fast the coarser scales fade."""
+    """Factor by which each coarser scale is weaker."""
 
     input_perturbation: float = setting(0.0, minimum=0, maximum=1)
-    """Disturbs what the model sees, not what it must answer; 0.1 is usual."""
+    """Adds noise to the model's input but not to its target; 0.1 is usual."""
 
     zero_terminal_snr: bool | None = setting(None)
-    """Let the last noise level be pure noise, for v-prediction models made so; empty reads it off the model."""
+    """Make the last noise level pure noise, for v-prediction models trained that way; empty detects it from the
+    model."""
 
     min_timestep: int = setting(0, minimum=0, maximum=999)
-    """Lowest noise level that is trained."""
+    """Lowest timestep (noise level) that is trained."""
 
     max_timestep: int = setting(999, minimum=0, maximum=1000)
-    """Highest noise level that is trained, of the model's 1000 from 0 to 999."""
+    """Highest timestep (noise level) that is trained, of the model's 1000 from 0 to 999."""
 
     latent_sampling: Literal["sample", "mean"] = setting("sample")
-    """What of the VAE's answer is learned: a draw from it, or its mean."""
+    """Train on a sample from the VAE's distribution, or on its mean."""
 
     clip_skip: int = setting(1, minimum=1, maximum=12)
-    """Which layer of the text encoder is read, from the end (SD 1 only); 2 for anime models."""
+    """Which layer of the text encoder is used, counted from the end (SD 1 only); 2 for anime models."""
 
 
 @dataclass(frozen=True)
@@ -333,16 +337,17 @@ class OutputSettings:
     """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
 
     merge_into_base: str | None = setting(None, decides=False, path="write")
-    """Also write a full checkpoint with the LoRA merged in, under this path."""
+    """Also write a full checkpoint with the LoRA merged in, to this path."""
 
     resume: str = setting("auto", decides=False, path="read", words=("auto", "never"))
-    """auto continues an interrupted run of the same settings, never starts over, a path continues that state."""
+    """auto continues an interrupted run with the same settings; never starts anew; a path continues from that
+    state."""
 
     preview_prompts: list[str] = setting([], decides=False, separator="\n")  # a prompt has commas
-    """Pictures to draw along the way."""
+    """Prompts of the pictures that are drawn during training."""
 
     preview_steps: int | None = setting(None, minimum=1, decides=False)
-    """Draw the previews every so many steps; empty draws them when the LoRA is saved."""
+    """Draw the previews every so many steps; empty draws them whenever the LoRA is saved."""
 
     description: str = setting("", decides=False)
     """A sentence about the LoRA for its card and its metadata."""

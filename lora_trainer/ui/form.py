@@ -25,7 +25,8 @@ GROUP_TITLES = {
 _WORDS = {"lora": "LoRA", "snr": "SNR", "ema": "EMA", "lr": "learning rate", "vae": "VAE", "min": "minimum",
           "max": "maximum", "dir": "folder", "reg": "regularization", "init": "initial", "dora": "DoRA", "c": "c",
           "lokr": "LoKr", "metadata": "caption", "path": "table", "diffusers": "diffusers"}  # fmt: skip
-_LABELS = {"min_snr_gamma": "Min-SNR gamma", "v_prediction": "V-prediction", "metadata_path": "Caption table",
+_LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_prediction": "V-prediction",
+           "metadata_path": "Caption table",
            "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
            "reg_data_dir": "Regularization folder", "merge_into_base": "Merge into base model",
            "block_lr_weights": "Block learning rate weights", "cache_dir": "Cache folder", "flip": "Mirror",

@@ -70,7 +70,7 @@ def words_of_the_server() -> set[str]:
             if isinstance(node, ast.Call):
                 for part in (*node.args, *(one.value for one in node.keywords)):
                     said |= set(_templates(part))
-            elif isinstance(node, (ast.Return, ast.Assign)):
+            elif isinstance(node, (ast.Return, ast.Assign, ast.AnnAssign)):
                 said |= set(_templates(node.value))
     return said
 
