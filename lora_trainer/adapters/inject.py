@@ -13,7 +13,7 @@ from lora_trainer.adapters.base import Adapter, Target, seed_from, weight_shape
 from lora_trainer.adapters.loha import LohaAdapter
 from lora_trainer.adapters.lokr import LokrAdapter
 from lora_trainer.adapters.lora import LoraAdapter
-from lora_trainer.adapters.targets import select_targets
+from lora_trainer.adapters.selection import select_targets
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 

@@ -131,7 +131,7 @@ def routes(context: Context) -> APIRouter:
 
     @router.post("/editor/{session}/save", response_model=schemas.SavedModel)
     def save(session: str, wish: schemas.SaveModel) -> dict[str, Any]:
-        """Write what is unsaved. A caption that somebody else changed meanwhile is told as a conflict."""
+        """Write what is unsaved. A caption that somebody else changed meanwhile is reported as a conflict."""
         from lora_trainer.dataset.writing import ConflictError
 
         editor = _free(sessions.get(session))
@@ -160,7 +160,7 @@ def routes(context: Context) -> APIRouter:
 
     @router.post("/editor/{session}/refresh", response_model=schemas.SavedModel)
     def refresh(session: str) -> dict[str, Any]:
-        """Take over what changed in the files; tells conflicts with what is unsaved."""
+        """Take over what changed in the files; reports conflicts with what is unsaved."""
         editor = _free(sessions.get(session))
         conflict = editor.session.refresh()
         rows = [

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _unexpected(error)
         print(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", file=sys.stderr)
         return BAD_INPUT
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug, told as one
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug, reported as one
         return _unexpected(error)
 
 

@@ -35,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
     overrides = options.overrides
 
-    def told(translation: Translation) -> None:
+    def report(translation: Translation) -> None:
         print(translation.to_text(str(options.config)), file=sys.stderr)
 
-    config = load(options.config, overrides, told) if options.config else from_mapping(parse_overrides(overrides))
+    config = load(options.config, overrides, report) if options.config else from_mapping(parse_overrides(overrides))
     return run_training(_at_home(config))[0]
 
 

@@ -212,7 +212,7 @@ class EditSession:
                     self.captions[key] = captions[key]
                     if self.saved_captions[key] != saved[key]:
                         conflicts[key] = self.saved_captions[key]
-                        self.saved_captions[key] = saved[key]  # so that saving tells it again
+                        self.saved_captions[key] = saved[key]  # so that saving reports it again
                 if pictures[key] != saved_pictures[key]:
                     self.pictures[key] = pictures[key]
             self._done = [step for step in self._done if self._holds(step)]

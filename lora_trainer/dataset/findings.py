@@ -1,4 +1,4 @@
-"""What the checks of a data set tell, and what a person can do about each."""
+"""What the checks of a data set report, and what a person can do about each."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.host.base import LenderOptions
-from lora_trainer.host.fingerprint import Fingerprint
+from lora_trainer.host.snapshot import WeightSnapshot
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
@@ -173,7 +173,7 @@ class WebuiLender(Lender):
     def _step_aside(self) -> None:
         """The WebUI needs the room for something else; nothing of its weights is held until the next turn."""
         self._lent.unbind()
-        self._fingerprint.settle({})
+        self._snapshot.settle({})
 
     def _loaded(self) -> Any:
         return loaded_model(self._webui)
@@ -200,7 +200,7 @@ class WebuiLender(Lender):
         if info.zero_terminal_snr:
             schedule = rescale_zero_terminal_snr(schedule.float().cpu())
         self._model = self._assemble(tensors, info, schedule)
-        self._fingerprint = Fingerprint(self._tensors())
+        self._snapshot = WeightSnapshot(self._tensors())
 
     def _follow(self, sd_model: Any) -> None:
         """The WebUI's model object from now on."""
@@ -231,14 +231,14 @@ class WebuiLender(Lender):
             self._follow(sd_model)
         self._settle()
         tensors = self._tensors()
-        moved = self._fingerprint.moved(tensors)
+        moved = self._snapshot.moved(tensors)
         if not moved:
             return
-        altered = self._fingerprint.altered(tensors, moved)
+        altered = self._snapshot.altered(tensors, moved)
         if altered:
             tensors = self._repaired(tensors, altered)
         self._bind(tensors)
-        self._fingerprint.settle(tensors)
+        self._snapshot.settle(tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Of the parts that the run still needs."""

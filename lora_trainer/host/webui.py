@@ -20,8 +20,8 @@ from lora_trainer.host import drawing
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
 from lora_trainer.host.lending import WebuiLender, loaded_model
 from lora_trainer.host.loras import HostLoras
+from lora_trainer.host.options import FOLDERS_OPTION, WebuiOptions, access_policy, data_folder
 from lora_trainer.host.publishing import place_lora
-from lora_trainer.host.settings import FOLDERS_OPTION, Settings, access_policy, data_folder
 from lora_trainer.host.turns import Turns
 
 _turns: Turns | None = None
@@ -50,7 +50,7 @@ class WebuiHost(Host):
 
     def option(self, key: str, default: object) -> object:
         # With --nowebui there is no settings page, and the options that we added are not known.
-        return Settings(self._webui.shared.opts).get(key, default)
+        return WebuiOptions(self._webui.shared.opts).get(key, default)
 
     def device(self) -> torch.device:
         return indexed(self._webui.devices.device)

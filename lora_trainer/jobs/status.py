@@ -109,7 +109,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
 
 
 def _server(trouble: Problem | None) -> str:
-    # A restarted server, or one that has become the owner of the queue, tells everything anew.
+    # A restarted server, or one that has become the owner of the queue, reports everything again.
     return f"{os.getpid():x}{'x' if trouble else ''}"
 
 

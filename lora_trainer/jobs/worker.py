@@ -123,7 +123,7 @@ class JobManager:
                     self._run(job)
                 trouble = None
             except Exception as error:  # the disk is full, say: the queue outlives it
-                if trouble != repr(error):  # told once, not every two seconds
+                if trouble != repr(error):  # reported once, not every two seconds
                     trouble = repr(error)
                     log.exception("The job queue has trouble; trying again")
                 self._wake.wait(_TAKE_OVER_SECONDS)
@@ -290,8 +290,8 @@ class JobManager:
             lora, picture = self.result_file(job_id, "lora"), self._picture(job)
         else:
             lora, picture = self._checkpoint(job, step)
-        told = job if step is None else replace(job, step=step, loss=None)
-        facts = publish(self.host, told, self.effective_config(job), lora, name, picture, overwrite=overwrite)
+        published = job if step is None else replace(job, step=step, loss=None)
+        facts = publish(self.host, published, self.effective_config(job), lora, name, picture, overwrite=overwrite)
         self.store.update(job_id, result={**job.result, **facts, "published_step": step})
         self.store.add_event(job_id, "published", name, {})
         return self.store.get(job_id)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def memory_in_use(device: torch.device) -> int | None:
-    """Bytes in use on a GPU by everybody, or by this process on the CPU; None where it cannot be told."""
+    """Bytes in use on a GPU by everybody, or by this process on the CPU; None where it is not known."""
     if device.type == "cpu":
         return _process_memory()
     found = _cuda_memory(device)

@@ -20,7 +20,7 @@ from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver
-from lora_trainer.run.turns import StoppedWhileWaiting, patient_turns
+from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
 from lora_trainer.run.workloads.base import Workload
 from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands

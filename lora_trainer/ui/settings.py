@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_trainer.host.settings import FOLDERS_OPTION
+from lora_trainer.host.options import FOLDERS_OPTION
 from lora_trainer.jobs.execution import HOLD_OPTION, WAIT_OPTION
 from lora_trainer.planning.presets import PRESETS
 

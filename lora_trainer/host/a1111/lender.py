@@ -87,7 +87,7 @@ class A1111Lender(WebuiLender):
         if any(not name.startswith(VAE) for name in altered):
             log.info("%s was changed in the WebUI; loading it again", self.checkpoint.title)
             tensors = self._load_again()
-            altered = self._fingerprint.altered(tensors, self._fingerprint.moved(tensors))
+            altered = self._snapshot.altered(tensors, self._snapshot.moved(tensors))
             if any(not name.startswith(VAE) for name in altered):
                 raise ModelAwayError(f"The weights of {self.checkpoint.title} are not what they were in the beginning.")
         if altered:
@@ -104,7 +104,7 @@ class A1111Lender(WebuiLender):
         if self._model is not None and part in self._parts():
             # A VAE of the run's own follows the host's.
             self._model.bind(self._tensors(), parts=(part,), move=is_here)
-            self._fingerprint.settle(self._tensors())
+            self._snapshot.settle(self._tensors())
 
     def make_room(self) -> None:
         self._residence.make_room(self._parts())

@@ -12,7 +12,7 @@ import torch
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
-from lora_trainer.run.turns import patient_turns
+from lora_trainer.run.waiting import patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.host.conftest import OPTIONS, sha, storages
 from tests.host.test_contract import answer

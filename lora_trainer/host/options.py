@@ -1,4 +1,4 @@
-"""What a WebUI's command line and settings say to us. A1111 and Forge agree in all of it."""
+"""Reads a WebUI's command line and its settings; A1111 and Forge agree in all of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lora_trainer.host.base import AccessPolicy
 FOLDERS_OPTION = "lora_trainer_folders"
 
 
-class Settings:
-    """The WebUI's ``opts``, asked so that options nobody registered have their default."""
+class WebuiOptions:
+    """The WebUI's ``opts``; an option that is not registered has its default."""
 
     def __init__(self, opts: Any):
         self._opts = opts

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from lora_trainer.host.settings import access_policy
+from lora_trainer.host.options import access_policy
 
 
 def test_a_slip_in_the_list_of_folders_shuts_nobody_out(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_trainer.adapters.inject import AdapterSet, rank_and_alpha
-from lora_trainer.adapters.targets import GROUPS, select_targets
+from lora_trainer.adapters.selection import GROUPS, select_targets
 from lora_trainer.errors import UserError
 from tests.adapters.layers import settings, text_targets, unet_targets
 

@@ -1,4 +1,4 @@
-"""Noticing what a host did to its weights while it was not our turn."""
+"""Detects what a host changed in its weights between two turns."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def place(tensor: Tensor) -> Place:
     return id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype, version
 
 
-class Fingerprint:
-    """Where a model's tensors were and what was in them, when they were last known to be right."""
+class WeightSnapshot:
+    """Addresses and sampled values of a model's tensors, taken when they were last known to be right."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._places: dict[str, Place] = {}
@@ -36,7 +36,7 @@ class Fingerprint:
         return [name for name, content in contents(tensors, names).items() if self._contents.get(name) != content]
 
     def settle(self, tensors: Mapping[str, Tensor]) -> None:
-        """These are the right places from now on."""
+        """Take these addresses as the right ones from now on."""
         self._places = {name: place(tensor) for name, tensor in tensors.items()}
 
 
