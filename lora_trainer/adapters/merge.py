@@ -47,25 +47,22 @@ def merge(
     output: str | Path,
     *,
     targets: Sequence[Target],
-    family: str | None = None,
     overwrite: bool = False,
 ) -> MergeResult:
     """Write ``base`` with ``weight`` × the LoRA's change to ``output``: same keys, number formats and metadata.
 
     targets: the layers of the base model (``lora_targets()``), which say where the file keeps them. A layer without
         ``checkpoint_name`` is a third of open_clip's fused ``in_proj_weight`` (q, k, v from top to bottom).
-    family: of the base ("sd1", "sd2", "sdxl"), to be compared with what the LoRA says it was made for.
 
     Raises:
-        UserError: not a single .safetensors file, nothing of the LoRA fits, it was made for another family, weights
-            are not finite, or ``output`` exists and ``overwrite`` was not given, or is one of the inputs.
+        UserError: not a single .safetensors file, nothing of the LoRA fits, weights are not finite, or
+            ``output`` exists and ``overwrite`` was not given, or is one of the inputs.
     """
     base, output = Path(base), Path(output)
     lora = lora if isinstance(lora, LoraFile) else read_lora(lora)
     check_paths(base, lora.path, output, overwrite)
     if not math.isfinite(weight):
         raise UserError(f"A strength of {weight} is no number.", field="weight", remedy="Use one such as 0.7.")
-    _check_family(lora, family)
     matched, unmatched = lora.match(targets)
     plan = _plan(matched, targets)
     with open_tensors(base) as handle:
@@ -108,23 +105,6 @@ def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
 
 def _same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _check_family(lora: LoraFile, family: str | None) -> None:
-    made_for = family_of(lora.metadata)
-    if family is not None and made_for is not None and made_for != family:
-        raise UserError(f"{lora.path} was made for {made_for}, the base is {family}.", remedy="Choose a LoRA for it.")
-
-
-def family_of(metadata: dict[str, str]) -> str | None:
-    """ "sd1", "sd2" or "sdxl" by a LoRA's ``ss_base_model_version``; None if it does not say, "other" for others."""
-    version = metadata.get("ss_base_model_version", "")
-    if not version:
-        return None
-    for prefix, family in (("sdxl_", "sdxl"), ("sd_v1", "sd1"), ("sd_v2", "sd2"), ("sd_1.5", "sd1")):
-        if version.startswith(prefix):
-            return family
-    return "other"
 
 
 def _plan(matched: dict[str, ModuleWeights], targets: Sequence[Target]) -> dict[str, list[_Part]]:

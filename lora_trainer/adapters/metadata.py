@@ -12,15 +12,13 @@ from typing import Any
 
 from lora_trainer.config.schema import TrainConfig
 
-_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}
-_STABILITY = "https://github.com/Stability-AI/generative-models"
-
 
 @dataclass(frozen=True)
 class RunFacts:
     """What a run knows beyond its settings. Times are seconds since 1970.
 
-    family: "sd1" | "sd2" | "sdxl"; prediction_type: "epsilon" | "v_prediction".
+    base: entries by which readers tell the kind of base model, as its family gives them (``lora_metadata``).
+    prediction_type: "epsilon" | "v_prediction".
     resolution: (width, height) of the training, as resolved from "auto".
     epoch, step: how far the saved weights are; total_epochs, total_steps: how far the run goes.
     num_train_images: pictures in one epoch, repeats counted; num_reg_images the same for regularization.
@@ -30,7 +28,7 @@ class RunFacts:
     thumbnail: a ``data:image/…;base64,…`` URL.
     """
 
-    family: str
+    base: Mapping[str, str]
     prediction_type: str
     model_name: str
     resolution: tuple[int, int]
@@ -63,14 +61,7 @@ def build_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     entries = {**_run(config, facts), **_network(config), **_objective(config, facts), **_data(config, facts)}
     metadata = {f"ss_{key}": _text(value) for key, value in entries.items()}
     metadata.update({f"modelspec.{key}": value for key, value in _modelspec(config, facts).items() if value})
-    return metadata
-
-
-def base_model_version(family: str, prediction_type: str) -> str:
-    """kohya's name for a kind of base model; A1111 tells SDXL LoRAs by its ``sdxl_``."""
-    if family == "sdxl":
-        return "sdxl_base_v1-0"
-    return f"sd_v{family[2]}" + ("_v" if prediction_type == "v_prediction" else "")
+    return {**metadata, **facts.base}
 
 
 def network_module(config: TrainConfig) -> str:
@@ -110,8 +101,6 @@ def _run(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "training_started_at": facts.started_at,
         "training_finished_at": facts.finished_at,
         "training_comment": config.description or None,
-        "base_model_version": base_model_version(facts.family, facts.prediction_type),
-        "v2": facts.family == "sd2",
         "sd_model_name": facts.model_path.name if facts.model_path else facts.model_name,
         "sd_model_hash": legacy_file_hash(facts.model_path),
         "new_sd_model_hash": facts.model_hash,
@@ -188,19 +177,15 @@ def _data(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
 
 def _modelspec(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     """Stability's ModelSpec 1.0.1. Empty entries are left out by the caller."""
-    is_v = facts.prediction_type == "v_prediction"
-    architecture = _ARCHITECTURES.get(facts.family) or f"stable-diffusion-v2-{'768-v' if is_v else '512'}"
     when = datetime.fromtimestamp(int(facts.finished_at), timezone.utc)
     return {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{architecture}/lora",
-        "implementation": _STABILITY if facts.family == "sdxl" else "diffusers",
         "implementation_version": facts.implementation_version,
         "title": config.output_name,
         "description": config.description,
         "resolution": f"{facts.resolution[0]}x{facts.resolution[1]}",
         "date": when.replace(tzinfo=None).isoformat(),
-        "prediction_type": "v" if is_v else "epsilon",
+        "prediction_type": "v" if facts.prediction_type == "v_prediction" else "epsilon",
         "trigger_phrase": config.trigger_word,
         "thumbnail": facts.thumbnail or "",
         "tags": ",".join(facts.tags),

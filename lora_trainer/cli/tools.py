@@ -74,18 +74,20 @@ def add_merge(commands: Any) -> None:
 
 def merge(options: argparse.Namespace) -> int:
     """Write a checkpoint that draws like the base with the LoRA at this strength. Neither input is changed."""
+    from lora_trainer.adapters.lora_file import read_lora
     from lora_trainer.adapters.merge import merge as merge_files
     from lora_trainer.models.checkpoint import FileLender
-    from lora_trainer.models.families.unet.targets import targets_of
+    from lora_trainer.models.families import refuse_other_family, targets_of
 
     architecture = FileLender(options.base).architecture()
+    lora = read_lora(options.lora)
+    refuse_other_family(lora.metadata, options.lora, architecture.family)
     result = merge_files(
         options.base,
-        options.lora,
+        lora,
         options.weight,
         options.output,
         targets=targets_of(architecture),
-        family=architecture.family,
         overwrite=options.overwrite,
     )
     print(f"{result.path}: {result.merged} layers merged at strength {options.weight:g}")

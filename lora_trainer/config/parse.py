@@ -149,12 +149,6 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
         "Leave it out to train attention, feed_forward and projection.",
     )
     require(
-        "bucket_step",
-        config.bucket_step % 8 == 0,
-        f"{config.bucket_step} is not a multiple of 8.",
-        "Use 64, or 32 for less cropping.",
-    )
-    require(
         "resolution",
         parse_resolution(config.resolution) is not None,
         f"{config.resolution!r} is no size.",

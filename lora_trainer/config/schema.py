@@ -111,7 +111,7 @@ class DataSettings:
     """Longest side of a bucket in pixels."""
 
     bucket_step: int = setting(64, minimum=8, maximum=512)
-    """Sides of buckets are multiples of this many pixels; itself a multiple of 8."""
+    """Sides of buckets are multiples of this many pixels; itself a multiple of the model's (8 for Stable Diffusion)."""
 
     bucket_no_upscale: bool = setting(False)
     """Train pictures that are smaller than the resolution at their own size."""

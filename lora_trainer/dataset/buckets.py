@@ -16,7 +16,6 @@ from lora_trainer.config import TrainConfig, parse_resolution
 from lora_trainer.dataset.samples import Dataset, Size, View
 from lora_trainer.errors import UserError
 
-LATENT_FACTOR = 8  # pixels of a latent's side; sides of buckets are multiples of it
 
 class BatchPlan:
     """Which pictures make up which batch of which epoch.
@@ -28,6 +27,7 @@ class BatchPlan:
         not exceed would leave a single bucket; it then becomes half of the resolution's shorter side.
     no_upscale: a picture smaller than its bucket is trained at its own size, cut to multiples of ``bucket_step``
         (only a picture with a side shorter than one step is enlarged, to one step).
+    multiple: of so many pixels are the sides of the resolution and of every bucket; the model's.
 
     Raises:
         UserError: a size that no latent can have.
@@ -47,15 +47,16 @@ class BatchPlan:
         min_bucket_resolution: int = 256,
         max_bucket_resolution: int = 2048,
         no_upscale: bool = False,
+        multiple: int,
     ):
-        if bucket_step < LATENT_FACTOR or bucket_step % LATENT_FACTOR:
-            message = f"{bucket_step} is not a multiple of {LATENT_FACTOR}."
-            raise UserError(message, field="bucket_step", remedy="Use 64, 32, 16 or 8.")
-        if min(resolution) < LATENT_FACTOR:
+        if bucket_step < multiple or bucket_step % multiple:
+            message = f"{bucket_step} is not a multiple of {multiple}, which this model needs."
+            raise UserError(message, field="bucket_step", remedy=f"Use 64, or another multiple of {multiple}.")
+        if min(resolution) < multiple:
             message = f"{resolution[0]}x{resolution[1]} is too small."
             raise UserError(message, field="resolution", remedy="Use 512, or 1024 for SDXL.")
         self.dataset = dataset
-        self.resolution = _multiple(resolution[0], LATENT_FACTOR), _multiple(resolution[1], LATENT_FACTOR)
+        self.resolution = _multiple(resolution[0], multiple), _multiple(resolution[1], multiple)
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
@@ -72,8 +73,10 @@ class BatchPlan:
         self._quotas = self._share_regularization()
 
     @classmethod
-    def from_config(cls, dataset: Dataset, config: TrainConfig, default_resolution: int) -> BatchPlan:
-        """The plan of a run; ``default_resolution`` (pixels) is the base model's, for ``resolution: auto``."""
+    def from_config(
+        cls, dataset: Dataset, config: TrainConfig, default_resolution: int, multiple: int
+    ) -> BatchPlan:
+        """The plan of a run. default_resolution: the base model's, in pixels, for ``resolution: auto``."""
         resolution = parse_resolution(config.resolution)
         if resolution is None:
             message = f"{config.resolution!r} is no size."
@@ -90,6 +93,7 @@ class BatchPlan:
             min_bucket_resolution=config.min_bucket_resolution,
             max_bucket_resolution=config.max_bucket_resolution,
             no_upscale=config.bucket_no_upscale,
+            multiple=multiple,
         )
 
     @property
@@ -194,8 +198,8 @@ class BatchPlan:
         flip = self.flip and mirror < 0.5
         # The model gets where the crop lies in the picture as it is shown, that is after mirroring.
         shown_left = room[0] - left if flip else left
-        size_ids = (sample.size[1], sample.size[0], top, shown_left, bucket[1], bucket[0])
-        return View(index, bucket, scaled, (left, top), flip, size_ids)
+        time_ids = (sample.size[1], sample.size[0], top, shown_left, bucket[1], bucket[0])
+        return View(index, bucket, scaled, (left, top), flip, time_ids)
 
 
 def make_buckets(resolution: Size, step: int, shortest: int, longest: int) -> list[Size]:

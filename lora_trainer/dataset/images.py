@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
-from lora_trainer.dataset.samples import Sample, View
+from lora_trainer.dataset.samples import Sample, Size, View
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LATENT_FACTOR = 8  # pixels of a latent's side, for every Stable Diffusion VAE
 
 
 def open_image(path: Path) -> Image.Image:
@@ -140,12 +139,12 @@ def load_pixels(
 
 
 def load_view(sample: Sample, view: View) -> Tensor:
-    """Pixels (3, H, W) float32 in [-1, 1] of one visit of a plan."""
+    """Pixels (3, H, W) float32 in [-1, 1] of one view of a picture."""
     return load_pixels(sample.path, view.scaled, view.bucket, view.crop, view.flip, sample.edit)
 
 
-def load_mask(sample: Sample, view: View) -> Tensor | None:
-    """Where to learn, (1, H/8, W/8) float32 in [0, 1], area-resized; None for everywhere.
+def load_mask(sample: Sample, view: View, size: Size) -> Tensor | None:
+    """Where to learn, (1, h, w) float32 in [0, 1], area-resized to ``size`` (w, h); None for everywhere.
 
     From ``<image>.mask.png`` (stretched over the picture, if its size differs), else from the picture's transparency.
 
@@ -162,8 +161,7 @@ def load_mask(sample: Sample, view: View) -> Tensor | None:
             return None
         mask = image.getchannel("A")
     mask = _view(sample.edit.apply(mask), view.scaled, view.bucket, view.crop, view.flip)
-    width, height = view.bucket
-    mask = mask.resize((width // _LATENT_FACTOR, height // _LATENT_FACTOR), Image.Resampling.BOX)
+    mask = mask.resize(size, Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(mask, dtype=np.float32)[None] / 255.0)
 
 

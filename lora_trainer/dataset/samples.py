@@ -58,7 +58,7 @@ class View:
     sample: index into ``dataset.samples``.
     bucket: (width, height) of the picture that is trained; scaled: (width, height) before cropping to it.
     crop: (left, top) of the crop in the scaled picture; flip: mirrored after cropping.
-    size_ids: SDXL's size embedding: original (h, w), crop (top, left), target (h, w), in pixels.
+    time_ids: original (h, w), crop (top, left), target (h, w), in pixels: what some models are told of it.
     """
 
     sample: int
@@ -66,4 +66,4 @@ class View:
     scaled: Size
     crop: tuple[int, int]
     flip: bool
-    size_ids: tuple[int, ...]
+    time_ids: tuple[int, ...]

@@ -22,10 +22,10 @@ from lora_trainer.host.snapshot import WeightSnapshot
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.models.detect import VAE
-from lora_trainer.models.families.unet.architecture import Architecture, Hints
 from lora_trainer.models.families.unet.folder import add_vae_file
 from lora_trainer.models.families.unet.model import DiffusionModel
+from lora_trainer.models.families.unet.names import VAE
+from lora_trainer.models.hints import Hints
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class LoadedModel(Protocol):
         """Single-file name -> the very tensor that the WebUI computes with, of these parts of the model."""
         ...
 
-    def architecture(self, tensors: dict[str, Tensor], hints: Hints) -> Architecture: ...
+    def architecture(self, tensors: dict[str, Tensor], hints: Hints) -> Any: ...
 
     def hints(self) -> Hints:
         """What shapes do not tell."""
@@ -206,7 +206,7 @@ class WebuiLender(Lender):
         """The WebUI's model object from now on."""
         self._host = self._read(sd_model)
 
-    def _info(self, host: LoadedModel, architecture: Architecture) -> ModelInfo:
+    def _info(self, host: LoadedModel, architecture: Any) -> ModelInfo:
         hints, options = host.hints(), self._options
         prediction = hints.prediction_type or "epsilon"
         if options.v_prediction is not None:

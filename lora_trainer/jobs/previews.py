@@ -34,9 +34,10 @@ class HostPreviewer:
         """
         from lora_trainer.adapters.export import save_lora
         from lora_trainer.host.base import PreviewRequest
+        from lora_trainer.models.families import get_family
 
         size = parse_resolution(self._config.resolution)
-        side = self._info.default_resolution
+        side = get_family(self._info.family).default_resolution(self._info)
         width, height = size if isinstance(size, tuple) else (side, side)
         try:
             with tempfile.TemporaryDirectory(prefix=".preview-", dir=self._folder) as folder:
@@ -54,10 +55,8 @@ class HostPreviewer:
 
     def _metadata(self) -> dict[str, str]:
         """What the hosts read to tell which base model a LoRA is for."""
-        from lora_trainer.adapters.metadata import base_model_version, network_module
+        from lora_trainer.adapters.metadata import network_module
+        from lora_trainer.models.families import get_family
 
-        return {
-            "ss_base_model_version": base_model_version(self._info.family, self._info.prediction_type),
-            "ss_v2": str(self._info.family == "sd2"),
-            "ss_network_module": network_module(self._config),
-        }
+        base = get_family(self._info.family).lora_metadata(self._info.prediction_type)
+        return {**base, "ss_network_module": network_module(self._config)}

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Card, Host
     from lora_trainer.jobs.store import JobStore
 
-SD_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
 PREFERRED_WEIGHT = 0.8
 THUMBNAIL_SIDE = 512
 _MAX_CORE_TEXTS = 8
@@ -30,14 +29,16 @@ log = logging.getLogger(__name__)
 def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
     """The card of a finished job. ``picture``: the last preview; without one the first training picture is shown."""
     from lora_trainer.host.base import Card
+    from lora_trainer.models.families import FAMILIES
 
+    family = FAMILIES.get(job.family)
     captions, first = _captions(config)
     return Card(
         activation_text=activation_text(config.trigger_word, captions),
         preferred_weight=PREFERRED_WEIGHT,
         description=config.description,
         notes=notes(job, config, len(captions)),
-        sd_version=SD_VERSIONS.get(job.family, ""),
+        sd_version=family.card_version if family else "",
         thumbnail=_thumbnail(picture) or _thumbnail(first),
     )
 

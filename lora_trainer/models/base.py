@@ -1,8 +1,11 @@
-"""What a model is to the rest of the package: who lends it, what it can compute, where a LoRA attaches."""
+"""What a model is to the rest of the package: who lends it, what it can compute, where a LoRA attaches.
+
+What differs between model families stands in ``models.family``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,28 +14,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.models.families.unet.architecture import Architecture
 
-FAMILIES = ("sd1", "sd2", "sdxl")
+class ModelArchitecture(Protocol):
+    """What a model is made of, as plain data that can be hashed: read from names and shapes, before weights are."""
+
+    @property
+    def family(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model is lent. ``architecture``: before it is loaded, as far as its file tells."""
+    """Which model is lent.
 
-    family: str  # one of FAMILIES
-    prediction_type: str  # "epsilon" | "v_prediction"
+    family: a name in ``models.families``. prediction_type: what the model predicts, "epsilon" or "v_prediction".
+    architecture: as far as it is known before the model is loaded.
+    """
+
+    family: str
+    prediction_type: str
     name: str
     path: Path | None = None
     zero_terminal_snr: bool = False
-    architecture: Architecture | None = field(default=None, compare=False)
-
-    @property
-    def default_resolution(self) -> int:
-        """Side in pixels that the family was trained at."""
-        if self.family == "sdxl":
-            return 1024
-        return 768 if self.family == "sd2" and self.prediction_type == "v_prediction" else 512
+    architecture: Any = field(default=None, compare=False)  # the family's ModelArchitecture, or None
 
 
 @dataclass(frozen=True)
@@ -47,41 +50,59 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Encoded captions.
+class Conditioning:
+    """Encoded captions: what the model reads beside latents and timestep.
 
-    context: (B, 77·chunks, D), what the UNet's cross-attention reads.
-    pooled: (B, P) for SDXL, else None.
+    context: (B, L, D), one vector per token. pooled: (B, P), one vector per caption, where the family has it.
+    extra: further tensors of the family, (B, …) each, by name; they keep their dtype.
     """
 
     context: Tensor
     pooled: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.context.shape[0]
 
-    def __getitem__(self, rows: int | slice) -> Prompts:
+    def __getitem__(self, rows: int | slice) -> Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1)
-        return Prompts(self.context[rows], None if self.pooled is None else self.pooled[rows])
+        return self.map(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Prompts:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Prompts(self.context.to(device, dtype), pooled)
+        extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return Conditioning(self.context.to(device, dtype), pooled, extra)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """``function`` applied to every tensor."""
+        return Conditioning.from_tensors({name: function(tensor) for name, tensor in self.tensors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, as it is cached."""
+        named = {"context": self.context, "pooled": self.pooled, **self.extra}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @staticmethod
-    def stack(items: Sequence[Prompts], empty: Prompts) -> Prompts:
-        """One batch of ``items`` (each B = 1); shorter ones are filled up with the encoding of the empty prompt.
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Conditioning:
+        rest = dict(tensors)
+        return Conditioning(rest.pop("context"), rest.pop("pooled", None), rest)
 
-        ``empty``: (1, 77, D), as the WebUI itself pads prompts of unequal length.
+    @staticmethod
+    def stack(items: Sequence[Conditioning], empty: Conditioning) -> Conditioning:
+        """One batch of ``items`` (each B = 1); shorter ones are filled up with the encoding of the empty caption.
+
+        ``empty``: (1, L, D), of which every item's length is a multiple; WebUIs pad prompts of unequal length so.
         """
         length = max(item.context.shape[1] for item in items)
         rows = []
         for item in items:
             missing = (length - item.context.shape[1]) // empty.context.shape[1]
             rows.append(torch.cat([item.context, *[empty.context.to(item.context)] * missing], dim=1))
-        pooled = None if items[0].pooled is None else torch.cat([item.pooled for item in items])
-        return Prompts(torch.cat(rows), pooled)
+        rest = [{name: tensor for name, tensor in item.tensors.items() if name != "context"} for item in items]
+        joined = {name: torch.cat([tensors[name] for tensors in rest]) for name in rest[0]}
+        return Conditioning.from_tensors({"context": torch.cat(rows), **joined})
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class LoraTarget:
         ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj`` (``text_encoder_2.…`` for SDXL's second).
     checkpoint_name: key stem of the weight in the base's own file, e.g. ``model.diffusion_model.input_blocks.1.1.…``;
         None where the file stores the layer in another shape (open_clip's fused q, k, v).
-    part: "unet" | "text_encoder" | "text_encoder_2".
+    part: "unet" (the denoiser, whatever it is built of) | "text_encoder" | "text_encoder_2".
     group: "attention" | "feed_forward" | "projection" | "conv" (3×3) | "conv_linear" (a resnet's 1×1 conv and Linear).
     block: kohya's count of UNet blocks, None in text encoders. SD 1 and 2: 0…11 in, 12 middle, 13…24 out; SDXL: 1…9 in,
         10…12 middle, 13…21 out.
@@ -109,7 +130,7 @@ class LoraTarget:
 
 
 class LentModel(Protocol):
-    """A lent Stable Diffusion: frozen weights that belong to the lender, and the computations on them.
+    """A lent model: frozen weights that belong to the lender, and the computations on them.
 
     All modules are in eval mode and need no gradient; gradients flow through them to what is attached.
     """
@@ -117,32 +138,33 @@ class LentModel(Protocol):
     info: ModelInfo
     schedule: NoiseSchedule
     device: torch.device
-    unet: nn.Module
-    text_encoders: list[nn.Module]
     vae_key: str  # changes when the VAE's weights change; part of cache keys
     text_key: str  # the same for the text encoders and clip_skip
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 8, H/8, W/8) fp32: mean and log-variance, unscaled."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 2C, h, w) fp32: mean and log-variance, unscaled.
+
+        C, and the pixels per side of a latent, are the family's ``latents``.
+        """
         ...
 
     def sample_latents(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Moments (B, 8, h, w) -> scaled latents (B, 4, h, w) fp32; a draw with ``generator``, the mean without.
+        """Moments (B, 2C, h, w) -> scaled latents (B, C, h, w) fp32; a sample with ``generator``, the mean without.
 
         The noise is drawn on the CPU, so that every device gives the same.
         """
         ...
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
+        """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1], fp32."""
         ...
 
     def encode_prompts(
         self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
-    ) -> Prompts:
-        """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
+    ) -> Conditioning:
+        """Captions of at most ``max_tokens`` tokens -> Conditioning. weighted: they hold the WebUI's emphasis.
 
-        Only ``rows`` of the captions are encoded, with as many chunks as all of them together would get.
+        Only ``rows`` of the captions are encoded, as long as all of them together would be.
         Differentiable when text encoders carry adapters; wrap in ``torch.no_grad`` otherwise.
         """
         ...
@@ -151,10 +173,12 @@ class LentModel(Protocol):
         """Tokens of the caption by the (first) tokenizer, without BOS and EOS."""
         ...
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Prompts, size_ids: Tensor | None) -> Tensor:
-        """The UNet's answer (B, 4, h, w) in fp32.
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor | None
+    ) -> Tensor:
+        """The model's prediction (B, C, h, w) in fp32.
 
-        timesteps: (B,) int64. size_ids: (B, 6) for SDXL: original (h, w), crop (top, left), target (h, w) in pixels.
+        timesteps: (B,). time_ids: what the family's ``time_ids`` makes of the pictures' sizes.
         """
         ...
 

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
-from lora_trainer.models.base import Lender, ModelInfo
-from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.detect import UNET, VAE, detect
-from lora_trainer.models.families.unet.architecture import Architecture, Hints
-from lora_trainer.models.families.unet.binding import build_unet
-from lora_trainer.models.families.unet.folder import add_vae_file, read_folder
-from lora_trainer.models.families.unet.model import DiffusionModel, assemble
-from lora_trainer.models.hints import file_hints
+from lora_trainer.models.base import Lender, LentModel, ModelInfo
+from lora_trainer.models.detect import detect
+from lora_trainer.models.families import FAMILIES, choose, claiming, get_family
+from lora_trainer.models.hints import Hints, read_json
 from lora_trainer.models.tensors import Source, Tensors, open_source
-from lora_trainer.models.tokenizer import load_tokenizer
-
-_SD1_TEXT = "cond_stage_model.transformer."
-_TURBO_TEXT = "conditioner.embedders.0.model."
 
 
 class FileLender(Lender):
@@ -71,13 +64,14 @@ class FileLender(Lender):
         return self._described
 
     @contextmanager
-    def borrow(self) -> Iterator[DiffusionModel]:
+    def borrow(self) -> Iterator[LentModel]:
         """Builds the model. Raises ``UserError`` when the file is none that can be trained."""
         tensors = self._open()
         info = self._described
-        tokenizer = load_tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
-        tensors.place(self.device, self.weight_dtype, as_stored=VAE)
-        model = assemble(
+        family = get_family(info.family)
+        tokenizer = family.tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
+        tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
+        model = family.build(
             tensors,
             info.architecture,
             tokenizer,
@@ -101,70 +95,58 @@ class FileLender(Lender):
             self._hash = sha256_file(self.path)
         return self._hash
 
-    def architecture(self) -> Architecture:
+    def architecture(self) -> Any:
         """What the file says of the model, also of one without a VAE. Raises ``UserError`` when it is none."""
         return self._read()[1]
 
     def _open(self) -> Tensors:
         tensors, architecture, hints = self._read()
-        if architecture.vae is None:
-            raise UserError(f"{self.path} has no VAE.", field="vae", remedy="Name a VAE file with vae: …")
+        get_family(architecture.family).check_complete(architecture, self.path)
         if self._described is None:
             self._described = self._info(tensors, architecture, hints)
         return tensors
 
-    def _read(self) -> tuple[Tensors, Architecture, Hints]:
+    def _read(self) -> tuple[Tensors, Any, Hints]:
+        source, hints = None, Hints()
         if self.path.is_dir():
             tensors, hints = read_folder(self.path)
         else:
             source = open_source(self.path)
-            tensors, hints = single_file(source), file_hints(self.path, source.shapes, source.metadata)
-        if self._vae:
-            with concerning("vae"):
-                add_vae_file(tensors, Path(self._vae))
+            tensors = single_file(source)
+        if (family := claiming(tensors.shapes)) is not None:
+            if source is not None:
+                hints = family.file_hints(self.path, source.shapes, source.metadata)
+            if self._vae:
+                with concerning("vae"):
+                    family.add_vae(tensors, Path(self._vae))
         return tensors, detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints), hints
 
-    def _info(self, tensors: Tensors, architecture: Architecture, hints: Hints) -> ModelInfo:
+    def _info(self, tensors: Tensors, architecture: Any, hints: Hints) -> ModelInfo:
         prediction = hints.prediction_type
         if self._v_prediction is not None:
             prediction = "v_prediction" if self._v_prediction else "epsilon"
         elif prediction is None:
-            prediction = (
-                "v_prediction" if architecture.family == "sd2" and predicts_v(tensors, architecture) else "epsilon"
-            )
+            prediction = get_family(architecture.family).prediction_type(tensors, architecture)
         zero = bool(hints.zero_terminal_snr) if self._zero_terminal_snr is None else self._zero_terminal_snr
         return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero, architecture)
 
 
-@torch.no_grad()
-def predicts_v(tensors: Tensors, architecture: Architecture) -> bool:
-    """Whether an SD 2 UNet predicts v. Shapes do not tell.
-
-    At the noisiest step, latents of 0.5 are all noise to a model that predicts noise, and it answers with them; one
-    that predicts v answers with the negative picture that it sees in them. The test and its threshold are those of
-    the WebUI (``is_using_v_parameterization_for_sd2``).
-    """
-    unet, bindings = build_unet(architecture.unet)
-    cast_layers(unet, torch.float32)
-    for binding in bindings:
-        binding.bind(tensors, None)
-    latents = torch.full((1, 4, 8, 8), 0.5)
-    context = torch.zeros(1, 2, architecture.unet.context_dim)
-    answer = unet.eval()(latents, torch.tensor([999]), encoder_hidden_states=context, return_dict=False)[0]
-    return (answer - latents).mean().item() < -1
-
-
 def single_file(source: Source) -> Tensors:
-    """A single file's tensors under the usual names; some files deviate from these."""
+    """A single file's tensors under the names that its family knows."""
     tensors = Tensors()
-    turbo = f"{UNET}label_emb.0.0.weight" not in source.shapes
     for name in source.shapes:
         usual = name
-        if name.startswith(_SD1_TEXT) and name[len(_SD1_TEXT) :].startswith(
-            ("embeddings.", "encoder.", "final_layer_norm.")
-        ):
-            usual = f"{_SD1_TEXT}text_model.{name[len(_SD1_TEXT) :]}"  # saved by transformers before 4.0
-        elif turbo and name.startswith(_TURBO_TEXT):
-            usual = f"cond_stage_model.model.{name[len(_TURBO_TEXT) :]}"  # SD-Turbo: SD 2 in sgm's names
+        for family in FAMILIES.values():
+            usual = family.usual_name(usual, source.shapes)
         tensors.add(usual, source, name)
     return tensors
+
+
+def read_folder(folder: Path) -> tuple[Tensors, Hints]:
+    """The tensors of a diffusers folder, and what its configuration says. Raises ``UserError``."""
+    for family in FAMILIES.values():
+        if (found := family.read_folder(folder)) is not None:
+            return found
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    what = f"holds a {kind}, which cannot be trained here" if kind else "is not a diffusers model folder"
+    raise UserError(f"{folder} {what}.", field="base_model", remedy=choose())

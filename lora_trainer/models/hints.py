@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.families.unet.architecture import Hints
 
 HINTS_KEY = "lora_trainer.architecture"  # metadata: a JSON object with fields of ``Hints``
 
@@ -27,6 +26,22 @@ _OTHER_VARIANTS = {
 _EPSILON, _V = ("epsilon", "eps", "noise"), ("v", "v_prediction", "v-prediction", "vpred", "v_pred", "velocity")
 _PREDICTIONS = {**dict.fromkeys(_EPSILON, "epsilon"), **dict.fromkeys(_V, "v_prediction")}
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What shapes do not tell: from the file's metadata, a .yaml beside it, or a folder's configuration files.
+
+    num_heads (one value, or one per level) or head_dim of the UNet's attention, text_heads one value per text encoder;
+    prediction_type "epsilon" or "v_prediction"; latent_scale: see ``LatentFormat``. None where nobody says.
+    """
+
+    num_heads: int | tuple[int, ...] | None = None
+    head_dim: int | None = None
+    text_heads: tuple[int, ...] | None = None
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+    latent_scale: float | None = None
 
 
 def file_hints(path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Hints:

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from lora_trainer.host.base import Host
-    from lora_trainer.models.base import ModelInfo
-    from lora_trainer.models.families.unet.architecture import Architecture
-    from lora_trainer.training.forecast import Weightless
+    from lora_trainer.models.base import ModelArchitecture, ModelInfo
+    from lora_trainer.models.family import MetaModel
     from lora_trainer.training.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ _CPU_SIDE = 512
 _TRIAL_AGE = 600.0  # seconds after which a device is tried again: it may have been slowed down by others
 _MAX_KNOWN = 8
 
-_models: dict[Architecture, Weightless] = {}
+_models: dict[ModelArchitecture, MetaModel] = {}
 _trials: dict[Any, _Trial] = {}
 _in_use_idle: dict[Any, int | None] = {}  # bytes, by device, when nothing was trained there last
 _trying = threading.Lock()
@@ -57,7 +56,7 @@ class PastRuns(Protocol):
         """The newest runs on this host and a model of this ``architecture_mark``, newest first."""
 
 
-def architecture_mark(architecture: Architecture | None) -> str:
+def architecture_mark(architecture: ModelArchitecture | None) -> str:
     """By which a later run finds the jobs on models that are built alike; "" where that is not known."""
     return "" if architecture is None else hashlib.sha256(repr(architecture).encode()).hexdigest()[:16]
 
@@ -128,20 +127,20 @@ class _Trial:
     time: float
 
 
-def _model(architecture: Architecture, host: Host, busy: bool) -> Weightless | None:
+def _model(architecture: ModelArchitecture, host: Host, busy: bool) -> MetaModel | None:
     """The model without its weights, built in a turn of the host's; None while there is none to be had."""
-    from lora_trainer.training.forecast import Weightless
+    from lora_trainer.models.families import meta_model
 
     with _trying:
         if architecture not in _models and not busy:
             with host.spare_turn() as ours:
                 if ours:
-                    _keep(_models, architecture, Weightless.of(architecture))
+                    _keep(_models, architecture, meta_model(architecture))
         return _models.get(architecture)
 
 
 def _speed(
-    architecture: Architecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
+    architecture: ModelArchitecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
 ) -> float | None:
     """Operations per second, tried in a turn of the host's, now and then for each kind of work; None where that is
     not known."""
@@ -159,7 +158,7 @@ def _speed(
             if not ours:
                 return speed
             try:
-                speed = throughput(architecture.unet, precision, size)
+                speed = throughput(architecture, precision, size)
             except RuntimeError as error:  # of a full GPU above all; the run itself would say more
                 log.warning("How fast the device trains could not be tried: %s", error)
         _keep(_trials, key, _Trial(speed, time.monotonic()))
@@ -186,5 +185,7 @@ def _values(config: TrainConfig, names: tuple[str, ...]) -> list[Any]:
 
 def _size(config: TrainConfig, info: ModelInfo) -> tuple[int, int]:
     """Width and height of the pictures, in pixels."""
-    size = parse_resolution(config.resolution)
-    return size if isinstance(size, tuple) else (info.default_resolution, info.default_resolution)
+    from lora_trainer.models.families import get_family
+
+    size, side = parse_resolution(config.resolution), get_family(info.family).default_resolution(info)
+    return size if isinstance(size, tuple) else (side, side)

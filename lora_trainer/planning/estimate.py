@@ -34,6 +34,7 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
     """
     from lora_trainer.dataset.buckets import BatchPlan
     from lora_trainer.dataset.folder import UncaptionedError, scan
+    from lora_trainer.models.families import get_family
     from lora_trainer.planning.measured import measure
     from lora_trainer.run.captioning import training_captioner
 
@@ -45,7 +46,9 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
             captioner = training_captioner(config, sources)
             problems = [] if captioner else [Problem.of(error)]
             dataset = scan(config, measure=measure, stand_in=_STAND_IN)
-    plan = BatchPlan.from_config(dataset, config, info.default_resolution)
+    family = get_family(info.family)
+    side = family.default_resolution(info)
+    plan = BatchPlan.from_config(dataset, config, side, family.latents.multiple)
     steps_per_epoch = math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps)
     steps = config.max_train_steps or steps_per_epoch * config.epochs
     visits = plan.visits_per_epoch * steps / steps_per_epoch
@@ -62,6 +65,6 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         "steps": steps,
         "base_model": info.name,
         "family": info.family,
-        "resolution": str(info.default_resolution) if config.resolution == "auto" else config.resolution,
+        "resolution": str(side) if config.resolution == "auto" else config.resolution,
         **cost(config, info, visits, host, past),
     }

@@ -12,10 +12,6 @@ FEW_PICTURES = 100
 
 _VISITS_PER_EPOCH = 100  # with few pictures, repeats make an epoch about this long
 _MAX_REPEATS = 10
-ROOMY_BYTES = {"sd1": 8 << 30, "sd2": 8 << 30, "sdxl": 20 << 30}
-"""Free memory from which on batches of several pictures are suggested: a rule of thumb, on the safe side."""
-TIGHT_BYTES = {"sd1": 4 << 30, "sd2": 4 << 30, "sdxl": 10 << 30}
-"""Free memory below which the rank is halved as well, as the articles advise when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +61,25 @@ def preset(
     """The settings of a preset for so many pictures, a model of this family and so many bytes of free memory.
 
     Few pictures: dropout, and repeats that make an epoch about a hundred pictures long. Little memory: batches of 1
-    with gradient checkpointing, and accumulation that keeps the effective batch; very little: half the rank. SDXL,
-    whose activations need four times the memory, counts as little unless it is known that there is enough.
+    with gradient checkpointing, and accumulation that keeps the effective batch; very little: half the rank, as the
+    articles advise. How much is little, and what else differs, the family says.
 
     Raises:
         UserError: there is no such preset.
     """
     if kind not in PRESETS:
         raise UserError(f"There is no preset {kind!r}.", field="preset", remedy=f"Use one of {', '.join(PRESETS)}.")
-    settings = dict(PRESETS[kind].settings)
+    from lora_trainer.models.families import FAMILIES
+
+    model = FAMILIES.get(family or "")
+    settings = {**PRESETS[kind].settings, **(model.presets.get(kind, {}) if model else {})}
     if pictures:
         if pictures < FEW_PICTURES:
             settings["dropout"] = 0.1
         settings["repeats"] = max(1, min(_MAX_REPEATS, round(_VISITS_PER_EPOCH / pictures)))
-    roomy = free >= ROOMY_BYTES[family] if free is not None and family in ROOMY_BYTES else family != "sdxl"
-    if not roomy:
+    if model is not None and not (model.assume_roomy if free is None else free >= model.roomy_bytes):
         accumulation = settings.get("gradient_accumulation_steps", 1) * settings["batch_size"]
         settings |= {"batch_size": 1, "gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
-        if free is not None and free < TIGHT_BYTES[family]:
+        if free is not None and free < model.tight_bytes:
             settings |= {name: settings[name] // 2 for name in ("lora_rank", "alpha") if name in settings}
     return settings

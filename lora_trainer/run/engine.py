@@ -226,7 +226,6 @@ def _merge(config: TrainConfig, model: LentModel, lora: Path) -> Path:
         1.0,
         output,
         targets=model.lora_targets(),
-        family=model.info.family,
         overwrite=config.overwrite,
     )
     return output

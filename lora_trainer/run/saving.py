@@ -18,6 +18,7 @@ from lora_trainer.dataset.captions import parse
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.tags import tag_frequency
 from lora_trainer.models.base import ModelInfo
+from lora_trainer.models.families import get_family
 from lora_trainer.run.outputs import FINGERPRINT_ENTRY, Outputs
 from lora_trainer.training.callbacks import TrainCallbacks
 
@@ -82,7 +83,7 @@ def run_facts(
     table = plan.table()
     captions = {sample.key: parse(sample.caption) for sample in dataset.samples if not sample.is_regularization}
     return RunFacts(
-        family=info.family,
+        base=get_family(info.family).lora_metadata(info.prediction_type),
         prediction_type=info.prediction_type,
         model_name=info.path.name if info.path else info.name,
         model_path=info.path,

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -191,9 +191,11 @@ class MicroBatchGraphs:
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``function`` applied to every tensor in it, through dataclasses."""
+    """``value`` with ``function`` applied to every tensor in it, through dataclasses and mappings."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, Mapping):
+        return {name: _map(one, function) for name, one in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         changed = {field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
@@ -201,8 +203,11 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What dataclasses hold, in the order of their fields."""
-    if dataclasses.is_dataclass(value):
+    """What dataclasses and mappings hold, in their order."""
+    if isinstance(value, Mapping):
+        for one in value.values():
+            yield from _leaves(one)
+    elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _leaves(getattr(value, field.name))
     else:

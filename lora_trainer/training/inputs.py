@@ -19,7 +19,8 @@ from lora_trainer.dataset.samples import Dataset, View
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
-from lora_trainer.models.base import LentModel, Prompts
+from lora_trainer.models.base import Conditioning, LentModel
+from lora_trainer.models.families import get_family
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn, ahead
@@ -31,15 +32,16 @@ CAPTIONS_PER_TURN = 16
 class Batch:
     """Pictures of one bucket.
 
-    moments: (B, 8, h, w) fp32, the VAE's mean and log-variance. captions: the texts that the step trains with.
-    prompts: their encoding, or None when the step encodes them. size_ids: (B, 6) int64 for SDXL, else None.
+    moments: (B, 2C, h, w) fp32, the VAE's mean and log-variance. captions: the texts that the step trains with.
+    conditioning: their encoding, or None when the step encodes them. time_ids: what the model is told of the pictures'
+    sizes, (B, …), or None.
     mask: (B, 1, h, w) fp32 in [0, 1] or None. weights: (B,) fp32, of each picture in the loss.
     """
 
     moments: Tensor
     captions: tuple[str, ...]
-    prompts: Prompts | None
-    size_ids: Tensor | None
+    conditioning: Conditioning | None
+    time_ids: Tensor | None
     mask: Tensor | None
     weights: Tensor
 
@@ -51,8 +53,8 @@ class Batch:
         return Batch(
             self.moments[rows],
             self.captions[rows],
-            None if self.prompts is None else self.prompts[rows],
-            None if self.size_ids is None else self.size_ids[rows],
+            None if self.conditioning is None else self.conditioning[rows],
+            None if self.time_ids is None else self.time_ids[rows],
             None if self.mask is None else self.mask[rows],
             self.weights[rows],
         )
@@ -62,8 +64,8 @@ class Batch:
         return Batch(
             to_device(self.moments, device),
             self.captions,
-            self.prompts and Prompts(to_device(self.prompts.context, device), to_device(self.prompts.pooled, device)),
-            to_device(self.size_ids, device),
+            self.conditioning and self.conditioning.map(lambda tensor: to_device(tensor, device)),
+            to_device(self.time_ids, device),
             to_device(self.mask, device),
             to_device(self.weights, device),
         )
@@ -88,6 +90,7 @@ class BatchSource:
     ):
         self.config = config
         self.model = model
+        self.family = get_family(model.info.family)
         self.dataset = dataset
         self.plan = plan
         self.cache = cache
@@ -138,15 +141,15 @@ class BatchSource:
 
     def _views(self) -> list[View]:
         """Each picture as it is ever shown. Not every epoch visits every regularization picture, so look at more."""
-        views: dict[tuple[int, bool], View] = {}
+        shown: dict[tuple[int, bool], View] = {}
         everything = range(len(self.dataset.samples))
         for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
             for view in (view for batch in self.plan.epoch(epoch) for view in batch):
                 for flip in (False, True) if self.config.flip else (view.flip,):
-                    views.setdefault((view.sample, flip), replace(view, flip=flip))
-            if {sample for sample, _ in views}.issuperset(everything):
+                    shown.setdefault((view.sample, flip), replace(view, flip=flip))
+            if {sample for sample, _ in shown}.issuperset(everything):
                 break
-        return list(views.values())
+        return list(shown.values())
 
     def _encode_latents(
         self, views: Sequence[View], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
@@ -170,7 +173,7 @@ class BatchSource:
         return key, load_view(self.dataset.samples[view.sample], view)
 
     def _encode(self, pixels: Tensor, turn: Turn) -> Tensor:
-        """(3, H, W) -> moments (8, h, w) on the CPU.
+        """(3, H, W) -> moments (2C, h, w) on the CPU.
 
         One picture at a time: it fills a GPU, several would take gigabytes from whoever shares its memory, and their
         number would change the last bit of the result.
@@ -199,16 +202,14 @@ class BatchSource:
             with turn(), torch.no_grad():
                 # One by one: captions of unequal length would be filled up to the longest of them.
                 encoded = [self.encode_prompts([caption]) for caption in some]
-                for caption, prompts in zip(some, encoded):
-                    prompts = prompts.to("cpu", self.precision.compute_dtype)
-                    tensors = {"context": prompts.context, "pooled": prompts.pooled}
-                    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-                    self.cache.put(self._prompt_key(caption), present)
+                for caption, conditioning in zip(some, encoded):
+                    conditioning = conditioning.to("cpu", self.precision.compute_dtype)
+                    self.cache.put(self._prompt_key(caption), conditioning.tensors)
             done += len(some)
             callbacks.on_phase("captions", done, len(captions))
         return True
 
-    def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Prompts:
+    def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
         """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained.
 
         ``rows``: those that are encoded; they are padded to the length of the longest of all ``captions``.
@@ -241,12 +242,11 @@ class BatchSource:
         samples = [self.dataset.samples[view.sample] for view in views]
         captions = tuple(self._caption(view.sample, epoch, visit + offset) for offset, view in enumerate(views))
         prior = self.config.prior_loss_weight
-        is_sdxl = self.model.info.family == "sdxl"
         return Batch(
             moments=torch.stack([self._read(self._latent_key(view))["moments"] for view in views]),
             captions=captions,
-            prompts=self._read_prompts(captions) if self.caches_prompts else None,
-            size_ids=torch.tensor([view.size_ids for view in views]) if is_sdxl else None,
+            conditioning=self._read_conditioning(captions) if self.caches_prompts else None,
+            time_ids=self.family.time_ids([view.time_ids for view in views]),
             mask=torch.stack([self._mask(view) for view in views]) if self.config.use_masks else None,
             weights=torch.tensor([prior if sample.is_regularization else 1.0 for sample in samples]),
         )
@@ -269,28 +269,28 @@ class BatchSource:
             weighted=self.config.weighted_captions,
         )
 
-    def _read_prompts(self, captions: Sequence[str]) -> Prompts:
-        def read(caption: str) -> Prompts:
-            tensors = self._read(self._prompt_key(caption))
-            return Prompts(tensors["context"], tensors.get("pooled"))
+    def _read_conditioning(self, captions: Sequence[str]) -> Conditioning:
+        def read(caption: str) -> Conditioning:
+            return Conditioning.from_tensors(self._read(self._prompt_key(caption)))
 
-        return Prompts.stack([read(caption) for caption in captions], read(""))
+        return self.family.collate([read(caption) for caption in captions], read(""))
 
     def _mask(self, view: View) -> Tensor:
         """(1, h, w); ones where there is none. Kept in the cache, as reading it means decoding the picture."""
-        sample = self.dataset.samples[view.sample]
+        sample, size = self.dataset.samples[view.sample], self.family.latents.size(*view.bucket)
         key = cache_key(
             kind="mask",
             version=PIXELS_VERSION,
             image=sample.digest,
             mask=sample.mask_path and self._mask_digest(sample.mask_path),
             view=[view.scaled, view.bucket, view.crop, view.flip],
+            size=size,
         )
         if (known := self.cache.get(key)) is not None:
             return known["mask"]
-        mask = load_mask(sample, view)
+        mask = load_mask(sample, view, size)
         if mask is None:
-            mask = torch.ones(1, view.bucket[1] // 8, view.bucket[0] // 8)
+            mask = torch.ones(1, *reversed(size))
         self.cache.put(key, {"mask": mask})
         return mask
 

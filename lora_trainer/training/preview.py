@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_trainer.models.base import LentModel, NoiseSchedule, Prompts
+from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
+from lora_trainer.models.families import get_family
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn
@@ -29,35 +30,42 @@ def sample(
 ) -> Image.Image:
     """One picture by DDIM (η = 0) with classifier-free guidance, ε = ε_neg + cfg·(ε_pos − ε_neg) (Ho & Salimans 2022).
 
-    ``width`` and ``height`` in pixels are cut to multiples of 8. The first noise depends on ``seed`` alone. Call it
-    in a turn.
+    ``width`` and ``height`` in pixels are cut to multiples that the model can draw. The first noise depends on ``seed``
+    alone. Call it in a turn.
     """
     precision = precision or Precision(model.device, torch.float32, None)
-    width, height = width // 8 * 8, height // 8 * 8
+    family = get_family(model.info.family)
+    latent_format = family.latents
+    width, height = (side - side % latent_format.multiple for side in (width, height))
     scheduler = _scheduler(model.schedule)
     scheduler.set_timesteps(steps)
     guided = cfg != 1
-    size_ids = None
-    if model.info.family == "sdxl":
-        size_ids = torch.tensor([[height, width, 0, 0, height, width]] * (2 if guided else 1), device=model.device)
+    time_ids = family.time_ids([(height, width, 0, 0, height, width)] * (2 if guided else 1))
+    time_ids = None if time_ids is None else time_ids.to(model.device)
     with precision.autocast():
-        prompts = model.encode_prompts([negative, prompt] if guided else [prompt]).to(model.device)
+        conditioning = model.encode_prompts([negative, prompt] if guided else [prompt]).to(model.device)
 
-    latents = torch.randn(1, 4, height // 8, width // 8, generator=generator_for(seed, "preview"))
+    shape = (1, latent_format.channels, *reversed(latent_format.size(width, height)))
+    latents = torch.randn(shape, generator=generator_for(seed, "preview"))
     latents = latents.to(model.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps.tolist():
         with precision.autocast():
-            model_pred = _guided_pred(model, latents, timestep, prompts, size_ids, cfg)
+            model_pred = _guided_pred(model, latents, timestep, conditioning, time_ids, cfg)
         latents = scheduler.step(model_pred, timestep, latents).prev_sample
     return _to_image(model.decode_latents(latents))
 
 
 def _guided_pred(
-    model: LentModel, latents: Tensor, timestep: int, prompts: Prompts, size_ids: Tensor | None, cfg: float
+    model: LentModel,
+    latents: Tensor,
+    timestep: int,
+    conditioning: Conditioning,
+    time_ids: Tensor | None,
+    cfg: float,
 ) -> Tensor:
-    count = len(prompts)
+    count = len(conditioning)
     timesteps = torch.full((count,), timestep, device=latents.device)
-    model_pred = model.predict(latents.expand(count, -1, -1, -1), timesteps, prompts, size_ids).float()
+    model_pred = model.predict(latents.expand(count, -1, -1, -1), timesteps, conditioning, time_ids).float()
     if count == 1:
         return model_pred
     negative, positive = model_pred.chunk(2)

@@ -9,9 +9,11 @@ import torch
 
 from lora_trainer.adapters.export import save_diffusers, save_lora
 from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.adapters.merge import merge
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.families import refuse_other_family
 from tests import tiny
 from tests.adapters.layers import randomize, settings
 from tests.adapters.test_diffusers import BASES, assert_same, outputs
@@ -44,7 +46,7 @@ def test_merged_file_computes_what_base_and_lora_do(tmp_path, family, kind):
         adapters.multiplier = 0.6
         with adapters:
             expected = outputs(model)
-        result = merge(base, tmp_path / "lora.safetensors", 0.6, out, targets=model.lora_targets(), family=family)
+        result = merge(base, tmp_path / "lora.safetensors", 0.6, out, targets=model.lora_targets())
     assert result.merged == len(adapters) and result.unmatched == ()
     with FileLender(out).borrow() as model:
         assert_same(outputs(model), expected)
@@ -129,7 +131,8 @@ def test_refusals_leave_nothing_behind(files, what):
         out = folder / "out.ckpt"
     before = sorted(folder.iterdir())
     with pytest.raises(UserError):
-        merge(base, lora, 1.0, out, targets=targets, family=family)
+        refuse_other_family(read_lora(lora).metadata, lora, family)
+        merge(base, lora, 1.0, out, targets=targets)
     assert sorted(folder.iterdir()) == before
 
 

@@ -10,6 +10,7 @@ import pytest
 from lora_trainer.adapters.export import save_lora
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.metadata import RunFacts, build_metadata, network_module
+from lora_trainer.models.families import get_family
 from tests.adapters.layers import settings, unet_targets
 
 KOHYA = {
@@ -25,7 +26,6 @@ MODELSPEC = {
     "tags", "implementation",
 }  # fmt: skip
 FACTS = {
-    "family": "sd1",
     "prediction_type": "epsilon",
     "model_name": "base",
     "resolution": (512, 768),
@@ -43,8 +43,10 @@ FACTS = {
 }
 
 
-def build(config=None, **facts):
-    return build_metadata(config or settings(output_name="mine"), RunFacts(**{**FACTS, **facts}))
+def build(config=None, family="sd1", **facts):
+    facts = {**FACTS, **facts}
+    base = get_family(family).lora_metadata(facts["prediction_type"])
+    return build_metadata(config or settings(output_name="mine"), RunFacts(base=base, **facts))
 
 
 def test_every_entry_of_the_recipe_is_there_as_text():

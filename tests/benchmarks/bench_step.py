@@ -29,7 +29,7 @@ import torch
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
-from lora_trainer.models.base import Prompts
+from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
@@ -48,7 +48,7 @@ def batch_of(options: argparse.Namespace, context_width: int) -> Batch:
     moments = torch.randn(options.batch_size, 8, side, side, generator=generator)
     context = torch.randn(options.batch_size, 77, context_width, generator=generator)
     captions = ("a picture",) * options.batch_size
-    return Batch(moments, captions, Prompts(context), None, None, torch.ones(options.batch_size))
+    return Batch(moments, captions, Conditioning(context), None, None, torch.ones(options.batch_size))
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def diffusers_step(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device).long()
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-        encoder_hidden_states = batch.prompts.context.to(latents)
+        encoder_hidden_states = batch.conditioning.context.to(latents)
         with precision.autocast():
             model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         snr = compute_snr(noise_scheduler, timesteps)

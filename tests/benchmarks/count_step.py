@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
-from lora_trainer.models.base import ModelInfo, NoiseSchedule, Prompts
+from lora_trainer.models.base import Conditioning, ModelInfo, NoiseSchedule
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families import get_family
 from lora_trainer.models.families.unet import model as assembling
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
@@ -130,7 +131,7 @@ def _model(case: Case, weights: torch.dtype, compute: torch.dtype) -> assembling
     info = ModelInfo(case.family, "epsilon", "counted")
     schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
     with patch.object(assembling, "fingerprint", lambda *arguments: ""):  # there is nothing to look at
-        model = assembling.assemble(
+        model = get_family(case.family).build(
             tensors,
             architecture,
             None,
@@ -154,7 +155,7 @@ def _real_tables(model: assembling.DiffusionModel) -> Iterator[None]:
 def _batch(case: Case, unet: Any, dtype: torch.dtype) -> Batch:
     width, added, side = unet.cross_attention_dim, unet.projection_class_embeddings_input_dim, case.side // 8
     pooled = None if added is None else torch.empty(case.batch, added - 6 * 256, dtype=dtype)
-    prompts = Prompts(torch.empty(case.batch, 77, width, dtype=dtype), pooled)
+    prompts = Conditioning(torch.empty(case.batch, 77, width, dtype=dtype), pooled)
     sizes = None if added is None else torch.ones(case.batch, 6, dtype=torch.int64)
     moments = torch.empty(case.batch, 8, side, side)
     return Batch(moments, ("a picture",) * case.batch, prompts, sizes, None, torch.ones(case.batch))
@@ -185,10 +186,10 @@ def _diffusers(case: Case, config: TrainConfig, counter: Count, weights: torch.d
     noise, timesteps = torch.randn_like(latents), torch.randint(0, alphas, (case.batch,))
     signal, sigma, snr = (table.to(latents.dtype)[timesteps] for table in tables)
     noisy = signal.view(-1, 1, 1, 1) * latents + sigma.view(-1, 1, 1, 1) * noise
-    added = None if batch.size_ids is None else {"text_embeds": batch.prompts.pooled, "time_ids": batch.size_ids}
+    added = None if batch.time_ids is None else {"text_embeds": batch.conditioning.pooled, "time_ids": batch.time_ids}
     with counter.keeping(unet.parameters()):
         with torch.autocast("cpu", dtype=compute):
-            answer = unet(noisy, timesteps, batch.prompts.context, added_cond_kwargs=added, return_dict=False)[0]
+            answer = unet(noisy, timesteps, batch.conditioning.context, added_cond_kwargs=added, return_dict=False)[0]
         loss = nn.functional.mse_loss(answer.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
         loss = (loss * (snr.clamp(max=5) / snr).float()).mean()
     counter.phase = "backward"

@@ -20,7 +20,7 @@ from torch.nn import functional
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.demo.base import build_base
-from lora_trainer.models.base import Prompts
+from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
@@ -98,7 +98,7 @@ def batch_of(work: Work, unet: nn.Module) -> Batch:
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * 256
         pooled_prompts = torch.randn(count, pooled, generator=generator)
         sizes = torch.tensor([[work.resolution, work.resolution, 0, 0, work.resolution, work.resolution]] * count)
-    return Batch(moments, ("a picture",) * count, Prompts(prompts, pooled_prompts), sizes, None, torch.ones(count))
+    return Batch(moments, ("a picture",) * count, Conditioning(prompts, pooled_prompts), sizes, None, torch.ones(count))
 
 
 @contextmanager
@@ -167,10 +167,10 @@ def diffusers_step(work: Work, folder: Path) -> Iterator[Step]:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device).long()
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-        encoder_hidden_states = batch.prompts.context.to(latents)
+        encoder_hidden_states = batch.conditioning.context.to(latents)
         added = None
         if work.family == "sdxl":
-            added = {"text_embeds": batch.prompts.pooled.to(latents), "time_ids": batch.size_ids.to(latents)}
+            added = {"text_embeds": batch.conditioning.pooled.to(latents), "time_ids": batch.time_ids.to(latents)}
         with precision.autocast():
             model_pred = unet(
                 noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
@@ -240,9 +240,9 @@ def sd_scripts_step(work: Work, folder: Path, checkout: Path) -> Iterator[Step]:
             return unet(noisy, timesteps, context).sample
         from library.sdxl_train_util import get_size_embeddings
 
-        sizes = batch.size_ids.to(precision.device)
+        sizes = batch.time_ids.to(precision.device)
         embedded = get_size_embeddings(sizes[:, :2], sizes[:, 2:4], sizes[:, 4:], precision.device).to(noisy.dtype)
-        pooled = batch.prompts.pooled.to(precision.device, noisy.dtype)
+        pooled = batch.conditioning.pooled.to(precision.device, noisy.dtype)
         return unet(noisy, timesteps, context, torch.cat([pooled, embedded], dim=1))
 
     def step(number: int) -> float:
@@ -251,7 +251,7 @@ def sd_scripts_step(work: Work, folder: Path, checkout: Path) -> Iterator[Step]:
         timesteps = torch.randint(0, 1000, (len(latents),), device="cpu").long().to(precision.device)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(precision.weight_dtype).requires_grad_()
-        context = batch.prompts.context.to(precision.device, precision.weight_dtype)
+        context = batch.conditioning.context.to(precision.device, precision.weight_dtype)
         with precision.autocast():
             model_pred = predict(noisy, timesteps, context)
         loss = functional.mse_loss(model_pred.float(), noise.float(), reduction="none").mean([1, 2, 3])

@@ -23,6 +23,11 @@ def sample(index: int, size=(640, 480), repeats: int = 1, regularization: bool =
     return Sample(Path(key), key, "x", size, f"{index:064x}", repeats, regularization)
 
 
+def plan_of(*what, **options) -> BatchPlan:
+    """A plan of pictures whose sides are multiples of 8."""
+    return BatchPlan(*what, multiple=8, **options)
+
+
 def dataset(*samples: Sample) -> Dataset:
     return Dataset(Path("."), tuple(samples))
 
@@ -56,10 +61,10 @@ def test_properties_of_every_plan(training, regularization, size, options):
     everything = [sample(index, *entry) for index, entry in enumerate(training)]
     everything += [sample(100 + index, *entry, True) for index, entry in enumerate(regularization)]
     data = dataset(*everything)
-    plan = BatchPlan(data, size, **options)
+    plan = plan_of(data, size, **options)
     for epoch in (0, 3):
         batches = plan.epoch(epoch)
-        assert batches == BatchPlan(data, size, **options).epoch(epoch), "a pure function"
+        assert batches == plan_of(data, size, **options).epoch(epoch), "a pure function"
         assert len(batches) == plan.steps_per_epoch
         items = [item for batch in batches for item in batch]
         visits = Counter(item.sample for item in items)
@@ -87,7 +92,7 @@ def test_properties_of_every_plan(training, regularization, size, options):
             errors = [abs(width * scales[1] - item.scaled[0]), abs(height * scales[0] - item.scaled[1])]
             assert min(errors) <= 0.5001
             assert options["flip"] or not item.flip
-            assert item.size_ids[:2] == (height, width) and item.size_ids[4:] == (item.bucket[1], item.bucket[0])
+            assert item.time_ids[:2] == (height, width) and item.time_ids[4:] == (item.bucket[1], item.bucket[0])
     table = plan.table()
     assert sum(row["count"] for row in table) == len(items)
     assert sum(row["batches"] for row in table) == plan.steps_per_epoch
@@ -137,13 +142,13 @@ def test_cover():
 
 
 def test_fixed_size_without_buckets():
-    plan = BatchPlan(dataset(sample(0), sample(1, (300, 900))), (770, 512), enable_bucket=False)
+    plan = plan_of(dataset(sample(0), sample(1, (300, 900))), (770, 512), enable_bucket=False)
     assert {item.bucket for batch in plan.epoch(0) for item in batch} == {(768, 512)}
 
 
 def test_no_upscale_trains_small_pictures_at_their_own_size():
     data = dataset(sample(0, (300, 200)), sample(1, (2000, 1000)), sample(2, (40, 30)), sample(3, (5000, 70)))
-    plan = BatchPlan(data, (512, 512), no_upscale=True)
+    plan = plan_of(data, (512, 512), no_upscale=True)
     items = sorted((item for batch in plan.epoch(0) for item in batch), key=lambda item: item.sample)
     assert [item.bucket for item in items] == [(256, 192), (704, 320), (64, 64), (2048, 64)]
     assert [item.scaled for item in items] == [(288, 192), (704, 352), (85, 64), (4571, 64)]
@@ -151,41 +156,41 @@ def test_no_upscale_trains_small_pictures_at_their_own_size():
 
 def test_crops_are_central_or_random_within_the_picture():
     data = dataset(*(sample(index, (900, 500)) for index in range(40)))
-    fixed = [item.crop for batch in BatchPlan(data, (512, 512), enable_bucket=False).epoch(0) for item in batch]
+    fixed = [item.crop for batch in plan_of(data, (512, 512), enable_bucket=False).epoch(0) for item in batch]
     assert set(fixed) == {((922 - 512) // 2, 0)}
-    plan = BatchPlan(data, (512, 512), enable_bucket=False, random_crop=True)
+    plan = plan_of(data, (512, 512), enable_bucket=False, random_crop=True)
     lefts = [item.crop[0] for batch in plan.epoch(0) for item in batch]
     assert min(lefts) < 60 and max(lefts) > 350 and len(set(lefts)) > 20
     again = [item.crop[0] for batch in plan.epoch(1) for item in sorted(batch, key=lambda item: item.sample)]
     assert sorted(again) != sorted(lefts)
 
 
-def test_half_of_the_visits_are_mirrored_and_the_size_ids_follow():
+def test_half_of_the_visits_are_mirrored_and_the_time_ids_follow():
     data = dataset(*(sample(index, (900, 500)) for index in range(200)))
-    items = [item for batch in BatchPlan(data, (512, 512), flip=True, random_crop=True).epoch(5) for item in batch]
+    items = [item for batch in plan_of(data, (512, 512), flip=True, random_crop=True).epoch(5) for item in batch]
     assert 70 < sum(item.flip for item in items) < 130
     for item in items:
         left = item.crop[0]
         shown = item.scaled[0] - item.bucket[0] - left if item.flip else left
-        assert item.size_ids[2:4] == (item.crop[1], shown)
+        assert item.time_ids[2:4] == (item.crop[1], shown)
 
 
 def test_a_visit_does_not_depend_on_the_other_pictures():
     many = dataset(*(sample(index) for index in range(30)))
     few = dataset(*many.samples[:3])
-    plans = [BatchPlan(data, (512, 512), flip=True, random_crop=True) for data in (many, few)]
+    plans = [plan_of(data, (512, 512), flip=True, random_crop=True) for data in (many, few)]
     views = [{item.sample: (item.crop, item.flip) for batch in plan.epoch(2) for item in batch} for plan in plans]
     assert all(views[0][index] == views[1][index] for index in range(3))
 
 
 def test_order_changes_with_the_epoch_and_the_seed():
     data = dataset(*(sample(index, (640, 480 + index)) for index in range(30)))
-    plan = BatchPlan(data, (512, 512), batch_size=2)
+    plan = plan_of(data, (512, 512), batch_size=2)
     orders = [[item.sample for batch in each for item in batch] for each in (plan.epoch(0), plan.epoch(1))]
-    orders.append([i.sample for batch in BatchPlan(data, (512, 512), batch_size=2, seed=1).epoch(0) for i in batch])
+    orders.append([i.sample for batch in plan_of(data, (512, 512), batch_size=2, seed=1).epoch(0) for i in batch])
     assert len({tuple(order) for order in orders}) == 3
     assert all(sorted(order) == list(range(30)) for order in orders)
-    buckets = [batch[0].bucket for batch in BatchPlan(mixed(), (512, 512)).epoch(0)]
+    buckets = [batch[0].bucket for batch in plan_of(mixed(), (512, 512)).epoch(0)]
     assert buckets != sorted(buckets), "buckets are mixed, not one after the other"
 
 
@@ -195,7 +200,7 @@ def mixed() -> Dataset:
 
 def test_the_order_is_the_same_in_every_python():
     # Measured once with Python 3.11; a change would break the resuming of every run under way.
-    plan = BatchPlan(mixed(), (512, 512), batch_size=3, flip=True, random_crop=True, seed=7)
+    plan = plan_of(mixed(), (512, 512), batch_size=3, flip=True, random_crop=True, seed=7)
     first = plan.epoch(0)
     assert [[item.sample for item in batch] for batch in first] == ORDER
     assert [(item.crop, item.flip) for item in first[2] + first[3]] == VIEWS
@@ -203,8 +208,8 @@ def test_the_order_is_the_same_in_every_python():
 
 def test_the_order_does_not_depend_on_the_hash_seed():
     code = (
-        "from tests.dataset.test_buckets import mixed; from lora_trainer.dataset.buckets import BatchPlan;"
-        "print(BatchPlan(mixed(), (512, 512), batch_size=3, flip=True).epoch(1))"
+        "from tests.dataset.test_buckets import mixed, plan_of;"
+        "print(plan_of(mixed(), (512, 512), batch_size=3, flip=True).epoch(1))"
     )
     here = Path(__file__)
     outputs = set()
@@ -219,7 +224,7 @@ def test_the_order_does_not_depend_on_the_hash_seed():
 def test_regularization_is_balanced_and_seen_evenly_over_the_epochs():
     training = [sample(index, repeats=5) for index in range(4)]
     regularization = [sample(100 + index, (640, 480) if index % 3 else (480, 640), 1, True) for index in range(50)]
-    plan = BatchPlan(dataset(*training, *regularization), (512, 512), batch_size=4)
+    plan = plan_of(dataset(*training, *regularization), (512, 512), batch_size=4)
     seen: Counter[int] = Counter()
     for epoch in range(25):
         visits = Counter(item.sample for batch in plan.epoch(epoch) for item in batch)
@@ -233,13 +238,13 @@ def test_regularization_is_balanced_and_seen_evenly_over_the_epochs():
 def test_few_regularization_pictures_are_repeated_in_fresh_views():
     training = [sample(index, repeats=10) for index in range(3)]
     data = dataset(*training, sample(100, (900, 500), 1, True))
-    plan = BatchPlan(data, (512, 512), enable_bucket=False, random_crop=True)
+    plan = plan_of(data, (512, 512), enable_bucket=False, random_crop=True)
     crops = [item.crop for batch in plan.epoch(0) for item in batch if item.sample == 3]
     assert len(crops) == 30 and len(set(crops)) > 20
 
 
 def test_table_names_every_bucket():
-    table = BatchPlan(mixed(), (512, 512), batch_size=4).table()
+    table = plan_of(mixed(), (512, 512), batch_size=4).table()
     assert [(row["resolution"], row["images"], row["count"], row["batches"]) for row in table] == [
         ((512, 512), 10, 10, 3),
         ((768, 320), 10, 10, 3),
@@ -255,19 +260,19 @@ def test_from_config(resolution, expected):
     config = from_mapping(
         {"train_data_dir": "x", "base_model": "y", "resolution": resolution, "batch_size": 3, "seed": 5, "flip": True}
     )
-    plan = BatchPlan.from_config(mixed(), config, 1024)
+    plan = BatchPlan.from_config(mixed(), config, 1024, 8)
     assert plan.resolution == expected and (plan.batch_size, plan.seed, plan.flip) == (3, 5, True)
-    assert plan.epoch(2) == BatchPlan(mixed(), expected, batch_size=3, seed=5, flip=True).epoch(2)
+    assert plan.epoch(2) == plan_of(mixed(), expected, batch_size=3, seed=5, flip=True).epoch(2)
 
 
 def test_impossible_sizes_are_refused():
     with pytest.raises(UserError, match="bucket_step"):
-        BatchPlan(mixed(), (512, 512), bucket_step=20)
+        plan_of(mixed(), (512, 512), bucket_step=20)
     with pytest.raises(UserError, match="resolution"):
-        BatchPlan(mixed(), (512, 4))
+        plan_of(mixed(), (512, 4))
     with pytest.raises(UserError, match="resolution"):
         config = replace(from_mapping({"train_data_dir": "x", "base_model": "y"}), resolution="big")
-        BatchPlan.from_config(mixed(), config, 512)
+        BatchPlan.from_config(mixed(), config, 512, 8)
 
 
 ORDER = [[13, 3, 5], [12], [17, 19, 7], [1, 9, 11], [4, 16, 0], [2, 14, 10], [15], [18, 8, 6]]

@@ -232,25 +232,25 @@ def test_mask_file_goes_through_the_same_view(tmp_path):
     mask.paste(255, (0, 0, 40, 40))
     visit = sample(path, save(mask, tmp_path / "a.mask.png"))
     # 40×20, cropped from x = 8: white up to x = 20, that is 12 of 32 pixels: one cell and a half.
-    found = load_mask(visit, item())
+    found = load_mask(visit, item(), (4, 2))
     assert found.shape == (1, 2, 4) and str(found.dtype) == "torch.float32"
     assert found[0, 0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.01)
-    assert load_mask(visit, item(flip=True))[0, 1].tolist() == pytest.approx([0, 0, 0.5, 1], abs=0.01)
+    assert load_mask(visit, item(flip=True), (4, 2))[0, 1].tolist() == pytest.approx([0, 0, 0.5, 1], abs=0.01)
 
 
 def test_mask_from_alpha_or_none(tmp_path):
     image = two_colors().convert("RGBA")
     image.paste((0, 0, 0, 0), (20, 0, 40, 20))
-    found = load_mask(sample(save(image, tmp_path / "a.png")), item())
+    found = load_mask(sample(save(image, tmp_path / "a.png")), item(), (4, 2))
     assert found[0, 0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.01)
-    assert load_mask(sample(save(two_colors(), tmp_path / "b.png")), item()) is None
+    assert load_mask(sample(save(two_colors(), tmp_path / "b.png")), item(), (4, 2)) is None
 
 
 def test_a_mask_painted_on_transparency_is_black_where_nothing_is_painted(tmp_path):
     mask = Image.new("RGBA", (40, 20), (255, 255, 255, 0))
     mask.paste((255, 255, 255, 255), (0, 0, 20, 20))
     visit = sample(save(two_colors(), tmp_path / "a.png"), save(mask, tmp_path / "a.mask.png"))
-    assert load_mask(visit, item())[0, 0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.01)
+    assert load_mask(visit, item(), (4, 2))[0, 0].tolist() == pytest.approx([1, 0.5, 0, 0], abs=0.01)
 
 
 def test_load_view_is_load_pixels_of_its_view(tmp_path):

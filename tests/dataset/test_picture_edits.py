@@ -35,7 +35,7 @@ def dataset(root):
 
 
 def first(found, resolution):
-    plan = BatchPlan(found, resolution, bucket_step=8, min_bucket_resolution=8, enable_bucket=False)
+    plan = BatchPlan(found, resolution, multiple=8, bucket_step=8, min_bucket_resolution=8, enable_bucket=False)
     return next(item for batch in plan.epoch(0) for item in batch if found.samples[item.sample].key == "a.png")
 
 
@@ -49,11 +49,11 @@ def test_training_sees_the_edited_picture_and_mask(root):
     assert found.samples[1] == before["b.png"]
     pixels = load_view(sample, first(found, (64, 64))).numpy()
     assert np.allclose(pixels[0], 1) and np.allclose(pixels[2], -1)
-    assert load_mask(sample, first(found, (64, 64))).max() == 0
+    assert load_mask(sample, first(found, (64, 64)), (8, 8)).max() == 0
     save_edits(root, {"a.png": PictureEdit(crop=(0.5, 0, 1, 1))})
     found = dataset(root)
     assert np.allclose(load_view(found.samples[0], first(found, (64, 64)))[2], 1)
-    assert load_mask(found.samples[0], first(found, (64, 64))).min() == 1
+    assert load_mask(found.samples[0], first(found, (64, 64)), (8, 8)).min() == 1
     assert (root / "a.png").read_bytes() == original
 
 

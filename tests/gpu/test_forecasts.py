@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
+from lora_trainer.models.families import meta_model
+from lora_trainer.training.forecast import memory_needed, work_on_batch
 from lora_trainer.training.throughput import throughput
 from tests.benchmarks.sides import Work, batch_of, our_training, write_base
 
@@ -41,10 +42,10 @@ def test_memory_and_seconds_are_foretold(name, bases):
             step(number, [batch])
             seconds.append(time.perf_counter() - started)
         peak = torch.cuda.max_memory_allocated()
-    model = Weightless.of(architecture)
+    model = meta_model(architecture)
     weights = model.weights * 2  # bf16; of which only the UNet's are there in this test
     told = memory_needed(model, size, config, work.precision) - weights + unet
-    speed = throughput(architecture.unet, work.precision, size)
+    speed = throughput(architecture, work.precision, size)
     told_seconds = work_on_batch(architecture, size, config).operations / speed
     took = statistics.median(seconds[3:])
     print(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_trainer.models.base import ModelInfo, Prompts
+from lora_trainer.models.base import Conditioning, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families.unet.model import assemble
+from lora_trainer.models.families import get_family
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests.models.conftest import SIZE_IDS
 from tests.tiny import tiny_sd1, tiny_sd2
@@ -20,7 +20,7 @@ from tests.tiny import tiny_sd1, tiny_sd2
 def build(tensors, **options):
     architecture = detect({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     info = ModelInfo(architecture.family, "epsilon", "test")
-    return assemble(tensors, architecture, load_tokenizer(), info=info, **options)
+    return get_family(architecture.family).build(tensors, architecture, load_tokenizer(), info=info, **options)
 
 
 def run(model, latents=None):
@@ -28,7 +28,7 @@ def run(model, latents=None):
     if latents is None:
         latents = torch.randn(2, 4, 8, 8, generator=generator)
     context = torch.randn(2, 77, model.architecture.unet.context_dim, generator=generator)
-    prompts = Prompts(context, torch.randn(2, 32, generator=generator))
+    prompts = Conditioning(context, torch.randn(2, 32, generator=generator))
     return model.predict(latents, torch.tensor([3, 800]), prompts, torch.tensor(SIZE_IDS))
 
 

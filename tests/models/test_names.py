@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families.unet.targets import targets_of
+from lora_trainer.models.families import targets_of
 from tests.tiny import SD1_FULL, SD2_FULL, SDXL_FULL, sd1_shapes, sd2_shapes, sdxl_shapes
 
 SHAPES = {"sd1": sd1_shapes(**SD1_FULL), "sd2": sd2_shapes(**SD2_FULL), "sdxl": sdxl_shapes(**SDXL_FULL)}

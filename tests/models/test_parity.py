@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import Prompts
+from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from tests.models import reference
 from tests.models.conftest import SIZE_IDS
@@ -38,7 +38,7 @@ def test_unet_and_vae_equal_diffusers_with_its_own_conversion(checkpoints, famil
         added = {"text_embeds": pooled, "time_ids": torch.tensor(SIZE_IDS)} if family == "sdxl" else None
         theirs = reference.unet(family, checkpoint)
         expected = theirs(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=added).sample
-        close(model.predict(latents, timesteps, Prompts(context, pooled), torch.tensor(SIZE_IDS)), expected)
+        close(model.predict(latents, timesteps, Conditioning(context, pooled), torch.tensor(SIZE_IDS)), expected)
 
         their_vae = reference.vae(checkpoint)
         close(model.encode_images(pixels), their_vae.encode(pixels).latent_dist.parameters)

@@ -12,9 +12,10 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families import meta_model
 from lora_trainer.planning import cost
 from lora_trainer.training import throughput
-from lora_trainer.training.forecast import Weightless, memory_needed, work_on_batch
+from lora_trainer.training.forecast import memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve
 from tests.jobs.fakes import wait_for, wait_status
 from tests.tiny import SD1, sd1_shapes
@@ -100,7 +101,7 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     operations = pictures / 2 * work_on_batch(architecture, (256, 256), config).operations
     assert facts["minutes"] == pytest.approx(operations / SPEED / 60)
     assert (facts["basis"], facts["memory_basis"]) == (None, None)
-    assert facts["memory"] == IN_USE + memory_needed(Weightless.of(architecture), (256, 256), config, precision)
+    assert facts["memory"] == IN_USE + memory_needed(meta_model(architecture), (256, 256), config, precision)
     host.model_bytes = lambda: 1_000_000
     loaded = estimate_job(wanted, host, idle.store)["memory"]
     assert loaded == facts["memory"] - 1_000_000, "what is there already is not taken once more"

@@ -17,7 +17,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.dataset.folder import scan
-from lora_trainer.models.base import LoraTarget, ModelInfo, NoiseSchedule, Prompts
+from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseSchedule
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
@@ -61,7 +61,7 @@ class FakeModel:
         self.released: set[str] = set()
         self.encoded_batches: list[int] = []
         self.encoded_captions: list[str] = []
-        self.size_ids: list[Tensor | None] = []
+        self.time_ids: list[Tensor | None] = []
         self.checkpointing = False
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -83,21 +83,21 @@ class FakeModel:
 
     def encode_prompts(
         self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
-    ) -> Prompts:
+    ) -> Conditioning:
         assert "text_encoders" not in self.released
         self.encoded_captions += captions[rows]
         encoded = []
         for caption in captions[rows]:
             seed = int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big")
             encoded.append(torch.randn(77, CONTEXT, generator=torch.Generator().manual_seed(seed)))
-        return Prompts(self.text_encoder(torch.stack(encoded)))
+        return Conditioning(self.text_encoder(torch.stack(encoded)))
 
     def count_tokens(self, caption: str) -> int:
         return len(caption.split())
 
-    def predict(self, noisy_latents, timesteps, prompts, size_ids) -> Tensor:
-        self.size_ids.append(size_ids)
-        return self.unet(noisy_latents, timesteps, prompts.context).float()
+    def predict(self, noisy_latents, timesteps, conditioning, time_ids) -> Tensor:
+        self.time_ids.append(time_ids)
+        return self.unet(noisy_latents, timesteps, conditioning.context).float()
 
     def lora_targets(self) -> list[LoraTarget]:
         text = LoraTarget(
@@ -216,7 +216,7 @@ class Run:
         self.model = model or FakeModel()
         self.recorder, self.commands, self.turns = Recorder(on), TrainCommands(), Turns()
         self.dataset = scan(config)
-        self.plan = BatchPlan.from_config(self.dataset, config, 64)
+        self.plan = BatchPlan.from_config(self.dataset, config, 64, 8)
         out = Path(config.output_dir)
         self.precision = Precision(torch.device("cpu"), torch.float32, None)
         cache, keep = TensorCache(out / "cache"), previewer is not None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import Prompts
+from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives import diffusion
@@ -131,10 +131,10 @@ def test_one_step_equals_the_recipe(tmp_path, settings, prediction_type, zero_te
     moments = torch.randn(3, 8, 8, 12, generator=generator)
     weights = torch.tensor([1.0, 0.5, 2.0])
     mask = torch.rand(3, 1, 8, 12, generator=generator)
-    batch = Batch(moments, ("a", "b", "c"), Prompts(torch.zeros(3, 77, 6)), None, mask, weights)
+    batch = Batch(moments, ("a", "b", "c"), Conditioning(torch.zeros(3, 77, 6)), None, mask, weights)
     seen = {}
 
-    def predict(noisy_latents, timesteps, prompts, size_ids):
+    def predict(noisy_latents, timesteps, prompts, time_ids):
         seen.update(noisy=noisy_latents, timesteps=timesteps)
         return (0.3 * noisy_latents + timesteps.view(-1, 1, 1, 1) / 1000).requires_grad_()
 
@@ -164,7 +164,7 @@ def test_every_picture_of_a_step_has_the_same_weight_however_the_batches_are_cut
     weights = torch.tensor([1.0, 0.5, 2.0, 1.0])
 
     def batch(start, end):
-        prompts = Prompts(contexts[start:end])
+        prompts = Conditioning(contexts[start:end])
         return Batch(moments[start:end], ("a",) * (end - start), prompts, None, None, weights[start:end])
 
     ends = np.cumsum(sizes)
@@ -186,7 +186,7 @@ def test_a_micro_batch_can_be_cut_and_its_losses_add_up(tmp_path, settings, vary
     run = Run(config, FakeModel("sdxl"))
     objective = run.trainer.train_step.objective
     batch = max(run.source.micro_batches(0, 0), key=len)
-    assert len(batch) == 4 and (batch.prompts is None) == varying
+    assert len(batch) == 4 and (batch.conditioning is None) == varying
     drawn = objective.draw(batch, generator_for(0, "draw"))
     assert drawn.count == len(drawn) == 4
     whole = objective.loss(objective.inputs(drawn)).item()

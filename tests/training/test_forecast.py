@@ -18,8 +18,10 @@ from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families import get_family, meta_model
+from lora_trainer.models.families.unet.work import piece_operations
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import Weightless, memory_needed, piece_operations, step_bytes, work_on_batch
+from lora_trainer.training.forecast import memory_needed, step_bytes, work_on_batch
 from lora_trainer.training.precision import Precision, resolve
 from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
@@ -87,7 +89,7 @@ def test_memory_is_what_the_allocator_sees(bases, family, kind):
     config = TrainConfig(lora_rank=8, batch_size=BATCH, **kind)
     with trained(bases[family], config) as (model, loss):
         seen = most_allocated(loss)
-        expected = step_bytes(Weightless.of(model.architecture), (SIDE, SIDE), config, resolve("cpu", "no"))
+        expected = step_bytes(meta_model(model.architecture), (SIDE, SIDE), config, resolve("cpu", "no"))
     assert expected == pytest.approx(seen, rel=0.15)
 
 
@@ -127,13 +129,13 @@ def test_memory_under_autocast_as_cuda_has_it(bases, family, monkeypatch):
 
         seen = most_allocated(mixed)
         cuda = Precision(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
-        expected = step_bytes(Weightless.of(model.architecture), (SIDE, SIDE), config, cuda)
+        expected = step_bytes(meta_model(model.architecture), (SIDE, SIDE), config, cuda)
     assert expected == pytest.approx(seen, rel=0.15)
 
 
 @pytest.mark.parametrize("shapes, trained", [(sd1_shapes(**SD1_FULL), 6.78e6), (sdxl_shapes(**SDXL_FULL), 42.56e6)])
 def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
-    model, config = Weightless.of(detect(shapes)), TrainConfig(lora_rank=16, batch_size=1)
+    model, config = meta_model(detect(shapes)), TrainConfig(lora_rank=16, batch_size=1)
 
     def needed(optimizer="adamw", **options):
         wanted = dataclasses.replace(config, optimizer=optimizer)
@@ -146,7 +148,7 @@ def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
 
 
 def test_large_pictures_need_most_while_they_are_encoded():
-    model, config = Weightless.of(detect(sd1_shapes(**SD1_FULL))), TrainConfig(lora_rank=1, gradient_checkpointing=True)
+    model, config = meta_model(detect(sd1_shapes(**SD1_FULL))), TrainConfig(lora_rank=1, gradient_checkpointing=True)
     needed = [
         memory_needed(model, (side, side), config, resolve("cpu", "no"), weights_there=1 << 40) for side in (512, 1024)
     ]
@@ -154,15 +156,15 @@ def test_large_pictures_need_most_while_they_are_encoded():
 
 
 def test_selecting_no_layer_is_an_error():
-    model, config = Weightless.of(detect(sd1_shapes(**SD1))), TrainConfig(target_modules=["nothing_like_it"])
+    model, config = meta_model(detect(sd1_shapes(**SD1))), TrainConfig(target_modules=["nothing_like_it"])
     with pytest.raises(UserError, match="nothing_like_it"):
         memory_needed(model, (64, 64), config, resolve("cpu", "no"))
 
 
 def test_the_speed_is_that_of_the_piece(monkeypatch):
-    shape = detect(sd1_shapes(**SD1)).unet
+    architecture, latents = detect(sd1_shapes(**SD1)), get_family("sd1").latents
     ticks = iter(range(100))  # a clock on which each look takes a second
     monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(throughput_module, "_SECONDS", 3.5)
-    speed = throughput_module.throughput(shape, resolve("cpu", "no"), (64, 64))
-    assert speed == pytest.approx(3 * piece_operations(shape, (64, 64), 1) / 4)
+    speed = throughput_module.throughput(architecture, resolve("cpu", "no"), (64, 64))
+    assert speed == pytest.approx(3 * piece_operations(architecture.unet, latents, (64, 64), 1) / 4)

@@ -103,7 +103,7 @@ def test_caption_dropout_tag_dropout_and_shuffling_depend_on_seed_epoch_and_plac
 
 def test_dropped_captions_are_read_from_the_cache_too(tmp_path):
     run = Run(configuration(tmp_path, caption_dropout=1.0))
-    (empty,) = {row.context.sum().item() for b in run.source.micro_batches(0, 0) for row in [b.prompts[0]]}
+    (empty,) = {row.context.sum().item() for b in run.source.micro_batches(0, 0) for row in [b.conditioning[0]]}
     assert captions(run) == [""] * 5
     fresh = FakeModel().encode_prompts([""])
     assert empty == pytest.approx(fresh.context.sum().item())
@@ -148,8 +148,8 @@ def test_sdxl_gets_its_sizes_and_others_none(tmp_path):
     run = Run(configuration(tmp_path), FakeModel("sdxl"))
     batches = run.source.micro_batches(0, 0)
     first = run.plan.epoch(0)[0]
-    assert batches[0].size_ids.tolist() == [list(item.size_ids) for item in first]
-    assert Run(configuration(tmp_path)).source.micro_batches(0, 0)[0].size_ids is None
+    assert batches[0].time_ids.tolist() == [list(item.time_ids) for item in first]
+    assert Run(configuration(tmp_path)).source.micro_batches(0, 0)[0].time_ids is None
 
 
 class FullDevice(FakeModel):

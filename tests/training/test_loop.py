@@ -402,11 +402,11 @@ def test_the_models_own_previewer_draws(prediction_type, zero_terminal, family):
         preview.sample(model, "a star", width=70, height=48, steps=4, seed=seed, cfg=cfg)
         for seed, cfg in [(1, 7.0), (1, 7.0), (2, 7.0), (1, 1.0)]
     ]
-    size_ids = model.size_ids[0]
+    time_ids = model.time_ids[0]
     assert images[0].size == (64, 48) and images[0].mode == "RGB"
     assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
     assert len(set(images[0].tobytes())) > 10, "not one color"
-    assert (size_ids is not None) == (family == "sdxl")
+    assert (time_ids is not None) == (family == "sdxl")
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -416,7 +416,7 @@ def test_ddim_finds_the_picture_of_a_perfect_model():
     picture = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     alphas = model.schedule.alphas_cumprod
 
-    def predict(noisy_latents, timesteps, prompts, size_ids):
+    def predict(noisy_latents, timesteps, prompts, time_ids):
         a = alphas[timesteps].view(-1, 1, 1, 1)
         return (noisy_latents - a.sqrt() * picture) / (1 - a).sqrt()
 

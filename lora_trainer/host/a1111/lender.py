@@ -17,8 +17,9 @@ from lora_trainer.host.lending import WebuiLender, vae_file
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import single_file
-from lora_trainer.models.detect import VAE
-from lora_trainer.models.families.unet.model import DiffusionModel, assemble
+from lora_trainer.models.families import get_family
+from lora_trainer.models.families.unet.model import DiffusionModel
+from lora_trainer.models.families.unet.names import VAE
 from lora_trainer.models.tensors import open_source
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class A1111Lender(WebuiLender):
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
         device, one_at_a_time = self.device, self._residence.one_at_a_time
-        model = assemble(
+        model = get_family(info.family).build(
             tensors,
             info.architecture,
             self._host.tokenizer(),

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families.unet.architecture import Architecture, Hints
+from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
-from lora_trainer.models.hints import file_hints, merged
+from lora_trainer.models.hints import Hints, file_hints, merged
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _FIELD = "base_model"
 
 
@@ -51,7 +50,7 @@ class HostModel:
     def device(self, part: str) -> torch.device:
         return next(self.roots[part].parameters()).device
 
-    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Architecture:
+    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Any:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
 

@@ -12,12 +12,12 @@ from lora_trainer.devices import indexed
 from lora_trainer.host.forge.loras import holds_loras
 from lora_trainer.host.forge.memory import Residence
 from lora_trainer.host.forge.model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
-from lora_trainer.host.lending import WebuiLender
+from lora_trainer.host.lending import PARTS, WebuiLender
 from lora_trainer.models.base import ModelAwayError, ModelInfo
-from lora_trainer.models.families.unet.model import DiffusionModel, assemble
+from lora_trainer.models.families import get_family
+from lora_trainer.models.families.unet.model import DiffusionModel
 
 _TRIES = 3
-_SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 
 
 class ForgeLender(WebuiLender):
@@ -50,7 +50,7 @@ class ForgeLender(WebuiLender):
         refuse_unsuitable(sd_model)
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
-        return assemble(
+        return get_family(info.family).build(
             aliases(tensors),
             info.architecture,
             self._host.tokenizer(),
@@ -66,11 +66,18 @@ class ForgeLender(WebuiLender):
     def _settle(self) -> None:
         parts = patchers(self._host.sd_model)
         if self._residence is None:
-            side = _SIDES["sdxl" if self._host.sd_model.is_sdxl else "sd1"]
-            self._residence = Residence(self._webui.memory_management, side)
+            self._residence = Residence(self._webui.memory_management, self._usual_latents())
         if any(holds_loras(patcher) for patcher in parts.values()):
             self._merged = self._host.sd_model
         self._residence.enter(parts, self._parts())
+
+    def _usual_latents(self) -> tuple[int, int, int, int]:
+        """Shape of the latents of two pictures of the model's own size."""
+        info = self._info(self._host, self._host.architecture(self._host.tensors(PARTS), self._host.hints()))
+        family = get_family(info.family)
+        side = family.default_resolution(info)
+        width, height = family.latents.size(side, side)
+        return 2, family.latents.channels, height, width
 
     def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
         raise ModelAwayError(

@@ -20,9 +20,9 @@ class Residence:
     of two at the model's own resolution, later what turns were seen to take.
     """
 
-    def __init__(self, memory_management: Any, side: int):
-        """side: in pixels, the model's own resolution."""
-        self._memory, self._side = memory_management, side
+    def __init__(self, memory_management: Any, latents: tuple[int, int, int, int]):
+        """latents: shape of those of two pictures of the model's own size."""
+        self._memory, self._latents = memory_management, latents
         self._seen: tuple[int, ...] = ()
         self._reserve: int | None = None
         self._before = 0
@@ -33,7 +33,7 @@ class Residence:
         if not self._is_settled(needed):
             unet = patchers["unet"]
             if self._reserve is None:
-                self._reserve = int(unet.memory_required((2, 4, self._side // 8, self._side // 8)))
+                self._reserve = int(unet.memory_required(self._latents))
             # Forge loads in inference mode too: what it moves then stays an inference tensor, as it expects.
             with torch.inference_mode():
                 self._memory.load_models_gpu(needed, memory_required=self._reserve)

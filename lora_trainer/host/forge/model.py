@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.detect import UNET, VAE, detect
-from lora_trainer.models.families.unet.architecture import Architecture, Hints
+from lora_trainer.models.detect import detect
+from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
-from lora_trainer.models.hints import file_hints, merged
+from lora_trainer.models.hints import Hints, file_hints, merged
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 
 _FIELD = "base_model"
@@ -43,11 +42,9 @@ class ForgeModel:
         """Single-file name -> the very tensor that Forge computes with, of these parts of the model."""
         return {name: module._parameters[key] for part, name, module, key in self._slots if part in parts}
 
-    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Architecture:
+    def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Any:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        found = detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
-        factor = self.sd_model.forge_objects_original.vae.first_stage_model.config.scaling_factor
-        return dataclasses.replace(found, vae=dataclasses.replace(found.vae, scaling_factor=factor))
+        return detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
 
     def hints(self) -> Hints:
         """What shapes do not tell: what the file says, and over it what Forge made of it."""
@@ -59,6 +56,7 @@ class ForgeModel:
             text_heads=tuple(encoder.transformer.config.num_attention_heads for _, encoder in _encoders(self.sd_model)),
             prediction_type=prediction if prediction in ("epsilon", "v_prediction") else None,
             zero_terminal_snr=bool(getattr(self.sd_model.model_config, "ztsnr", False)) or None,
+            latent_scale=self.sd_model.forge_objects_original.vae.first_stage_model.config.scaling_factor,
         )
         return merged(from_file, from_host)
 

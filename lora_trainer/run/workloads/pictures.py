@@ -14,6 +14,7 @@ from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
+from lora_trainer.models.families import get_family
 from lora_trainer.run.captioning import caption_for_training
 from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work, digest
@@ -58,7 +59,8 @@ class Pictures:
             callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
         for warning in dataset.warnings:
             callbacks.on_warning(warning)
-        plan = BatchPlan.from_config(dataset, config, info.default_resolution)
+        family = get_family(info.family)
+        plan = BatchPlan.from_config(dataset, config, family.default_resolution(info), family.latents.multiple)
         return cls(config, info, dataset, plan, callbacks.on_warning)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import LentModel, Prompts
+from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.precision import Precision
@@ -129,8 +129,8 @@ class DiffusionInputs:
     noise: Tensor
     perturbed: Tensor
     timesteps: Tensor
-    prompts: Prompts | None
-    size_ids: Tensor | None
+    conditioning: Conditioning | None
+    time_ids: Tensor | None
     weights: Tensor
     mask: Tensor | None
     captions: tuple[Sequence[str], slice] | None
@@ -150,7 +150,7 @@ class DiffusionObjective:
         config: TrainConfig,
         model: LentModel,
         precision: Precision,
-        encode: Callable[[Sequence[str], slice], Prompts],
+        encode: Callable[[Sequence[str], slice], Conditioning],
     ):
         self.config, self.model, self.precision, self.encode = config, model, precision, encode
         schedule = model.schedule
@@ -198,14 +198,14 @@ class DiffusionObjective:
         batch = drawn.batch[rows].to(self.model.device)
         draws = (drawn.latents, drawn.noise, drawn.perturbed, drawn.timesteps)
         latents, noise, perturbed, timesteps = (to_device(values[rows], self.model.device) for values in draws)
-        prompts, captions = batch.prompts, None
-        if prompts is None and self.config.train_text_encoder:
+        conditioning, captions = batch.conditioning, None
+        if conditioning is None and self.config.train_text_encoder:
             captions = (drawn.batch.captions, rows)
-        elif prompts is None:
+        elif conditioning is None:
             with torch.no_grad():
-                prompts = self.encode(drawn.batch.captions, rows)
+                conditioning = self.encode(drawn.batch.captions, rows)
         return DiffusionInputs(
-            latents, noise, perturbed, timesteps, prompts, batch.size_ids, batch.weights, batch.mask, captions
+            latents, noise, perturbed, timesteps, conditioning, batch.time_ids, batch.weights, batch.mask, captions
         )
 
     def loss(self, inputs: DiffusionInputs) -> Tensor:
@@ -213,9 +213,9 @@ class DiffusionObjective:
         latents, timesteps = inputs.latents, inputs.timesteps
         noisy_latents = self._add_noise(latents, inputs.perturbed, timesteps)
         target = self._target(latents, inputs.noise, timesteps)
-        prompts = inputs.prompts if inputs.captions is None else self.encode(*inputs.captions)
+        conditioning = inputs.conditioning if inputs.captions is None else self.encode(*inputs.captions)
         with self.precision.autocast():
-            model_pred = self.model.predict(noisy_latents, timesteps, prompts, inputs.size_ids)
+            model_pred = self.model.predict(noisy_latents, timesteps, conditioning, inputs.time_ids)
         return self._losses(model_pred, target, timesteps, inputs.weights, inputs.mask).sum()
 
     def addresses(self) -> tuple[int, ...]:

@@ -179,6 +179,7 @@ class FakeA1111:
         self.sd_unet = SimpleNamespace(current_unet=None)
         self.sd_vae = SimpleNamespace(loaded_vae_file=None)
         self.processing = SimpleNamespace(
+            opt_f=8,
             StableDiffusionProcessing=Processing,
             StableDiffusionProcessingTxt2Img=Processing,
             process_images_inner=self._process_images_inner,

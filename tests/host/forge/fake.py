@@ -176,6 +176,7 @@ class FakeForge:
             current_loaded_models=[], get_torch_device=lambda: self.device, load_models_gpu=self._load_models_gpu
         )
         self.processing = SimpleNamespace(
+            opt_f=8,
             StableDiffusionProcessing=Processing,
             StableDiffusionProcessingTxt2Img=Processing,
             process_images_inner=self._process_images_inner,

@@ -62,18 +62,3 @@ class Architecture:
     unet: UNetShape
     vae: VAEShape | None
     text_encoders: tuple[TextShape, ...]
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What shapes do not tell: from the file's metadata, a .yaml beside it, or a folder's configuration files.
-
-    num_heads (one value, or one per level) or head_dim of the UNet's attention, text_heads one value per text encoder;
-    prediction_type "epsilon" or "v_prediction". None where nobody says.
-    """
-
-    num_heads: int | tuple[int, ...] | None = None
-    head_dim: int | None = None
-    text_heads: tuple[int, ...] | None = None
-    prediction_type: str | None = None
-    zero_terminal_snr: bool | None = None

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.detect import UNET, VAE
 from lora_trainer.models.families.unet.architecture import TextShape, UNetShape, VAEShape
-from lora_trainer.models.families.unet.names import Table, open_clip_table, rename, unet_table, vae_table
+from lora_trainer.models.families.unet.names import UNET, VAE, Table, open_clip_table, rename, unet_table, vae_table
 
 View = Callable[[Tensor], Tensor]
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.detect import UNET, VAE
-from lora_trainer.models.families.unet.architecture import Hints
-from lora_trainer.models.families.unet.names import Table, rename, unet_table, vae_table
-from lora_trainer.models.hints import folder_hints, read_json
+from lora_trainer.models.families.unet.names import UNET, VAE, Table, rename, unet_table, vae_table
+from lora_trainer.models.hints import Hints, folder_hints, read_json
 from lora_trainer.models.tensors import Source, Tensors, open_source
 
+_SD1_TEXT = "cond_stage_model.transformer."
+_TURBO_TEXT = "conditioner.embedders.0.model."
+_CLIP_PARTS = ("embeddings.", "encoder.", "final_layer_norm.")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 _SUPPORTED = re.compile(r"^(Stable|Latent).*Diffusion(XL)?(Img2Img|Inpaint|InstructPix2Pix)?Pipeline$")
@@ -20,26 +22,23 @@ _SUPPORTED = re.compile(r"^(Stable|Latent).*Diffusion(XL)?(Img2Img|Inpaint|Instr
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_folder(folder: Path) -> tuple[Tensors, Hints]:
-    """The tensors of a diffusers folder under single-file names, and what its configuration says.
+def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
+    """The tensors of a diffusers folder under single-file names, and what its configuration says; None when it is not
+    one of Stable Diffusion 1, 2 or XL.
 
     Raises:
-        UserError: it is not such a folder, is of another model family, or a part is missing.
+        UserError: a part is missing.
     """
-    index = read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if not (folder / "unet").is_dir():
-        what = (
-            f"is a {kind} folder without a UNet" if kind else "is not a diffusers model folder (it has no unet folder)"
-        )
-        raise UserError(
-            f"{folder} {what}.", field="base_model", remedy="Choose a Stable Diffusion 1.x, 2.x or SDXL model."
-        )
+    kind = read_json(folder / "model_index.json").get("_class_name")
     if isinstance(kind, str) and not _SUPPORTED.match(kind):
+        return None
+    if not (folder / "unet").is_dir():
+        if kind is None:
+            return None
         raise UserError(
-            f"{folder} holds a {kind}, which cannot be trained here.",
+            f"{folder} is a {kind} folder without a UNet.",
             field="base_model",
-            remedy="Choose a Stable Diffusion 1.x, 2.x or SDXL model.",
+            remedy="The folder is incomplete; download the model again.",
         )
     tensors = Tensors()
     for source in _component(folder / "unet"):
@@ -55,9 +54,18 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints]:
         for source in _component(part):
             for name in source.shapes:
                 # transformers 5.6 and later may leave the first level out.
-                bare = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+                bare = name.startswith(_CLIP_PARTS)
                 tensors.add(f"{stage}transformer.{'text_model.' if bare else ''}{name}", source, name)
     return tensors, folder_hints(folder)
+
+
+def usual_name(name: str, names: Mapping[str, Any]) -> str:
+    """The usual name of a tensor in a single file; some files deviate from these. names: all of the file's."""
+    if name.startswith(_SD1_TEXT) and name[len(_SD1_TEXT) :].startswith(_CLIP_PARTS):
+        return f"{_SD1_TEXT}text_model.{name[len(_SD1_TEXT) :]}"  # saved by transformers before 4.0
+    if name.startswith(_TURBO_TEXT) and f"{UNET}label_emb.0.0.weight" not in names:
+        return f"cond_stage_model.model.{name[len(_TURBO_TEXT) :]}"  # SD-Turbo: SD 2 in sgm's names
+    return name
 
 
 def add_vae_file(tensors: Tensors, path: Path) -> None:

@@ -1,10 +1,11 @@
-"""A lender's tensors, assembled into a model that computes: the ``LentModel`` of SD 1, SD 2 and SDXL."""
+"""A lender's tensors, bound to modules that compute: the ``LentModel`` of SD 1, SD 2 and SDXL."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_trainer.devices import to_device, without_autocast
-from lora_trainer.errors import UserError
-from lora_trainer.models.base import LoraTarget, ModelInfo, NoiseSchedule, Prompts
+from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseSchedule
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
-from lora_trainer.models.families.unet.targets import lora_targets
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
-from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
 from lora_trainer.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lora_trainer.models.families.unet.family import UNetFamily
 
 PARTS = ("unet", "vae", "text_encoders")
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
@@ -29,47 +30,12 @@ VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through i
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def assemble(
-    tensors: Mapping[str, Tensor],
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    *,
-    info: ModelInfo,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
-    clip_skip: int = 1,
-    alphas_cumprod: Tensor | None = None,
-) -> DiffusionModel:
-    """Build the modules and bind ``tensors`` to them without copying.
-
-    tensors: by their single-file names (``model.diffusion_model.…``, ``first_stage_model.…``, ``cond_stage_model.…``
-        or ``conditioner.embedders.…``), in any mix of floating-point formats. On ``device`` they are aliased; from
-        elsewhere they are moved, one by one. Nothing writes to them.
-    compute_dtype: number format of UNet and text encoders; a weight of another format is cast when its layer runs.
-    clip_skip: SD 1 reads the text encoder's layer this far from the end; SD 2 and XL are fixed to the last but one.
-    alphas_cumprod: the lender's own noise schedule, used as it is; by default the one of Stable Diffusion,
-        rescaled when ``info.zero_terminal_snr``.
-
-    Raises:
-        UserError: a tensor is missing or has an unexpected shape.
-    """
-    if architecture.vae is None:
-        raise UserError(f"{info.name} has no VAE.", field="vae", remedy="Name a VAE file.")
-    if alphas_cumprod is None:
-        alphas_cumprod = scaled_linear_alphas_cumprod()
-        if info.zero_terminal_snr:
-            alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
-    schedule = NoiseSchedule(alphas_cumprod.detach().float().cpu().clone(), info.prediction_type)
-    return DiffusionModel(
-        tensors, architecture, tokenizer, info, torch.device(device), compute_dtype, clip_skip, schedule
-    )
-
-
 class DiffusionModel:
     """See ``LentModel``. ``architecture`` says how it is built; ``vae`` is None once released."""
 
     def __init__(
         self,
+        family: UNetFamily,
         tensors: Mapping[str, Tensor],
         architecture: Architecture,
         tokenizer: Tokenizer,
@@ -79,6 +45,7 @@ class DiffusionModel:
         clip_skip: int,
         schedule: NoiseSchedule,
     ):
+        self.family = family
         self.info = info
         self.schedule = schedule
         self.device = device
@@ -205,7 +172,7 @@ class DiffusionModel:
 
     def encode_prompts(
         self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
-    ) -> Prompts:
+    ) -> Conditioning:
         """Captions -> (B, 77·chunks, D): as many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75.
 
         Only ``rows`` of the captions are encoded, with as many chunks as all of them together would get.
@@ -222,7 +189,7 @@ class DiffusionModel:
             pad = 0 if shape.pad == "zero" else self._tokenizer.eos
             ids = to_device(token_ids(chunks, self._tokenizer, pad), self.device)
             output = encoder(input_ids=ids, output_hidden_states=True)
-            hidden = self._hidden(encoder, output)  # (B·count, 77, D)
+            hidden = self.family.hidden_state(encoder, output, self.clip_skip)  # (B·count, 77, D)
             if weighted:
                 hidden = weigh(hidden, weights)
             contexts.append(hidden.reshape(len(cut), -1, hidden.shape[-1]))
@@ -233,22 +200,7 @@ class DiffusionModel:
                 # in memory, and must not depend on who lends.
                 projection = encoder.text_projection.weight.to(self.compute_dtype).contiguous()
                 pooled = F.linear(last[torch.arange(len(cut), device=self.device), ends], projection)
-        return Prompts(torch.cat(contexts, dim=-1), pooled)
-
-    def _hidden(self, encoder: nn.Module, output) -> Tensor:
-        if self.info.family == "sdxl":
-            return output.hidden_states[-2]
-        # SD 2's encoder is built without its last layer, so that its end is the last layer but one of the file.
-        if self.info.family == "sd2" or self.clip_skip <= 1:
-            return output.last_hidden_state
-        if self.clip_skip >= len(output.hidden_states):
-            layers = len(output.hidden_states) - 1
-            raise UserError(
-                f"{self.clip_skip} is too much: this text encoder has {layers} layers.",
-                field="clip_skip",
-                remedy=f"Use 1 to {layers}.",
-            )
-        return text_body(encoder).final_layer_norm(output.hidden_states[-self.clip_skip])
+        return Conditioning(torch.cat(contexts, dim=-1), pooled)
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of the caption, without start and end token."""
@@ -256,28 +208,30 @@ class DiffusionModel:
 
     # The UNet -----------------------------------------------------------------------------------------------------
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Prompts, size_ids: Tensor | None) -> Tensor:
-        """The UNet's answer (B, 4, h, w) in fp32.
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor | None
+    ) -> Tensor:
+        """The UNet's prediction (B, 4, h, w) in fp32.
 
-        timesteps: (B,) int64. size_ids: (B, 6) for SDXL: original (h, w), crop (top, left), target (h, w) in pixels.
+        timesteps: (B,) int64. time_ids: (B, 6) for SDXL: original (h, w), crop (top, left), target (h, w) in pixels.
         """
-        prompts = prompts.to(self.device, self.compute_dtype)
-        conditions = None
+        conditioning = conditioning.to(self.device, self.compute_dtype)
+        added = None
         if self.architecture.unet.added_channels is not None:
-            if size_ids is None or prompts.pooled is None:
-                raise ValueError("SDXL needs size_ids and pooled prompts")
-            conditions = {"text_embeds": prompts.pooled, "time_ids": size_ids.to(self.device, torch.float32)}
+            if time_ids is None or conditioning.pooled is None:
+                raise ValueError("SDXL needs time_ids and a pooled encoding of the captions")
+            added = {"text_embeds": conditioning.pooled, "time_ids": time_ids.to(self.device, torch.float32)}
         return self.unet(
             noisy_latents.to(self.device, self.compute_dtype),
             timesteps.to(self.device),
-            encoder_hidden_states=prompts.context,
-            added_cond_kwargs=conditions,
+            encoder_hidden_states=conditioning.context,
+            added_cond_kwargs=added,
             return_dict=False,
         )[0].float()
 
     def lora_targets(self) -> list[LoraTarget]:
         """Every layer that an adapter can attach to: the UNet's, then those of the text encoders not released."""
-        return lora_targets(self.unet, self.text_encoders, self.architecture)
+        return self.family.targets(self.unet, self.text_encoders, self.architecture)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them, in the UNet and the text encoders."""

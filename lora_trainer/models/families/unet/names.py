@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 Table = dict[str, str]
 
+UNET, VAE = "model.diffusion_model.", "first_stage_model."  # what their tensors' names start with in a single file
+
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

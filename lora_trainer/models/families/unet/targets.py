@@ -5,19 +5,17 @@ Which layers: those of kohya's sd-scripts (Linear and convolutions inside transf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from lora_trainer.models.base import LoraTarget
-from lora_trainer.models.detect import UNET
-from lora_trainer.models.families.unet.architecture import Architecture, TextShape
-from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, text_body
+from lora_trainer.models.families.unet.architecture import Architecture, TextShape, UNetShape
+from lora_trainer.models.families.unet.binding import text_body
 from lora_trainer.models.families.unet.names import (
     CLIP_LAYERS,
     TRANSFORMER_BLOCK,
-    block_of_diffusers_name,
-    block_of_sgm_name,
+    UNET,
     open_clip_table,
     rename,
     unet_table,
@@ -26,29 +24,34 @@ from lora_trainer.models.families.unet.names import (
 _RESNET_GROUPS = {"conv1": "conv", "conv2": "conv", "time_emb_proj": "conv_linear", "conv_shortcut": "conv_linear"}
 
 
-def lora_targets(unet: nn.Module, text_encoders: Sequence[nn.Module], architecture: Architecture) -> list[LoraTarget]:
-    """Every layer that an adapter can attach to: the UNet's, then those of the text encoders that are given."""
-    targets = _unet_targets(unet, architecture)
+def lora_targets(
+    unet: nn.Module,
+    text_encoders: Sequence[nn.Module],
+    architecture: Architecture,
+    names_of_file: bool,
+    block_of: Callable[[str, str], int | None],
+    text_prefixes: Sequence[str],
+) -> list[LoraTarget]:
+    """Every layer that an adapter can attach to: the UNet's, then those of the text encoders that are given.
+
+    names_of_file: name the UNet's layers as the single file does, instead of as diffusers.
+    block_of: kohya's number of a block, by both names. text_prefixes: one for each text encoder.
+    """
+    targets = _unet_targets(unet, architecture.unet, names_of_file, block_of)
     for index, (encoder, shape) in enumerate(zip(text_encoders, architecture.text_encoders)):
-        targets += _text_targets(text_body(encoder), shape, architecture.family, index)
+        targets += _text_targets(text_body(encoder), shape, text_prefixes[index], index)
     return targets
 
 
-def targets_of(architecture: Architecture) -> list[LoraTarget]:
-    """The layers of a model that is not there: their names and shapes, without weights."""
-    encoders = [build_text_encoder(shape)[0] for shape in architecture.text_encoders]
-    return lora_targets(build_unet(architecture.unet)[0], encoders, architecture)
+def _unet_targets(
+    unet: nn.Module, shape: UNetShape, names_of_file: bool, block_of: Callable[[str, str], int | None]
+) -> list[LoraTarget]:
+    """The UNet's layers, from the input to the output.
 
-
-def _unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarget]:
-    """The UNet's layers, from the input to the output. SDXL's have the names of the file, the others diffusers'.
-
-    So has a UNet that does not have two resnets a level: WebUIs count on that when they read diffusers' names, and
-    know the file's names for every model.
+    A UNet that does not have two resnets a level gets the names of the file in any case: WebUIs count on two when they
+    read diffusers' names, and know the file's names for every model.
     """
-    shape = architecture.unet
-    sgm = architecture.family == "sdxl"
-    names_of_file = sgm or any(layers != 2 for layers in shape.layers)
+    names_of_file = names_of_file or any(layers != 2 for layers in shape.layers)
     table = unet_table(shape.layers, [bool(depth) for depth in shape.depths])
     targets = []
 
@@ -63,7 +66,7 @@ def _unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarge
                 checkpoint_name=UNET + name,
                 part="unet",
                 group=group,
-                block=block_of_sgm_name(name) if sgm else block_of_diffusers_name(path),
+                block=block_of(path, name),
                 module=unet.get_submodule(path),
             )
         )
@@ -85,10 +88,12 @@ def _unet_targets(unet: nn.Module, architecture: Architecture) -> list[LoraTarge
     return targets
 
 
-def _text_targets(body: nn.Module, shape: TextShape, family: str, index: int) -> list[LoraTarget]:
-    """The layers of one text encoder. ``body``: see ``text_body``. ``index``: 0, or 1 for SDXL's second."""
+def _text_targets(body: nn.Module, shape: TextShape, kohya: str, index: int) -> list[LoraTarget]:
+    """The layers of one text encoder.
+
+    body: see ``text_body``. kohya: prefix in the LoRA file. index: 0, or 1 for a second encoder.
+    """
     part = "text_encoder" if index == 0 else "text_encoder_2"
-    kohya = f"lora_te{index + 1}" if family == "sdxl" else "lora_te"
     table = open_clip_table(shape.layers)
     targets = []
     for i in range(shape.layers):

@@ -1,0 +1,214 @@
+"""A model family: everything that the package asks of a kind of model stands in one object.
+
+A family is a subclass of ``Family`` in a module under ``models.families``, and one row in the table there. Nothing
+outside of that folder compares names of families.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.models.base import Conditioning, LentModel, LoraTarget, ModelArchitecture, ModelInfo
+from lora_trainer.models.hints import Hints
+from lora_trainer.models.tensors import Tensors
+from lora_trainer.models.work import Part
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """The space that the model works in: latents = (output of the VAE's encoder - shift) * scale.
+
+    channels: of the latents. factor: pixels per side of one latent. multiple: a picture's sides are multiples of so
+    many pixels.
+    """
+
+    channels: int
+    factor: int
+    multiple: int
+    scale: float
+    shift: float = 0.0
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a picture's latents."""
+        return width // self.factor, height // self.factor
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model on the meta device: its layers that adapters can attach to, and its number of weights."""
+
+    architecture: Any
+    weights: int
+    targets: tuple[LoraTarget, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A piece of the model with random weights, on which a device's speed is measured.
+
+    forward: input -> output. input: requires a gradient. operations: floating-point operations of one forward and
+    backward pass, as ``Family.parts`` counts them.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    input: Tensor
+    operations: float
+
+
+class Family(ABC):
+    """One model family. Methods are called with a family's own ``ModelArchitecture``.
+
+    name: in jobs, the API and messages. title: for people. card_version: "sd version" of A1111's LoRA cards, "" where
+    it has none.
+    latents: of the family's usual VAE. as_stored: what the names of tensors start with that keep the number format of
+    their file, whatever the others are converted to.
+    lora_versions: what ``ss_base_model_version`` begins with in LoRAs for this family.
+    roomy_bytes: free memory from which on presets suggest batches of several pictures; tight_bytes: below it they
+    halve the rank as well. assume_roomy: which it is where the free memory is not known.
+    presets: settings that differ for this family, by kind of preset.
+    """
+
+    name: str
+    title: str
+    card_version: str = ""
+    latents: LatentFormat
+    as_stored: str | None = None
+    lora_versions: tuple[str, ...] = ()
+    roomy_bytes: int = 8 << 30
+    tight_bytes: int = 4 << 30
+    assume_roomy: bool = True
+    presets: Mapping[str, Mapping[str, Any]] = {}
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    def usual_name(self, name: str, names: Mapping[str, Any]) -> str:
+        """The name that ``architecture`` and ``build`` know a stored tensor by; ``names``: all of the file's."""
+        return name
+
+    def read_folder(self, folder: Path) -> tuple[Tensors, Hints] | None:
+        """The tensors of a diffusers folder, and what its configuration says; None for another family's layout.
+
+        Raises:
+            UserError: a part of it is missing or cannot be read.
+        """
+        return None
+
+    def file_hints(self, path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> Hints:
+        """What the metadata of a single file, and what lies beside it, say. names: of all tensors.
+
+        Raises:
+            UserError: the model is of a kind that cannot be trained.
+        """
+        return Hints()
+
+    def add_vae(self, tensors: Tensors, path: Path) -> None:
+        """Replace the VAE in ``tensors`` by the one in ``path``. Raises UserError when there is none in it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def claims(self, shapes: Shapes) -> bool:
+        """Whether tensors of these names and shapes are a model of this family."""
+
+    def refusal(self, shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, remedy: str) -> UserError | None:
+        """Why tensors that resemble this family's, and that nobody claims, cannot be trained; None for others.
+
+        remedy: the usual one.
+        """
+        return None
+
+    @abstractmethod
+    def architecture(
+        self, shapes: Shapes, *, dtypes: Mapping[str, str], source: str | Path, hints: Hints
+    ) -> ModelArchitecture:
+        """What a model that is claimed is made of. dtypes: safetensors names. source: its name in messages.
+
+        Raises:
+            UserError: it cannot be trained; says why.
+        """
+
+    def check_complete(self, architecture: Any, source: str | Path) -> None:
+        """Raises UserError when a part that training needs is missing, such as the VAE."""
+        return
+
+    def prediction_type(self, tensors: Mapping[str, Tensor], architecture: Any) -> str:
+        """What the model predicts, where neither the file nor the settings say it."""
+        return "epsilon"
+
+    # Computation --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tokenizer(self, folders: Sequence[Path]) -> Any:
+        """What ``build`` is given as tokenizer, for a model from a file. folders: where to look first."""
+
+    @abstractmethod
+    def build(
+        self,
+        tensors: Mapping[str, Tensor],
+        architecture: Any,
+        tokenizer: Any,
+        *,
+        info: ModelInfo,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype = torch.float32,
+        clip_skip: int = 1,
+        alphas_cumprod: Tensor | None = None,
+    ) -> LentModel:
+        """The model that computes with ``tensors``, which are aliased on ``device`` and moved from elsewhere.
+
+        compute_dtype: number format of the computation; a weight of another format is cast when its layer runs.
+        alphas_cumprod: the lender's noise schedule; None for the family's own.
+
+        Raises:
+            UserError: a tensor is missing or has an unexpected shape.
+        """
+
+    def collate(self, items: Sequence[Conditioning], empty: Conditioning) -> Conditioning:
+        """One batch of encoded captions (each B = 1). ``empty``: the encoding of the empty caption."""
+        return Conditioning.stack(items, empty)
+
+    def time_ids(self, sizes: Sequence[Sequence[int]]) -> Tensor | None:
+        """What ``predict`` is told of the pictures' sizes, (B, …), or None.
+
+        sizes: of each picture original (h, w), crop (top, left), target (h, w), in pixels.
+        """
+        return None
+
+    def default_resolution(self, info: ModelInfo) -> int:
+        """Side in pixels that the model was trained at."""
+        return 512
+
+    # Adapters -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def meta_model(self, architecture: Any) -> MetaModel:
+        """The model without weights. To be called in a turn of the lender's, as everything that builds modules."""
+
+    @abstractmethod
+    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
+        """Metadata of LoRA files by which readers tell the base model: ``ss_base_model_version``, ``ss_v2``,
+        ``modelspec.architecture`` and ``modelspec.implementation``."""
+
+    # Forecast -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self, architecture: Any, resolution: tuple[int, int], config: TrainConfig) -> Iterator[Part]:
+        """The work of a step on one batch of pictures of ``resolution`` (width, height), part by part."""
+
+    @abstractmethod
+    def encoding_numbers(self, architecture: Any, resolution: tuple[int, int]) -> int:
+        """Numbers in memory at once while the VAE encodes one picture."""
+
+    @abstractmethod
+    def trial(self, architecture: Any, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Trial:
+        """A typical piece of the model, to be tried on one picture. Raises RuntimeError when there is no memory."""
