@@ -121,7 +121,7 @@ def check_folder(
     if refusal:
         remedy = refusal.remedy or "Put right the errors of this report first."
         findings.append(Finding("", "cannot-train", "error", refusal.message, remedy))
-    plan = BatchPlan(dataset, sides, batch_size=batch_size) if dataset else None
+    plan = BatchPlan(dataset, sides, batch_size=batch_size, multiple=1) if dataset else None
     findings.sort(key=lambda finding: (_SEVERITIES.index(finding.severity), finding.file, finding.kind))
     return Report(
         findings=tuple(findings),

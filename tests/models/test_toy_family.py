@@ -176,7 +176,7 @@ class Toy(Family):
         return Conditioning.stack([item.map(pad) for item in items], empty.map(lambda tensor: tensor[:, :1]))
 
     def default_resolution(self, info):
-        return 68
+        return 100
 
     def meta_model(self, architecture):
         with torch.device("meta"):
@@ -232,7 +232,7 @@ def settings(tmp_path, base):
         "output_dir": str(tmp_path / "out"),
         "output_name": "taught",
         "bucket_step": 12,  # a multiple of 4, not of 8
-        "min_bucket_resolution": 48,
+        "min_bucket_resolution": 64,
         "batch_size": 2,
         "learning_rate": 1e-2,
         "lora_rank": 4,
@@ -265,11 +265,11 @@ def test_it_trains_from_end_to_end(settings, base, tmp_path):
 
     # Latents of the buckets have a fourth of their sides, and 3 channels.
     shapes = {tuple(tensors["moments"].shape) for tensors in cached(config) if "moments" in tensors}
-    assert {shape[0] for shape in shapes} == {6} and {(17, 17)} < {shape[1:] for shape in shapes}
-    assert all((4 * side) % 12 == 0 for shape in shapes for side in shape[1:] if side != 17), shapes
+    assert {shape[0] for shape in shapes} == {6} and {(25, 25)} < {shape[1:] for shape in shapes}
+    assert all((4 * side) % 12 == 0 for shape in shapes for side in shape[1:] if side != 25), shapes
     assert {tuple(tensors["mask"].shape[1:]) for tensors in cached(config) if "moments" not in tensors
             and "context" not in tensors} == {shape[1:] for shape in shapes}  # fmt: skip
-    assert Image.open(seen.previews[-1]).size == (68, 68)
+    assert Image.open(seen.previews[-1]).size == (100, 100)
 
     described = describe(result.lora)
     assert described.base_version == "toy_v1" and described.modules == {"unet": 8} and not described.problems
@@ -280,7 +280,7 @@ def test_it_trains_from_end_to_end(settings, base, tmp_path):
     with FileLender(base).borrow() as model, FileLender(result.merged).borrow() as merged:
         latents, times = torch.randn(2, 3, 5, 7), torch.tensor([3, 900])
         conditioning = model.encode_prompts(["red", "red picture"])
-        adapters = AdapterSet.build(model.lora_targets(), config)
+        adapters = AdapterSet.build(model.lora_targets(), config, model.device)
         init_from(adapters, read_lora(result.lora))
         bare = model.predict(latents, times, conditioning, None)
         with adapters, torch.no_grad():
