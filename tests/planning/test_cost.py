@@ -106,9 +106,9 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     loaded = estimate_job(wanted, host, idle.store)["memory"]
     assert loaded == facts["memory"] - 1_000_000, "what is there already is not taken once more"
     estimate_job({**wanted, "epochs": 3}, host, idle.store)
-    assert tried == [(architecture.unet, precision, (256, 256))], "once for each size"
+    assert tried == [(architecture, precision, (256, 256))], "once for each size"
     estimate_job({**wanted, "resolution": "1024x640"}, host, idle.store)
-    assert tried[1:] == [(architecture.unet, precision, (512, 512))], "a CPU is not tried for long"
+    assert tried[1:] == [(architecture, precision, (512, 512))], "a CPU is not tried for long"
 
 
 def test_a_device_at_work_is_left_alone(idle, host, settings, known, monkeypatch):
