@@ -58,12 +58,13 @@ class Trial:
     """A piece of the model with random weights, on which a device's speed is measured.
 
     forward: input -> output. input: requires a gradient. operations: floating-point operations of one forward and
-    backward pass, as ``Family.parts`` counts them.
+    backward pass, as ``Family.parts`` counts them. pieces: how many such pieces have as many layers as the model.
     """
 
     forward: Callable[[Tensor], Tensor]
     input: Tensor
     operations: float
+    pieces: float
 
 
 class Family(ABC):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_trainer.models.base import ModelArchitecture, ModelInfo
     from lora_trainer.models.family import MetaModel
     from lora_trainer.training.precision import Precision
+    from lora_trainer.training.throughput import Speed
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
         UserError: no layer of the model would learn.
     """
     from lora_trainer.adapters.inject import choose
-    from lora_trainer.training.forecast import memory_needed
+    from lora_trainer.training.forecast import memory_needed, work_on_batch
 
     found: dict[str, Any] = dict.fromkeys(("minutes", "memory", "basis", "memory_basis"))
     if info.architecture is None:
@@ -106,7 +107,10 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
         if None not in found.values():
             return found
     if found["minutes"] is None and (speed := _speed(info.architecture, precision, size, host, busy)) is not None:
-        found["minutes"] = visits * _work_on_picture(config, info, size) / speed / 60
+        # Captions whose encoder learns are cut into tokens on the CPU, which no CUDA graph can repeat.
+        graphs = config.cuda_graphs == "auto" and not config.text_encoders_learn
+        each = speed.seconds(work_on_batch(info.architecture, size, config), graphs)
+        found["minutes"] = visits / config.batch_size * each / 60
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None:
         found["memory"] = in_use + memory_needed(model, size, config, precision, weights_there=host.model_bytes())
@@ -121,9 +125,9 @@ def _in_use(device: torch.device) -> int | None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """speed: operations per second; None where the device had no memory for it. time: of the monotonic clock."""
+    """speed: None where the device had no memory for it. time: of the monotonic clock."""
 
-    speed: float | None
+    speed: Speed | None
     time: float
 
 
@@ -141,9 +145,8 @@ def _model(architecture: ModelArchitecture, host: Host, busy: bool) -> MetaModel
 
 def _speed(
     architecture: ModelArchitecture, precision: Precision, size: tuple[int, int], host: Host, busy: bool
-) -> float | None:
-    """Operations per second, tried in a turn of the host's, now and then for each kind of work; None where that is
-    not known."""
+) -> Speed | None:
+    """The device's, tried in a turn of the host's, now and then for each kind of work; None where it is not known."""
     from lora_trainer.training.throughput import throughput
 
     if precision.device.type == "cpu":

@@ -36,18 +36,18 @@ def test_memory_and_seconds_are_foretold(name, bases):
         unet = sum(p.numel() * p.element_size() for p in step.objective.model.unet.parameters())
         torch.cuda.reset_peak_memory_stats()
         batch, seconds = batch_of(work, step.objective.model.unet), []
-        for number in range(10):
+        for number in range(14):
             torch.cuda.synchronize()
             started = time.perf_counter()
             step(number, [batch])
             seconds.append(time.perf_counter() - started)
-        peak = torch.cuda.max_memory_allocated()
+        peak, replays = torch.cuda.max_memory_allocated(), step.graphs.enabled
     model = meta_model(architecture)
     weights = model.weights * 2  # bf16; of which only the UNet's are there in this test
     told = memory_needed(model, size, config, work.precision) - weights + unet
     speed = throughput(architecture, work.precision, size)
-    told_seconds = work_on_batch(architecture, size, config).operations / speed
-    took = statistics.median(seconds[3:])
+    told_seconds = speed.seconds(work_on_batch(architecture, size, config), graphs=replays)
+    took = statistics.median(seconds[6:])
     print(
         f"{name}: memory {told / peak:.2f} ({told / 2**30:.2f} of {peak / 2**30:.2f} GiB), "
         f"seconds {told_seconds / took:.2f} ({told_seconds:.3f} of {took:.3f})"

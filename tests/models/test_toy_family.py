@@ -202,7 +202,7 @@ class Toy(Family):
         block = Block(architecture.width).requires_grad_(False).to(device, dtype)
         text, mask = torch.randn(1, 1, architecture.width), torch.ones(1, 1, dtype=torch.bool)
         picture = torch.randn(1, 16, architecture.width, requires_grad=True)
-        return Trial(lambda x: block(x, text, mask), picture, 16 * 4 * 4 * architecture.width**2)
+        return Trial(lambda x: block(x, text, mask), picture, 16 * 4 * 4 * architecture.width**2, architecture.blocks)
 
 
 @pytest.fixture()
@@ -314,7 +314,7 @@ def test_forecast_presets_and_limits_come_from_the_family(base, settings):
     assert work.operations < checkpointed.operations and work.kept > checkpointed.kept
     precision = resolve("cpu", "no")
     assert memory_needed(meta_model(architecture), (68, 68), config, precision) > 4 * work.kept
-    assert throughput(architecture, precision, (68, 68)) > 0
+    assert throughput(architecture, precision, (68, 68)).operations > 0
     assert preset("style", family="toy")["learning_rate"] == 3e-3 and preset("style")["learning_rate"] == 2e-4
     assert preset("style", family="toy", free=1 << 15)["batch_size"] == 1
     config = from_mapping({**settings, "bucket_step": 10})

@@ -36,7 +36,7 @@ def known(host, monkeypatch):
         return lent
 
     monkeypatch.setattr(host, "lender", lender)
-    monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or SPEED)
+    monkeypatch.setattr(throughput, "throughput", lambda *what: tried.append(what) or throughput.Speed(SPEED))
     monkeypatch.setattr(cost, "memory_in_use", lambda device: IN_USE)
     monkeypatch.setattr(cost, "_trials", {})
     monkeypatch.setattr(cost, "_models", {})

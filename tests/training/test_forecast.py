@@ -19,11 +19,11 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family, meta_model
-from lora_trainer.models.families.unet.work import piece_operations
+from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import memory_needed, step_bytes, work_on_batch
+from lora_trainer.training.forecast import Work, memory_needed, step_bytes, work_on_batch
 from lora_trainer.training.precision import Precision, resolve
-from tests.tiny import SD1, SD1_FULL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
+from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
 SIDE, BATCH = 128, 2
 KINDS = [
@@ -167,4 +167,19 @@ def test_the_speed_is_that_of_the_piece(monkeypatch):
     monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(throughput_module, "_SECONDS", 3.5)
     speed = throughput_module.throughput(architecture, resolve("cpu", "no"), (64, 64))
-    assert speed == pytest.approx(3 * piece_operations(architecture.unet, latents, (64, 64), 1) / 4)
+    operations = piece_operations(architecture.unet, latents, (64, 64), 1)
+    # Four looks, and between the first and the last of them three times four passes.
+    assert speed == throughput_module.Speed(pytest.approx(4 * 4 * operations / 4))
+    assert speed.seconds(Work(operations, 0)) == pytest.approx(operations / speed.operations)
+
+
+def test_a_step_takes_as_long_as_its_kernels_take_to_launch_unless_a_graph_launches_them():
+    speed = throughput_module.Speed(1e12, launching=0.1)
+    assert speed.seconds(Work(1e10, 0)) == 0.1 and speed.seconds(Work(5e11, 0)) == 0.5
+    assert speed.seconds(Work(1e10, 0), graphs=True) == pytest.approx(0.01)
+
+
+def test_a_unet_has_so_many_pieces():
+    """22 resnets and 16 transformer blocks in SD 1; 17 and 70 in SDXL."""
+    for name, shapes, count in (("sd1", sd1_shapes(**SD1), 38), ("sdxl", sdxl_shapes(**SDXL), 87)):
+        assert pieces(detect(shapes).unet, get_family(name).latents) == count / 2

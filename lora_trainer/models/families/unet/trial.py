@@ -8,14 +8,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from lora_trainer.models.families.unet.architecture import UNetShape
-from lora_trainer.models.families.unet.work import CONTEXT_TOKENS, piece_operations
+from lora_trainer.models.families.unet.work import CONTEXT_TOKENS, piece_operations, pieces
 from lora_trainer.models.family import LatentFormat, Trial
 
 
 def trial(
     shape: UNetShape, latents: LatentFormat, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Trial:
-    """Both of the UNet's second level, with random weights, on one picture of ``resolution`` (width, height)."""
+    """One of each of the UNet's second level, with random weights, on one picture of ``resolution`` (width, height)."""
     level = min(1, len(shape.channels) - 1)
     channels, heads = shape.channels[level], shape.heads[level]
     width, height = (-(-side // 2**level) for side in latents.size(*resolution))
@@ -31,4 +31,4 @@ def trial(
         tokens = resnet(picture, None).flatten(2).transpose(1, 2)
         return block(tokens, encoder_hidden_states=text)
 
-    return Trial(forward, picture, piece_operations(shape, latents, resolution, level))
+    return Trial(forward, picture, piece_operations(shape, latents, resolution, level), pieces(shape, latents))

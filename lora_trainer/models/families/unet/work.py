@@ -30,6 +30,13 @@ def piece_operations(shape: UNetShape, latents: LatentFormat, resolution: tuple[
     return sum(part.forwards + part.backwards for part in (walk._resnet(channels, channels, level), block))
 
 
+def pieces(shape: UNetShape, latents: LatentFormat) -> float:
+    """Pairs of a resnet and a transformer block in the UNet; whatever is too few of the one counts for half."""
+    side = latents.factor * 2 ** len(shape.channels)
+    walk = _Walk(shape, latents, (side, side), TrainConfig(batch_size=1))
+    return sum(part.inputs is not None for part in walk.parts()) / 2
+
+
 class _Walk:
     """The parts of a UNet in the order in which they run."""
 
