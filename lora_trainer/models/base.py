@@ -196,6 +196,10 @@ class LentModel(Protocol):
         """ "vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
         ...
 
+    def make_room(self) -> None:
+        """Take what a training step does not need off the device; it comes back when it is needed."""
+        ...
+
 
 class ModelAwayError(Exception):
     """Raised on entering ``Lender.turn``: the lender cannot give the model right now (the user switched checkpoint,

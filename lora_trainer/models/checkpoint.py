@@ -53,6 +53,7 @@ class FileLender(Lender):
         self._tokenizer_dirs = tuple(tokenizer_dirs)
         self._described: ModelInfo | None = None
         self._hash: str | None = None
+        self._lent: LentModel | None = None
 
     def describe(self) -> ModelInfo:
         """Reads only the table of contents of a .safetensors; a .ckpt has none and is read whole.
@@ -79,15 +80,23 @@ class FileLender(Lender):
             device=self.device,
             compute_dtype=self.compute_dtype,
             clip_skip=self.clip_skip,
+            reload=True,
         )
-        del tensors
+        tensors.place(self.device, self.weight_dtype)  # which lets go of the tensors that were read last
+        self._lent = model
         try:
             yield model
         finally:
+            self._lent = None
             model.release("vae", "text_encoders", "unet")  # whoever still holds the model holds no weights
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def make_room(self) -> None:
+        """Nobody else's things are on the device, but parts of the model that a step does not need may be."""
+        if self._lent is not None:
+            self._lent.make_room()
 
     def model_hash(self) -> str | None:
         """SHA-256 of the file, read once; None for a folder."""

@@ -164,11 +164,13 @@ class Family(ABC):
         compute_dtype: torch.dtype = torch.float32,
         clip_skip: int = 1,
         alphas_cumprod: Tensor | None = None,
+        reload: bool = False,
     ) -> LentModel:
         """The model that computes with ``tensors``, which are aliased on ``device`` and moved from elsewhere.
 
         compute_dtype: number format of the computation; a weight of another format is cast when its layer runs.
         alphas_cumprod: the lender's noise schedule; None for the family's own.
+        reload: the tensors can be read again, so parts may leave the device where its memory does not hold them all.
 
         Raises:
             UserError: a tensor is missing or has an unexpected shape.

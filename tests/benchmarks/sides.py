@@ -198,6 +198,7 @@ def sd_scripts_step(work: Work, folder: Path, checkout: Path) -> Iterator[Step]:
     """The loop body of sd-scripts' train_network.py (--sdpa --min_snr_gamma 5), with its UNet and its LoRA."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
+    from diffusers.models.embeddings import get_timestep_embedding
     from networks import lora as kohya
 
     precision = work.precision
@@ -238,12 +239,11 @@ def sd_scripts_step(work: Work, folder: Path, checkout: Path) -> Iterator[Step]:
     def predict(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         if work.family == "sd1":
             return unet(noisy, timesteps, context).sample
-        from library.sdxl_train_util import get_size_embeddings
-
-        sizes = batch.time_ids.to(precision.device)
-        embedded = get_size_embeddings(sizes[:, :2], sizes[:, 2:4], sizes[:, 4:], precision.device).to(noisy.dtype)
-        pooled = batch.conditioning.pooled.to(precision.device, noisy.dtype)
-        return unet(noisy, timesteps, context, torch.cat([pooled, embedded], dim=1))
+        # What its sdxl_train_util.get_size_embeddings computes; that module imports the whole of sd-scripts.
+        sizes = get_timestep_embedding(batch.time_ids.to(precision.device).flatten(), 256, flip_sin_to_cos=True)
+        pooled = batch.conditioning.pooled.to(precision.device)
+        vector = torch.cat([pooled, sizes.reshape(len(pooled), -1)], dim=1)
+        return unet(noisy, timesteps, context, vector.to(noisy.dtype))
 
     def step(number: int) -> float:
         latents = _sample(batch.moments.to(precision.device), SCALING_FACTOR[work.family])

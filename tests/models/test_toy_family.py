@@ -131,6 +131,9 @@ class ToyModel:
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         pass
 
+    def make_room(self):
+        pass
+
     def release(self, *parts: str) -> None:
         pass
 
@@ -164,7 +167,7 @@ class Toy(Family):
         return None
 
     def build(self, tensors, architecture, tokenizer, *, info, device="cpu", compute_dtype=torch.float32, clip_skip=1,
-              alphas_cumprod=None):  # fmt: skip
+              alphas_cumprod=None, reload=False):  # fmt: skip
         return ToyModel(tensors, architecture, info)
 
     def collate(self, items, empty):

@@ -116,6 +116,7 @@ class UNetFamily(Family):
         compute_dtype: torch.dtype = torch.float32,
         clip_skip: int = 1,
         alphas_cumprod: Tensor | None = None,
+        reload: bool = False,
     ) -> DiffusionModel:
         """tensors: by their single-file names (``model.diffusion_model.…``, ``first_stage_model.…``,
             ``cond_stage_model.…`` or ``conditioner.embedders.…``), in any mix of floating-point formats. Nothing writes
@@ -129,7 +130,16 @@ class UNetFamily(Family):
                 alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
         schedule = NoiseSchedule(alphas_cumprod.detach().float().cpu().clone(), info.prediction_type)
         return DiffusionModel(
-            self, tensors, architecture, tokenizer, info, torch.device(device), compute_dtype, clip_skip, schedule
+            self,
+            tensors,
+            architecture,
+            tokenizer,
+            info,
+            torch.device(device),
+            compute_dtype,
+            clip_skip,
+            schedule,
+            reload,
         )
 
     def hidden_state(self, encoder: nn.Module, output: Any, clip_skip: int) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
+from lora_trainer.models.residency import Residency
 from lora_trainer.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,9 +30,29 @@ VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through i
 # The model draws no random numbers, and their state cannot be read while a CUDA graph is recorded.
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _needs(part: str) -> Callable[[Method], Method]:
+    """A method that computes with ``part``, which is brought to the device first where nobody else does that."""
+
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def run(self: DiffusionModel, *arguments: Any, **named: Any) -> Any:
+            if self.residency is None:
+                return method(self, *arguments, **named)
+            return self.residency.run(part, lambda: method(self, *arguments, **named))
+
+        return cast(Method, run)
+
+    return decorate
+
 
 class DiffusionModel:
-    """See ``LentModel``. ``architecture`` says how it is built; ``vae`` is None once released."""
+    """See ``LentModel``. ``architecture`` says how it is built; ``vae`` is None once released.
+
+    reload: the tensors can be read again, so parts may leave the device where its memory does not hold them all.
+    """
 
     def __init__(
         self,
@@ -44,6 +65,7 @@ class DiffusionModel:
         compute_dtype: torch.dtype,
         clip_skip: int,
         schedule: NoiseSchedule,
+        reload: bool = False,
     ):
         self.family = family
         self.info = info
@@ -64,14 +86,18 @@ class DiffusionModel:
         cast_layers(self.vae, VAE_DTYPE)
         for module in (self.unet, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
-        self.bind(tensors)
+        self.residency = Residency(lambda part: self.bind(tensors, [part]), self._unbind) if reload else None
+        # One after the other: where memory lacks, each takes the place of those before it.
+        self._load(tensors, "vae")
+        self.vae_key = fingerprint(self._vae_bindings, f"{architecture.family} vae")
+        self._load(tensors, "text_encoders")
+        self.text_key = fingerprint(self._text_bindings, f"{architecture.family} text clip_skip={clip_skip}")
         for encoder in self.text_encoders:
             for name, buffer in encoder.named_buffers():
                 if buffer.is_meta:
                     raise RuntimeError(f"the buffer {name} was left on meta")
             encoder.to(device)  # buffers only: the parameters are there already
-        self.vae_key = fingerprint(self._vae_bindings, f"{architecture.family} vae")
-        self.text_key = fingerprint(self._text_bindings, f"{architecture.family} text clip_skip={clip_skip}")
+        self._load(tensors, "unet")
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -88,9 +114,19 @@ class DiffusionModel:
             for binding in bindings[part]:
                 binding.bind(tensors, self.device if move else None)
 
+    def _load(self, tensors: Mapping[str, Tensor], part: str) -> None:
+        if self.residency is None:
+            self.bind(tensors, [part])
+        else:
+            self.residency.load(part)
+
     def unbind(self) -> None:
         """Let go of all weights until ``bind`` is called, so that their memory is not held while others need it."""
-        for binding in (*self._unet_bindings, *self._vae_bindings, *self._text_bindings):
+        for part in PARTS:
+            self._unbind(part)
+
+    def _unbind(self, part: str) -> None:
+        for binding in dict(zip(PARTS, (self._unet_bindings, self._vae_bindings, self._text_bindings)))[part]:
             binding.unbind()
 
     def compute_on(self, device: torch.device) -> None:
@@ -129,10 +165,18 @@ class DiffusionModel:
                 raise ValueError(f"no part is called {part!r}")
             for binding in released:
                 binding.unbind()
+            if self.residency is not None:
+                self.residency.forget(part)
+
+    def make_room(self) -> None:
+        """Take what a training step does not need off the device; it comes back when it is needed."""
+        if self.residency is not None:
+            self.residency.make_room(["unet"])
 
     # Pictures -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @_needs("vae")
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 8, H/8, W/8) fp32: mean and log-variance, unscaled."""
         vae = self._needed(self.vae, "vae")
@@ -156,6 +200,7 @@ class DiffusionModel:
         return mean * self.architecture.vae.scaling_factor
 
     @torch.no_grad()
+    @_needs("vae")
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1], fp32."""
         vae = self._needed(self.vae, "vae")
@@ -170,6 +215,7 @@ class DiffusionModel:
 
     # Captions -----------------------------------------------------------------------------------------------------
 
+    @_needs("text_encoders")
     def encode_prompts(
         self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
     ) -> Conditioning:
@@ -208,6 +254,7 @@ class DiffusionModel:
 
     # The UNet -----------------------------------------------------------------------------------------------------
 
+    @_needs("unet")
     def predict(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor | None
     ) -> Tensor:

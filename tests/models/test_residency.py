@@ -1,0 +1,99 @@
+"""Parts of a model that is read from a file make room for each other where the device's memory lacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.families.unet.binding import Binding
+from lora_trainer.models.families.unet.model import PARTS
+
+
+class Memory:
+    """Counts the bytes of all bound weights, and refuses more than ``capacity`` as a GPU's allocator does."""
+
+    def __init__(self, monkeypatch):
+        self.capacity, self.used, self.peak = float("inf"), {}, 0
+        bind, unbind = Binding.bind, Binding.unbind
+
+        def bound(binding, tensors, device):
+            bind(binding, tensors, device)
+            parameter = binding.owner._parameters[binding.name]
+            self.used[id(binding)] = parameter.numel() * parameter.element_size()
+            if self.total > self.capacity:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            self.peak = max(self.peak, self.total)
+
+        def unbound(binding):
+            unbind(binding)
+            self.used.pop(id(binding), None)
+
+        monkeypatch.setattr(Binding, "bind", bound)
+        monkeypatch.setattr(Binding, "unbind", unbound)
+
+    @property
+    def total(self) -> int:
+        return sum(self.used.values())
+
+
+def compute(model):
+    """What all parts compute, part by part and back."""
+    moments = model.encode_images(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+    latents = model.sample_latents(moments, None)
+    with torch.no_grad():
+        conditioning = model.encode_prompts(["a photo"])
+        prediction = model.predict(latents, torch.tensor([500]), conditioning, None)
+    return [moments, conditioning.context, prediction, model.decode_latents(prediction)]
+
+
+def test_parts_leave_for_each_other_and_compute_the_same(tiny_base, monkeypatch):
+    memory = Memory(monkeypatch)
+    with FileLender(tiny_base).borrow() as model:
+        sizes = {part: 0 for part in PARTS}
+        for part, module in (("unet", model.unet), ("vae", model.vae), ("text_encoders", model.text_encoders[0])):
+            sizes[part] = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+        expected, whole = compute(model), memory.total
+    memory.capacity, memory.peak = max(sizes.values()), 0
+    with FileLender(tiny_base).borrow() as model:
+        assert all(torch.equal(one, other) for one, other in zip(compute(model), expected))
+    assert memory.peak <= memory.capacity < whole
+
+
+def test_a_part_that_does_not_fit_alone_is_a_sentence(tiny_base, monkeypatch):
+    Memory(monkeypatch).capacity = 1000
+    with pytest.raises(UserError, match="memory does not suffice") as caught, FileLender(tiny_base).borrow():
+        pass
+    assert caught.value.field == "device" and "cpu" in caught.value.remedy
+
+
+def test_memory_that_lacks_while_computing_is_made_by_the_other_parts(tiny_base, monkeypatch):
+    memory = Memory(monkeypatch)
+    with FileLender(tiny_base).borrow() as model:
+        encoder, tries = model.vae.encoder.conv_in, []
+        forward = encoder.forward
+
+        def short(x):
+            tries.append(memory.total)
+            if len(tries) == 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return forward(x)
+
+        encoder.forward = short
+        model.encode_images(torch.zeros(1, 3, 64, 64))
+    assert len(tries) == 2 and tries[1] < tries[0]
+
+
+def test_with_gradients_the_caller_decides(tiny_base):
+    with FileLender(tiny_base).borrow() as model:
+
+        def short(*arguments, **named):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+        conditioning = model.encode_prompts(["a photo"])
+        model.unet.conv_in.forward = short
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            model.predict(torch.zeros(1, 4, 8, 8), torch.tensor([500]), conditioning, None)
+        model.make_room()
+        assert model.vae.encoder.conv_in.weight.is_meta and not model.unet.conv_in.weight.is_meta
