@@ -51,7 +51,7 @@ def compute(model):
 def test_parts_leave_for_each_other_and_compute_the_same(tiny_base, monkeypatch):
     memory = Memory(monkeypatch)
     with FileLender(tiny_base).borrow() as model:
-        sizes = {part: 0 for part in PARTS}
+        sizes = dict.fromkeys(PARTS, 0)
         for part, module in (("unet", model.unet), ("vae", model.vae), ("text_encoders", model.text_encoders[0])):
             sizes[part] = sum(weight.numel() * weight.element_size() for weight in module.parameters())
         expected, whole = compute(model), memory.total
