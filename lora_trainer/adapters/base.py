@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_trainer.adapters.algebra import column_norm, decompose
 from lora_trainer.adapters.fused import ChangedLayer
+from lora_trainer.adapters.masks import DropoutMasks, seed_from
 from lora_trainer.devices import autocast_dtype
 
 
@@ -40,12 +40,6 @@ class Target(Protocol):
     def module(self) -> nn.Module: ...
 
 
-def seed_from(*parts: object) -> int:
-    """63 bits that depend on all of ``parts`` and on nothing else (no process, no platform, no global state)."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """``kaiming_uniform_(a=√5)`` from a private generator: uniform within ±1/√fan_in, fp32 on the CPU.
 
@@ -71,6 +65,7 @@ class Adapter(nn.Module):
     device: where the layer computes, and where the parameters lie; by default, where the layer's weight is now. A host
         may keep weights elsewhere until they are needed.
     multiplier: strength at which the change is applied; 1 in training, and never part of what is saved.
+    masks: of dropout; those of a set share one.
     active: False gives the bare layer.
     """
 
@@ -102,7 +97,7 @@ class Adapter(nn.Module):
         self.active = True
         self.dropout = dropout
         self.rank_dropout = rank_dropout
-        self.dropout_seed: int | None = None
+        self.masks = DropoutMasks()
         self.shape = weight_shape(layer)
         self.generator = torch.Generator().manual_seed(seed_from(seed, "adapter", name))
         self.dora_scale = self.parameter(column_norm(self.base_weight())) if dora else None
@@ -119,6 +114,10 @@ class Adapter(nn.Module):
     def base_weight(self) -> Tensor:
         """The frozen weight in fp32 on ``device``, in the layer's own shape; no copy if it is so already."""
         return self.layer.weight.detach().to(self.device, torch.float32).view(self.shape)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The number format in which the layer computes on ``x``."""
+        return autocast_dtype(x.device) or getattr(self.layer, "compute_dtype", x.dtype)
 
     @property
     def scale(self) -> float:
@@ -155,17 +154,6 @@ class Adapter(nn.Module):
             return torch.equal(self.merged_weight().to(weight.dtype), weight.to(self.device))
         return not bool(self.delta_weight().any())
 
-    def keep_mask(self, shape: Sequence[int], probability: float, purpose: str, device: torch.device) -> Tensor:
-        """0 with ``probability``, else 1, fp32. The same for the same step, however often it is asked.
-
-        Gradient checkpointing runs a layer twice and must meet the same mask, and a resumed run must as well: so the
-        mask depends on the step's seed and the layer's name, never on how much was drawn before.
-        """
-        if self.dropout_seed is None:
-            raise RuntimeError("Dropout needs AdapterSet.begin_step before each step.")
-        generator = torch.Generator(device).manual_seed(seed_from(self.dropout_seed, purpose, self.name))
-        return (torch.rand(*shape, generator=generator, device=device) >= probability).float()
-
 
 class WeightAdapter(Adapter):
     """An adapter whose change is no shortcut through few channels: the layer computes once, with the changed weight.
@@ -178,7 +166,7 @@ class WeightAdapter(Adapter):
         if not self.active:
             return self.base(x)
         layer = self.layer
-        dtype = autocast_dtype(x.device) or getattr(layer, "compute_dtype", x.dtype)
+        dtype = self.compute_dtype(x)
         convolution = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         return ChangedLayer.apply(x, layer.bias, self._changed_weight, convolution, dtype, *self.parameters())
 
@@ -187,8 +175,8 @@ class WeightAdapter(Adapter):
         weight, delta = self.base_weight(), self.delta_weight()
         dropped = 1 - (1 - self.dropout) * (1 - self.rank_dropout)
         if self.training and dropped:
-            keep = self.keep_mask((self.shape[0],), dropped, "rows", delta.device)
-            delta = delta * (keep / (1 - dropped)).view(-1, *[1] * (delta.dim() - 1))
+            keep = self.masks.keep((self.shape[0],), dropped, self.name, delta.device, delta.dtype)
+            delta = delta * keep.view(-1, *[1] * (delta.dim() - 1))
         if self.dora_scale is None:
             return torch.add(weight, delta, alpha=self.multiplier)
         return torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)

@@ -6,11 +6,16 @@ products are accumulated into the base's by the matrix multiplication itself (``
 
 Where the adapter changes the weight itself, ordinary operations keep every layer's changed weight and what it was made
 of until the backward pass, several copies of the model. Here it is made again from its few parameters.
+
+``dtype`` is the number format of the computation, in which the output is. Frozen weights in another are cast when they
+are used and the cast is dropped, instead of being kept for the backward pass as autograd would. ``keep``, where given,
+multiplies the rank's activations: dropout's mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,66 +27,221 @@ from lora_trainer.devices import without_autocast
 
 
 class LoraLinear(torch.autograd.Function):
-    """``x Wᵀ + b + scale · (x downᵀ) upᵀ``; W and b are frozen and get no gradient.
+    """``W (g ⊙ x) + b + scale · up(keep ⊙ down(g ⊙ x))``; W and b are frozen and get no gradient.
 
-    x (…, in), weight (out, in), bias (out) or None, down (r, in), up (out, r) -> (…, out) in ``dtype``.
-    ``dtype`` is the number format of the computation. Frozen weights in another are cast when they are used and the
-    cast is dropped, instead of being kept for the backward pass as autograd would.
+    x (…, in), weight (out, in), bias (out) or None, down (r, in), up (out, r), gain g (in) or None, keep broadcastable
+    to (…, r) or None -> (…, out).
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
+        gain: Tensor | None,
+        keep: Tensor | None,
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        output = functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        hidden = rows.mm(down.to(dtype).t())
+        scaled = rows if gain is None else rows * gain.to(dtype)
+        output = functional.linear(scaled, weight.to(dtype), None if bias is None else bias.to(dtype))
+        hidden = scaled.mm(down.to(dtype).t())
+        if keep is not None:
+            hidden.view(*x.shape[:-1], -1).mul_(keep)
         output.addmm_(hidden, up.to(dtype).t(), alpha=scale)
-        ctx.save_for_backward(rows, weight, down, up, hidden)
+        ctx.save_for_backward(rows, weight, down, up, gain, keep, hidden)
         ctx.scale, ctx.dtype, ctx.input_shape, ctx.input_dtype = scale, dtype, x.shape, x.dtype
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, hidden = ctx.saved_tensors
-        dtype = ctx.dtype
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, down, up, gain, keep, hidden = ctx.saved_tensors
+        dtype, needed = ctx.dtype, ctx.needs_input_grad
         grad = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
         # The scale goes into the smallest tensor there is, (tokens, r); everything below takes it from there.
-        grad_hidden = grad.mm(up.to(dtype))
-        if ctx.scale != 1:
-            grad_hidden.mul_(ctx.scale)
-        grad_x = grad_down = grad_up = None
-        if ctx.needs_input_grad[0]:
+        grad_hidden = _masked(grad.mm(up.to(dtype)), keep, ctx.input_shape, ctx.scale)
+        grad_x = grad_down = grad_up = grad_gain = None
+        if needed[0] or needed[5]:
             grad_x = grad.mm(weight.to(dtype)).addmm_(grad_hidden, down.to(dtype))
-            grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_down = grad_hidden.t().mm(rows).to(down.dtype)
-        if ctx.needs_input_grad[4]:
+        if needed[3]:
+            grad_down = grad_hidden.t().mm(rows)
+            grad_down = (grad_down if gain is None else grad_down * gain.to(dtype)).to(down.dtype)
+        if needed[4]:
             grad_up = grad.t().mm(hidden).to(up.dtype)
             if ctx.scale != 1:
                 grad_up.mul_(ctx.scale)
-        return grad_x, None, None, grad_down, grad_up, None, None
+        if needed[5]:
+            grad_gain = (grad_x * rows).sum(0, dtype=gain.dtype)
+        if needed[0]:
+            grad_x = grad_x if gain is None else grad_x.mul_(gain.to(dtype))
+            grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
+        return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None
+
+
+def _masked(grad_hidden: Tensor, keep: Tensor | None, input_shape: torch.Size, scale: float) -> Tensor:
+    if keep is not None:
+        grad_hidden.view(*input_shape[:-1], -1).mul_(keep)
+    return grad_hidden if scale == 1 else grad_hidden.mul_(scale)
+
+
+class LoraLinears(torch.autograd.Function):
+    """n Linear layers without bias on one input, each with a LoRA of the same rank and scale: q, k and v of attention.
+
+    x (…, in), ``layers``: n weights (out, in) -> n tensors (…, out).
+    ``factors``: the n downs (r, in) and the n ups (out, r); or one tensor of all downs (n·r, in) and one of all ups
+    (n, out, r). keep: broadcastable to (…, n·r).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, keep: Tensor | None, scale: float, dtype: torch.dtype, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, factors = tensors[:count], tensors[count:]
+        down, up = _stacked(factors, dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        hidden = rows.mm(down.t())  # (tokens, n·r)
+        if keep is not None:
+            hidden.view(*x.shape[:-1], -1).mul_(keep)
+        outputs = rows.new_empty(count, len(rows), up.shape[1])
+        for output, weight in zip(outputs, weights):
+            torch.mm(rows, weight.to(dtype).t(), out=output)
+        outputs.baddbmm_(_by_layer(hidden, count), up.transpose(1, 2), alpha=scale)
+        ctx.save_for_backward(rows, hidden, keep, *tensors)
+        ctx.scale, ctx.dtype, ctx.count, ctx.input_shape, ctx.input_dtype = scale, dtype, count, x.shape, x.dtype
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, keep, *tensors = ctx.saved_tensors
+        weights, factors = tensors[: ctx.count], tensors[ctx.count :]
+        down, up = _stacked(factors, ctx.dtype)
+        grad = torch.stack([grad.reshape(len(rows), -1) for grad in grad_outputs]).to(ctx.dtype)  # (n, tokens, out)
+        grad_hidden = torch.empty_like(hidden)
+        torch.bmm(grad, up, out=_by_layer(grad_hidden, ctx.count))
+        grad_hidden = _masked(grad_hidden, keep, ctx.input_shape, ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            first, *others = zip(grad, weights)
+            grad_x = first[0].mm(first[1].to(ctx.dtype))
+            for part, weight in others:
+                grad_x.addmm_(part, weight.to(ctx.dtype))
+            grad_x = grad_x.addmm_(grad_hidden, down).view(ctx.input_shape).to(ctx.input_dtype)
+        grads: list[Tensor | None] = [None] * len(factors)
+        if any(ctx.needs_input_grad[5 + ctx.count :]):
+            grad_down = grad_hidden.t().mm(rows).to(factors[0].dtype)
+            grad_up = torch.bmm(grad.transpose(1, 2), _by_layer(hidden, ctx.count)).to(factors[0].dtype)
+            if ctx.scale != 1:
+                grad_up.mul_(ctx.scale)
+            grads = [grad_down, grad_up]
+            if len(factors) > 2:
+                grads = [*grad_down.chunk(ctx.count), *grad_up.unbind()]
+        return grad_x, None, None, None, None, *[None] * ctx.count, *grads
+
+
+def _stacked(factors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n·r, in) and (n, out, r)."""
+    if len(factors) == 2:
+        return factors[0].to(dtype), factors[1].to(dtype)
+    half = len(factors) // 2
+    return torch.cat(list(factors[:half])).to(dtype), torch.stack(list(factors[half:])).to(dtype)
+
+
+def _by_layer(hidden: Tensor, count: int) -> Tensor:
+    """(tokens, n·r) seen as (n, tokens, r)."""
+    return hidden.view(len(hidden), count, -1).transpose(0, 1)
+
+
+class LoraConv2d(torch.autograd.Function):
+    """The same as ``LoraLinear`` for a convolution: down has the kernel and the options of the layer, up is 1 × 1.
+
+    x (B, in, h, w), weight (out, in, kh, kw), down (r, in, kh, kw), up (out, r, 1, 1), gain (1, in, 1, 1), keep
+    broadcastable to (B, r, h', w') -> (B, out, h', w'). options: stride, padding, dilation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        gain: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        options: tuple,
+    ) -> Tensor:
+        ctx.input_dtype, x = x.dtype, x.to(dtype)
+        scaled = x if gain is None else x * gain.to(dtype)
+        output = functional.conv2d(scaled, weight.to(dtype), None if bias is None else bias.to(dtype), *options)
+        hidden = functional.conv2d(scaled, down.to(dtype), None, *options)
+        if keep is not None:
+            hidden.mul_(keep)
+        _add_pointwise(output, hidden, up.to(dtype), scale)
+        ctx.save_for_backward(x, weight, down, up, gain, keep, hidden)
+        ctx.scale, ctx.dtype, ctx.options = scale, dtype, options
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, gain, keep, hidden = ctx.saved_tensors
+        dtype, needed, options = ctx.dtype, ctx.needs_input_grad, ctx.options
+        grad, low_up, low_down = grad_output.to(dtype), up.to(dtype), down.to(dtype)
+        grad_hidden = functional.conv2d(grad, low_up.transpose(0, 1))
+        if keep is not None:
+            grad_hidden.mul_(keep)
+        if ctx.scale != 1:
+            grad_hidden.mul_(ctx.scale)
+        grad_x = grad_down = grad_up = grad_gain = None
+        if needed[0] or needed[5]:
+            grad_x = conv2d_input(x.shape, weight.to(dtype), grad, *options)
+            if x.shape[2:] == grad_hidden.shape[2:] and down.shape[2:] == (1, 1):
+                _add_pointwise(grad_x, grad_hidden, low_down.transpose(0, 1), 1.0)
+            else:
+                grad_x.add_(conv2d_input(x.shape, low_down, grad_hidden, *options))
+        if needed[3]:
+            grad_down = conv2d_weight(x, down.shape, grad_hidden, *options)
+            grad_down = (grad_down if gain is None else grad_down * gain.to(dtype)).to(down.dtype)
+        if needed[4]:
+            grad_up = conv2d_weight(hidden, up.shape, grad).to(up.dtype)
+            if ctx.scale != 1:
+                grad_up.mul_(ctx.scale)
+        if needed[5]:
+            grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=gain.dtype)
+        if needed[0]:
+            grad_x = (grad_x if gain is None else grad_x.mul_(gain.to(dtype))).to(ctx.input_dtype)
+        return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None, None
+
+
+def _add_pointwise(output: Tensor, hidden: Tensor, weight: Tensor, scale: float) -> None:
+    """output += scale · conv(hidden, weight), in place. output (B, out, h, w), weight (out, r, 1, 1)."""
+    if not (output.is_contiguous() and hidden.is_contiguous()):  # channels last
+        output.add_(functional.conv2d(hidden, weight), alpha=scale)
+        return
+    matrix = weight.flatten(1)
+    for_all = matrix.expand(len(output), *matrix.shape)
+    output.flatten(2).baddbmm_(for_all, hidden.flatten(2), alpha=scale)
 
 
 class ChangedLayer(torch.autograd.Function):
     """A Linear layer, or a convolution, with the weight that ``make_weight`` returns; its bias is frozen.
 
-    x (…, in) or (B, in, h, w), bias (out) or None -> (…, out) or (B, out, h', w') in ``dtype``, the number format of
-    the computation. ``make_weight`` is called once forwards and once backwards, without autocast, and depends on
-    ``parameters`` alone; it returns fp32. ``convolution``: (stride, padding, dilation); None for a Linear layer.
+    x (…, in) or (B, in, h, w), bias (out) or None -> (…, out) or (B, out, h', w'). ``make_weight`` is called once
+    forwards and once backwards, without autocast, and depends on ``parameters`` alone; it returns fp32.
+    ``convolution``: (stride, padding, dilation); None for a Linear layer.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x: Tensor,
         bias: Tensor | None,
         make_weight: Callable[[], Tensor],
@@ -101,7 +261,7 @@ class ChangedLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         learning = [parameter for parameter, needed in zip(ctx.parameters, ctx.needs_input_grad[5:]) if needed]
         with without_autocast(x.device):

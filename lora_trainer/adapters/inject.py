@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.adapters.base import Adapter, Target, seed_from, weight_shape
+from lora_trainer.adapters.base import Adapter, Target, weight_shape
+from lora_trainer.adapters.copies import WorkingCopies
+from lora_trainer.adapters.joint import Joint, joints
 from lora_trainer.adapters.loha import LohaAdapter
 from lora_trainer.adapters.lokr import LokrAdapter
 from lora_trainer.adapters.lora import LoraAdapter
+from lora_trainer.adapters.masks import DropoutMasks, seed_from
 from lora_trainer.adapters.selection import select_targets
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
@@ -33,8 +36,11 @@ class AdapterSet(nn.Module):
         super().__init__()
         self.targets = tuple(targets)
         self.seed = seed
+        self.masks = DropoutMasks()
         self._replaced: list[tuple[nn.Module, Any]] | None = None
+        self.joints: list[Joint] = []
         for target, adapter in zip(targets, adapters):
+            adapter.masks = self.masks
             self.add_module(target.kohya_name, adapter)
 
     @classmethod
@@ -71,9 +77,16 @@ class AdapterSet(nn.Module):
             self._replaced.append((target.module, vars(target.module).get("forward")))
             adapter.base = target.module.forward
             target.module.forward = adapter.forward
+        self.joints = joints(list(self.items()))
+        for joint in self.joints:
+            joint.layers[0].joint = joint
 
     def detach(self) -> None:
         """Take the adapters out; every layer has its own forward again. Harmless when nothing is attached."""
+        for joint in self.joints:
+            if vars(joint.layers[0]).get("joint") is joint:
+                del joint.layers[0].joint
+        self.joints = []
         for module, own_forward in reversed(self._replaced or []):
             if own_forward is None:
                 vars(module).pop("forward", None)
@@ -112,9 +125,11 @@ class AdapterSet(nn.Module):
 
     def begin_step(self, step: int, micro_step: int = 0) -> None:
         """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else."""
-        seed = seed_from(self.seed, "dropout", step, micro_step)
-        for _, adapter in self.items():
-            adapter.dropout_seed = seed
+        self.masks.begin(seed_from(self.seed, "dropout", step, micro_step))
+
+    def working_copies(self, dtype: torch.dtype) -> WorkingCopies:
+        """Copies for training steps that compute in ``dtype``; of an attached set."""
+        return WorkingCopies([adapter for _, adapter in self.items()], self.joints, dtype)
 
     # -- to the optimizer and to the file ----------------------------------------------------------------------
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_trainer.adapters.algebra import dora_gain, low_rank_delta
+from lora_trainer.adapters.algebra import changed_norm, column_norm, low_rank_delta
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
-from lora_trainer.adapters.fused import LoraLinear
-from lora_trainer.devices import autocast_dtype
+from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
+from lora_trainer.devices import without_autocast
+
+if TYPE_CHECKING:
+    from lora_trainer.adapters.copies import WorkingCopies
 
 
 class LoraAdapter(Adapter):
@@ -25,8 +29,10 @@ class LoraAdapter(Adapter):
     and scales the others up, as kohya's trainer does both.
 
     With DoRA the columns of the changed weight get trained lengths. A factor on a column is a factor on the input, so
-    ``(W + ΔW)·diag(g) x`` is computed as ``(W + ΔW)(g ⊙ x)``: the changed weight itself is only needed for the
-    lengths, through which no gradient goes (section 4.3 of the paper).
+    ``(W + ΔW)·diag(g) x`` is computed as ``(W + ΔW)(g ⊙ x)``. The lengths, through which no gradient goes (section
+    4.3 of the paper), do not need the changed weight either (``algebra.changed_norm``).
+
+    copies: of the parameters in the format of the computation, where a training step keeps some.
     """
 
     kind = "lora"
@@ -37,6 +43,8 @@ class LoraAdapter(Adapter):
         self.lora_down = self.parameter(kaiming_uniform((rank, in_width, *kernel), self.generator))
         self.lora_up = self.parameter(torch.zeros(out_width, rank, *[1] * len(kernel)))
         self.is_conv = bool(kernel)
+        self.copies: WorkingCopies | None = None
+        self._base_norm: tuple[weakref.ref, Tensor] | None = None
         # The forward of torch's own classes can be taken apart, and that of a layer which only casts its weight (it
         # says so by its compute_dtype); any other, a host's perhaps, is called as it is.
         plain = nn.Conv2d if self.is_conv else nn.Linear
@@ -58,56 +66,90 @@ class LoraAdapter(Adapter):
         if not self.active:
             return self.base(x)
         if self.dora_scale is None:
-            return self._low_rank(x)
-        gain = self._gain().to(x.dtype)
-        adapted = self._low_rank(x * gain)
+            return self._adapted(x, None, self.scale * self.multiplier)
+        adapted = self._adapted(x, self._gain(x), self.scale)
         return adapted if self.multiplier == 1 else torch.lerp(self.base(x), adapted, self.multiplier)
 
-    def _gain(self) -> Tensor:
+    def _adapted(self, x: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+        """The layer plus its LoRA; ``gain``: DoRA's factor for each input."""
+        layer, dtype = self.layer, self.compute_dtype(x)
+        down, up = self.factors_now()
+        keep = self._keep(x, dtype) if self.drops else None
+        if not self.base_is_plain:
+            return self._around_base(x, down, up, gain, keep, scale, dtype)
+        tensors = (x, layer.weight, layer.bias, down, up, gain, keep)
+        if self.is_conv:
+            return LoraConv2d.apply(*tensors, scale, dtype, self._options)
+        return LoraLinear.apply(*tensors, scale, dtype)
+
+    def _around_base(self, x: Tensor, down: Tensor, up: Tensor, gain, keep, scale: float, dtype: torch.dtype) -> Tensor:
+        """The same of ordinary operations, for a base that can only be called."""
+        x = x if gain is None else x * gain.to(x.dtype)
+        output, x, down, up = self.base(x), x.to(dtype), down.to(dtype), (up * scale).to(dtype)
+        if self.is_conv:
+            hidden = functional.conv2d(x, down, None, *self._options)
+            return output + functional.conv2d(hidden if keep is None else hidden * keep, up)
+        hidden = functional.linear(x, down)
+        return output + functional.linear(hidden if keep is None else hidden * keep, up)
+
+    @property
+    def _options(self) -> tuple:
+        return self.layer.stride, self.layer.padding, self.layer.dilation
+
+    def factors_now(self) -> tuple[Tensor, Tensor]:
+        """down and up to compute with: the parameters, or their copies while a step computes with those."""
+        copies = self.copies
+        return (self.lora_down, self.lora_up) if copies is None or not copies.live else copies.of(self)
+
+    @property
+    def masters(self) -> list[tuple[tuple[int, ...], list[nn.Parameter]]]:
+        """What ``copies`` are of, each with its shape."""
+        return [(tuple(factor.shape), [factor]) for factor in (self.lora_down, self.lora_up)]
+
+    # -- DoRA --------------------------------------------------------------------------------------------------
+
+    def _gain(self, x: Tensor) -> Tensor:
         """DoRA's factor for each input: (in) for a Linear, (1, in, 1, 1) for a convolution."""
-        with torch.no_grad():
-            inverse_norm = dora_gain(self.base_weight(), self.delta_weight(), torch.ones_like(self.dora_scale))
-        gain = self.dora_scale * inverse_norm
+        with torch.no_grad(), without_autocast(x.device):
+            weight = self.layer.weight.detach().to(x.device, self.compute_dtype(x)).view(self.shape)
+            norm = changed_norm(self._base_norm_squared(), weight, self.lora_down, self.lora_up, self.scale)
+            inverse = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        gain = self.dora_scale * inverse
         return gain if self.is_conv else gain.flatten()
 
-    def _low_rank(self, x: Tensor) -> Tensor:
-        """The layer plus its LoRA; DoRA's multiplier is not applied here."""
-        scale = self.scale if self.dora_scale is not None else self.scale * self.multiplier
-        dropping = self.training and (self.dropout or self.rank_dropout)
-        autocast = autocast_dtype(x.device)
-        dtype = autocast or getattr(self.layer, "compute_dtype", x.dtype)
-        if self.base_is_plain and not self.is_conv and not dropping:
-            layer = self.layer
-            return LoraLinear.apply(x, layer.weight, layer.bias, self.lora_down, self.lora_up, scale, dtype)
-        output = self.base(x)
-        down, up = self.lora_down, self.lora_up if scale == 1 else self.lora_up * scale
-        if autocast is None:  # else it casts what follows by itself
-            x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
-        hidden = self._down(x, down)
-        if dropping:
-            hidden = self._drop(hidden)
-        change = functional.conv2d(hidden, up) if self.is_conv else functional.linear(hidden, up)
-        # Neither a Linear nor a convolution keeps its output for the backward pass. One that casts its weight is a
-        # node of its own, and autograd does not let us write to a view that such a node returned.
-        casts = getattr(self.layer, "compute_dtype", self.layer.weight.dtype) != self.layer.weight.dtype
-        if self.base_is_plain and output.dtype == change.dtype and not casts:
-            return output.add_(change)
-        return output + change
+    def _base_norm_squared(self) -> Tensor:
+        """‖W‖² per column; of the weight that the layer has now, which its lender may have bound anew."""
+        if self._base_norm is None or self._base_norm[0]() is not self.layer.weight:
+            self._base_norm = weakref.ref(self.layer.weight), column_norm(self.base_weight()).square()
+        return self._base_norm[1]
 
-    def _down(self, x: Tensor, down: Tensor) -> Tensor:
-        if not self.is_conv:
-            return functional.linear(x, down)
-        return functional.conv2d(x, down, None, self.layer.stride, self.layer.padding, self.layer.dilation)
+    # -- dropout -----------------------------------------------------------------------------------------------
 
-    def _drop(self, hidden: Tensor) -> Tensor:
+    @property
+    def drops(self) -> bool:
+        return self.training and bool(self.dropout or self.rank_dropout)
+
+    def _keep(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """dropout and rank_dropout on the rank's activations: (B, …, r) or (B, r, h, w)."""
+        if not self.is_conv:
+            return self.keep_rows((*x.shape[:-1], self.rank), x.device, dtype)
+        sides = (
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in zip(x.shape[2:], self.shape[2:], *self._options)
+        )
+        return self._combined((len(x), self.rank, *sides), (len(x), self.rank, 1, 1), x.device, dtype)
+
+    def keep_rows(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The mask of activations (B, …, n) of n ranks."""
+        first = shape[0] if len(shape) > 1 else 1
+        return self._combined(shape, (first, *[1] * (len(shape) - 2), shape[-1]), device, dtype)
+
+    def _combined(
+        self, elements: Sequence[int], ranks: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        masks = []
         if self.dropout:
-            keep = self.keep_mask(hidden.shape, self.dropout, "elements", hidden.device)
-            hidden = hidden * (keep / (1 - self.dropout)).to(hidden.dtype)
+            masks.append(self.masks.keep(elements, self.dropout, f"{self.name} elements", device, dtype))
         if self.rank_dropout:
-            ranks = (len(hidden), self.rank) if hidden.dim() > 1 else (1, self.rank)
-            keep = self.keep_mask(ranks, self.rank_dropout, "ranks", hidden.device) / (1 - self.rank_dropout)
-            between = hidden.dim() - 2
-            shape = (*ranks, *[1] * between) if self.is_conv else (ranks[0], *[1] * between, self.rank)
-            hidden = hidden * keep.view(shape).to(hidden.dtype)
-        return hidden
+            masks.append(self.masks.keep(ranks, self.rank_dropout, f"{self.name} ranks", device, dtype))
+        return masks[0] if len(masks) == 1 else masks[0] * masks[1]

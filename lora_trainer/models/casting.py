@@ -45,7 +45,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class _Conv2dFunction(torch.autograd.Function):
-    """The same for a convolution with zero padding."""
+    """The same for a convolution with zero padding; autograd would keep its input as well, for no one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: tuple) -> Tensor:
@@ -74,7 +74,8 @@ class CastConv2d(nn.Conv2d):
     compute_dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == self.compute_dtype:
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if self.weight.dtype == self.compute_dtype == x.dtype and not needs_gradient:
             return super().forward(x)
         options = (self.stride, self.padding, self.dilation, self.groups)
         return _Conv2dFunction.apply(x, self.weight, self.bias, self.compute_dtype, options)

@@ -32,7 +32,6 @@ class Learning:
 
     def __init__(self, config: TrainConfig):
         self._changes_weight = config.adapter in ("loha", "lokr")
-        self.scales_input = config.dora and not self._changes_weight
 
     def passes(self, frozen: float, low_rank: float) -> tuple[float, float]:
         """Operations forwards and backwards of layers that take ``frozen``; ``low_rank``: those of LoRAs on them, 0

@@ -18,10 +18,11 @@ from lora_trainer.training.precision import Precision
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4, "adafactor": 0.25}
 """For each trained number, beside the 4 of itself and the 4 of its gradient. Adafactor's state is a row and a column of
 each matrix (measured for rank 16)."""
+_ANEW = 1.3
+"""What a part takes that is computed anew for its backward pass, for each number that it keeps: the gradients that
+come and go beside them (measured)."""
 _WEIGHT_COPIES = {"lora": 0, "loha": 4, "lokr": 2}
 """Of the largest layer's weight, in fp32, while its gradient is computed (measured)."""
-_CUDA_AUTOCAST = 1.3
-"""CUDA's autocast computes normalizations in fp32 and keeps what they were given (measured with the CPU's made to)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
         operations += part.forwards * (2 if again else 1) + part.backwards
         kept += part.inputs if again else part.kept
         largest = max(largest, part.kept if again else 0)
-    return Work(operations, kept + largest)
+    return Work(operations, kept + _ANEW * largest)
 
 
 def memory_needed(
@@ -71,8 +72,6 @@ def step_bytes(model: MetaModel, resolution: tuple[int, int], config: TrainConfi
     """Bytes that come and go within a step."""
     kept = work_on_batch(model.architecture, resolution, config).kept
     kept *= _bytes(precision.compute_dtype)
-    if precision.device.type == "cuda" and precision.autocast_dtype is not None:
-        kept *= _CUDA_AUTOCAST
     largest = max(math.prod(weight_shape(target.module)) for target, _, _ in choose(model.targets, config))
     return kept + _WEIGHT_COPIES[config.adapter] * largest * _bytes(torch.float32)
 

@@ -214,9 +214,7 @@ class BatchSource:
 
         ``rows``: those that are encoded; they are padded to the length of the longest of all ``captions``.
         """
-        tokens, weighted = self.config.max_token_length, self.config.weighted_captions
-        with self.precision.autocast():
-            return self.model.encode_prompts(captions, tokens, weighted, rows)
+        return self.model.encode_prompts(captions, self.config.max_token_length, self.config.weighted_captions, rows)
 
     # -- reading --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,29 +13,25 @@ from lora_trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """weight_dtype: of the frozen base. autocast_dtype: of the computation; None computes in fp32."""
+    """weight_dtype: of the frozen base. mixed_dtype: of the computation where it is lower than fp32, else None."""
 
     device: torch.device
     weight_dtype: torch.dtype
-    autocast_dtype: torch.dtype | None
+    mixed_dtype: torch.dtype | None
 
     @property
     def name(self) -> str:
         """As in ``mixed_precision``: "no", "fp16" or "bf16"."""
-        return {None: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.autocast_dtype]
+        return {None: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.mixed_dtype]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.autocast_dtype or torch.float32
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        """Of activations; what learns stays fp32."""
+        return self.mixed_dtype or torch.float32
 
     def create_scaler(self) -> Any | None:
         """A GradScaler for fp16, else None. torch < 2.3 has it under torch.cuda.amp only."""
-        if self.autocast_dtype != torch.float16:
+        if self.mixed_dtype != torch.float16:
             return None
         if hasattr(torch.amp, "GradScaler"):
             return torch.amp.GradScaler(self.device.type)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
 from lora_trainer.models.families import get_family
 from lora_trainer.training.objectives.base import generator_for
-from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn
 
 
@@ -26,14 +25,12 @@ def sample(
     steps: int = 20,
     cfg: float = 7.0,
     seed: int = 0,
-    precision: Precision | None = None,
 ) -> Image.Image:
     """One picture by DDIM (η = 0) with classifier-free guidance, ε = ε_neg + cfg·(ε_pos − ε_neg) (Ho & Salimans 2022).
 
     ``width`` and ``height`` in pixels are cut to multiples that the model can draw. The first noise depends on ``seed``
     alone. Call it in a turn.
     """
-    precision = precision or Precision(model.device, torch.float32, None)
     family = get_family(model.info.family)
     latent_format = family.latents
     width, height = (side - side % latent_format.multiple for side in (width, height))
@@ -42,15 +39,13 @@ def sample(
     guided = cfg != 1
     time_ids = family.time_ids([(height, width, 0, 0, height, width)] * (2 if guided else 1))
     time_ids = None if time_ids is None else time_ids.to(model.device)
-    with precision.autocast():
-        conditioning = model.encode_prompts([negative, prompt] if guided else [prompt]).to(model.device)
+    conditioning = model.encode_prompts([negative, prompt] if guided else [prompt]).to(model.device)
 
     shape = (1, latent_format.channels, *reversed(latent_format.size(width, height)))
     latents = torch.randn(shape, generator=generator_for(seed, "preview"))
     latents = latents.to(model.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps.tolist():
-        with precision.autocast():
-            model_pred = _guided_pred(model, latents, timestep, conditioning, time_ids, cfg)
+        model_pred = _guided_pred(model, latents, timestep, conditioning, time_ids, cfg)
         latents = scheduler.step(model_pred, timestep, latents).prev_sample
     return _to_image(model.decode_latents(latents))
 
@@ -100,8 +95,8 @@ def _to_image(pixels: Tensor) -> Image.Image:
 class ModelPreviewer:
     """The previewer of runs without a WebUI: the lent model in a turn of its own."""
 
-    def __init__(self, model: LentModel, turn: Turn, precision: Precision, size: tuple[int, int], steps: int = 20):
-        self.model, self.turn, self.precision = model, turn, precision
+    def __init__(self, model: LentModel, turn: Turn, size: tuple[int, int], steps: int = 20):
+        self.model, self.turn = model, turn
         self.width, self.height = size
         self.steps = steps
 
@@ -114,5 +109,4 @@ class ModelPreviewer:
                 height=self.height,
                 steps=self.steps,
                 seed=seed,
-                precision=self.precision,
             )

@@ -27,7 +27,8 @@ from lora_trainer.training.precision import Precision
 class TrainingStep:
     """What one step needs, and everything that changes by it.
 
-    adapters: attached to the model; offers ``param_groups(config)`` and ``begin_step(step, micro_step)``.
+    adapters: attached to the model; offers ``param_groups(config)``, ``begin_step(step, micro_step)`` and
+        ``working_copies(dtype)``.
     total_steps: length of the learning-rate schedule.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     """
@@ -40,6 +41,7 @@ class TrainingStep:
         self.optimizer = create_optimizer(config, adapters.param_groups(config))
         self.scheduler = create_scheduler(config, self.optimizer, total_steps)
         self.scaler = precision.create_scaler()
+        self.copies = adapters.working_copies(precision.compute_dtype)
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
         self.graphs = MicroBatchGraphs(
             self._forward_backward, self.parameters, objective.addresses, precision.device
@@ -62,7 +64,7 @@ class TrainingStep:
         device = self.precision.device
         count = torch.tensor(float(sum(part.count for part in drawn)), device=device)
         total = torch.zeros((), device=device)
-        with self.graphs.step():
+        with self.graphs.step(), self.copies.computing():
             for micro_step, part in enumerate(drawn):
                 self.adapters.begin_step(step, micro_step)
                 total += self.graphs(self.objective.inputs(part), count)
@@ -73,6 +75,7 @@ class TrainingStep:
         # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
         loss = self.objective.loss(inputs) / count
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self.copies.gather()
         return loss.detach()
 
     def _update(self, total: Tensor) -> float | None:

@@ -47,11 +47,10 @@ def throughput(architecture: ModelArchitecture, precision: Precision, resolution
         RuntimeError: the device has no memory for it.
     """
     family = get_family(architecture.family)
-    trial = family.trial(architecture, resolution, precision.device, precision.weight_dtype)
+    trial = family.trial(architecture, resolution, precision.device, precision.compute_dtype)
 
     def compute() -> None:
-        with precision.autocast():
-            output = trial.forward(trial.input)
+        output = trial.forward(trial.input)
         output.float().sum().backward()
         trial.input.grad.sum()
         trial.input.grad = None

@@ -225,7 +225,7 @@ def test_dropout_keeps_the_mean_and_repeats(kind, layer_kind, option):
         adapter(x)
     outputs = []
     for seed in range(300):
-        adapter.dropout_seed = seed
+        adapter.masks.begin(seed)
         outputs.append(adapter(x).detach())
     assert not torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[299], adapter(x)), "the same step gives the same mask"
@@ -242,7 +242,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_picture():
     layer, x = layer_and_input("linear")
     adapter = build("lora", layer, rank_dropout=0.5)
     randomize(adapter)
-    adapter.dropout_seed = 5
+    adapter.masks.begin(5)
     with torch.no_grad():
         change = adapter(x) - layer(x)
         hidden = x @ adapter.lora_down.T
@@ -260,7 +260,7 @@ def test_gradient_checkpointing_meets_the_same_masks(kind):
     layer, x = layer_and_input("linear")
     adapter = build(kind, layer, dropout=0.5)
     randomize(adapter)
-    adapter.dropout_seed = 11
+    adapter.masks.begin(11)
     plain = torch.autograd.grad(adapter(x).square().sum(), list(adapter.parameters()))
     again = checkpoint(adapter.forward, x.clone().requires_grad_(), use_reentrant=False)
     for expected, ours in zip(plain, torch.autograd.grad(again.square().sum(), list(adapter.parameters()))):
@@ -305,7 +305,7 @@ def test_a_base_of_another_format_than_the_computations(kind, layer_kind, droppe
             layer.float()
         adapter = build(kind, layer, **dropped)
         randomize(adapter)
-        adapter.dropout_seed = 5
+        adapter.masks.begin(5)
         x.requires_grad_()
         output = adapter(x)
         output.square().sum().backward()

@@ -35,6 +35,7 @@ from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.step import TrainingStep
+from tests.benchmarks.sides import autocast
 from tests.tiny import SD1_FULL, tiny_sd1
 
 RANK = 16
@@ -64,7 +65,7 @@ def our_step(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         model.set_gradient_checkpointing(options.gradient_checkpointing)
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
-            objective = DiffusionObjective(config, model, precision, model.encode_prompts)
+            objective = DiffusionObjective(config, model, model.encode_prompts)
             step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
             batch = batch_of(options, model.unet.config.cross_attention_dim)
             yield lambda number: step(number, [batch])
@@ -111,7 +112,7 @@ def diffusers_step(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
         timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device).long()
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
         encoder_hidden_states = batch.conditioning.context.to(latents)
-        with precision.autocast():
+        with autocast(precision):
             model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         snr = compute_snr(noise_scheduler, timesteps)
         weights = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / snr

@@ -32,6 +32,7 @@ from lora_trainer.models.families.unet import model as assembling
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.training.inputs import Batch
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import TrainingStep
 from tests.benchmarks.counting import GPUS, Count, as_on_cuda
@@ -70,14 +71,6 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What ``BatchSource`` offers a step, without a data set."""
-
-    precision: Precision
-    total_steps: int = 1000
-
-
 def count(
     case: Case, options: dict[str, Any], side: str = "ours", weights: str = "bf16", compute: str = "bf16"
 ) -> Count:
@@ -95,17 +88,23 @@ def _ours(case: Case, config: TrainConfig, counter: Count, weights: torch.dtype,
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     with adapters, _real_tables(model):
         adapters.train()
-        inputs = _Inputs(Precision(model.device, weights, compute))
-        step = TrainingStep(config, model, adapters, inputs)
-        frozen = list(model.unet.parameters())
-        with _phases(counter, step, [*frozen, *adapters.parameters()]):
+        objective = DiffusionObjective(config, model, model.encode_prompts)
+        precision = Precision(model.device, weights, compute)
+        step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
+        there = [*model.unet.parameters(), *adapters.parameters(), *step.copies.leaves]
+        with _phases(counter, step, there):
             step(0, [_batch(case, model.unet.config, compute)])
 
 
 @contextlib.contextmanager
 def _phases(counter: Count, step: TrainingStep, weights: list[torch.Tensor]) -> Iterator[None]:
     """Inside, the counter is told when ``step`` passes from one phase to the next."""
-    loss, update = step.loss, step._update
+    draw, loss, update = step.objective.draw, step.objective.loss, step._update
+
+    def drawn(*arguments: Any) -> Any:  # on the host
+        found = draw(*arguments)
+        counter.phase = "forward"
+        return found
 
     def forward(*arguments: Any) -> torch.Tensor:
         counter.phase = "forward"
@@ -119,7 +118,11 @@ def _phases(counter: Count, step: TrainingStep, weights: list[torch.Tensor]) -> 
         return update(total)
 
     step.optimizer.register_step_pre_hook(lambda *arguments: setattr(counter, "phase", "optimizer"))
-    with patch.object(step, "loss", forward), patch.object(step, "_update", end):
+    with (
+        patch.object(step.objective, "draw", drawn),
+        patch.object(step.objective, "loss", forward),
+        patch.object(step, "_update", end),
+    ):
         yield
     counter.phase = None
 

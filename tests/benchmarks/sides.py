@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ def our_step(work: Work, folder: Path) -> Iterator[Step]:
         yield lambda number: step(number, [batch])
 
 
+def autocast(precision: Precision) -> AbstractContextManager[None]:
+    """As the peers compute in mixed precision."""
+    enabled = precision.mixed_dtype is not None
+    return torch.autocast(precision.device.type, dtype=precision.mixed_dtype or torch.bfloat16, enabled=enabled)
+
+
 @contextmanager
 def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
     """A ``TrainingStep`` over a lent base, its adapters attached."""
@@ -123,14 +129,14 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
         write_base(folder, work),
         precision.device,
         work.stored,
-        compute_dtype=precision.autocast_dtype or torch.float32,
+        compute_dtype=precision.compute_dtype,
     )
     with lender.borrow() as model:
         model.release("vae", "text_encoders")
         model.set_gradient_checkpointing(work.gradient_checkpointing)
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
-            objective = DiffusionObjective(config, model, precision, model.encode_prompts)
+            objective = DiffusionObjective(config, model, model.encode_prompts)
             yield TrainingStep(config, objective, adapters, precision, total_steps=1000)
 
 
@@ -171,7 +177,7 @@ def diffusers_step(work: Work, folder: Path) -> Iterator[Step]:
         added = None
         if work.family == "sdxl":
             added = {"text_embeds": batch.conditioning.pooled.to(latents), "time_ids": batch.time_ids.to(latents)}
-        with precision.autocast():
+        with autocast(precision):
             model_pred = unet(
                 noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
             )[0]
@@ -252,7 +258,7 @@ def sd_scripts_step(work: Work, folder: Path, checkout: Path) -> Iterator[Step]:
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(precision.weight_dtype).requires_grad_()
         context = batch.conditioning.context.to(precision.device, precision.weight_dtype)
-        with precision.autocast():
+        with autocast(precision):
             model_pred = predict(noisy, timesteps, context)
         loss = functional.mse_loss(model_pred.float(), noise.float(), reduction="none").mean([1, 2, 3])
         snr = torch.stack([all_snr[timestep] for timestep in timesteps])

@@ -13,12 +13,12 @@ SMALL = {
     "sdxl": Case("sdxl", sdxl_shapes(**{**SDXL, "mult": (1, 2), "depths": (0, 2), "layers": 1}), 256),
 }
 BUDGETS = {
-    ("sd1", "lora"): (1364, 14727),
-    ("sd1", "lora dropout"): (1788, 15927),
-    ("sd1", "locon"): (1777, 16926),
-    ("sd1", "dora"): (2200, 18205),
-    ("sd1", "lokr"): (1615, 13488),
-    ("sdxl", "lora"): (2108, 14415),
+    ("sd1", "lora"): (770, 9200),
+    ("sd1", "lora dropout"): (850, 10750),
+    ("sd1", "locon"): (985, 10900),
+    ("sd1", "dora"): (2150, 9200),
+    ("sd1", "lokr"): (1380, 8100),
+    ("sdxl", "lora"): (1125, 9050),
 }
 """Kernels, and KiB that autograd keeps."""
 

@@ -222,7 +222,7 @@ class Run:
         cache, keep = TensorCache(out / "cache"), previewer is not None
         self.source = BatchSource(config, self.model, self.dataset, self.plan, cache, self.precision, keep)
         assert self.source.prepare(self.turns, self.recorder, self.commands)
-        objective = DiffusionObjective(config, self.model, self.precision, self.source.encode_prompts)
+        objective = DiffusionObjective(config, self.model, self.source.encode_prompts)
         self.adapters = AdapterSet.build(self.model.lora_targets(), config)
         self.adapters.attach()
         self.saved: list[tuple[int, str, dict[str, Tensor]]] = []

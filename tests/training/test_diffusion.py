@@ -14,7 +14,6 @@ from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linea
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives import diffusion
 from lora_trainer.training.objectives.base import generator_for
-from lora_trainer.training.precision import Precision
 from tests.training.fakes import FakeModel, Run, configuration
 
 SEED = 7
@@ -218,8 +217,7 @@ def test_weights_stay_finite_at_zero_and_at_infinite_snr(tmp_path):
 
 
 def objective(config) -> diffusion.DiffusionObjective:
-    precision = Precision(torch.device("cpu"), torch.float32, None)
-    return diffusion.DiffusionObjective(config, FakeModel(), precision, encode=FakeModel().encode_prompts)
+    return diffusion.DiffusionObjective(config, FakeModel(), encode=FakeModel().encode_prompts)
 
 
 def test_timestep_limits_are_included(tmp_path):

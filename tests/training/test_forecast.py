@@ -22,7 +22,7 @@ from lora_trainer.models.families import get_family, meta_model
 from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Work, memory_needed, step_bytes, work_on_batch
-from lora_trainer.training.precision import Precision, resolve
+from lora_trainer.training.precision import resolve
 from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
 SIDE, BATCH = 128, 2
@@ -108,28 +108,11 @@ def most_allocated(loss) -> int:
 
 @pytest.mark.skipif(torch_version() < (2, 2), reason="this torch crashes in bf16 on the CPU")
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_memory_under_autocast_as_cuda_has_it(bases, family, monkeypatch):
-    """There normalizations compute in fp32; the CPU's autocast is made to do the same."""
-
-    def in_fp32(function):
-        def normalize(x, shape, weight=None, bias=None, eps=1e-5):
-            with torch.autocast("cpu", enabled=False):
-                return function(x.float(), shape, weight.float(), bias.float(), eps)
-
-        return normalize
-
+def test_memory_in_mixed_precision(bases, family):
     config = TrainConfig(lora_rank=8, batch_size=BATCH)
     with trained(bases[family], config, torch.bfloat16) as (model, loss):
-        for name in ("group_norm", "layer_norm"):
-            monkeypatch.setattr(torch.nn.functional, name, in_fp32(getattr(torch.nn.functional, name)))
-
-        def mixed():
-            with torch.autocast("cpu", torch.bfloat16):
-                return loss()
-
-        seen = most_allocated(mixed)
-        cuda = Precision(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
-        expected = step_bytes(meta_model(model.architecture), (SIDE, SIDE), config, cuda)
+        seen = most_allocated(loss)
+        expected = step_bytes(meta_model(model.architecture), (SIDE, SIDE), config, resolve("cpu", "bf16"))
     assert expected == pytest.approx(seen, rel=0.15)
 
 

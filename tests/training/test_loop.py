@@ -429,7 +429,7 @@ def test_ddim_finds_the_picture_of_a_perfect_model():
 def test_the_default_previewer_takes_a_turn(tmp_path):
     config = configuration(tmp_path, preview_prompts=["a star"], preview_steps=2)
     run = Run(config, previewer=Painter())
-    run.trainer.previewer = preview.ModelPreviewer(run.model, run.turns, run.precision, (32, 32), steps=2)
+    run.trainer.previewer = preview.ModelPreviewer(run.model, run.turns, (32, 32), steps=2)
     before = run.turns.taken
     run.trainer._draw_previews()
     assert run.turns.taken == before + 1

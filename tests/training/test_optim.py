@@ -138,13 +138,12 @@ def test_moving_average_follows_its_formula_and_gives_the_weights_back():
 
 def test_the_cpu_computes_in_fp32_unless_told_bf16(monkeypatch):
     cpu = precision.resolve("cpu", "auto")
-    assert (cpu.weight_dtype, cpu.autocast_dtype, cpu.name) == (torch.float32, None, "no")
+    assert (cpu.weight_dtype, cpu.mixed_dtype, cpu.name) == (torch.float32, None, "no")
     assert cpu.create_scaler() is None
     monkeypatch.setattr(torch, "__version__", "2.2.0+cpu")
     bf16 = precision.resolve("cpu", "bf16")
-    assert bf16.autocast_dtype == torch.bfloat16 and bf16.create_scaler() is None
-    with bf16.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert bf16.mixed_dtype == torch.bfloat16 and bf16.create_scaler() is None
+    assert (cpu.compute_dtype, bf16.compute_dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_bf16_on_the_cpu_is_refused_where_torch_would_crash(monkeypatch):

@@ -76,9 +76,9 @@ class Pictures:
         config, plan = self._config, self._plan
         cache = TensorCache(Path(config.cache_dir or Path(config.output_dir) / "cache"), self._on_warning)
         source = BatchSource(config, model, self._dataset, plan, cache, precision, keep_model_parts)
-        objective = DiffusionObjective(config, model, precision, source.encode_prompts)
+        objective = DiffusionObjective(config, model, source.encode_prompts)
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
         return Work(source, objective, model.lora_targets, facts)
 
     def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:
-        return ModelPreviewer(model, turn, precision, self._plan.resolution)
+        return ModelPreviewer(model, turn, self._plan.resolution)

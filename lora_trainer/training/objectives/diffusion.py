@@ -21,7 +21,6 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.training.inputs import Batch
-from lora_trainer.training.precision import Precision
 
 # ---- noise ----------------------------------------------------------------------------------------------------
 
@@ -149,10 +148,9 @@ class DiffusionObjective:
         self,
         config: TrainConfig,
         model: LentModel,
-        precision: Precision,
         encode: Callable[[Sequence[str], slice], Conditioning],
     ):
-        self.config, self.model, self.precision, self.encode = config, model, precision, encode
+        self.config, self.model, self.encode = config, model, encode
         schedule = model.schedule
         self.prediction_type = schedule.prediction_type
         self.min_timestep, self.max_timestep = config.min_timestep, min(config.max_timestep, len(schedule) - 1)
@@ -214,8 +212,7 @@ class DiffusionObjective:
         noisy_latents = self._add_noise(latents, inputs.perturbed, timesteps)
         target = self._target(latents, inputs.noise, timesteps)
         conditioning = inputs.conditioning if inputs.captions is None else self.encode(*inputs.captions)
-        with self.precision.autocast():
-            model_pred = self.model.predict(noisy_latents, timesteps, conditioning, inputs.time_ids)
+        model_pred = self.model.predict(noisy_latents, timesteps, conditioning, inputs.time_ids)
         return self._losses(model_pred, target, timesteps, inputs.weights, inputs.mask).sum()
 
     def addresses(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseS
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_unet, build_vae, text_body
+from lora_trainer.models.families.unet.blocks import slim
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.residency import Residency
 from lora_trainer.models.tokenizer import Tokenizer
@@ -83,6 +84,7 @@ class DiffusionModel:
         self._input_grad_hooks: list = []
         for module in (self.unet, *self.text_encoders):
             cast_layers(module, compute_dtype)
+        slim(self.unet)
         cast_layers(self.vae, VAE_DTYPE)
         for module in (self.unet, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()

@@ -7,7 +7,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.architecture import UNetShape
+from lora_trainer.models.families.unet.blocks import slim
 from lora_trainer.models.families.unet.work import CONTEXT_TOKENS, piece_operations, pieces
 from lora_trainer.models.family import LatentFormat, Trial
 
@@ -24,6 +26,8 @@ def trial(
     block = BasicTransformerBlock(channels, heads, channels // heads, cross_attention_dim=shape.context_dim)
     for part in (resnet, block):
         part.requires_grad_(False).to(**here)
+        cast_layers(part, dtype)
+        slim(part)
     picture = torch.randn(1, channels, height, width, **here).requires_grad_()
     text = torch.randn(1, CONTEXT_TOKENS, shape.context_dim, **here)
 

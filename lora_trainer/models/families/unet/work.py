@@ -80,15 +80,20 @@ class _Walk:
     def _conv(self, into: int, out: int, level: int) -> Part:
         area = self._areas[level]
         frozen, low_rank = 2 * 9 * into * out * area, lora_work(9 * into, out, self._conv_rank) * area
-        return Part(*self._learning.passes(frozen, low_rank), into * area)
+        return Part(*self._learning.passes(frozen, low_rank), self._given(into) * area)
+
+    def _given(self, channels: int) -> int:
+        """What a convolution keeps of its input, for each pixel: it needs that to learn only."""
+        return channels + self._learning.hidden(self._conv_rank) if self._conv_rank else 0
 
     def _resnet(self, into: int, out: int, level: int) -> Part:
         area = self._areas[level]
         shortcut = into * out if into != out else 0
         frozen = 2 * (9 * (into + out) * out + shortcut) * area
         low_rank = (lora_work(9 * into, out, self._conv_rank) + lora_work(9 * out, out, self._conv_rank)) * area
-        # Twice a normalization, an activation and a convolution, each of which keeps what it was given.
-        return Part(*self._learning.passes(frozen, low_rank), 3 * (into + out) * area, into * area)
+        # Twice a normalization, an activation and a convolution.
+        kept = 2 * (into + out) + self._given(into) + self._given(out)
+        return Part(*self._learning.passes(frozen, low_rank), kept * area, into * area)
 
     def _transformer(self, channels: int, depth: int, level: int) -> Iterator[Part]:
         if not depth:
@@ -96,7 +101,7 @@ class _Walk:
         area, tokens, rank = self._areas[level], self._batch * CONTEXT_TOKENS, self._rank
         context, wide = self._shape.context_dim, 4 * channels
         frozen, low_rank = 4 * channels**2 * area, 2 * lora_work(channels, channels, rank) * area
-        ends = (5 if self._learning.scales_input else 3) * channels * area
+        ends = 3 * channels * area
         yield Part(*self._learning.passes(frozen, low_rank), ends)  # in and out of the transformer
 
         # q k v and out of the image, q and out of the text; in and out of the feed-forward layer and its gate.
@@ -110,10 +115,8 @@ class _Walk:
         low_rank = low_rank * area + 2 * lora_work(context, channels, rank) * tokens
         attention = 4 * channels * area * (area // self._batch + CONTEXT_TOKENS)
         # Three times a normalization's input and output, q k v and what came of them, q and what came of the text;
-        # both halves of the feed-forward layer, the activated gate and the product.
-        kept = (12 * channels + 4 * wide + 10 * self._learning.hidden(rank)) * area + 2 * channels * tokens
-        if self._learning.scales_input:
-            kept += (7 * channels + wide) * area + 2 * context * tokens
+        # both halves of the feed-forward layer and their product.
+        kept = (12 * channels + 3 * wide + 10 * self._learning.hidden(rank)) * area + 2 * channels * tokens
         forwards, backwards = self._learning.passes(frozen + reading, low_rank)
         backwards -= 0 if self._text_learns else reading
         for _ in range(depth):
@@ -130,7 +133,5 @@ def _text_layer(shape: TextShape, config: TrainConfig) -> Part:
     # Twice a normalization's input and output, q k v and what came of them; the hidden layer before, in and after its
     # activation.
     kept = (8 * width + 3 * hidden + 6 * learning.hidden(rank)) * tokens
-    if learning.scales_input:
-        kept += (5 * width + hidden) * tokens
     forwards, backwards = learning.passes(frozen, low_rank)
     return Part(forwards + attention, backwards + 2 * attention, kept, width * tokens)
