@@ -1,8 +1,8 @@
 """The masks of dropout: one bank of random numbers for a micro-step, of which every layer takes a piece.
 
 A mask depends on (seed, step, micro-step, layer) alone: gradient checkpointing runs a layer twice and must meet the
-same mask, a resumed run must as well, and every device sees the same numbers, since they are drawn on the CPU. Layers
-take pieces that may overlap, from places that change with every micro-step.
+same mask, a resumed run must as well, and every device sees the same numbers, since they are drawn on the CPU. A layer
+takes its piece from a place of its own, the same in every step, where the numbers are drawn anew; pieces may overlap.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _ALIGNMENT = 8
 _LEVELS = 2**16
 """Of one number; a probability is rounded to so many steps."""
 
+_Kind = tuple[float, torch.device, torch.dtype]  # probability, and where and as what a bank lies
+
 
 def seed_from(*parts: object) -> int:
     """63 bits that depend on all of ``parts`` and on nothing else (no process, no platform, no global state)."""
@@ -35,13 +37,19 @@ class DropoutMasks:
 
     def __init__(self) -> None:
         self._seed: int | None = None
-        self._banks: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+        # Of each kind the banks that were made so far, of growing length. All of them are kept and written to: a CUDA
+        # graph reads the one that was there when it was recorded.
+        self._banks: dict[_Kind, list[Tensor]] = {}
         self._blocks = 1  # as many as were needed so far
 
     def begin(self, seed: int) -> None:
         """From now on the masks are those of this seed."""
         self._seed = seed
-        self._banks.clear()
+        numbers = self._numbers() if self._banks else None
+        for kind, banks in self._banks.items():
+            factors = _factors(numbers, kind)
+            for bank in banks:
+                bank.copy_(factors[: len(bank)])
 
     def keep(
         self, shape: Sequence[int], probability: float, layer: str, device: torch.device, dtype: torch.dtype
@@ -52,22 +60,27 @@ class DropoutMasks:
         """
         if self._seed is None:
             raise RuntimeError("Dropout needs AdapterSet.begin_step before each step.")
-        count = math.prod(shape)
-        start = seed_from(self._seed, layer) % (_BLOCK // _ALIGNMENT) * _ALIGNMENT
-        key = (probability, device, dtype)
-        bank = self._banks.get(key)
-        if bank is None or len(bank) < start + count:
+        count, kind = math.prod(shape), (probability, device, dtype)
+        start = seed_from("place", layer) % (_BLOCK // _ALIGNMENT) * _ALIGNMENT
+        banks = self._banks.setdefault(kind, [])
+        if not banks or len(banks[-1]) < start + count:
             self._blocks = max(self._blocks, -(-(start + count) // _BLOCK))
-            bank = self._banks[key] = self._factors(probability, device, dtype)
-        return bank[start : start + count].view(*shape)
+            banks.append(_factors(self._numbers(), kind))
+        return banks[-1][start : start + count].view(*shape)
 
-    def _factors(self, probability: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-        numbers = torch.cat([self._draw(block) for block in range(self._blocks)])
-        dropped = round(probability * _LEVELS)
-        kept = to_device(numbers, device) >= dropped - _LEVELS // 2
-        return kept.to(dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    def _numbers(self) -> Tensor:
+        """(blocks · _BLOCK) int16 on the CPU, all values alike."""
+        return torch.cat([self._draw(block) for block in range(self._blocks)])
 
     def _draw(self, block: int) -> Tensor:
-        """(_BLOCK) int16, all values alike; four of them are drawn at once."""
+        """(_BLOCK) int16; four of them are drawn at once."""
         generator = torch.Generator().manual_seed(seed_from(self._seed, "block", block))
         return torch.randint(-(2**63), 2**63 - 1, (_BLOCK // 4,), generator=generator).view(torch.int16)
+
+
+def _factors(numbers: Tensor, kind: _Kind) -> Tensor:
+    """0 where a number falls below the probability, else what keeps the mean."""
+    probability, device, dtype = kind
+    dropped = round(probability * _LEVELS)
+    kept = to_device(numbers, device) >= dropped - _LEVELS // 2
+    return kept.to(dtype).mul_(_LEVELS / (_LEVELS - dropped))

@@ -46,8 +46,8 @@ class TrainingStep:
         self.graphs = MicroBatchGraphs(
             self._forward_backward, self.parameters, objective.addresses, precision.device
         )
-        if config.cuda_graphs == "off" or config.dropout or config.rank_dropout:  # masks lie elsewhere in each step
-            self.graphs.give_up("the settings exclude them.")
+        if config.cuda_graphs == "off":
+            self.graphs.give_up("cuda_graphs is off.")
         self.updating = False
 
     def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:

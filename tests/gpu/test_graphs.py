@@ -34,8 +34,8 @@ def two_shapes(unet, number):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
 @pytest.mark.parametrize("changes", [
-    {}, {"conv_rank": 4}, {"dora": True}, {"adapter": "lokr"},
-], ids=["lora", "locon", "dora", "lokr"])  # fmt: skip
+    {}, {"conv_rank": 4}, {"dora": True}, {"adapter": "lokr"}, {"dropout": 0.2, "rank_dropout": 0.1},
+], ids=["lora", "locon", "dora", "lokr", "dropout"])  # fmt: skip
 def test_weights_and_losses_are_the_same(precision, changes, bases):
     work = dataclasses.replace(DEMO, mixed_precision=precision, changes=tuple(changes.items()))
     plain, plain_losses, none = train(work, bases, "off")
