@@ -137,7 +137,7 @@ def _objective(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
     return {
         "loss_type": {"mse": "l2"}.get(config.loss, config.loss),
         "huber_c": config.huber_c,
-        "min_snr_gamma": config.min_snr_gamma,
+        "min_snr_gamma": config.snr_gamma(facts.prediction_type, facts.zero_terminal_snr),
         "debiased_estimation": config.debiased_estimation,
         "noise_offset": config.noise_offset or None,
         "multires_noise_iterations": config.multires_noise_iterations or None,

@@ -1,6 +1,7 @@
 """The settings of a run: ``schema`` names them, ``parse`` reads and checks them, ``docs`` explains them."""
 
 from lora_trainer.config.docs import field_docs
+from lora_trainer.config.effects import without_effect
 from lora_trainer.config.foreign import Translation, read_text
 from lora_trainer.config.parse import (
     from_mapping,
@@ -30,4 +31,5 @@ __all__ = [
     "to_mapping",
     "to_yaml",
     "with_folder",
+    "without_effect",
 ]

@@ -106,6 +106,8 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
             said = "is empty" if value in (None, "") else f"{value!r} {error}"
             problems.append(UserError(f"{said}.", field=given, remedy=remedy))
+    if clean.get("text_encoder_lr"):  # a rate of its own means that they are to learn
+        clean.setdefault("train_text_encoder", True)
     config = TrainConfig(**clean)
     broken = {problem.field and ALIASES.get(problem.field, problem.field) for problem in problems}
     problems += [problem for problem in _across_fields(config) if problem.field not in broken]
@@ -156,9 +158,9 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
     )
     require(
         "debiased_estimation",
-        not (config.debiased_estimation and config.min_snr_gamma),
+        not (config.debiased_estimation and isinstance(config.min_snr_gamma, float)),
         "It cannot be combined with min_snr_gamma.",
-        "Set min_snr_gamma: null to use it.",
+        "Leave min_snr_gamma out to use it.",
     )
     require(
         "dora",
@@ -223,7 +225,11 @@ def _convert(value: Any, kind: Any) -> Any:
     if origin in (python_types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
             return None
-        return _convert(value, next(option for option in options if option is not type(None)))
+        kinds = [option for option in options if option is not type(None)]
+        if typing.get_origin(kinds[0]) is typing.Literal and len(kinds) > 1:  # a word instead of a number
+            word = str(value).strip().lower()
+            return word if word in typing.get_args(kinds[0]) else _convert(value, kinds[1])
+        return _convert(value, kinds[0])
     if origin is typing.Literal:
         return _choice(value, options)
     if origin is list:
@@ -250,7 +256,7 @@ def _unquoted(path: str) -> str:
 
 def _is_off(value: Any, field: dataclasses.Field) -> bool:
     """Whether 0 stands for "not used", where nothing does: other trainers write it so."""
-    if isinstance(value, bool) or (field.default is not None and field.name != "min_snr_gamma"):
+    if isinstance(value, bool) or type(None) not in typing.get_args(types()[field.name]):
         return False
     low = field.metadata.get("minimum", field.metadata.get("above", 0))
     zero = value == 0 or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()) and float(value) == 0)
@@ -342,7 +348,7 @@ def _wanted(name: str) -> str:
     kind = types()[name]
     optional = type(None) in typing.get_args(kind)
     if optional:
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        kind = next(option for option in reversed(typing.get_args(kind)) if option is not type(None))
     if typing.get_origin(kind) is typing.Literal:
         text = "one of " + ", ".join(str(option) for option in typing.get_args(kind))
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
+MIN_SNR_GAMMA = 5.0
 LR_SCHEDULERS = ("constant", "cosine", "cosine_with_restarts", "linear", "polynomial")
 
 
@@ -126,7 +127,11 @@ class DataSettings:
     """Crop at a random place instead of the center."""
 
     use_masks: bool = setting(False)
-    """Learn only where <picture>.mask.png is white, or where a picture is not transparent."""
+    """Learn only where a picture's mask is white (<picture>.mask.png or -masklabel.png beside it, or a file of its name
+    in a folder masks), or where a picture is not transparent."""
+
+    mask_dir: str | None = setting(None, decides=False, path="read")
+    """Folder with masks that have the names of the pictures; for use_masks."""
 
     caption_extension: str = setting(".txt", decides=False)
     """Ending of caption files, tried first; .txt and .caption are found anyway."""
@@ -149,6 +154,9 @@ class DataSettings:
 
     caption_dropout: float = setting(0.0, minimum=0, maximum=1)
     """Probability that a picture is trained without its caption."""
+
+    wildcards: bool = setting(False)
+    """Of a caption of several lines take one line at each visit, and of {a|b} one of the choices."""
 
     tag_dropout: float = setting(0.0, minimum=0, maximum=1)
     """Probability that a part of a caption is left out in a step; *mood* parts are left out twice as often."""
@@ -275,8 +283,9 @@ class ObjectiveSettings:
     huber_c: float = setting(0.1, above=0, maximum=10)
     """Threshold at which huber and smooth_l1 change from quadratic to linear."""
 
-    min_snr_gamma: float | None = setting(5.0, above=0, maximum=100)
-    """Weight the loss by the noise level (min-SNR); 5 is usual, empty is off."""
+    min_snr_gamma: Literal["auto"] | float | None = setting("auto", above=0, maximum=100)
+    """Weight the loss by the noise level (min-SNR); empty is off. auto: 5, but off for v-prediction with zero terminal
+    SNR, where it would leave the high noise levels next to no weight, and with debiased_estimation."""
 
     debiased_estimation: bool = setting(False)
     """Weight the loss by 1/√SNR instead of min-SNR."""
@@ -380,6 +389,13 @@ class TrainConfig(
     def warmup_steps(self, total_steps: int) -> int:
         """Of a run of ``total_steps``."""
         return self.lr_warmup_steps or round(self.lr_warmup_ratio * total_steps)
+
+    def snr_gamma(self, prediction_type: str, zero_terminal_snr: bool) -> float | None:
+        """min-SNR's γ for a model of this kind; None where the noise levels weigh alike."""
+        if self.min_snr_gamma != "auto":
+            return self.min_snr_gamma
+        off = self.debiased_estimation or (prediction_type == "v_prediction" and zero_terminal_snr)
+        return None if off else MIN_SNR_GAMMA
 
     @property
     def text_encoders_learn(self) -> bool:

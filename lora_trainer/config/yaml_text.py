@@ -18,7 +18,7 @@ _SETTING = re.compile(r'\s*(?:-\s+)?"?([\w.]+)"?\s*[:=]')
 _PATHS = settings_where(lambda facts: facts.path is not None)
 _PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
 _SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
-_DRIVE = re.compile(r'"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
+_DRIVE = re.compile(r'(?<!\')"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
 
 
 def file_text(path: Path) -> str:

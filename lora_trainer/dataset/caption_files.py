@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,9 @@ from pathlib import Path, PurePosixPath
 from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
 from lora_trainer.errors import UserError
+
+TRIGGER = re.compile(r"\[(?:trigger|name)\]", re.IGNORECASE)
+"""What stands for the trigger word in captions and prompts of ai-toolkit."""
 
 _SHOWN = 5  # how many files a message names
 
@@ -56,7 +60,13 @@ def read_captions(
                 break
             found.append(CaptionProblem(path, None, "is empty.", empty=True))
     for path in metadata_files(listing, metadata_path, found):
-        captions.update(_read_metadata(path, listing, names, found))
+        rows = _read_metadata(path, listing, names, found)
+        other = [key for key, row in rows.items() if key in captions and captions[key].text != row.text]
+        if other:
+            message = f"counts, and {len(other)} of its captions are not those of {captions[other[0]].path.name}"
+            more = "" if len(other) == 1 else " and others like it"
+            found.append(CaptionProblem(path, None, f"{message}{more}. Remove the ones that are not meant."))
+        captions.update(rows)
     if problems is not None:
         problems.extend(found)
     elif fatal := [problem for problem in found if problem.fatal]:
@@ -117,8 +127,9 @@ def _read_metadata(
 ) -> dict[str, CaptionSource]:
     captions: dict[str, CaptionSource] = {}
     prefix = metadata_prefix(path, listing.root)
-    for row in read_rows(path, problems):
-        key = names.find(prefix + row.filename) or names.find(row.filename)
+    rows, lost = list(read_rows(path, problems)), len(problems)
+    for row in rows:
+        key = names.find(prefix + row.filename) or names.find(row.filename) or names.find_below(row.filename)
         if key is None or key not in listing.pictures:
             reason = "is not in the folder" if key is None else "is no picture that can be trained on"
             problems.append(CaptionProblem(path, row.line, f"{row.filename} {reason}; the row is left out."))
@@ -127,4 +138,10 @@ def _read_metadata(
             problems.append(CaptionProblem(path, row.line, message))
         else:
             captions[key] = CaptionSource(row.caption, "metadata", path, row.line)
+    if rows and not captions:
+        del problems[lost:]
+        row = rows[0]
+        message = f"none of its {len(rows)} rows names a picture in {listing.root}. First, line {row.line}: "
+        message += f"{row.filename} is not in the folder. Give file names as they are there."
+        problems.append(CaptionProblem(path, None, message, fatal=True))
     return captions

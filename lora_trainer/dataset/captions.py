@@ -38,8 +38,8 @@ from lora_trainer.dataset.translation import load_mapping, translate
 
 __all__ = [
     "Caption", "Item", "Span", "compose", "contains_word", "core_items", "core_texts", "escape", "format",
-    "load_mapping", "make_item", "mentions", "mood_items", "parse", "plain_text", "plain_texts", "prompt_text",
-    "train_text", "translate",
+    "has_choices", "load_mapping", "make_item", "mentions", "mood_items", "one_of", "parse", "plain_text",
+    "plain_texts", "prompt_text", "train_text", "translate",
 ]  # fmt: skip
 
 _WEIGHT = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*$")
@@ -48,6 +48,20 @@ _BREAK = re.compile(r"(?<!\w)BREAK(?!\w)")
 _CHOICE = re.compile(r"(?<!\\)\{([^{}]*\|[^{}]*)(?<!\\)\}")
 # A face such as (^_^) has no word in it; emphasis does.
 _WORD = re.compile("[^\\W\\d_]{2,}|\\d{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
+
+
+def one_of(text: str, wildcards: bool, rng: random.Random | None) -> Caption:
+    """The caption of a visit. With ``wildcards`` one of its lines, as ``rng`` draws (the first without it), whose
+    ``{a|b}`` are choices."""
+    lines = [line for line in text.splitlines() if line.strip()] if wildcards else []
+    if len(lines) > 1:
+        text = rng.choice(lines) if rng is not None else lines[0]
+    return parse(text, wildcards)
+
+
+def has_choices(text: str) -> bool:
+    """Whether a caption has several lines, or ``{a|b}``: what ``wildcards`` makes a choice of."""
+    return len([line for line in text.splitlines() if line.strip()]) > 1 or _CHOICE.search(text) is not None
 
 
 def train_text(

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from lora_trainer.config import TrainConfig, parse_folder
 from lora_trainer.dataset import captions as grammar
-from lora_trainer.dataset.caption_files import read_captions, some
+from lora_trainer.dataset.caption_files import TRIGGER, read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
-from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder, mask_of
+from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder, mask_of, masks_in
 from lora_trainer.dataset.metadata import CaptionProblem
+from lora_trainer.dataset.notes import with_notes
 from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
 from lora_trainer.dataset.samples import Dataset, Sample, Skipped
 from lora_trainer.errors import UserError, concerning
@@ -60,7 +61,7 @@ def scan(
         raise UserError("is empty.", field="train_data_dir", remedy="Name the folder that holds the pictures.")
     sources = _sources(config, stand_in)
     roots = [source.root for source in sources]
-    results = folders_of_results(config)
+    results = [*folders_of_results(config), *([Path(config.mask_dir)] if config.mask_dir else [])]
     parts = [
         _scan_root(config, source, [*results, *(root for root in roots if root != source.root)], progress, measure)
         for source in sources
@@ -71,7 +72,7 @@ def scan(
         tuple(skipped for part in parts for skipped in part.skipped),
         tuple(warning for part in parts for warning in part.warnings),
     )
-    return _translated(whole, config)
+    return with_notes(_translated(_with_trigger(whole, config), config), config)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,26 @@ def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
     with concerning("caption_mapping"):
         mapping = grammar.load_mapping(config.caption_mapping)
     samples = tuple(
-        dataclasses.replace(sample, caption=grammar.format(grammar.translate(grammar.parse(sample.caption), mapping)))
+        dataclasses.replace(
+            sample,
+            caption="\n".join(
+                grammar.format(grammar.translate(grammar.parse(line), mapping)) for line in sample.caption.splitlines()
+            ),
+        )
+        for sample in dataset.samples
+    )
+    return dataclasses.replace(dataset, samples=samples)
+
+
+def _with_trigger(dataset: Dataset, config: TrainConfig) -> Dataset:
+    """The data set with the trigger word in place of ``[trigger]``, as ai-toolkit's users write it."""
+    word = config.trigger_word.strip()
+    if not word:
+        return dataset
+    samples = tuple(
+        sample
+        if sample.is_regularization
+        else dataclasses.replace(sample, caption=TRIGGER.sub(lambda found: word, sample.caption))
         for sample in dataset.samples
     )
     return dataclasses.replace(dataset, samples=samples)
@@ -143,6 +163,10 @@ def _scan_root(
     if len(problems) > _NOTES_SHOWN:
         more = len(problems) - _NOTES_SHOWN
         row_notes.append(f"{more} more captions or rows have problems; check the folder to see all.")
+    if config.mask_dir and not is_regularization:
+        with concerning("mask_dir"):
+            found_there = masks_in(Path(config.mask_dir), listing)
+        listing = dataclasses.replace(listing, masks={**listing.masks, **found_there})
     notes = [*listing.warnings, *row_notes, *folder_notes(listing)]
 
     edits = load_edits(root)

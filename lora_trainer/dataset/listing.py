@@ -13,7 +13,13 @@ from lora_trainer.dataset.images import IMAGE_EXTENSIONS
 from lora_trainer.dataset.samples import Skipped
 from lora_trainer.errors import UserError
 
-MASK_SUFFIX = ".mask.png"
+_MASK_ENDINGS = (".mask", "-masklabel")
+"""What goes behind a picture's name, with or without its own ending, to make its mask's: ours, and OneTrainer's."""
+_LIKELY_MASK_ENDINGS = ("-mask", "_mask")
+"""The same where a picture of that name is beside it."""
+_MASK_FOLDERS = ("mask", "masks")
+"""Folders beside pictures, whose files have the pictures' names."""
+_CONDITION_ENDING = "-condlabel"  # OneTrainer's conditioning pictures, which nothing is taught by here
 
 _UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".cr2", ".nef", ".arw", ".dng")
 _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information")
@@ -26,12 +32,14 @@ _SURPRISING_REPEATS = 200
 class Listing:
     """What lies in a data folder. Keys are posix paths relative to ``root``, in sorted order.
 
-    files: every visible regular file. pictures: those of them that are samples (no masks).
+    files: every visible regular file. pictures: those of them that are samples (no masks). masks: by the key of the
+    picture that they belong to.
     """
 
     root: Path
     files: Mapping[str, Path]
     pictures: Mapping[str, Path]
+    masks: Mapping[str, Path]
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -88,16 +96,45 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
                 skipped.append(Skipped(path, "it is a link to a file that is not there"))
     files = dict(sorted(files.items()))
     pictures = {key: path for key, path in files.items() if is_picture(key)}
+    masks = _masks(files, pictures)
+    of_pictures = set(masks.values())
+    pictures = {key: path for key, path in pictures.items() if path not in of_pictures}
+    if conditions := sum(_stem(key).casefold().endswith(_CONDITION_ENDING) for key in files):
+        notes.append(f"{conditions} conditioning pictures (…{_CONDITION_ENDING}.png) are left out.")
     for path in files.values():
         if path.suffix.casefold() in _UNREADABLE_EXTENSIONS:
             skipped.append(Skipped(path, f"{path.suffix} pictures cannot be read; convert it to PNG or JPEG"))
-    return Listing(root, files, pictures, tuple(skipped), tuple(notes))
+    return Listing(root, files, pictures, masks, tuple(skipped), tuple(notes))
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name is a training picture (masks are not)."""
+    """Whether a file of this name is a training picture, as far as the name alone tells (masks are not)."""
     name = name.casefold()
-    return name.endswith(IMAGE_EXTENSIONS) and not name.endswith(MASK_SUFFIX)
+    return name.endswith(IMAGE_EXTENSIONS) and not _stem(name).endswith((*_MASK_ENDINGS, _CONDITION_ENDING))
+
+
+def _stem(key: str) -> str:
+    return str(PurePosixPath(key).with_suffix(""))
+
+
+def _masks(files: Mapping[str, Path], pictures: Mapping[str, Path]) -> dict[str, Path]:
+    """Picture's key -> its mask: a file beside it with an ending of masks, or of its name in a folder of masks."""
+    by_stem = {_stem(key): path for key, path in files.items() if key.casefold().endswith(IMAGE_EXTENSIONS)}
+    folders = {str(PurePosixPath(key).parent) for key in files}
+    found: dict[str, Path] = {}
+    for key in pictures:
+        place, name = PurePosixPath(key).parent, PurePosixPath(key).name
+        beside = [stem + ending for ending in (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS) for stem in (_stem(key), key)]
+        near = [place / folder for folder in _MASK_FOLDERS] + [place.parent / folder for folder in _MASK_FOLDERS]
+        endings = ("", *_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
+        near = [folder for folder in near if str(folder) in folders and folder != place]
+        inside = [str(folder / (_stem(name) + ending)) for folder in near for ending in endings]
+        for candidate in (*beside, *inside):
+            if candidate in by_stem and by_stem[candidate] != pictures[key]:
+                found[key] = by_stem[candidate]
+                break
+    of_pictures = set(found.values())
+    return {key: mask for key, mask in found.items() if pictures[key] not in of_pictures}
 
 
 def kohya_folder(root: Path, key: str) -> tuple[int, str] | None:
@@ -110,9 +147,16 @@ def kohya_folder(root: Path, key: str) -> tuple[int, str] | None:
 
 
 def mask_of(listing: Listing, key: str) -> Path | None:
-    """``<image>.mask.png`` beside a picture: with or without the picture's own ending."""
-    stem = str(PurePosixPath(key).with_suffix(""))
-    return listing.files.get(stem + MASK_SUFFIX) or listing.files.get(key + MASK_SUFFIX)
+    """The mask of a picture: a file beside it, or one of its name in a folder ``masks``."""
+    return listing.masks.get(key)
+
+
+def masks_in(folder: Path, listing: Listing) -> dict[str, Path]:
+    """Picture's key -> the file of its name in a folder of masks that lies anywhere. Raises UserError for no folder."""
+    by_stem = {_stem(key): path for key, path in list_folder(folder).files.items() if path.suffix.casefold()
+               in IMAGE_EXTENSIONS}  # fmt: skip
+    names = {key: (_stem(key), _stem(PurePosixPath(key).name)) for key in listing.pictures}
+    return {key: by_stem[name] for key, both in names.items() for name in reversed(both) if name in by_stem}
 
 
 def folder_notes(listing: Listing) -> list[str]:
@@ -137,11 +181,20 @@ class NameIndex:
         self._folded: dict[str, str] = {}
         for key in listing.files:
             self._folded.setdefault(_fold(key), key)
+        self._pictures: dict[str, str | None] = {}
+        for key in listing.pictures:
+            for name in {PurePosixPath(key).name, PurePosixPath(key).stem}:
+                self._pictures[_fold(name)] = None if _fold(name) in self._pictures else key
 
     def find(self, name: str) -> str | None:
         if name in self._files:
             return name
         return self._folded.get(_fold(str(PurePosixPath(name.replace("\\", "/")))))
+
+    def find_below(self, name: str) -> str | None:
+        """The one picture in some sub-folder with this bare name, with or without its ending; None for none or
+        several."""
+        return None if "/" in name or "\\" in name else self._pictures.get(_fold(name))
 
 
 def _fold(name: str) -> str:

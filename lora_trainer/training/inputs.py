@@ -13,7 +13,8 @@ from torch import Tensor
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
-from lora_trainer.dataset.captions import parse, train_text
+from lora_trainer.dataset.caption_files import some
+from lora_trainer.dataset.captions import one_of, train_text
 from lora_trainer.dataset.images import load_mask, load_view
 from lora_trainer.dataset.samples import Dataset, View
 from lora_trainer.devices import to_device
@@ -96,7 +97,7 @@ class BatchSource:
         self.cache = cache
         self.precision = precision
         self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
-        captions_vary = config.shuffle_tags or config.tag_dropout > 0
+        captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
         self.caches_prompts = not captions_vary and not config.train_text_encoder
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
         self._mask_digest = lru_cache(maxsize=None)(sha256_file)
@@ -120,6 +121,7 @@ class BatchSource:
         Raises:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
+        self._tell_cut_captions(callbacks)
         if not self.config.random_crop:
             if not self._encode_latents(self._views(), turn, callbacks, commands):
                 return False
@@ -131,6 +133,19 @@ class BatchSource:
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
         return True
+
+    def _tell_cut_captions(self, callbacks: TrainCallbacks) -> None:
+        longest = self.config.max_token_length
+        cut = [
+            sample.key
+            for index, sample in enumerate(self.dataset.samples)
+            if self.model.count_tokens(self._text(index, None)) > longest
+        ]
+        if cut:
+            callbacks.on_warning(
+                f"{len(cut)} captions are longer than max_token_length ({longest} tokens), and their ends are not "
+                f"read: {some(cut)}."
+            )
 
     def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         """Encode the random crops of an epoch; nothing to do without them. Returns False when stopped."""
@@ -258,7 +273,7 @@ class BatchSource:
     def _text(self, index: int, rng: random.Random | None) -> str:
         sample = self.dataset.samples[index]
         return train_text(
-            parse(sample.caption),
+            one_of(sample.caption, self.config.wildcards, rng),
             trigger_word="" if sample.is_regularization else self.config.trigger_word,
             keep_tokens=self.config.keep_tokens,
             shuffle=self.config.shuffle_tags,

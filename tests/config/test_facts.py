@@ -40,7 +40,7 @@ def test_no_path_escapes_the_folders_that_a_caller_may_name(name, tmp_path):
 def test_what_names_a_place_or_concerns_the_files_does_not_decide():
     """A run goes on from its state when these change, so the list is looked at by hand."""
     assert set(settings_where(lambda facts: not facts.decides)) == {
-        "base_model", "vae", "device", "train_data_dir", "more_folders", "default_caption", "metadata_path",
+        "base_model", "vae", "device", "train_data_dir", "more_folders", "mask_dir", "default_caption", "metadata_path",
         "reg_data_dir", "caption_extension",
         "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps",
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",

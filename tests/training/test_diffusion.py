@@ -92,8 +92,8 @@ def expected_loss(config, prediction_type, zero_terminal, moments, predict, weig
     if config.debiased_estimation:
         snr = np.minimum(snr, 1000)
         loss = loss * (1 / (snr + 1) if v else 1 / np.sqrt(snr))
-    elif config.min_snr_gamma is not None:
-        capped = np.minimum(snr, config.min_snr_gamma)
+    elif config.min_snr_gamma is not None and not (config.min_snr_gamma == "auto" and v and zero_terminal):
+        capped = np.minimum(snr, 5 if config.min_snr_gamma == "auto" else config.min_snr_gamma)
         # 0/0 at the pure noise of a zero-terminal schedule: SNR is below gamma there, so the weight is 1.
         loss = loss * (capped / (snr + 1) if v else np.divide(capped, snr, out=np.ones_like(snr), where=snr > 0))
     return loss.mean(), noisy, timesteps
@@ -246,3 +246,17 @@ def test_generators_differ_by_every_part_and_leave_the_global_one_alone():
 def test_any_seed_makes_a_generator(seed, part):
     first, second = generator_for(seed, part), generator_for(seed, part)
     assert torch.equal(torch.rand(2, generator=first), torch.rand(2, generator=second))
+
+
+def test_min_snr_with_zero_terminal_snr_is_said(tmp_path):
+    def said(**values):
+        config = configuration(tmp_path, zero_terminal_snr=True, **values)
+        model = FakeModel(prediction_type="v_prediction")
+        precision = Precision(torch.device("cpu"), torch.float32, None)
+        return diffusion.DiffusionObjective(config, model, precision, encode=model.encode_prompts).warnings()
+
+    assert "min_snr_gamma is off" in said()[0]
+    (warning,) = said(min_snr_gamma=5.0)
+    share = float(warning.partition("%")[0].rpartition(" ")[2])
+    assert share < 5 and "upper third" in warning
+    assert said(min_snr_gamma=None) == []

@@ -193,3 +193,12 @@ def test_reading_ahead_keeps_the_order_and_the_errors():
     assert [next(values), next(values)] == [0, 1]
     with pytest.raises(UserError):
         next(values)
+
+
+def test_a_caption_that_is_cut_at_its_end_is_said(tmp_path):
+    config = configuration(tmp_path, max_token_length=75)
+    assert not Run(config).recorder.warnings
+    longest = sorted((tmp_path / "data").glob("*.txt"))[1]
+    longest.write_text(" ".join(["word"] * 76), encoding="utf-8")
+    (warning,) = Run(config).recorder.warnings
+    assert "1 captions are longer than max_token_length (75 tokens)" in warning and longest.stem in warning

@@ -219,17 +219,33 @@ class DiffusionObjective:
         return self.model.addresses()
 
     def warnings(self) -> list[str]:
-        if self.prediction_type == "epsilon" and self.alphas_cumprod[-1] == 0:
+        if not self._ends_in_noise:
+            return []
+        if self.prediction_type == "epsilon":
             return ["zero_terminal_snr is meant for v-prediction models; this one predicts noise."]
+        if self.config.min_snr_gamma == "auto" and not self.config.debiased_estimation:
+            return [
+                "min_snr_gamma is off: this model predicts v with zero terminal SNR, where it would leave the high "
+                "noise levels next to no weight. Set min_snr_gamma: 5 to use it all the same."
+            ]
+        if isinstance(self.config.min_snr_gamma, float):
+            share = float(self._weight[len(self._weight) * 2 // 3 :].sum() / self._weight.sum())
+            return [
+                f"min_snr_gamma: {self.config.min_snr_gamma:g} leaves the upper third of the noise levels {share:.1%} "
+                "of the weight, because this model predicts v with zero terminal SNR. Leave it out to switch it off."
+            ]
         return []
 
     def _timestep_weights(self) -> Tensor:
         snr = signal_to_noise(self.alphas_cumprod)
         if self.config.debiased_estimation:
             return debiased_weight(snr, self.prediction_type)
-        if self.config.min_snr_gamma is not None:
-            return min_snr_weight(snr, self.config.min_snr_gamma, self.prediction_type)
-        return torch.ones_like(snr)
+        gamma = self.config.snr_gamma(self.prediction_type, self._ends_in_noise)
+        return torch.ones_like(snr) if gamma is None else min_snr_weight(snr, gamma, self.prediction_type)
+
+    @property
+    def _ends_in_noise(self) -> bool:
+        return bool(self.alphas_cumprod[-1] == 0)
 
     def _draw_noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """ε, (B, C, h, w) fp32 on the CPU."""

@@ -1,0 +1,79 @@
+"""Settings that change nothing because of another one, in sentences: nobody is to wonder why they had no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora_trainer.config.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class _Dependence:
+    """``names``: settings that count only where ``when`` holds; ``otherwise``: why they do not."""
+
+    names: tuple[str, ...]
+    when: Callable[[TrainConfig], bool]
+    otherwise: str
+
+
+_DEPENDENCES = (
+    _Dependence(
+        ("text_encoder_lr", "text_encoder_target_modules"),
+        lambda config: config.train_text_encoder,
+        "train_text_encoder is off",
+    ),
+    _Dependence(
+        ("lr_cycles",),
+        lambda config: config.lr_scheduler == "cosine_with_restarts",
+        "only cosine_with_restarts restarts",
+    ),
+    _Dependence(("lr_power",), lambda config: config.lr_scheduler == "polynomial", "only polynomial has a power"),
+    _Dependence(("lr_warmup_ratio",), lambda config: not config.lr_warmup_steps, "lr_warmup_steps counts"),
+    _Dependence(("epochs",), lambda config: config.max_train_steps is None, "max_train_steps counts"),
+    _Dependence(("conv_alpha",), lambda config: config.conv_rank > 0, "conv_rank is 0"),
+    _Dependence(("lokr_factor",), lambda config: config.adapter == "lokr", "adapter is not lokr"),
+    _Dependence(("huber_c",), lambda config: config.loss != "mse", "loss is mse"),
+    _Dependence(
+        ("multires_noise_discount",),
+        lambda config: config.multires_noise_iterations > 0,
+        "multires_noise_iterations is 0",
+    ),
+    _Dependence(("prior_loss_weight",), lambda config: config.reg_data_dir is not None, "there is no reg_data_dir"),
+    _Dependence(
+        ("keep_tokens",),
+        lambda config: config.shuffle_tags or config.tag_dropout > 0,
+        "captions are neither shuffled nor is anything left out of them",
+    ),
+    _Dependence(
+        ("min_bucket_resolution", "max_bucket_resolution", "bucket_no_upscale"),
+        lambda config: config.enable_bucket,
+        "enable_bucket is off",
+    ),
+    _Dependence(("mask_dir",), lambda config: config.use_masks, "use_masks is off"),
+    _Dependence(("preview_steps",), lambda config: bool(config.preview_prompts), "there are no preview_prompts"),
+    _Dependence(
+        ("keep_checkpoints",),
+        lambda config: config.save_steps is not None or config.save_epochs is not None,
+        "neither save_steps nor save_epochs is set",
+    ),
+    _Dependence(
+        ("block_ranks", "block_lr_weights"), lambda config: bool(config.target_modules), "no layer of the UNet learns"
+    ),
+)
+
+
+def without_effect(config: TrainConfig) -> list[str]:
+    """A sentence for each setting that is not at its default and changes nothing beside the others."""
+    default = TrainConfig()
+    return [
+        f"{name}: {_shown(getattr(config, name))} has no effect, because {dependence.otherwise}."
+        for dependence in _DEPENDENCES
+        for name in dependence.names
+        if getattr(config, name) != getattr(default, name) and not dependence.when(config)
+    ]
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,160 @@
+"""Masks, several captions, trigger words and tables as other tools write them; and what has no effect is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+from PIL import Image
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.captions import one_of, train_text
+from lora_trainer.dataset.folder import scan
+from lora_trainer.errors import UserError
+from tests.dataset.folders import picture, write
+from tests.pictures import draw_dataset
+
+
+def scanned(root, **values):
+    return scan(TrainConfig(train_data_dir=str(root), **{"trigger_word": "zwx", **values}))
+
+
+def mask(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (32, 24), 255).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.mask.png", "a.png.mask.png", "a-masklabel.png", "A-masklabel.PNG", "a-mask.png", "a_mask.jpg", "masks/a.png",
+     "mask/a.png", "masks/a.mask.png"],
+)  # fmt: skip
+def test_masks_of_every_tool_are_masks_and_no_pictures(tmp_path, name):
+    picture(tmp_path / ("A.png" if name.startswith("A") else "a.png"))
+    made = mask(tmp_path / name)
+    dataset = scanned(tmp_path, use_masks=True)
+    assert [sample.mask_path for sample in dataset.samples] == [made] and not dataset.warnings
+    assert any("1 of 1 pictures have a mask" in note for note in scanned(tmp_path).warnings)
+
+
+def test_masks_beside_a_folder_of_pictures_and_anywhere_else(tmp_path):
+    picture(tmp_path / "data" / "images" / "a.png")
+    near = mask(tmp_path / "data" / "masks" / "a.png")
+    assert [sample.mask_path for sample in scanned(tmp_path / "data", use_masks=True).samples] == [near]
+    far = mask(tmp_path / "elsewhere" / "a.png")
+    config = {"use_masks": True, "mask_dir": str(tmp_path / "elsewhere")}
+    assert [sample.mask_path for sample in scanned(tmp_path / "data" / "images", **config).samples] == [far]
+
+
+def test_conditioning_pictures_are_left_out(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a-condlabel.png")
+    dataset = scanned(tmp_path)
+    assert [sample.key for sample in dataset.samples] == ["a.png"]
+    assert "1 conditioning pictures" in dataset.warnings[0]
+
+
+def test_a_picture_that_is_called_a_mask_and_has_no_picture_beside_it_is_one(tmp_path):
+    for name in ("carnival_mask.png", "masks/venice.png", "blue-mask.png"):
+        picture(tmp_path / name)
+    assert len(scanned(tmp_path).samples) == 3
+
+
+def test_masks_that_are_asked_for_and_not_there_are_said_with_the_number(tmp_path):
+    for name in ("a.jpg", "b.png"):
+        picture(tmp_path / name)
+    assert scanned(tmp_path, use_masks=True).warnings == (
+        "use_masks has no effect: none of 2 pictures has a mask or transparency.",
+    )
+    Image.new("RGBA", (32, 24)).save(tmp_path / "c.png")
+    assert not scanned(tmp_path, use_masks=True).warnings
+
+
+@pytest.mark.parametrize("written", ["[trigger]", "[Trigger]", "[name]"])
+def test_the_trigger_word_takes_the_place_that_is_kept_for_it(tmp_path, written):
+    picture(tmp_path / "a.png")
+    write(tmp_path / "a.txt", f"a photo of {written}, smiling".encode())
+    (sample,) = scanned(tmp_path).samples
+    assert sample.caption == "a photo of zwx, smiling"
+    (note,) = scanned(tmp_path, trigger_word="").warnings
+    assert "hold [trigger]" in note and "Set trigger_word" in note
+
+
+def test_one_of_several_captions_at_each_visit():
+    text = "a {red|blue} disc\na circle\n\n"
+    dice = [random.Random(seed) for seed in range(60)]
+    drawn = {train_text(one_of(text, True, rng), rng=rng) for rng in dice}
+    assert drawn == {"a red disc", "a blue disc", "a circle"}
+    assert train_text(one_of(text, True, None)) == "a red disc"
+    assert train_text(one_of(text, False, random.Random(0))) == "a {red|blue} disc, a circle"
+
+
+@pytest.mark.parametrize("caption", ["a red disc\na circle", "a {red|blue} disc"])
+def test_captions_with_choices_are_said_while_choices_are_off(tmp_path, caption):
+    draw_dataset(tmp_path, 2, caption=lambda index: caption if index else "a disc")
+    (note,) = scanned(tmp_path, trigger_word="").warnings
+    assert note.startswith("1 captions have several lines") and "wildcards: true" in note
+    assert not scanned(tmp_path, trigger_word="", wildcards=True).warnings
+    write(tmp_path / "disc 01.txt", b"a disc")
+    assert "wildcards has no effect" in scanned(tmp_path, trigger_word="", wildcards=True).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "caption", "said"),
+    [
+        ({"shuffle_tags": True}, "one part only", "shuffle_tags has no effect"),
+        ({"shuffle_tags": True}, "two, parts", ""),
+        ({"repeats": 3}, "x", "repeats: 3 has no effect"),
+    ],
+)
+def test_settings_that_change_nothing_on_these_pictures(tmp_path, values, caption, said):
+    root = tmp_path / ("2_dog" if "repeats" in values else "plain")
+    draw_dataset(root, 2, caption=lambda index: caption)
+    notes = scanned(root, trigger_word="", **values).warnings
+    assert said in "".join(notes) and bool(notes) == bool(said)
+
+
+def test_a_table_that_says_another_thing_than_the_text_files_is_told(tmp_path):
+    draw_dataset(tmp_path, 3)
+    write(tmp_path / "metadata.csv", b"filename,prompt\ndisc 00.png,another\ndisc 01.png,other too\n")
+    dataset = scanned(tmp_path)
+    assert dataset.samples[0].caption == "another"
+    (note,) = [note for note in dataset.warnings if "metadata.csv" in note]
+    assert "2 of its captions are not those of disc 00.txt" in note
+    same = "".join(f'{path.stem}.png,"{path.read_text()}"\n' for path in sorted(tmp_path.glob("*.txt")))
+    write(tmp_path / "metadata.csv", b"filename,prompt\n" + same.encode())
+    assert not scanned(tmp_path).warnings
+
+
+@pytest.mark.parametrize("name", ["disc 00.png", "disc 00", "DISC 00.PNG"])
+def test_bare_names_in_a_table_are_looked_up_below(tmp_path, name):
+    draw_dataset(tmp_path / "images", 2, caption=lambda index: None)
+    table = write(tmp_path / "captions.csv", f"filename,prompt\n{name},a disc\n".encode())
+    dataset = scanned(tmp_path, metadata_path=str(tmp_path / "captions.csv"))
+    assert {sample.key: sample.caption for sample in dataset.samples}["images/disc 00.png"] == "a disc", table
+
+
+def test_a_name_that_two_pictures_have_is_not_guessed(tmp_path):
+    for folder in ("one", "two"):
+        draw_dataset(tmp_path / folder, 1, caption=lambda index: None)
+    draw_dataset(tmp_path / "three", 2, caption=lambda index: None)
+    write(tmp_path / "metadata.csv", b"filename,prompt\ndisc 00.png,a disc\ndisc 01.png,b disc\n")
+    captions = {sample.key: sample.caption for sample in scanned(tmp_path).samples}
+    assert captions["three/disc 01.png"] == "b disc" and captions["one/disc 00.png"] == "zwx"
+
+
+def test_a_table_of_which_nothing_matches_is_an_error(tmp_path):
+    draw_dataset(tmp_path, 2)
+    write(tmp_path / "metadata.csv", b"filename,prompt\nx.png,a disc\ny.png,b disc\n")
+    with pytest.raises(UserError, match=r"none of its 2 rows names a picture.*x\.png"):
+        scanned(tmp_path)
+
+
+def test_choices_survive_a_mapping(tmp_path):
+    draw_dataset(tmp_path, 1, caption=lambda index: "圆\na {圆|disc}")
+    write(tmp_path / "map.yaml", "圆: circle\n".encode())
+    config = TrainConfig(train_data_dir=str(tmp_path), caption_mapping=str(tmp_path / "map.yaml"), wildcards=True)
+    assert scan(config).samples[0].caption.splitlines()[0] == "circle"
+    assert len(scan(dataclasses.replace(config)).samples[0].caption.splitlines()) == 2
