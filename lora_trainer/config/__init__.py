@@ -12,17 +12,21 @@ from lora_trainer.config.parse import (
     to_mapping,
     with_folder,
 )
+from lora_trainer.config.prompts import PreviewPrompt, has_trigger, parse_prompt, with_trigger
 from lora_trainer.config.schema import FACTS, TrainConfig, settings_where
 from lora_trainer.config.yaml_text import parse_yaml, to_yaml
 
 __all__ = [
     "FACTS",
+    "PreviewPrompt",
     "TrainConfig",
     "Translation",
     "field_docs",
     "from_mapping",
+    "has_trigger",
     "load",
     "parse_folder",
+    "parse_prompt",
     "parse_resolution",
     "parse_yaml",
     "read_file",
@@ -31,5 +35,6 @@ __all__ = [
     "to_mapping",
     "to_yaml",
     "with_folder",
+    "with_trigger",
     "without_effect",
 ]

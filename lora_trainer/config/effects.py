@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_trainer.config.prompts import ignored_flags
 from lora_trainer.config.schema import TrainConfig
 
 
@@ -66,12 +67,13 @@ _DEPENDENCES = (
 def without_effect(config: TrainConfig) -> list[str]:
     """A sentence for each setting that is not at its default and changes nothing beside the others."""
     default = TrainConfig()
-    return [
+    idle = [
         f"{name}: {_shown(getattr(config, name))} has no effect, because {dependence.otherwise}."
         for dependence in _DEPENDENCES
         for name in dependence.names
         if getattr(config, name) != getattr(default, name) and not dependence.when(config)
     ]
+    return idle + ignored_flags(config.preview_prompts)
 
 
 def _shown(value: object) -> str:

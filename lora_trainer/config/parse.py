@@ -18,6 +18,7 @@ import yaml
 from lora_trainer.config.foreign import Translation, read_text
 from lora_trainer.config.foreign.kohya import pairs
 from lora_trainer.config.names import ALIASES, is_text, types
+from lora_trainer.config.prompts import parse_prompt
 from lora_trainer.config.schema import FACTS, TrainConfig
 from lora_trainer.config.yaml_text import file_text
 from lora_trainer.errors import ConfigError, UserError
@@ -168,6 +169,11 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
         f"It does not exist for {config.adapter}.",
         "Use adapter: lora, or dora: false.",
     )
+    for prompt in config.preview_prompts:
+        try:
+            parse_prompt(prompt)
+        except UserError as error:
+            problems.append(error)
     name_problem = safe_name_problem(config.output_name) if config.output_name else None
     require(
         "output_name",

@@ -353,7 +353,8 @@ class OutputSettings:
     state."""
 
     preview_prompts: list[str] = setting([], decides=False, separator="\n")  # a prompt has commas
-    """Prompts of the pictures that are drawn during training."""
+    """Prompts of the pictures that are drawn during training; --w 768 --h 512 --s 30 --l 6 --d 1 --n blurry behind one
+    give width, height, steps, guidance, seed and a negative prompt."""
 
     preview_steps: int | None = setting(None, minimum=1, decides=False)
     """Draw the previews every so many steps; empty draws them whenever the LoRA is saved."""

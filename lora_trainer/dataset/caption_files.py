@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,9 +10,6 @@ from pathlib import Path, PurePosixPath
 from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
 from lora_trainer.errors import UserError
-
-TRIGGER = re.compile(r"\[(?:trigger|name)\]", re.IGNORECASE)
-"""What stands for the trigger word in captions and prompts of ai-toolkit."""
 
 _SHOWN = 5  # how many files a message names
 

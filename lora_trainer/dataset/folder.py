@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_trainer.config import TrainConfig, parse_folder
+from lora_trainer.config import TrainConfig, parse_folder, with_trigger
 from lora_trainer.dataset import captions as grammar
-from lora_trainer.dataset.caption_files import TRIGGER, read_captions, some
+from lora_trainer.dataset.caption_files import read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
 from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder, mask_of, masks_in
 from lora_trainer.dataset.metadata import CaptionProblem
@@ -135,7 +135,7 @@ def _with_trigger(dataset: Dataset, config: TrainConfig) -> Dataset:
     samples = tuple(
         sample
         if sample.is_regularization
-        else dataclasses.replace(sample, caption=TRIGGER.sub(lambda found: word, sample.caption))
+        else dataclasses.replace(sample, caption=with_trigger(sample.caption, word))
         for sample in dataset.samples
     )
     return dataclasses.replace(dataset, samples=samples)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import suppress
 
-from lora_trainer.config.schema import TrainConfig
-from lora_trainer.dataset.caption_files import TRIGGER, some
+from lora_trainer.config import TrainConfig, has_trigger
+from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.captions import has_choices, parse
 from lora_trainer.dataset.images import reading
 from lora_trainer.dataset.listing import kohya_folder
@@ -28,7 +28,7 @@ def _notes(dataset: Dataset, config: TrainConfig) -> Iterator[str]:
         yield f"{masks} of {pictures} have a mask, and use_masks is off: the masks are left out."
     if config.use_masks and not masks and not any(_may_be_transparent(sample) for sample in training):
         yield f"use_masks has no effect: none of {pictures} has a mask or transparency."
-    if literal := [sample.key for sample in training if TRIGGER.search(sample.caption)]:
+    if literal := [sample.key for sample in training if has_trigger(sample.caption)]:
         yield f"{len(literal)} captions hold [trigger], and trigger_word is empty: {some(literal)}. Set trigger_word."
     choices = [sample.key for sample in dataset.samples if has_choices(sample.caption)]
     if choices and not config.wildcards:

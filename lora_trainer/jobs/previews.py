@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config import TrainConfig, parse_resolution
+from lora_trainer.config import TrainConfig, parse_prompt, parse_resolution
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,14 +40,25 @@ class HostPreviewer:
         size = parse_resolution(self._config.resolution)
         side = get_family(self._info.family).default_resolution(self._info)
         width, height = size if isinstance(size, tuple) else (side, side)
+        wanted = parse_prompt(prompt)
         try:
             with tempfile.TemporaryDirectory(prefix=".preview-", dir=self._folder) as folder:
                 lora = Path(folder) / f"step{step:08d}.safetensors"
                 with self._lender.turn():
                     save_lora(adapters, lora, self._metadata())
                 base = str(self._info.path or "")
-                request = PreviewRequest(prompt, base, seed=seed, width=width, height=height, lora=lora)
-                return self._host.draw(request)
+                request = PreviewRequest(
+                    wanted.text,
+                    base,
+                    wanted.negative,
+                    seed=seed if wanted.seed is None else wanted.seed,
+                    width=wanted.width or width,
+                    height=wanted.height or height,
+                    lora=lora,
+                )
+                given = {"steps": wanted.steps, "cfg_scale": wanted.cfg}
+                said = {name: value for name, value in given.items() if value is not None}
+                return self._host.draw(dataclasses.replace(request, **said))
         except UserError:
             raise
         except Exception as error:  # the host's code, or its user took the model away in between

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import lora_trainer
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config import TrainConfig, with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentModel
@@ -273,10 +273,11 @@ class Trainer:
             return
         for index, prompt in enumerate(self.config.preview_prompts):
             path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
+            meant, seed = with_trigger(prompt, self.config.trigger_word), self.config.seed + index
             self.adapters.eval()
             try:
                 with self.train_step.averaged():
-                    image = self.previewer.draw(prompt, self.config.seed + index, self.step, self.adapters)
+                    image = self.previewer.draw(meant, seed, self.step, self.adapters)
                 with atomic_path(path) as temporary:
                     image.save(temporary, format="PNG")
             except UserError as error:

@@ -8,10 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lora_trainer.config import parse_prompt
 from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
 from lora_trainer.models.families import get_family
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.source import Turn
+
+CFG = 7.0
+"""Guidance where a prompt does not say."""
 
 
 @torch.no_grad()
@@ -23,7 +27,7 @@ def sample(
     width: int = 512,
     height: int = 512,
     steps: int = 20,
-    cfg: float = 7.0,
+    cfg: float = CFG,
     seed: int = 0,
 ) -> Image.Image:
     """One picture by DDIM (η = 0) with classifier-free guidance, ε = ε_neg + cfg·(ε_pos − ε_neg) (Ho & Salimans 2022).
@@ -101,12 +105,15 @@ class ModelPreviewer:
         self.steps = steps
 
     def draw(self, prompt: str, seed: int, step: int, adapters: nn.Module) -> Image.Image:
+        wanted = parse_prompt(prompt)
         with self.turn():
             return sample(
                 self.model,
-                prompt,
-                width=self.width,
-                height=self.height,
-                steps=self.steps,
-                seed=seed,
+                wanted.text,
+                wanted.negative,
+                width=wanted.width or self.width,
+                height=wanted.height or self.height,
+                steps=wanted.steps or self.steps,
+                cfg=CFG if wanted.cfg is None else wanted.cfg,
+                seed=seed if wanted.seed is None else wanted.seed,
             )

@@ -1,0 +1,96 @@
+"""Preview prompts with the flags that kohya's scripts know: ``a red disc --w 768 --h 512 --d 7 --n blurry``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lora_trainer.errors import UserError
+
+_TRIGGER = re.compile(r"\[(?:trigger|name)\]", re.IGNORECASE)
+_FLAG = re.compile(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)")
+_NUMBERS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
+    "w": ("width", int, 64, 4096),
+    "h": ("height", int, 64, 4096),
+    "s": ("steps", int, 1, 1000),
+    "d": ("seed", int, 0, 2**63 - 1),
+    "l": ("cfg", float, 0, 100),
+}
+_NOT_HERE = {
+    "ss": "the sampler is always the same",
+    "g": "guidance of distilled models",
+    "cn": "ControlNet",
+    "ctr": "control pictures",
+    "ci": "control pictures",
+    "am": "strengths of several LoRAs",
+    "i": "control pictures",
+    "f": "films",
+    "fs": "flow shift",
+    "tr": "renormalization",
+    "nf": "films",
+}
+"""Flags of kohya's scripts that are read and have no meaning here."""
+
+
+@dataclass(frozen=True)
+class PreviewPrompt:
+    """What is to be drawn; None where the prompt does not say. width and height in pixels. ignored: flags without a
+    meaning here."""
+
+    text: str
+    negative: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+    cfg: float | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def parse_prompt(line: str) -> PreviewPrompt:
+    """Raises UserError for a flag that does not exist, or whose value is none."""
+    flags = list(_FLAG.finditer(line))
+    ends = [match.start() for match in flags[1:]] + [len(line)]
+    prompt = PreviewPrompt(line[: flags[0].start()].strip() if flags else line.strip())
+    for match, end in zip(flags, ends):
+        name, value = match[1].lower(), line[match.end() : end].strip()
+        if name == "n":
+            prompt = replace(prompt, negative=value)
+        elif name in _NUMBERS:
+            field, kind, low, high = _NUMBERS[name]
+            prompt = replace(prompt, **{field: _number(line, name, value, kind, low, high)})
+        elif name in _NOT_HERE:
+            prompt = replace(prompt, ignored=(*prompt.ignored, name))
+        else:
+            known = ", ".join(f"--{flag}" for flag in (*_NUMBERS, "n"))
+            message = f"{line!r} has a flag --{match[1]}, which does not exist."
+            raise UserError(message, field="preview_prompts", remedy=f"There are {known}.")
+    return prompt
+
+
+def _number(line: str, name: str, value: str, kind: Callable[[str], float], low: float, high: float) -> float:
+    try:
+        number = kind(value)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        message = f"{line!r}: --{name} {value} is no number from {low} to {high}."
+        raise UserError(message, field="preview_prompts", remedy="Correct it, or leave it out.")
+    return number
+
+
+def ignored_flags(lines: list[str]) -> list[str]:
+    """A sentence for each flag in the prompts that is read and not obeyed."""
+    flags = dict.fromkeys(flag for line in lines for flag in parse_prompt(line).ignored)
+    return [f"preview_prompts: --{flag} has no effect ({_NOT_HERE[flag]})." for flag in flags]
+
+
+def with_trigger(text: str, trigger_word: str) -> str:
+    """The text with the trigger word in place of ``[trigger]``, as ai-toolkit's users write it."""
+    return _TRIGGER.sub(lambda found: trigger_word, text) if trigger_word.strip() else text
+
+
+def has_trigger(text: str) -> bool:
+    """Whether ``[trigger]`` stands in the text."""
+    return _TRIGGER.search(text) is not None
