@@ -63,7 +63,6 @@
     /** The values in the page before anybody touched them are the defaults of the schema. */
     form.begin = function() {
         form.controls().forEach((control) => (form.defaults[control.dataset.setting] = read(control)));
-        form.suited = JSON.parse(app.get("form").dataset.suited); // to what is installed on the server
         document.getElementById("lora_trainer").addEventListener("input", (event) => {
             const name = event.target.dataset.setting;
             if (name) form.set(name, read(event.target));
@@ -82,9 +81,7 @@
     form.changed = function(name, typing) {
         form.told = null;
         if (name === "output_name" || name === undefined) {
-            // The trigger word follows the name, without its version, until it is given.
-            const stem = String(form.given.output_name || "").replace(/[_\s-]?v?\d*$/i, "").replace(/[_-]+/g, " ").trim();
-            form.suggested.trigger_word = stem || undefined;
+            form.suggested.trigger_word = rare(String(form.given.output_name || "")) || undefined;
         }
         if (name === "trigger_word" || name === undefined) {
             // And the name the trigger word: it is what will be typed in prompts.
@@ -94,6 +91,15 @@
         form.store();
         app.estimate.soon();
     };
+
+    /** A word that the model knows nothing of yet, from a name without its version: "my_face_v2" -> "zwxmfc". */
+    function rare(name) {
+        const stem = name.toLowerCase().replace(/[_\s-]?v?\d*$/, "");
+        const letters = [...stem].filter((letter) => /[\p{L}\p{N}]/u.test(letter));
+        const consonants = letters.filter((letter) => !/[aeiouy]/.test(letter))
+            .map((letter) => (/[a-z]/.test(letter) ? letter : "bcdfghjklmnpqrstvwxz"[letter.codePointAt(0) % 20]));
+        return letters.length ? "zwx" + consonants.slice(0, 4).join("") : "";
+    }
 
     form.store = () =>
         app.remember("form", {
@@ -222,7 +228,7 @@
         if (family) query.set("family", family);
         const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
-        const fits = {...form.suited, ...(form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())})};
+        const fits = form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())};
         const {trigger_word, output_name, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, output_name, save_steps, preview_prompts, ...fits};
     };

@@ -362,8 +362,8 @@ class OutputSettings:
     description: str = setting("", decides=False)
     """A sentence about the LoRA for its card and its metadata."""
 
-    tensorboard: bool = setting(True, decides=False)
-    """Write curves for TensorBoard under logs/ (if tensorboard is installed)."""
+    tensorboard: bool | None = setting(None, decides=False)
+    """Write curves for TensorBoard under logs/; empty does it if tensorboard is installed."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,6 @@ def demo_config(folder: Path, base: Path) -> TrainConfig:
             "debiased_estimation": True,
             "noise_offset": 0.1,
             "caption_dropout": 0.1,
-            "tensorboard": False,  # would only warn that it is not installed
             "description": "A five-pointed star, taught to a base model that knew only other shapes.",
         }
     )

@@ -138,6 +138,7 @@ class LentModel(Protocol):
     info: ModelInfo
     schedule: NoiseSchedule
     device: torch.device
+    network_key: str  # changes when the weights of the network that is trained change; a run is known by it
     vae_key: str  # changes when the VAE's weights change; part of cache keys
     text_key: str  # the same for the text encoders and clip_skip
 

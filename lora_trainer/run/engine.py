@@ -21,13 +21,14 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
-from lora_trainer.run.workloads.base import Workload
+from lora_trainer.run.workloads.base import Workload, digest
 from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
+from lora_trainer.training.objectives.base import drawn_for_comparison
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
-from lora_trainer.training.state import fingerprint, named_state
+from lora_trainer.training.state import StateStore, fingerprint, named_state
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def train(
         precision = resolve(model.device, config.mixed_precision)
         run_key = _run_key(config, workload, model, precision.name, initial)
         outputs = Outputs.of(config, fingerprint(run_key))
-        outputs.refuse_to_overwrite()
+        _refuse_to_overwrite(config, outputs, run_key)
         if config.merge_into_base:
             _check_merge(config, model, outputs.lora)
         draws_here = previewer is None and bool(config.preview_prompts)
@@ -183,8 +184,23 @@ def _run_key(
         **settings,
         "mixed_precision": precision,
         **workload.run_key(model),
+        "dice": digest(drawn_for_comparison()),
         "init_lora": initial and sha256_file(initial.path),
     }
+
+
+def _refuse_to_overwrite(config: TrainConfig, outputs: Outputs, run_key: dict[str, Any]) -> None:
+    """Raises UserError when another run's LoRA has this name; where it is the same run, only longer, with the way to go
+    on with it."""
+    given = config.resume not in ("auto", "never")
+    try:
+        outputs.refuse_to_overwrite(fingerprint(named_state(config.resume).run_key) if given else None)
+    except UserError as error:
+        shorter = StateStore(outputs.directory / "state", outputs.name, run_key).other_length()
+        if shorter is not None:
+            path, step = shorter
+            error.remedy = f"To train that LoRA further, from its step {step} on, set resume: {path}. {error.remedy}"
+        raise
 
 
 def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:

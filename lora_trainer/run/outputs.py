@@ -52,10 +52,13 @@ class Outputs:
         """The LoRAs that this run saved on its way, oldest first."""
         return [path for path in self._named_as_checkpoints() if self._is_ours(path)]
 
-    def refuse_to_overwrite(self) -> None:
-        """Raises UserError when a LoRA of this name is there, finished or saved on the way, that another run made."""
+    def refuse_to_overwrite(self, continued: str | None = None) -> None:
+        """Raises UserError when a LoRA of this name is there, finished or saved on the way, that another run made.
+
+        continued: fingerprint of the run that is gone on with; its LoRAs may be replaced.
+        """
         for path in () if self.overwrite else (self.lora, *self._named_as_checkpoints()):
-            if path.exists() and not self._is_ours(path):
+            if path.exists() and not self._is_ours(path) and (continued is None or run_of(path) != continued):
                 raise UserError(
                     f"{path} exists and was not made by this run.",
                     field="output_name",

@@ -324,7 +324,8 @@ class Trainer:
         self.recent_losses, self.non_finite_steps = progress["recent_losses"], progress["non_finite_steps"]
         if state.finished and self.step >= self.total_steps:
             self.callbacks.on_warning(
-                "This run had finished before; its LoRA is written again. Set resume: never to train anew."
+                "This run had finished before; its LoRA is written again. For more steps raise epochs and set resume: "
+                f"{self.states.path(self.step)}; set resume: never to train anew."
             )
 
     def _finish(self) -> Outcome:

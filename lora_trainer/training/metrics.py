@@ -42,7 +42,7 @@ class MetricsLog:
         self,
         directory: Path,
         step: int,
-        tensorboard: bool,
+        tensorboard: bool | None,
         on_warning: Callable[[str], None],
         losses: Sequence[float] = (),
     ):
@@ -61,7 +61,7 @@ class MetricsLog:
             kept = []
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")
-        if self._tensorboard:
+        if self._tensorboard is not False:
             self._writer = self._open_tensorboard()
         return self
 
@@ -103,7 +103,8 @@ class MetricsLog:
             return SummaryWriter(str(self.path.parent), purge_step=self._step + 1)
         # A host's protobuf often does not fit its tensorboard, which shows as a TypeError or AttributeError on import.
         except (ImportError, TypeError, AttributeError) as error:
-            self._on_warning(f"No TensorBoard curves ({error}). Install tensorboard, or set tensorboard: false.")
+            if self._tensorboard:  # else it was to be written if it can be
+                self._on_warning(f"No TensorBoard curves ({error}). Install tensorboard, or set tensorboard: false.")
             return None
 
 

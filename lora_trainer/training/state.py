@@ -159,6 +159,10 @@ def _canonical(value: Any) -> str:
 # ---- a run's files ------------------------------------------------------------------------------------------------
 
 
+LENGTHS = {"epochs", "max_train_steps"}
+"""Settings that say how long a run is."""
+
+
 class StateStore:
     """The states of one output name: ``<directory>/<name>-<fingerprint>-step00000100.state``.
 
@@ -213,6 +217,17 @@ class StateStore:
                 except DamagedState:
                     continue
         return []
+
+    def other_length(self) -> tuple[Path, int] | None:
+        """(path, step) of the newest state of a run that differs from this one in its length only."""
+        for _, step, path in self._listing():
+            try:
+                names = differences(read_state(path).run_key, self.run_key)
+            except DamagedState:
+                continue
+            if names and set(names) <= LENGTHS:
+                return path, step
+        return None
 
     def find(self, resume: str) -> TrainingState | None:
         """The state to go on from, as the setting ``resume`` says: auto, never, or a file; None starts anew.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import types
 import typing
@@ -33,11 +32,6 @@ _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_pr
            "multires_noise_iterations": "Multi-resolution noise iterations", "lora_rank": "Rank", "adapter": "Kind",
            "multires_noise_discount": "Multi-resolution noise discount", "dora": "DoRA", "loss": "Loss function",
            "export_diffusers": "Export for diffusers", "output_name": "Name"}  # fmt: skip
-
-
-def suited_to_this_machine() -> dict[str, Any]:
-    """Settings that differ from the schema's defaults because of what is installed here."""
-    return {} if importlib.util.find_spec("tensorboard") else {"tensorboard": False}
 
 
 def label(name: str) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 from lora_trainer.planning.presets import PRESETS
-from lora_trainer.ui.form import advanced, field, suited_to_this_machine
+from lora_trainer.ui.form import advanced, field
 from lora_trainer.ui.markup import Markup, button, tag
 
 
 def create_ui(*, offer_folders: bool = True) -> Markup:
     """``offer_folders``: whether a folder of the server may be named."""
     steps = tag("div", _pictures(offer_folders), _kind(), _start(), class_="steps")
-    suited = json.dumps(suited_to_this_machine())
-    form = tag("form", steps, _advanced(), id_="form", novalidate=True, data_suited=suited)
+    form = tag("form", steps, _advanced(), id_="form", novalidate=True)
     return tag("div", _trouble(), form, _live(), class_="page")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.config import from_mapping, load
 from lora_trainer.errors import UserError
@@ -363,3 +364,41 @@ def test_killed_at_any_moment_and_resumed_it_is_bit_identical(settings, tmp_path
         output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert output.stdout == f"killed {kills}\n", output.stdout + output.stderr
     assert_same_weights(tmp_path / "undisturbed" / "disc.safetensors", tmp_path / "killed" / "disc.safetensors")
+
+
+def test_another_unet_behind_the_same_settings_is_another_run(settings, tmp_path):
+    """Fine-tunes share VAE and text encoder with what they were made from."""
+    first = run(settings)
+    tensors = load_file(settings["base_model"])
+    for name in tensors:
+        if name.startswith("model.diffusion_model.") and name.endswith("to_q.weight"):
+            tensors[name] = tensors[name] * 1.1
+    other = tmp_path / "fine-tune.safetensors"
+    with safe_open(settings["base_model"], "pt") as file:
+        save_file(tensors, str(other), file.metadata())
+    before = weights(first.lora)
+    with pytest.raises(UserError, match="not made by this run"):
+        run(settings, base_model=str(other))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(first.lora).items())
+    listener = Listener()
+    run(settings, listener, base_model=str(other), overwrite=True)
+    assert len(listener.steps) == 6 and not any("finished before" in warning for warning in listener.warnings)
+
+
+def test_the_refusal_of_a_longer_run_names_the_way_and_the_way_works(settings):
+    short = run(settings, epochs=1)
+    with pytest.raises(UserError) as caught:
+        run(settings, epochs=2)
+    state = re.search(r"resume: (\S+\.state)", caught.value.remedy)[1]
+    assert Path(state).is_file() and f"step {short.step}" in caught.value.remedy
+    listener = Listener()
+    longer = run(settings, listener, epochs=2, resume=state)
+    assert longer.step == 2 * short.step and len(listener.steps) == short.step
+    assert any("epochs" in warning for warning in listener.warnings)
+
+
+def test_a_run_that_had_finished_says_how_it_is_made_longer(settings):
+    run(settings)
+    listener = Listener()
+    run(settings, listener)
+    assert any("raise epochs and set resume: " in warning for warning in listener.warnings)

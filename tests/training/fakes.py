@@ -57,7 +57,7 @@ class FakeModel:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
             module.requires_grad_(False).eval()
         self.text_encoders: list[nn.Module] = [self.text_encoder]
-        self.vae_key, self.text_key = "vae", "text"
+        self.network_key, self.vae_key, self.text_key = "unet", "vae", "text"
         self.released: set[str] = set()
         self.encoded_batches: list[int] = []
         self.encoded_captions: list[str] = []

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.host.base import PreviewRequest
 from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import ModelPreviewer
 from tests import tiny
 
@@ -23,7 +21,7 @@ def lender(tmp_path_factory):
 
 def test_our_own_sampler_obeys_the_flags(lender):
     with lender.borrow() as model:
-        drawer = ModelPreviewer(model, lender.turn, Precision(torch.device("cpu"), torch.float32, None), (64, 64), 2)
+        drawer = ModelPreviewer(model, lender.turn, (64, 64), 2)
 
         def draw(prompt, seed=1):
             return np.asarray(drawer.draw(prompt, seed, 0, None))

@@ -22,7 +22,7 @@ def test_from_pictures_to_the_prompt(page, files, train, manager):
     page.check("input[value=style]")
     page.fill("#lora_trainer_field_output_name", "hat_v1")
     estimated(page)
-    assert page.input_value("#lora_trainer_field_trigger_word") == "hat"
+    assert page.input_value("#lora_trainer_field_trigger_word") == "zwxht"
     assert page.input_value("#lora_trainer_field_lora_rank") == "8", "what the kind suggests"
     assert text(page, "fact_steps") == "240" and text(page, "fact_visits") == "12 × 80"
     page.click("#lora_trainer_start")
@@ -41,10 +41,10 @@ def test_from_pictures_to_the_prompt(page, files, train, manager):
     wait_for_text(page, "job_message", "in your Lora tab as hat_v1")
     assert page.evaluate("refreshed") == 1, "the picker was told"
     config = train.configs[0]
-    assert (config.lora_rank, config.trigger_word, config.output_name) == (8, "hat", "hat_v1")
+    assert (config.lora_rank, config.trigger_word, config.output_name) == (8, "zwxht", "hat_v1")
     page.click("#lora_trainer_job_buttons >> text=Try it")
     page.wait_for_selector("#txt2img_prompt textarea")
-    assert page.input_value("#txt2img_prompt textarea") == "hat <lora:hat_v1:0.8>"
+    assert page.input_value("#txt2img_prompt textarea") == "zwxht <lora:hat_v1:0.8>"
 
 
 def test_a_picture_can_be_left_out_and_taken_in_again(page, files, manager):

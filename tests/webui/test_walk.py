@@ -110,7 +110,7 @@ def test_from_twelve_pictures_to_what_they_taught(page, webui, stars):  # noqa: 
     walk.click("#lora_trainer_field_output_name")
     page.keyboard.type("star_v1")
     until(page, f"loraTrainer.get('fact_steps').innerText === '{STEPS}'")
-    assert page.input_value("#lora_trainer_field_trigger_word") == "star"
+    assert page.input_value("#lora_trainer_field_trigger_word") == "zwxstr"
     walk.station("ready")
     walk.click("#lora_trainer_start")
     until(page, "loraTrainer.live.points.length > 4")

@@ -9,7 +9,7 @@ from typing import Any
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
-from lora_trainer.dataset.cache import TensorCache
+from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.files import sha256_file
@@ -69,8 +69,13 @@ class Pictures:
             for one in self._dataset.samples
         ]
         info = model.info
-        base = [info.family, info.prediction_type, model.vae_key, model.text_key]
-        return {"pictures": digest(samples), "base_model": digest(base)}
+        base = [info.family, info.prediction_type, model.network_key, model.vae_key, model.text_key]
+        return {
+            "pictures": digest(samples),
+            "pixels_version": PIXELS_VERSION,
+            "base_model": digest(base),
+            "noise_schedule": digest(model.schedule.alphas_cumprod.tolist()),
+        }
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool) -> Work:
         config, plan = self._config, self._plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sized
 from typing import Any, Protocol
 
@@ -59,6 +60,12 @@ class Objective(Protocol):
 
 class MicroBatch(Sized, Protocol):
     """The samples of one forward pass, as a source reads them; its objective knows what is inside."""
+
+
+def drawn_for_comparison() -> list[float]:
+    """Numbers that this torch and this Python draw from a fixed seed: another library may draw others, and then makes
+    another LoRA of the same settings."""
+    return [*torch.randn(4, generator=generator_for(0, "comparison")).tolist(), random.Random("comparison").random()]
 
 
 def generator_for(seed: int, *parts: int | str) -> torch.Generator:

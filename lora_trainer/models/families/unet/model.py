@@ -100,6 +100,7 @@ class DiffusionModel:
                     raise RuntimeError(f"the buffer {name} was left on meta")
             encoder.to(device)  # buffers only: the parameters are there already
         self._load(tensors, "unet")
+        self.network_key = fingerprint(self._unet_bindings, f"{architecture.family} unet")
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -318,5 +319,6 @@ def fingerprint(bindings: Sequence[Binding], salt: str) -> str:
         digest.update(f"{binding.source} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // 32)][:32].float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    for device in dict.fromkeys(sample.device for sample in samples):  # one copy from each, not one for each tensor
+        digest.update(torch.cat([sample for sample in samples if sample.device == device]).cpu().numpy().tobytes())
     return digest.hexdigest()
