@@ -252,8 +252,7 @@ def test_min_snr_with_zero_terminal_snr_is_said(tmp_path):
     def said(**values):
         config = configuration(tmp_path, zero_terminal_snr=True, **values)
         model = FakeModel(prediction_type="v_prediction")
-        precision = Precision(torch.device("cpu"), torch.float32, None)
-        return diffusion.DiffusionObjective(config, model, precision, encode=model.encode_prompts).warnings()
+        return diffusion.DiffusionObjective(config, model, encode=model.encode_prompts).warnings()
 
     assert "min_snr_gamma is off" in said()[0]
     (warning,) = said(min_snr_gamma=5.0)
