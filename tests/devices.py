@@ -50,6 +50,7 @@ class DeviceTensor(torch.Tensor):
 
     held: Tensor
     gpu: PretendedGpu
+    account: list[int]  # the address of the storage that is counted as allocated
 
     @staticmethod
     def __new__(cls, held: Tensor, gpu: PretendedGpu) -> DeviceTensor:
@@ -58,8 +59,8 @@ class DeviceTensor(torch.Tensor):
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             device=torch.device("meta"),
         )  # fmt: skip
-        tensor.held, tensor.gpu = held, gpu
-        weakref.finalize(tensor, gpu.free, held.untyped_storage().data_ptr())
+        tensor.held, tensor.gpu, tensor.account = held, gpu, [held.untyped_storage().data_ptr()]
+        weakref.finalize(tensor, gpu.free, tensor.account)
         return tensor
 
     def __init__(self, held: Tensor, gpu: PretendedGpu):
@@ -80,8 +81,9 @@ class DeviceTensor(torch.Tensor):
         if not isinstance(value, DeviceTensor):
             raise RuntimeError("a tensor's data stays on its device")
         torch.Tensor.data.__set__(self, value)
-        self.gpu.exchange(self.held, value.held)
-        self.held = value.held
+        self.gpu.allocate(value.held)
+        self.gpu.free(self.account)
+        self.held, self.account[0] = value.held, value.account[0]
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
@@ -164,16 +166,12 @@ class PretendedGpu:
             self.peak = max(self.peak, self.allocated)
         self._living[storage.data_ptr()] = tensors + 1, size
 
-    def free(self, address: int) -> None:
-        tensors, size = self._living.pop(address)
+    def free(self, account: list[int]) -> None:
+        tensors, size = self._living.pop(account[0])
         if tensors > 1:
-            self._living[address] = tensors - 1, size
+            self._living[account[0]] = tensors - 1, size
         else:
             self.allocated -= size
-
-    def exchange(self, before: Tensor, after: Tensor) -> None:
-        """A tensor got another storage; the finalizer knows the address of its first."""
-        self._living.setdefault(before.untyped_storage().data_ptr(), (1, 0))
 
 
 class _Mode(TorchFunctionMode):
@@ -185,6 +183,8 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch._C._nn._parse_to:  # Module.to, which only reads its arguments with it
+            return func(*args, **kwargs)
         if func is torch.Tensor.to:
             return self._to(*args, **kwargs)
         if func is torch.Tensor.cuda:
@@ -206,6 +206,7 @@ class _Mode(TorchFunctionMode):
             wanted = self.gpu.device.type if here else args[0].device.type if _tensors(args) else "cpu"
             if generator.device.type != wanted:
                 raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{generator.device}'")
+        self.gpu.note(here and func in (torch.tensor, torch.as_tensor), func)
         args, kwargs = self._autocast(func, args, kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
             func = _attention  # torch's own makes its causal mask where C++ takes the tensors to be
@@ -325,7 +326,8 @@ def _refuse_mixed(func: Any, flat: list, packet: Any, args: tuple) -> None:
     strangers = [item for item in flat if isinstance(item, Tensor) and not isinstance(item, DeviceTensor)]
     if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
         strangers = [item for item in strangers if not any(item is index for index in args[1])]
-    if any(item.dim() > 0 for item in strangers) or any(item is args[0] for item in strangers):
+    writes = func._schema.name.endswith("_") and any(item is args[0] for item in strangers)
+    if writes or any(item.dim() > 0 for item in strangers):
         raise _mixed(func, flat)
 
 
@@ -483,6 +485,9 @@ def _cuda(gpu: PretendedGpu) -> dict[str, Any]:
     def reset_peak() -> None:
         gpu.peak = gpu.allocated
 
+    def no_graph(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the pretended device records no graphs")
+
     properties = SimpleNamespace(name="pretended", major=gpu.capability[0], minor=gpu.capability[1],
                                  total_memory=gpu.memory)  # fmt: skip
     states = torch.get_rng_state()
@@ -501,6 +506,8 @@ def _cuda(gpu: PretendedGpu) -> dict[str, Any]:
         "get_device_capability": optional(lambda: gpu.capability),
         "get_device_name": optional(lambda: "pretended"),
         "is_current_stream_capturing": lambda: False,
+        "CUDAGraph": SimpleNamespace,
+        "graph": no_graph,
         "synchronize": optional(lambda: None),
         "is_bf16_supported": lambda *args, **kwargs: gpu.capability[0] >= 8,
         "empty_cache": lambda: None,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
+from lora_trainer.errors import UserError
+from lora_trainer.host.base import LenderOptions
+from lora_trainer.host.standalone import StandaloneHost
+from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.execution import lender_options
+from lora_trainer.jobs.store import JobStore
+from lora_trainer.planning.memory import free_memory
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.precision import resolve
 from tests.devices import assert_alike, pretended_gpu
 from tests.pictures import draw_dataset
 
@@ -97,3 +106,101 @@ def test_a_run_on_what_forge_has_partly_on_the_device(forge, fake_forge, setting
         fake_forge.device = gpu.device
         assert_alike(run(forge, settings, tmp_path, **ADAPTERS[name]), expected)
         assert all(places(part) == {"cuda", "cpu"} for part in fake_forge.parts())
+
+
+# Where a device enters ------------------------------------------------------------------------------------------------
+
+
+def test_a_device_has_its_index_from_where_it_enters(a1111, webui):
+    with pretended_gpu() as gpu:
+        webui.devices.device = CUDA
+        assert a1111.device() == a1111.lender("", LenderOptions()).device == gpu.device
+        for device in ("auto", "cuda", CUDA):
+            assert resolve(device, "auto").device == gpu.device
+
+
+def test_what_a_run_takes_is_told_before_it(a1111, webui, settings, tmp_path):
+    """The estimate and the reports of a job ask for the memory of A1111's device, which has no index."""
+    webui.paths.models_path, webui.paths.paths = str(tmp_path), {}
+    store = JobStore(tmp_path / "jobs.sqlite")
+    with pretended_gpu() as gpu:
+        webui.devices.device = CUDA
+        webui.model.to(CUDA)
+        told = estimate_job({**settings, "output_dir": ""}, a1111, store)
+        assert told["minutes"] > 0 and told["memory"] > gpu.allocated
+        assert free_memory(a1111) == gpu.memory - gpu.allocated
+
+
+def test_the_device_of_the_run_is_that_of_the_lender(models, settings, tmp_path):
+    """device: cpu, in a program that would compute on a GPU: weights, computation and adapters agree."""
+    with pretended_gpu() as gpu:
+        host = StandaloneHost(tmp_path / "data", checkpoints=models)
+        config = from_mapping({**settings, "device": "cpu", "output_dir": str(tmp_path)})
+        with host.lender("first", lender_options(host, config)).borrow() as model:
+            assert model.device == torch.device("cpu")
+            assert {weight.dtype for weight in model.unet.parameters()} == {torch.float32}
+        config = from_mapping({**settings, "output_dir": str(tmp_path)})
+        with host.lender("first", lender_options(host, config)).borrow() as model:
+            assert model.device == gpu.device
+            assert {weight.dtype for weight in model.unet.parameters()} == {torch.bfloat16}
+
+
+def test_a_webui_refuses_another_device_than_its_own(a1111, settings, tmp_path):
+    with pretended_gpu():
+        for device in ("cuda", "cuda:0"):
+            config = from_mapping({**settings, "device": device, "output_dir": str(tmp_path)})
+            with pytest.raises(UserError, match="is on cpu") as caught:
+                a1111.lender("", lender_options(a1111, config))
+            assert caught.value.field == "device"
+    config = from_mapping({**settings, "device": "cpu", "output_dir": str(tmp_path)})
+    assert a1111.lender("", lender_options(a1111, config)).describe().family == "sd1"
+
+
+# Room ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a1111_makes_room_in_turns_and_has_everything_between_them(a1111, webui):
+    with pretended_gpu() as gpu:
+        webui.devices.device = CUDA
+        webui.model.to(CUDA)
+        other = copy.deepcopy(webui.model.first_stage_model).to(CUDA)
+        other.lowvram = False
+        webui.sd_models.model_data.loaded_sd_models = [webui.model, other]
+        full = gpu.allocated
+        lender = a1111.lender("", LenderOptions())
+        with lender.borrow() as model:
+            with lender.turn():
+                model.release("vae", "text_encoders")
+                lender.make_room()
+                assert places(webui.model.model) == {"cuda"} and places(other) == {"cpu"}
+                assert places(webui.model.first_stage_model) == places(webui.model.cond_stage_model) == {"cpu"}
+                assert gpu.allocated < full
+            assert places(webui.model) == {"cuda"}, "the WebUI may draw now"
+            with lender.turn():
+                assert places(webui.model.first_stage_model) == {"cpu"}
+        assert places(webui.model) == places(other) == {"cuda"}
+
+
+def test_forge_makes_room(forge, fake_forge):
+    with pretended_gpu() as gpu:
+        fake_forge.device = gpu.device
+        lender = forge.lender("", LenderOptions())
+        with lender.borrow() as model:
+            with lender.turn():
+                pass
+            model.release("vae", "text_encoders")
+            with lender.turn():
+                unet, vae, clip = fake_forge.parts()
+                assert places(clip) == {"cuda", "cpu"}
+                lender.make_room()
+                assert places(unet) == {"cuda", "cpu"} and places(vae) == places(clip) == {"cpu"}
+        fake_forge.generate("a disc")
+        assert "cuda" in places(vae) and "cuda" in places(clip)
+
+
+def test_an_own_vae_follows_the_webuis_with_medvram(a1111, webui, models):
+    with pretended_gpu():
+        webui.devices.device, webui.model.lowvram = CUDA, True
+        lender = a1111.lender("", LenderOptions(vae=str(models / "second.safetensors")))
+        with lender.borrow() as model, lender.turn():
+            assert model.encode_images(torch.zeros(1, 3, 64, 64)).device.type == "cuda"

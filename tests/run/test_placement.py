@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
 from lora_trainer.run import file_lender, train
-from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.precision import resolve
+from lora_trainer.training.preview import sample
 from tests.devices import assert_alike, pretended_gpu
 from tests.pictures import draw_dataset
 
@@ -38,9 +40,10 @@ def settings(tmp_path_factory, tiny_base):
     }
 
 
-def run(settings, folder, **changes):
+def run(settings, folder, callbacks=None, commands=None, **changes):
     config = from_mapping({**settings, "output_dir": str(folder), **changes})
-    return load_file(str(train(config, file_lender(config), callbacks=TrainCallbacks()).lora))
+    result = train(config, file_lender(config), callbacks=callbacks or TrainCallbacks(), commands=commands)
+    return load_file(str(result.lora)) if result.lora else None
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -50,3 +53,54 @@ def test_a_run_on_a_gpu_makes_what_a_run_on_the_cpu_makes(settings, tmp_path, na
         assert gpu.peak > 0
     here = run(settings, tmp_path / "cpu", device="cpu", **ADAPTERS[name])
     assert_alike(there, here)
+
+
+class Stop(TrainCallbacks):
+    def __init__(self, commands):
+        self._commands = commands
+
+    def on_step(self, report):
+        self._commands.stop_and_save()
+
+
+def test_a_run_on_a_gpu_is_gone_on_with(settings, tmp_path):
+    """fp16: adapters, AdamW's state, GradScaler and the average are put where they were."""
+    changes = {"mixed_precision": "fp16", "ema_decay": 0.9}
+    with pretended_gpu():
+        whole = run(settings, tmp_path / "whole", **changes)
+        commands = TrainCommands()
+        run(settings, tmp_path / "parts", Stop(commands), commands, **changes)
+        assert_alike(run(settings, tmp_path / "parts", **changes), whole)
+
+
+def test_a_picture_is_drawn_on_a_gpu(settings):
+    config = from_mapping({**settings, "output_dir": "unused"})
+    with pretended_gpu():
+        lender = file_lender(config)
+        with lender.borrow() as model, lender.turn():
+            drawn = sample(model, "a disc", width=64, height=64, steps=2, precision=resolve("cuda", "fp16"))
+    assert drawn.size == (64, 64)
+
+
+class Waits(TrainCallbacks):
+    """How often the CPU has waited for the GPU at the end of each step."""
+
+    def __init__(self, gpu):
+        self._gpu, self.at = gpu, []
+
+    def on_step(self, report):
+        self.at.append(len(self._gpu.waits))
+
+
+def test_the_cpu_does_not_wait_for_each_micro_batch(settings, tmp_path):
+    """Noise, timesteps and token ids are copied from pinned memory."""
+    waits = {}
+    for micro_batches in (1, 2):
+        with pretended_gpu() as gpu:
+            seen = Waits(gpu)
+            run(
+                settings, tmp_path / str(micro_batches), seen, mixed_precision="no", train_text_encoder=True,
+                batch_size=1, gradient_accumulation_steps=micro_batches,
+            )  # fmt: skip
+            waits[micro_batches] = gpu.waits[seen.at[0] : seen.at[1]]
+    assert len(waits[2]) == len(waits[1]) <= 2, waits

@@ -213,8 +213,8 @@ class FakeA1111:
             select_checkpoint=self.select_checkpoint,
             reload_model_weights=reload_model_weights,
             SkipWritingToConfig=SkipWritingToConfig,
-            send_model_to_device=lambda model: self.unload(),  # any move gives the tensors other addresses
-            send_model_to_cpu=lambda model: self.unload(),
+            send_model_to_device=lambda model: self._move(model, self.devices.device),
+            send_model_to_cpu=lambda model: self._move(model, torch.device("cpu")),
         )
         self._load(infos[0])
         self.shared.sd_model = self.sd_models.model_data.sd_model
@@ -283,6 +283,10 @@ class FakeA1111:
         self.shared.opts.data["sd_model_checkpoint"] = info.title
         with self.call_queue.queue_lock:
             self.sd_models.reload_model_weights()
+
+    def _move(self, model: nn.Module, device: torch.device) -> None:
+        model.to(device)
+        self.unload()  # any move gives the tensors other addresses
 
     def unload(self) -> None:
         for parameter in self.model.parameters():

@@ -173,7 +173,8 @@ class FakeForge:
             refresh_model_loading_parameters=self._refresh_model_loading_parameters,
         )
         self.memory_management = SimpleNamespace(
-            current_loaded_models=[], get_torch_device=lambda: self.device, load_models_gpu=self._load_models_gpu
+            current_loaded_models=[], get_torch_device=lambda: self.device, load_models_gpu=self._load_models_gpu,
+            free_memory=self._free_memory, soft_empty_cache=lambda force: None,
         )
         self.processing = SimpleNamespace(
             opt_f=8,
@@ -264,6 +265,13 @@ class FakeForge:
                 if self.device != CPU:
                     put(patcher.model, name, nn.Parameter(parameter.to(self.device), requires_grad=False))
             loaded.insert(0, SimpleNamespace(model=patcher))
+
+    def _free_memory(self, memory_required: float, device: torch.device, keep_loaded: list[Any]) -> None:
+        loaded = self.memory_management.current_loaded_models
+        for entry in [entry for entry in loaded if entry not in keep_loaded]:
+            loaded.remove(entry)
+            for name, parameter in list(entry.model.model.named_parameters()):
+                put(entry.model.model, name, nn.Parameter(parameter.to(CPU), requires_grad=False))
 
     # What a user does -----------------------------------------------------------------------------------------------
 
