@@ -22,6 +22,7 @@ from lora_trainer.models.detect import detect
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import folder_hints
 from lora_trainer.models.tensors import SafetensorsSource
+from tests.devices import pretended_gpu
 from tests.models import reference
 from tests.tiny import (
     SD1,
@@ -424,6 +425,38 @@ def test_another_vae(checkpoints, tmp_path, layout):
     save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(UserError, match="not a VAE"):
         FileLender(checkpoints["sd1"], vae=path).describe()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_the_vae_keeps_its_stored_precision(tmp_path, stored):
+    """It computes in fp32: rounded to bf16, its latents would be off, and kept under another key for each format."""
+    path = tiny_sd1(tmp_path / "base.safetensors", dtype=stored)
+    pixels = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    answers = {}
+    for dtype in (None, torch.float16, torch.bfloat16):
+        with FileLender(path, weight_dtype=dtype).borrow() as model:
+            assert {weight.dtype for weight in model.vae.parameters()} == {stored}
+            assert {weight.dtype for weight in model.unet.parameters()} == {dtype or stored}
+            answers[dtype] = model.vae_key, model.encode_images(pixels)
+    for key, moments in answers.values():
+        assert key == answers[None][0] and torch.equal(moments, answers[None][1])
+
+
+class OldAutocast(torch.autocast):
+    """torch 2.1 to 2.3 know it for few kinds of devices."""
+
+    def __init__(self, device_type: str, *args, **options):
+        if device_type not in ("cuda", "cpu", "xpu", "ipu", "hpu", "xla"):
+            raise RuntimeError(f"User specified an unsupported autocast device_type '{device_type}'")
+        super().__init__(device_type, *args, **options)
+
+
+def test_pictures_are_encoded_and_decoded_where_torch_has_no_autocast(checkpoints, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", OldAutocast)
+    with pretended_gpu("mps:0") as gpu, FileLender(checkpoints["sd1"], device=gpu.device).borrow() as model:
+        moments = model.encode_images(torch.zeros(1, 3, 32, 32))
+        assert moments.device == gpu.device
+        assert model.decode_latents(model.sample_latents(moments, None)).shape == (1, 3, 32, 32)
 
 
 def test_names_of_old_and_of_turbo_files(checkpoints, tmp_path):

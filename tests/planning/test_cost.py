@@ -17,6 +17,7 @@ from lora_trainer.planning import cost
 from lora_trainer.training import throughput
 from lora_trainer.training.forecast import memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve
+from tests.devices import pretended_gpu
 from tests.jobs.fakes import wait_for, wait_status
 from tests.tiny import SD1, sd1_shapes
 
@@ -142,10 +143,11 @@ def test_memory_of_a_run_in_hand_is_not_counted_for_the_next(manager, host, sett
 
 
 def test_what_torch_keeps_on_a_gpu_for_later_is_free_for_a_run(known, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
-    assert cost._in_use(torch.device("cuda")) == IN_USE - (3 << 30)
-    assert cost._in_use(torch.device("cpu")) == IN_USE
+    with pretended_gpu() as gpu:
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 << 30)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
+        assert cost._in_use(gpu.device) == IN_USE - (3 << 30)
+        assert cost._in_use(torch.device("cpu")) == IN_USE
 
 
 def test_a_full_device_only_costs_the_forecast(idle, host, settings, known, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
@@ -71,6 +72,9 @@ def test_a_run_on_a_gpu_is_gone_on_with(settings, tmp_path):
         commands = TrainCommands()
         run(settings, tmp_path / "parts", Stop(commands), commands, **changes)
         assert_alike(run(settings, tmp_path / "parts", **changes), whole)
+    cached = [load_file(str(path)) for path in (tmp_path / "whole" / "cache").rglob("*") if path.is_file()]
+    captions = [tensors["context"] for tensors in cached if "context" in tensors]
+    assert captions and {context.dtype for context in captions} == {torch.float16}, "as the UNet reads them"
 
 
 def test_a_picture_is_drawn_on_a_gpu(settings):
