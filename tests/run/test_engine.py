@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_trainer.config import from_mapping, load
 from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run import Result, engine, file_lender, summary, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.pictures import draw_dataset
@@ -104,6 +106,32 @@ def test_a_run_leaves_everything_it_promises(settings, tmp_path):
 @pytest.mark.parametrize("resume, words", [("auto", "same command"), ("never", "resume: auto")])
 def test_what_goes_on_after_a_stop(resume, words):
     assert words in summary(Result("stopped", 3, 9, 1.0, None), resume)
+
+
+class WatchedLender(FileLender):
+    """Knows whether somebody has a turn."""
+
+    in_turn, hashed = False, 0
+
+    @contextmanager
+    def turn(self):
+        self.in_turn = True
+        try:
+            yield
+        finally:
+            self.in_turn = False
+
+    def model_hash(self):
+        assert not self.in_turn, "a WebUI would wait while gigabytes are read"
+        self.hashed += 1
+        return super().model_hash()
+
+
+def test_the_base_is_hashed_once_and_outside_of_turns(settings):
+    config = from_mapping({**settings, "max_train_steps": 2, "save_steps": 1})
+    lender = WatchedLender(config.base_model)
+    with safe_open(str(train(config, lender).lora), "pt") as file:
+        assert lender.hashed == 1 and lender.model_hash() in file.metadata().values()
 
 
 def test_the_saved_configuration_runs_again_to_the_same_result(settings, tmp_path):
