@@ -60,19 +60,21 @@ def column_norm(weight: Tensor, axis: int = 1) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=(1 - axis, *range(2, weight.dim())), keepdim=True)
 
 
-def changed_norm(norm_squared: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """‖W + ΔW‖ per column for ``ΔW = scale · up · down``, without either of the two: (1, in[, 1, 1]) fp32.
+def changed_norm_squared(
+    norm_squared: Tensor, weight: Tensor, down: Tensor, up: Tensor, low_up: Tensor, scale: float
+) -> Tensor:
+    """‖W + ΔW‖² per column for ``ΔW = scale · up · down``, without either of the two: (1, in[, 1, 1]) fp32.
 
-    ‖w + δ‖² = ‖w‖² + 2 w·δ + ‖δ‖², and with δ = scale · up d the last two need only Wᵀ up (in, r) and upᵀ up (r, r).
-    norm_squared: ‖W‖² per column, as ``column_norm`` has it. weight may be in a lower format than down and up, which
-    are fp32; Wᵀ up is then as exact as that format.
+    ‖w + δ‖² = ‖w‖² + 2 w·δ + ‖δ‖², and with δ = scale · up d the last two need only upᵀ W (r, in) and upᵀ up (r, r).
+    norm_squared: ‖W‖² per column, as ``column_norm`` has it. down and up are fp32. weight may be in a lower format,
+    that of ``low_up``; upᵀ W is then as exact as that format. Where w and δ almost cancel, the sum is rounding: it may
+    be of either sign.
     """
     columns, matrix = down.flatten(1), up.flatten(1)  # (r, in·k), (out, r)
-    cross = weight.flatten(1).t().mm(matrix.to(weight.dtype)).t().to(columns.dtype)  # (r, in·k)
+    cross = low_up.flatten(1).t().mm(weight.flatten(1)).to(columns.dtype)  # (r, in·k)
     mixed = torch.addmm(cross, matrix.t().mm(matrix), columns, beta=2 * scale, alpha=scale**2)
-    change = mixed.mul_(columns).view(len(down), down.shape[1], -1).sum((0, 2)).view_as(norm_squared)
-    # Where the two almost cancel, what is left of their sum is rounding.
-    return torch.maximum(norm_squared + change, 1e-6 * norm_squared).sqrt()
+    change = mixed.mul_(columns).view(len(down), down.shape[1], -1).sum((0, 2))
+    return change.view_as(norm_squared).add_(norm_squared)
 
 
 def dora_gain(weight: Tensor, delta: Tensor, dora_scale: Tensor, axis: int = 1) -> Tensor:

@@ -29,8 +29,8 @@ from lora_trainer.devices import without_autocast
 class LoraLinear(torch.autograd.Function):
     """``W (g ⊙ x) + b + scale · up(keep ⊙ down(g ⊙ x))``; W and b are frozen and get no gradient.
 
-    x (…, in), weight (out, in), bias (out) or None, down (r, in), up (out, r), gain g (in) or None, keep broadcastable
-    to (…, r) or None -> (…, out).
+    x (…, in), weight (out, in), bias (out) or None, down (r, in), up (out, r), gain g (in) fp32 or None, keep
+    broadcastable to (…, r) or None -> (…, out).
     """
 
     @staticmethod
@@ -47,7 +47,8 @@ class LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        scaled = rows if gain is None else rows * gain.to(dtype)
+        gain = None if gain is None else gain.to(dtype)
+        scaled = rows if gain is None else rows * gain
         output = functional.linear(scaled, weight.to(dtype), None if bias is None else bias.to(dtype))
         hidden = scaled.mm(down.to(dtype).t())
         if keep is not None:
@@ -70,15 +71,15 @@ class LoraLinear(torch.autograd.Function):
             grad_x = grad.mm(weight.to(dtype)).addmm_(grad_hidden, down.to(dtype))
         if needed[3]:
             grad_down = grad_hidden.t().mm(rows)
-            grad_down = (grad_down if gain is None else grad_down * gain.to(dtype)).to(down.dtype)
+            grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)
         if needed[4]:
             grad_up = grad.t().mm(hidden).to(up.dtype)
             if ctx.scale != 1:
                 grad_up.mul_(ctx.scale)
         if needed[5]:
-            grad_gain = (grad_x * rows).sum(0, dtype=gain.dtype)
+            grad_gain = (grad_x * rows).sum(0, dtype=torch.float32)
         if needed[0]:
-            grad_x = grad_x if gain is None else grad_x.mul_(gain.to(dtype))
+            grad_x = grad_x if gain is None else grad_x.mul_(gain)
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None
 
@@ -179,7 +180,8 @@ class LoraConv2d(torch.autograd.Function):
         options: tuple,
     ) -> Tensor:
         ctx.input_dtype, x = x.dtype, x.to(dtype)
-        scaled = x if gain is None else x * gain.to(dtype)
+        gain = None if gain is None else gain.to(dtype)
+        scaled = x if gain is None else x * gain
         output = functional.conv2d(scaled, weight.to(dtype), None if bias is None else bias.to(dtype), *options)
         hidden = functional.conv2d(scaled, down.to(dtype), None, *options)
         if keep is not None:
@@ -209,15 +211,15 @@ class LoraConv2d(torch.autograd.Function):
                 grad_x.add_(conv2d_input(x.shape, low_down, grad_hidden, *options))
         if needed[3]:
             grad_down = conv2d_weight(x, down.shape, grad_hidden, *options)
-            grad_down = (grad_down if gain is None else grad_down * gain.to(dtype)).to(down.dtype)
+            grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)
         if needed[4]:
             grad_up = conv2d_weight(hidden, up.shape, grad).to(up.dtype)
             if ctx.scale != 1:
                 grad_up.mul_(ctx.scale)
         if needed[5]:
-            grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=gain.dtype)
+            grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=torch.float32)
         if needed[0]:
-            grad_x = (grad_x if gain is None else grad_x.mul_(gain.to(dtype))).to(ctx.input_dtype)
+            grad_x = (grad_x if gain is None else grad_x.mul_(gain)).to(ctx.input_dtype)
         return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None, None
 
 

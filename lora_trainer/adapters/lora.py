@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_trainer.adapters.algebra import changed_norm, column_norm, low_rank_delta
+from lora_trainer.adapters.algebra import changed_norm_squared, column_norm, low_rank_delta
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
 from lora_trainer.devices import without_autocast
@@ -30,7 +30,7 @@ class LoraAdapter(Adapter):
 
     With DoRA the columns of the changed weight get trained lengths. A factor on a column is a factor on the input, so
     ``(W + ΔW)·diag(g) x`` is computed as ``(W + ΔW)(g ⊙ x)``. The lengths, through which no gradient goes (section
-    4.3 of the paper), do not need the changed weight either (``algebra.changed_norm``).
+    4.3 of the paper), do not need the changed weight either (``algebra.changed_norm_squared``).
 
     copies: of the parameters in the format of the computation, where a training step keeps some.
     """
@@ -44,7 +44,7 @@ class LoraAdapter(Adapter):
         self.lora_up = self.parameter(torch.zeros(out_width, rank, *[1] * len(kernel)))
         self.is_conv = bool(kernel)
         self.copies: WorkingCopies | None = None
-        self._base_norm: tuple[weakref.ref, Tensor] | None = None
+        self._base_norm: tuple[weakref.ref, Tensor, Tensor] | None = None
         # The forward of torch's own classes can be taken apart, and that of a layer which only casts its weight (it
         # says so by its compute_dtype); any other, a host's perhaps, is called as it is.
         plain = nn.Conv2d if self.is_conv else nn.Linear
@@ -111,17 +111,23 @@ class LoraAdapter(Adapter):
     def _gain(self, x: Tensor) -> Tensor:
         """DoRA's factor for each input: (in) for a Linear, (1, in, 1, 1) for a convolution."""
         with torch.no_grad(), without_autocast(x.device):
-            weight = self.layer.weight.detach().to(x.device, self.compute_dtype(x)).view(self.shape)
-            norm = changed_norm(self._base_norm_squared(), weight, self.lora_down, self.lora_up, self.scale)
-            inverse = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            dtype = self.compute_dtype(x)
+            weight = self.layer.weight.detach().to(x.device, dtype).view(self.shape)
+            low_up = self.factors_now()[1].to(dtype)
+            base, least = self._base_norm_squared()
+            squared = changed_norm_squared(base, weight, self.lora_down, self.lora_up, low_up, self.scale)
+            inverse = torch.maximum(squared, least).rsqrt_()
         gain = self.dora_scale * inverse
         return gain if self.is_conv else gain.flatten()
 
-    def _base_norm_squared(self) -> Tensor:
-        """‖W‖² per column; of the weight that the layer has now, which its lender may have bound anew."""
+    def _base_norm_squared(self) -> tuple[Tensor, Tensor]:
+        """‖W‖² per column of the weight that the layer has now, which its lender may have bound anew; and the least
+        that ‖W + ΔW‖² is taken for: a thousandth of W's length, or what keeps a column of zeros from becoming NaN."""
         if self._base_norm is None or self._base_norm[0]() is not self.layer.weight:
-            self._base_norm = weakref.ref(self.layer.weight), column_norm(self.base_weight()).square()
-        return self._base_norm[1]
+            squared = column_norm(self.base_weight()).square()
+            least = (1e-6 * squared).clamp_min(torch.finfo(squared.dtype).tiny)
+            self._base_norm = weakref.ref(self.layer.weight), squared, least
+        return self._base_norm[1:]
 
     # -- dropout -----------------------------------------------------------------------------------------------
 

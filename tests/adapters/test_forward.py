@@ -138,6 +138,28 @@ def test_dora_is_what_a1111_applies(layer_kind):
         torch.testing.assert_close(adapter.merged_weight()[:, column].detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer_kind", ["linear", "conv_3x3"])
+def test_doras_lengths_come_without_the_changed_weight(layer_kind):
+    """Also where the change cancels a column, where a column is empty, and after another weight was bound."""
+    layer, x = layer_and_input(layer_kind)
+    adapter = build("dora", layer)
+    randomize(adapter)
+    with torch.no_grad():
+        layer.weight[:, 0] = 0
+        layer.weight[:, 1] = -adapter.delta_weight()[:, 1]
+    adapter(x)
+    gain = adapter._gain(x).flatten()
+    changed = adapter.base_weight() + adapter.delta_weight()
+    exact = adapter.dora_scale.flatten() / changed.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(gain[2:], exact[2:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(gain[0], exact[0], rtol=1e-4, atol=0)
+    assert 0 < gain[1] < float("inf")
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    changed = adapter.base_weight() + adapter.delta_weight()
+    exact = adapter.dora_scale.flatten() / changed.transpose(0, 1).flatten(1).norm(dim=1)
+    torch.testing.assert_close(adapter._gain(x).flatten(), exact, rtol=1e-5, atol=0)
+
+
 def test_loha_by_definition():
     layer, _ = layer_and_input("conv_3x3")
     adapter = build("loha", layer)
