@@ -42,6 +42,7 @@ def requirements() -> list[Requirement]:
         Requirement("pillow", "9.4"),
         Requirement("pandas", "1.5"),
         Requirement("pyyaml", "6.0"),
+        Requirement("regex", "2022.1"),
         *([Requirement("tomli", "2.0")] if sys.version_info < (3, 11) else []),
     ]
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_trainer"
-LEAVES = {"config", "devices", "errors", "files", "__init__"}
+LEAVES = {"config", "devices", "errors", "files", "patterns", "__init__"}
 MAY_IMPORT = {
     "devices": set(),
     "errors": set(),
     "requirements": {"errors"},
     "files": {"errors"},
+    "patterns": {"errors"},
     "config": {"errors", "files"},
     "dataset": LEAVES,
     "adapters": LEAVES,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 
 from lora_trainer.adapters.base import Target
 from lora_trainer.errors import UserError
+from lora_trainer.patterns import Pattern
 
 GROUPS = ("attention", "feed_forward", "projection")
 CONV_GROUPS = ("conv", "conv_linear")
@@ -64,10 +64,7 @@ def select_targets(
 def _matches(pattern: str, targets: Sequence[Target], field: str) -> list[int]:
     pattern = pattern.strip()
     if len(pattern) > 1 and pattern.startswith("/") and pattern.endswith("/"):
-        try:
-            expression = re.compile(pattern[1:-1])
-        except re.error as error:
-            raise UserError(f"{pattern!r} is not a regular expression: {error}.", field=field) from error
+        expression = Pattern(pattern[1:-1], field=field)
         return [
             index
             for index, target in enumerate(targets)

@@ -13,6 +13,7 @@ from typing import Literal
 from lora_trainer.dataset.captions import Caption, Item, compose, format, parse, plain_text
 from lora_trainer.dataset.grammar import Span
 from lora_trainer.errors import UserError
+from lora_trainer.patterns import Pattern
 
 EditKind = Literal["set", "add", "remove", "replace", "move", "mark", "regex"]
 KINDS: tuple[EditKind, ...] = ("set", "add", "remove", "replace", "move", "mark", "regex")
@@ -75,10 +76,7 @@ class Edit:
 
     def _regex(self) -> Callable[[str], str]:
         pattern = compile_pattern(self.pattern, ignore_case=self.ignore_case)
-        try:
-            pattern.sub(self.value, "")
-        except (re.error, IndexError) as error:
-            raise UserError(f"The replacement cannot be used: {error}.", field="value") from error
+        pattern.sub(self.value, "")
 
         def substitute(text: str) -> str:
             result = pattern.sub(self.value, text)
@@ -147,21 +145,16 @@ def mark_tags(text: str, tags: Iterable[str], *, core: bool, mood: bool) -> str:
     return _written(text, caption, items, caption.keep)
 
 
-def compile_pattern(pattern: str, *, ignore_case: bool = False) -> re.Pattern[str]:
+def compile_pattern(pattern: str, *, ignore_case: bool = False) -> Pattern:
     """A regular expression that a person typed.
 
     Raises:
-        UserError: it is no expression, too long, or repeats a repetition, such as ``(a+)+``: Python could search with
-            it for hours, and nothing could stop it.
+        UserError: it is no expression, too long, or repeats a repetition, such as ``(a+)+``, which searches for hours.
     """
     if not pattern or len(pattern) > _MAX_PATTERN:
         remedy = f"Write one of up to {_MAX_PATTERN} characters."
         raise UserError("There is no pattern, or it is too long.", field="pattern", remedy=remedy)
-    try:
-        compiled = re.compile(pattern, re.IGNORECASE if ignore_case else 0)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"The pattern is no regular expression: {error}.", field="pattern",
-                        remedy=r"Write \( for a bracket that is meant as a bracket.") from error  # fmt: skip
+    compiled = Pattern(pattern, ignore_case=ignore_case, field="pattern")
     if _repeats_a_repetition(pattern):
         raise UserError(
             "The pattern repeats something that repeats itself, such as (a+)+, and could search for hours.",

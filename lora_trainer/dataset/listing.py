@@ -25,6 +25,7 @@ _UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".ra
 _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information")
 _KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
 _MAX_REPEATS = 10_000
+_MAX_ENTRIES = 200_000
 _SURPRISING_REPEATS = 200
 
 
@@ -59,12 +60,14 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
             remedy="Name the folder that holds the pictures.",
         )
     real_root = os.path.realpath(root)
+    if os.path.dirname(real_root) == real_root:
+        raise UserError(f"{root} is a whole disk.", remedy="Name the folder that holds the pictures.")
     excluded = {os.path.realpath(path) for path in exclude} - {real_root}
     followed: set[str] = set()
     files: dict[str, Path] = {}
     skipped: list[Skipped] = []
     notes: list[str] = []
-    pending = [root]
+    pending, looked_at = [root], 0
     while pending:
         folder = pending.pop()
         try:
@@ -74,6 +77,12 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
                 raise UserError(f"{root} cannot be opened: {error.strerror or error}.") from error
             notes.append(f"{folder} cannot be opened ({error.strerror or error}); it is left out.")
             continue
+        looked_at += len(entries)
+        if looked_at > _MAX_ENTRIES:
+            raise UserError(
+                f"{root} holds more than {_MAX_ENTRIES} files and folders.",
+                remedy="Name the folder that holds the pictures, and nothing else.",
+            )
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_FOLDERS:
