@@ -53,6 +53,11 @@ _PAIR_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "The picture shows the same as {0}.",
         "Remove the worse one: twins weigh double in what is learned.",
     ),
+    "changed-copy": (
+        "warning",
+        "The picture is {0} made brighter or darker, mirrored, cropped or turned a little.",
+        "Remove one: copies weigh double in what is learned. The setting flip mirrors pictures by itself.",
+    ),
     "similar": (
         "info",
         "The picture looks much like {0}.",

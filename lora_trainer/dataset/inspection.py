@@ -38,7 +38,7 @@ class Picture:
     steepness: the largest Laplacian as a share of the range of grey levels, above 1 where a drawing has clean edges.
     flatness: share of pixels in flat areas, near 1 for drawings of few colors.
     levels: grey levels (0…255) below which 0.5, 5 and 95 % of the pixels lie.
-    phash: 64-bit perceptual hash as 8 bytes; thumbnail: (32, 32, 3) uint8, sRGB.
+    phash: 64-bit perceptual hash as 8 bytes; thumbnail: (32, 32, 3) uint8, sRGB; larger: the same with 64 × 64 pixels.
     """
 
     size: tuple[int, int]
@@ -56,6 +56,7 @@ class Picture:
     levels: tuple[float, float, float]
     phash: np.ndarray
     thumbnail: np.ndarray
+    larger: np.ndarray
 
     @property
     def is_flat(self) -> bool:
@@ -107,6 +108,7 @@ def inspect(path: Path, edit: PictureEdit = UNTOUCHED) -> Picture:
         levels=(paper, low, high),
         phash=_perceptual_hash(grey_image),
         thumbnail=np.asarray(small.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX), dtype=np.uint8),
+        larger=np.asarray(small.resize((2 * _HASH_SIDE, 2 * _HASH_SIDE), Image.Resampling.BOX), dtype=np.uint8),
     )
 
 

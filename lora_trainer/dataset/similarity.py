@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_trainer.dataset.inspection import Picture
+from lora_trainer.dataset.layouts import Layouts
 
 DUPLICATE_BITS = 4
 SIMILAR_BITS = 8
@@ -26,8 +27,8 @@ _BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8
 
 @dataclass(frozen=True)
 class Pair:
-    """``second`` repeats ``first`` (indices, first < second). kind: "duplicate" (same bytes), "near-duplicate" or
-    "similar"."""
+    """``second`` repeats ``first`` (indices, first < second). kind: "duplicate" (same bytes), "near-duplicate",
+    "changed-copy" (brighter or darker, mirrored, cropped or turned a little) or "similar"."""
 
     first: int
     second: int
@@ -39,6 +40,7 @@ def find_pairs(pictures: Sequence[Picture]) -> list[Pair]:
     hashes = np.array([picture.phash for picture in pictures], dtype=np.uint8).reshape(-1, 8)
     thumbnails = np.array([picture.thumbnail for picture in pictures], dtype=np.int16).reshape(-1, 32, 32, 3)
     coarse = thumbnails.reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4)).reshape(-1, 192).astype(np.float32)
+    layouts = Layouts(pictures)
     seen: dict[str, int] = {}
     pairs = []
     for second, picture in enumerate(pictures):
@@ -55,6 +57,9 @@ def find_pairs(pictures: Sequence[Picture]) -> list[Pair]:
             mean = float(difference.mean())
             if kind and (best is None or mean < best[0]):
                 best = mean, Pair(first, second, kind)
+        if best is None or best[1].kind == "similar":
+            copied = layouts.changed_copy(second)
+            best = best if copied is None else (0.0, Pair(copied, second, "changed-copy"))
         if best:
             pairs.append(best[1])
     return pairs

@@ -159,11 +159,11 @@ def test_a_blurred_drawing_is_found(tmp_path):
     assert kinds(tmp_path) == {"soft.png": {"blurred"}}
 
 
-def test_a_cropped_copy_is_similar(folder):
+def test_a_cropped_copy_is_told_with_its_original(folder):
     photograph(2).crop((10, 10, SIDE - 10, SIDE - 10)).save(folder / "cropped.jpg")
     caption(folder / "cropped.jpg")
     (finding,) = check_folder(folder, trigger_word="sks").findings
-    assert (finding.file, finding.severity) == ("cropped.jpg", "info") and "clean2.jpg" in finding.message
+    assert (finding.file, finding.severity) == ("cropped.jpg", "warning") and "clean2.jpg" in finding.message
 
 
 def test_a_soft_background_is_no_blur(folder):

@@ -1,0 +1,88 @@
+"""Copies that were changed a little are found, whatever was done to them; different pictures are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from lora_trainer.dataset.checks import check_folder
+from lora_trainer.dataset.inspection import inspect
+from lora_trainer.dataset.similarity import find_pairs
+from tests.pictures import draw_dataset
+
+COUNT = 25
+
+
+def scene(seed: int, width=320, height=240) -> Image.Image:
+    """A picture with the statistics of a photograph: noise at all scales (1/f), some colored shapes, some light."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) + 1 / width
+    channels = []
+    common = rng.normal(size=(height, width))
+    for _ in range(3):
+        spectrum = np.fft.fft2(common + 0.5 * rng.normal(size=(height, width))) / frequency**1.2
+        channel = np.fft.ifft2(spectrum).real
+        channels.append((channel - channel.mean()) / channel.std())
+    pixels = 120 + 45 * np.stack(channels, axis=-1)
+    for _ in range(4):
+        left, top = rng.integers(0, width - 80), rng.integers(0, height - 80)
+        pixels[top : top + 60, left : left + 70] += rng.normal(size=3) * 50
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def cropped(image, share):
+    margin_x, margin_y = (round(side * (1 - share) / 2) for side in image.size)
+    return image.crop((margin_x, margin_y, image.width - margin_x, image.height - margin_y))
+
+
+CHANGES = {
+    "brightened by 15 %": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
+    "darkened by 20 %": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.2),
+    "mirrored": ImageOps.mirror,
+    "mirrored and brightened": lambda image: ImageEnhance.Brightness(ImageOps.mirror(image)).enhance(1.15),
+    "cropped to 95 %": lambda image: cropped(image, 0.95),
+    "cropped to 90 %": lambda image: cropped(image, 0.9),
+    "turned by 1°": lambda image: cropped(image.rotate(1, Image.Resampling.BICUBIC), 0.97),
+    "turned by -2°": lambda image: cropped(image.rotate(-2, Image.Resampling.BICUBIC), 0.94),
+    "smaller": lambda image: image.resize((240, 180), Image.Resampling.LANCZOS),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(COUNT):
+        scene(number).save(folder / f"{number:02}.png")
+    return folder, [inspect(path) for path in sorted(folder.glob("*.png"))]
+
+
+def test_different_pictures_are_no_copies(photographs):
+    assert [pair for pair in find_pairs(photographs[1]) if pair.kind != "similar"] == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_changed_copy_is_found(photographs, tmp_path, change):
+    folder, pictures = photographs
+    for path in sorted(folder.glob("*.png")):
+        CHANGES[change](Image.open(path)).save(tmp_path / path.name)
+    copies = [inspect(path) for path in sorted(tmp_path.glob("*.png"))]
+    pairs = {pair.second: pair for pair in find_pairs([*pictures, *copies])}
+    found = [number for number in range(COUNT) if pairs.get(COUNT + number) is not None]
+    assert found == list(range(COUNT))
+    assert all(pairs[COUNT + number].first == number for number in range(COUNT))
+    assert {pair.kind for pair in pairs.values()} <= {"changed-copy", "near-duplicate"}
+
+
+def test_a_changed_copy_is_a_warning_with_both_names(tmp_path):
+    scene(1).save(tmp_path / "a.png")
+    CHANGES["turned by 1°"](scene(1)).save(tmp_path / "b.png")
+    (finding,) = [one for one in check_folder(tmp_path, trigger_word="zwx").findings if one.kind == "changed-copy"]
+    assert finding.severity == "warning" and set(finding.files) == {"a.png", "b.png"}
+
+
+def test_drawings_in_other_colors_are_no_copies(tmp_path):
+    draw_dataset(tmp_path, 8)
+    kinds = {pair.kind for pair in find_pairs([inspect(path) for path in sorted(tmp_path.glob("*.png"))])}
+    assert "changed-copy" not in kinds
