@@ -13,7 +13,10 @@ from lora_trainer.dataset.edits import Edit
 from lora_trainer.dataset.findings import Finding
 from lora_trainer.errors import UserError
 
-_EXCLUDABLE = ("duplicate", "near-duplicate", "changed-copy", "unreadable", "blurred", "dark", "bright", "too-small", "aspect-ratio")
+_EXCLUDABLE = (
+    "duplicate", "near-duplicate", "changed-copy", "unreadable", "blurred", "dark", "bright", "too-small",
+    "aspect-ratio",
+)  # fmt: skip
 _CROPPED_ASPECT = 2.0
 
 
