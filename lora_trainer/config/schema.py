@@ -77,8 +77,9 @@ class ModelSettings:
     gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
     """Recompute activations in the backward pass: about half the activation memory, about a quarter more time."""
 
-    cuda_graphs: Literal["auto", "off"] = setting("auto", decides=False, fills_memory=True, sets_pace=True)
-    """auto: on NVIDIA cards, launch a step's kernels as one CUDA graph where memory is free for it and it is faster."""
+    cuda_graphs: Literal["auto", "off"] = setting("off", decides=False, fills_memory=True, sets_pace=True)
+    """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a
+    card, therefore off."""
 
 
 @dataclass(frozen=True)

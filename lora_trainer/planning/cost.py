@@ -107,9 +107,7 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
         if None not in found.values():
             return found
     if found["minutes"] is None and (speed := _speed(info.architecture, precision, size, host, busy)) is not None:
-        # Captions whose encoder learns are cut into tokens on the CPU, which no CUDA graph can repeat.
-        graphs = config.cuda_graphs == "auto" and not config.text_encoders_learn
-        each = speed.seconds(work_on_batch(info.architecture, size, config), graphs)
+        each = speed.seconds(work_on_batch(info.architecture, size, config))
         found["minutes"] = visits / config.batch_size * each / 60
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None:

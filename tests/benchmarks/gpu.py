@@ -49,6 +49,8 @@ OURS = {
     "sd1 512 b1 LoHa": Work("sd1", changes=(("adapter", "loha"),)),
     "sd1 512 b1 LoKr": Work("sd1", changes=(("adapter", "lokr"),)),
     "sd1 512 b1 dropout": Work("sd1", changes=(("dropout", 0.1),)),
+    "sd1 512 b1 CUDA graphs": Work("sd1", changes=(("cuda_graphs", "auto"),)),
+    "sdxl 1024 b1 CUDA graphs": Work("sdxl", resolution=1024, changes=(("cuda_graphs", "auto"),)),
     "sdxl 1024 b1 fp16 lent, bf16 computed": Work("sdxl", resolution=1024, weight_dtype=torch.float16),
     "sdxl 1024 b1 DoRA": Work("sdxl", resolution=1024, changes=(("dora", True),)),
 }

@@ -39,12 +39,12 @@ def test_memory_and_seconds_are_foretold(name, bases):
             started = time.perf_counter()
             step(number, [batch])
             seconds.append(time.perf_counter() - started)
-        peak, replays = torch.cuda.max_memory_allocated(), step.graphs.enabled
+        peak = torch.cuda.max_memory_allocated()
     model = meta_model(architecture)
     weights = model.weights * 2  # fp16; of which only the UNet's are there in this test
     told = memory_needed(model, size, config, work.precision) - weights + unet
     speed = throughput(architecture, work.precision, size)
-    told_seconds = speed.seconds(work_on_batch(architecture, size, config), graphs=replays)
+    told_seconds = speed.seconds(work_on_batch(architecture, size, config))
     took = statistics.median(seconds[6:])
     print(
         f"{name}: memory {told / peak:.2f} ({told / 2**30:.2f} of {peak / 2**30:.2f} GiB), "

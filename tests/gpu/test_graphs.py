@@ -74,15 +74,18 @@ def test_weights_that_the_host_moved_are_read_where_they_are(bases):
     assert losses == pytest.approx(plain_losses, rel=1e-4) and count == 1
 
 
+GRAPHED = dataclasses.replace(DEMO, changes=(("cuda_graphs", "auto"),))
+
+
 def test_a_graph_that_does_not_pay_is_given_up(bases):
-    with our_training(DEMO, bases) as step:
+    with our_training(GRAPHED, bases) as step:
         step.graphs.min_gain = 0.0
         losses = [step(number, [batch_of(DEMO, step.objective.model.unet)]) for number in range(STEPS)]
         assert not step.graphs.enabled and step.graphs.count == 0 and None not in losses
 
 
 def test_where_memory_lacks_there_is_none(bases):
-    with our_training(DEMO, bases) as step:
+    with our_training(GRAPHED, bases) as step:
         step.graphs.spare_bytes = torch.cuda.get_device_properties(0).total_memory
         for number in range(STEPS):
             step(number, [batch_of(DEMO, step.objective.model.unet)])

@@ -151,15 +151,28 @@ def test_the_speed_is_that_of_the_piece(monkeypatch):
     monkeypatch.setattr(throughput_module, "_SECONDS", 3.5)
     speed = throughput_module.throughput(architecture, resolve("cpu", "no"), (64, 64))
     operations = piece_operations(architecture.unet, latents, (64, 64), 1)
-    # Three times four passes, until the fourth second.
-    assert speed == throughput_module.Speed(pytest.approx(3 * 4 * operations / 4))
+    assert speed == throughput_module.Speed(pytest.approx(3 * operations / 4))
     assert speed.seconds(Work(operations, 0)) == pytest.approx(operations / speed.operations)
 
 
-def test_a_step_takes_as_long_as_its_kernels_take_to_launch_unless_a_graph_launches_them():
+def test_a_fast_device_is_tried_with_more_pictures_until_it_computes_longer_than_it_launches(monkeypatch):
+    """A pass takes 10 ms to launch and 2 ms for each picture to compute."""
+    architecture = detect(sd1_shapes(**SD1))
+    trial = dataclasses.replace(
+        get_family("sd1").trial(architecture, (64, 64), torch.device("cpu"), torch.float32), pieces=19
+    )
+    monkeypatch.setattr(type(get_family("sd1")), "trial", lambda *_: trial)
+    monkeypatch.setattr(throughput_module, "_seconds", lambda _, pictures: max(0.01, 0.002 * pictures))
+    card = dataclasses.replace(resolve("cpu", "no"), device=torch.device("cuda", 0))
+    speed = throughput_module.throughput(architecture, card, (64, 64))
+    assert speed.operations == pytest.approx(trial.operations / 0.002) and speed.launching == pytest.approx(0.19)
+    monkeypatch.setattr(throughput_module, "_seconds", lambda _, pictures: 0.1 * pictures)
+    assert throughput_module.throughput(architecture, card, (64, 64)).launching == 0
+
+
+def test_a_step_takes_as_long_as_its_kernels_take_to_launch():
     speed = throughput_module.Speed(1e12, launching=0.1)
     assert speed.seconds(Work(1e10, 0)) == 0.1 and speed.seconds(Work(5e11, 0)) == 0.5
-    assert speed.seconds(Work(1e10, 0), graphs=True) == pytest.approx(0.01)
 
 
 def test_a_unet_has_so_many_pieces():

@@ -17,7 +17,7 @@ from lora_trainer.models.family import LatentFormat, Trial
 def trial(
     shape: UNetShape, latents: LatentFormat, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Trial:
-    """One of each of the UNet's second level, with random weights, on one picture of ``resolution`` (width, height)."""
+    """One of each of the UNet's second level, with random weights, on pictures of ``resolution`` (width, height)."""
     level = min(1, len(shape.channels) - 1)
     channels, heads = shape.channels[level], shape.heads[level]
     width, height = (-(-side // 2**level) for side in latents.size(*resolution))
@@ -33,6 +33,6 @@ def trial(
 
     def forward(picture: Tensor) -> Tensor:
         tokens = resnet(picture, None).flatten(2).transpose(1, 2)
-        return block(tokens, encoder_hidden_states=text)
+        return block(tokens, encoder_hidden_states=text.expand(len(picture), -1, -1))
 
     return Trial(forward, picture, piece_operations(shape, latents, resolution, level), pieces(shape, latents))
