@@ -89,7 +89,7 @@ class Residence:
         self._hooks.clear()
         sd_models = self._webui.sd_models
         if self.one_at_a_time:
-            self._evict()
+            self._send_to_memory()
         elif self._was_parked:
             sd_models.send_model_to_cpu(self._host.sd_model)
         for sd_model in self._sent_away:
@@ -111,6 +111,11 @@ class Residence:
         return call
 
     def _evict(self, keep: str | None = None) -> None:
+        self._send_to_memory(keep)
+        for part in PARTS - {keep}:
+            self._rebind(part, False)  # an alias would keep the memory that the host has just left
+
+    def _send_to_memory(self, keep: str | None = None) -> None:
         """Every part to main memory, but one that is on the device and is to stay there."""
         lowvram, roots = self._webui.lowvram, self._host.roots
         if keep is not None and lowvram.module_in_gpu is roots[keep]:
@@ -119,7 +124,6 @@ class Residence:
         for part in PARTS - {keep}:
             if self._on_device(part):
                 roots[part].to(CPU)
-            self._rebind(part, False)  # an alias would keep the memory that the host has just left
 
     def _park(self) -> None:
         for part in self._spare:
