@@ -104,8 +104,7 @@ def train(
         run_key = _run_key(config, workload, model, precision.name, initial)
         outputs = Outputs.of(config, fingerprint(run_key))
         _refuse_to_overwrite(config, outputs, run_key)
-        if config.merge_into_base:
-            _check_merge(config, model, outputs.lora)
+        merging = _merge_paths(config, model, outputs.lora)
         draws_here = previewer is None and bool(config.preview_prompts)
         if draws_here:
             previewer = workload.previewer(model, turn, precision)
@@ -142,9 +141,9 @@ def train(
         except StoppedWhileWaiting:
             outcome = Outcome("stopped", 0, work.source.total_steps, 0, None, 0.0, None)
         result = _result(config, outputs, outcome)
-        if outcome.status == "finished" and config.merge_into_base:
+        if outcome.status == "finished" and merging:
             try:
-                result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora))
+                result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora, *merging))
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
     return result
@@ -224,22 +223,28 @@ def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:
     )
 
 
-def _check_merge(config: TrainConfig, model: LentModel, lora: Path) -> None:
-    """Raises UserError when the finished LoRA could not be merged: better now than after hours."""
-    if model.info.path is None:
+def _merge_paths(config: TrainConfig, model: LentModel, lora: Path) -> tuple[Path, Path] | None:
+    """The base's file and the merged one to write; None when nothing is to be merged.
+
+    Raises UserError when the finished LoRA could not be merged: better now than after hours.
+    """
+    if not config.merge_into_base:
+        return None
+    base, output = model.info.path, Path(config.merge_into_base)
+    if base is None:
         raise UserError(
             "The base model is no file that could be merged into.",
             field="merge_into_base",
             remedy="Leave it empty, and merge the finished LoRA elsewhere.",
         )
     with concerning("merge_into_base"):
-        check_paths(model.info.path, lora, Path(config.merge_into_base), config.overwrite)
+        check_paths(base, lora, output, config.overwrite)
+    return base, output
 
 
-def _merge(config: TrainConfig, model: LentModel, lora: Path) -> Path:
-    output = Path(config.merge_into_base)
+def _merge(config: TrainConfig, model: LentModel, lora: Path, base: Path, output: Path) -> Path:
     merge(
-        model.info.path,
+        base,
         lora,
         1.0,
         output,

@@ -89,6 +89,7 @@ class ForgeLender(WebuiLender):
         self._lent.bind(aliases(tensors))
 
     def make_room(self) -> None:
+        assert self._residence is not None, "called inside a turn"
         self._residence.make_room(patchers(self._host.sd_model), self._parts())
 
     def _leave(self) -> None:
