@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ def indexed(device: torch.device | str) -> torch.device:
     if device.index is not None or device.type == "cpu":
         return device
     return torch.empty(0, device=device).device
+
+
+@overload
+def to_device(tensor: None, device: torch.device) -> None: ...
+
+
+@overload
+def to_device(tensor: Tensor, device: torch.device) -> Tensor: ...
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -78,7 +78,7 @@ class LoraLinear(torch.autograd.Function):
                 grad_up.mul_(ctx.scale)
         if needed[5]:
             grad_gain = (grad_x * rows).sum(0, dtype=torch.float32)
-        if needed[0]:
+        if needed[0] and grad_x is not None:
             grad_x = grad_x if gain is None else grad_x.mul_(gain)
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
         return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None
@@ -218,7 +218,7 @@ class LoraConv2d(torch.autograd.Function):
                 grad_up.mul_(ctx.scale)
         if needed[5]:
             grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=torch.float32)
-        if needed[0]:
+        if needed[0] and grad_x is not None:
             grad_x = (grad_x if gain is None else grad_x.mul_(gain)).to(ctx.input_dtype)
         return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None, None
 

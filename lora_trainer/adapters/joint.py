@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
 
@@ -68,13 +68,14 @@ def joints(pairs: Sequence[tuple[Target, Adapter]]) -> list[Joint]:
         parts = _TOGETHER.get(attention.rpartition(".")[2], ())
         if not parts or part != parts[0]:
             continue
-        members = [by_name.get(f"{attention}.{part}") for part in parts]
-        if all(map(_can_join, members)) and len({_likeness(adapter) for adapter in members}) == 1:
+        candidates = [by_name.get(f"{attention}.{part}") for part in parts]
+        members = [adapter for adapter in candidates if _can_join(adapter)]
+        if len(members) == len(parts) and len({_likeness(adapter) for adapter in members}) == 1:
             found.append(Joint(members))
     return found
 
 
-def _can_join(adapter: Adapter | None) -> bool:
+def _can_join(adapter: Adapter | None) -> TypeGuard[LoraAdapter]:
     return (
         isinstance(adapter, LoraAdapter)
         and adapter.base_is_plain

@@ -60,15 +60,12 @@ class FileLender(Lender):
 
         An SD 2 file that does not say what it predicts is asked: its UNet runs once, on 8x8 latents.
         """
-        if self._described is None:
-            self._open()
-        return self._described
+        return self._described or self._open()[1]
 
     @contextmanager
     def borrow(self) -> Iterator[LentModel]:
         """Builds the model. Raises ``UserError`` when the file is none that can be trained."""
-        tensors = self._open()
-        info = self._described
+        tensors, info = self._open()
         family = get_family(info.family)
         tokenizer = family.tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
         tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
@@ -108,12 +105,12 @@ class FileLender(Lender):
         """What the file says of the model, also of one without a VAE. Raises ``UserError`` when it is none."""
         return self._read()[1]
 
-    def _open(self) -> Tensors:
+    def _open(self) -> tuple[Tensors, ModelInfo]:
         tensors, architecture, hints = self._read()
         get_family(architecture.family).check_complete(architecture, self.path)
         if self._described is None:
             self._described = self._info(tensors, architecture, hints)
-        return tensors
+        return tensors, self._described
 
     def _read(self) -> tuple[Tensors, Any, Hints]:
         source, hints = None, Hints()

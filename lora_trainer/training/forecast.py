@@ -41,9 +41,10 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
     """The work on one batch of pictures of ``resolution`` (width, height), whatever layers of the denoiser learn."""
     operations = kept = largest = 0.0
     for part in get_family(architecture.family).parts(architecture, resolution, config):
-        again = config.gradient_checkpointing and part.inputs is not None
+        inputs = part.inputs if config.gradient_checkpointing else None
+        again = inputs is not None
         operations += part.forwards * (2 if again else 1) + part.backwards
-        kept += part.inputs if again else part.kept
+        kept += part.kept if inputs is None else inputs
         largest = max(largest, part.kept if again else 0)
     return Work(operations, kept + _ANEW * largest)
 

@@ -71,6 +71,7 @@ class A1111Lender(WebuiLender):
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
+        assert isinstance(model, DiffusionModel), "A1111 loads no other kind"
         if one_at_a_time:
             model.compute_on(device)
         self._residence.attach(model)

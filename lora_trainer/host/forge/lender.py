@@ -50,7 +50,7 @@ class ForgeLender(WebuiLender):
         refuse_unsuitable(sd_model)
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
-        return get_family(info.family).build(
+        model = get_family(info.family).build(
             aliases(tensors),
             info.architecture,
             self._host.tokenizer(),
@@ -60,6 +60,8 @@ class ForgeLender(WebuiLender):
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
+        assert isinstance(model, DiffusionModel), "other kinds are refused"
+        return model
 
     # Every turn ---------------------------------------------------------------------------------------------------
 

@@ -212,6 +212,7 @@ class DiffusionObjective:
         noisy_latents = self._add_noise(latents, inputs.perturbed, timesteps)
         target = self._target(latents, inputs.noise, timesteps)
         conditioning = inputs.conditioning if inputs.captions is None else self.encode(*inputs.captions)
+        assert conditioning is not None, "inputs have the captions or their encoding"
         model_pred = self.model.predict(noisy_latents, timesteps, conditioning, inputs.time_ids)
         return self._losses(model_pred, target, timesteps, inputs.weights, inputs.mask).sum()
 

@@ -62,3 +62,9 @@ class Architecture:
     unet: UNetShape
     vae: VAEShape | None
     text_encoders: tuple[TextShape, ...]
+
+    @property
+    def own_vae(self) -> VAEShape:
+        """The VAE of a model that has one, as every model that can be built (``Family.check_complete``)."""
+        assert self.vae is not None
+        return self.vae

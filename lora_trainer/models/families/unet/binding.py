@@ -127,6 +127,7 @@ def text_body(model: nn.Module) -> nn.Module:
 def _bindings(model: nn.Module, table: Table, prefix: str, *, text: bool = False) -> list[Binding]:
     bindings = []
     for owner, name, path, shape in _parameters(model):
+        source: str | None
         if text:
             source = path if path.startswith("text_projection.") else "text_model." + path.removeprefix("text_model.")
         else:

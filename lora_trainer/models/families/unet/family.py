@@ -185,7 +185,7 @@ class UNetFamily(Family):
         return parts(architecture, self.latents, resolution, config)
 
     def encoding_numbers(self, architecture: Architecture, resolution: tuple[int, int]) -> int:
-        return _ENCODER_COPIES * architecture.vae.channels[0] * prod(resolution)
+        return _ENCODER_COPIES * architecture.own_vae.channels[0] * prod(resolution)
 
     def trial(
         self, architecture: Architecture, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype

@@ -77,7 +77,7 @@ class DiffusionModel:
         self.clip_skip = clip_skip
         self._tokenizer = tokenizer
         self.unet, self._unet_bindings = build_unet(architecture.unet)
-        self.vae, self._vae_bindings = build_vae(architecture.vae)
+        self.vae, self._vae_bindings = build_vae(architecture.own_vae)
         built = [build_text_encoder(shape) for shape in architecture.text_encoders]
         self.text_encoders = [encoder for encoder, _ in built]
         self._text_bindings = [binding for _, bindings in built for binding in bindings]
@@ -200,7 +200,7 @@ class DiffusionModel:
         if generator is not None:
             noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
             mean = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
-        return mean * self.architecture.vae.scaling_factor
+        return mean * self.architecture.own_vae.scaling_factor
 
     @torch.no_grad()
     @_needs("vae")
@@ -209,7 +209,7 @@ class DiffusionModel:
         vae = self._needed(self.vae, "vae")
         # The decoder's own forward would cast to the dtype of its weights.
         with without_autocast(self.device):
-            latents = latents.to(self.device, VAE_DTYPE) / self.architecture.vae.scaling_factor
+            latents = latents.to(self.device, VAE_DTYPE) / self.architecture.own_vae.scaling_factor
             x = vae.decoder.mid_block(vae.decoder.conv_in(vae.post_quant_conv(latents)))
             for block in vae.decoder.up_blocks:
                 x = block(x)
@@ -233,7 +233,8 @@ class DiffusionModel:
         cut = cut[rows]
         chunks = [chunk for row in cut for chunk in [*row, *[Chunk()] * (count - len(row))]]  # B·count
         weights = to_device(token_weights(chunks), self.device)
-        contexts, pooled = [], None
+        contexts: list[Tensor] = []
+        pooled: Tensor | None = None
         for encoder, shape in zip(encoders, self.architecture.text_encoders):
             pad = 0 if shape.pad == "zero" else self._tokenizer.eos
             ids = to_device(token_ids(chunks, self._tokenizer, pad), self.device)
