@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_trainer"
-LEAVES = {"config", "devices", "errors", "files", "patterns", "__init__"}
+LEAVES = {"config", "devices", "errors", "files", "patterns", "plugins", "__init__"}
 MAY_IMPORT = {
     "devices": set(),
     "errors": set(),
     "requirements": {"errors"},
     "files": {"errors"},
     "patterns": {"errors"},
-    "config": {"errors", "files"},
+    "plugins": {"errors"},
+    "config": {"errors", "files", "plugins"},
     "dataset": LEAVES,
     "adapters": LEAVES,
     "models": LEAVES,

@@ -1,4 +1,4 @@
-"""The captioners by name. A newer vision-language model joins by adding its ``Kind`` here or with ``register``."""
+"""The captioners by name. A newer vision-language model joins by adding its ``Kind`` here, or as a plug-in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_trainer import plugins
 from lora_trainer.captioning import blip, clip, tagger
 from lora_trainer.captioning.base import (
     Captioner,
@@ -31,9 +32,9 @@ AUTO = "auto"
 """The first captioner of ``KINDS`` whose weights are here."""
 
 
-def register(kind: Kind) -> None:
-    """Add a captioner, from an extension of the trainer say. Its ``load`` imports what it needs when it is called."""
-    KINDS[kind.name] = kind
+def kinds() -> dict[str, Kind]:
+    """Every captioner by name, plug-ins included."""
+    return KINDS | {name: plugins.get("captioner", name) for name in plugins.names("captioner")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Availability:
 def available(sources: Sources) -> list[Availability]:
     """Every captioner, and why those that cannot run here cannot."""
     rows = [Availability(name, one.title, one.problem, one.remedy) for name, one in (sources.host or {}).items()]
-    for kind in KINDS.values():
+    for kind in kinds().values():
         try:
             _check_packages(kind)
             find(kind, sources.folders)
@@ -81,8 +82,8 @@ def choose(name: str, sources: Sources) -> str:
         lines = [f"{row.name}: {row.problem} {row.remedy}" for row in available(sources)]
         raise UnavailableError("No captioner can run here.\n" + "\n".join(lines), field="captioner")
     for part in name.split("+"):
-        if part not in KINDS and part not in (sources.host or {}):
-            known = ", ".join([*KINDS, *(sources.host or {})])
+        if part not in kinds() and part not in (sources.host or {}):
+            known = ", ".join([*kinds(), *(sources.host or {})])
             raise UserError(f"There is no captioner {part!r}.", field="captioner",
                             remedy=f"One of {known}; several with +, such as blip+clip.")  # fmt: skip
     return name
@@ -94,8 +95,8 @@ def check_available(name: str, sources: Sources) -> None:
         if sources.host and part in sources.host:
             _check_host(sources.host[part])
             continue
-        _check_packages(KINDS[part])
-        find(KINDS[part], sources.folders, sources.given)
+        _check_packages(kinds()[part])
+        find(kinds()[part], sources.folders, sources.given)
 
 
 def open_captioner(name: str, settings: Settings, sources: Sources) -> Captioner:
@@ -111,7 +112,7 @@ def open_captioner(name: str, settings: Settings, sources: Sources) -> Captioner
                 _check_host(sources.host[part])
                 opened.append(sources.host[part].open(settings))
                 continue
-            kind = KINDS[part]
+            kind = kinds()[part]
             _check_packages(kind)
             opened.append(kind.load(_folder(kind, sources), settings))
     except BaseException:

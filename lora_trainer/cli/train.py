@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config import TrainConfig, Translation, from_mapping, load, settings_where, with_folder
-from lora_trainer.config.parse import parse_overrides
+from lora_trainer.config import TrainConfig, Translation, load, settings_where, with_folder
+from lora_trainer.config.parse import from_own, parse_overrides
 from lora_trainer.errors import UserError
 
 INTERRUPTED = 130
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     def report(translation: Translation) -> None:
         print(translation.to_text(str(options.config)), file=sys.stderr)
 
-    config = load(options.config, overrides, report) if options.config else from_mapping(parse_overrides(overrides))
+    config = load(options.config, overrides, report) if options.config else from_own(parse_overrides(overrides))
     return run_training(_at_home(config))[0]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lora_trainer import plugins
 from lora_trainer.config.foreign import Translation, read_text
 from lora_trainer.config.foreign.kohya import pairs
 from lora_trainer.config.names import ALIASES, is_text, types
@@ -49,7 +50,18 @@ def load(
     given = parse_overrides(overrides)
     replaced = {ALIASES.get(name, name) for name in given}
     kept = {name: value for name, value in values.items() if ALIASES.get(name, name) not in replaced}
-    return from_mapping({**kept, **given})
+    return from_own({**kept, **given})
+
+
+def from_own(values: Mapping[str, Any]) -> TrainConfig:
+    """``from_mapping`` for settings of the person who runs the trainer: the ``plugins`` that they name are loaded.
+
+    Raises:
+        ConfigError: see ``from_mapping``. UserError: a plug-in cannot be loaded.
+    """
+    named = values.get("plugins") or []
+    plugins.load(_split(named) if isinstance(named, str) else [str(path) for path in named])
+    return from_mapping(values)
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Translation | None]:
@@ -102,7 +114,7 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
         elif _is_off(value, known[name]):
             value = None
         try:
-            clean[name] = _check_limits(_convert(value, types()[name]), known[name].metadata)
+            clean[name] = _check_limits(_convert(value, _kind(name)), known[name].metadata)
         except ValueError as error:
             remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
             said = "is empty" if value in (None, "") else f"{value!r} {error}"
@@ -115,6 +127,14 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _kind(name: str) -> Any:
+    """The type of a setting; the names of plug-ins are among its choices."""
+    kind, plugin = types()[name], FACTS[name].plugin
+    if plugin is None or typing.get_origin(kind) is not typing.Literal:
+        return kind
+    return typing.Literal[(*typing.get_args(kind), *plugins.names(plugin))]
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
@@ -174,6 +194,15 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
             parse_prompt(prompt)
         except UserError as error:
             problems.append(error)
+    for field in ("augmentations", "regularisers"):
+        for name in getattr(config, field):
+            try:
+                plugins.need(FACTS[field].plugin, name, field)
+            except UserError as error:
+                problems.append(error)
+    for name, weight in config.regularisers.items():
+        fine = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+        require("regularisers", fine, f"{weight!r}, the weight of {name}, is no number.", "Write name: 0.01.")
     name_problem = safe_name_problem(config.output_name) if config.output_name else None
     require(
         "output_name",
@@ -351,7 +380,7 @@ def _check_limits(value: Any, limits: Mapping[str, Any]) -> Any:
 
 
 def _wanted(name: str) -> str:
-    kind = types()[name]
+    kind = _kind(name)
     optional = type(None) in typing.get_args(kind)
     if optional:
         kind = next(option for option in reversed(typing.get_args(kind)) if option is not type(None))

@@ -23,20 +23,23 @@ class Facts:
     content) and for what only concerns the results' files.
     path: the value is a path that the run reads or writes.
     or_name: instead of a path it may be a name of the host's list. words: what it may be instead of a path.
-    given_by: who sets it where there is a page: its three steps, its form, or the job, whatever a person says.
+    given_by: who sets it where there is a page: its three steps, its form, a file of settings alone, or the job,
+    whatever a person says.
     fills_memory: another value needs another amount of the device's memory.
     sets_pace: minutes that were measured with another value say nothing.
     separator: stands between the parts of a list that is one text; None for the comma.
+    plugin: the kind of plug-in that adds choices.
     """
 
     decides: bool = True
     path: Literal["read", "write"] | None = None
     or_name: bool = False
     words: tuple[str, ...] = ()
-    given_by: Literal["form", "steps", "job"] = "form"
+    given_by: Literal["form", "steps", "file", "job"] = "form"
     fills_memory: bool = False
     sets_pace: bool = False
     separator: str | None = None
+    plugin: str | None = None
 
 
 def setting(
@@ -80,6 +83,10 @@ class ModelSettings:
     cuda_graphs: Literal["auto", "off"] = setting("off", decides=False, fills_memory=True, sets_pace=True)
     """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a
     card, therefore off."""
+
+    plugins: list[str] = setting([], decides=False, path="read", given_by="file")
+    """Python files with further optimizers, schedulers, losses, augmentations, regularisers, captioners and model
+    families. Their code is run, so a page accepts only those that whoever started it has loaded."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ class DataSettings:
 
     random_crop: bool = setting(False)
     """Crop at a random place instead of the center."""
+
+    augmentations: list[str] = setting([], given_by="file", plugin="augmentation")
+    """Changes made by plug-ins to each picture, every time it is shown; the latents of every epoch are encoded anew."""
 
     use_masks: bool = setting(False)
     """Learn only where a picture's mask is white (<picture>.mask.png or -masklabel.png beside it, or a file of its name
@@ -245,13 +255,17 @@ class OptimizationSettings:
     text_encoder_lr: float | None = setting(None, minimum=0, maximum=10, fills_memory=True)
     """Learning rate of the text encoders; empty for half of learning_rate."""
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting("adamw", fills_memory=True)
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting(
+        "adamw", fills_memory=True, plugin="optimizer"
+    )
     """Optimizer. adamw is safe; adamw8bit saves memory; prodigy finds its own learning rate."""
 
     optimizer_args: dict[str, Any] = setting({})
     """Further arguments of the optimizer, such as weight_decay: 0.01."""
 
-    lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = setting("cosine")
+    lr_scheduler: Literal["constant", "cosine", "cosine_with_restarts", "linear", "polynomial"] = setting(
+        "cosine", plugin="scheduler"
+    )
     """How the learning rate changes over the run."""
 
     lr_warmup_steps: int = setting(0, minimum=0)
@@ -278,7 +292,7 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    loss: Literal["mse", "huber", "smooth_l1"] = setting("mse")
+    loss: Literal["mse", "huber", "smooth_l1"] = setting("mse", plugin="loss")
     """Loss function; huber and smooth_l1 are robust to outliers."""
 
     huber_c: float = setting(0.1, above=0, maximum=10)
@@ -312,6 +326,9 @@ class ObjectiveSettings:
 
     max_timestep: int = setting(999, minimum=0, maximum=1000)
     """Highest timestep (noise level) that is trained, of the model's 1000 from 0 to 999."""
+
+    regularisers: dict[str, Any] = setting({}, given_by="file", plugin="regulariser")
+    """Terms made by plug-ins that are added to the loss of every step, each with its weight: name: 0.01."""
 
     latent_sampling: Literal["sample", "mean"] = setting("sample")
     """Train on a sample from the VAE's distribution, or on its mean."""

@@ -42,6 +42,7 @@ class BatchPlan:
         seed: int = 42,
         flip: bool = False,
         random_crop: bool = False,
+        augment: bool = False,
         enable_bucket: bool = True,
         bucket_step: int = 64,
         min_bucket_resolution: int = 256,
@@ -61,6 +62,7 @@ class BatchPlan:
         self.seed = seed
         self.flip = flip
         self.random_crop = random_crop
+        self.augment = augment
         self._step = bucket_step
         self._longest = max(max_bucket_resolution, *self.resolution)
         if enable_bucket:
@@ -88,6 +90,7 @@ class BatchPlan:
             seed=config.seed,
             flip=config.flip,
             random_crop=config.random_crop,
+            augment=bool(config.augmentations),
             enable_bucket=config.enable_bucket,
             bucket_step=config.bucket_step,
             min_bucket_resolution=config.min_bucket_resolution,
@@ -189,7 +192,8 @@ class BatchPlan:
         sample, bucket = self.dataset.samples[index], self._bucket_of[index]
         scaled = cover(sample.size, bucket)
         room = scaled[0] - bucket[0], scaled[1] - bucket[1]
-        rng = random.Random(f"{self.seed}:{epoch}:visit:{sample.key}:{visit}")
+        seed = f"{self.seed}:{epoch}:visit:{sample.key}:{visit}"
+        rng = random.Random(seed)
         across, down, mirror = rng.random(), rng.random(), rng.random()
         if self.random_crop:
             left, top = int(across * (room[0] + 1)), int(down * (room[1] + 1))
@@ -199,7 +203,7 @@ class BatchPlan:
         # The model gets where the crop lies in the picture as it is shown, that is after mirroring.
         shown_left = room[0] - left if flip else left
         time_ids = (sample.size[1], sample.size[0], top, shown_left, bucket[1], bucket[0])
-        return View(index, bucket, scaled, (left, top), flip, time_ids)
+        return View(index, bucket, scaled, (left, top), flip, time_ids, seed if self.augment else None)
 
 
 def make_buckets(resolution: Size, step: int, shortest: int, longest: int) -> list[Size]:

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_trainer import plugins
 from lora_trainer.dataset.samples import Sample, View
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
@@ -94,8 +95,15 @@ def cache_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def latent_key(sample: Sample, view: View, vae_key: str) -> str:
-    """The key of a picture's latents in one view: its content, size, crop, mirroring, and the VAE that encodes it."""
+def latent_key(sample: Sample, view: View, vae_key: str, augmentations: Sequence[str] = ()) -> str:
+    """The key of a picture's latents in one view: its content, size, crop, mirroring, and the VAE that encodes it.
+
+    augmentations: the names in use; their code and the view's seed are part of the key.
+    """
+    augmented = {}
+    if augmentations:
+        used = [(name, plugins.fingerprint("augmentation", name)) for name in augmentations]
+        augmented = {"augmentations": used, "seed": view.augmentation}
     return cache_key(
         kind="latents",
         version=PIXELS_VERSION,
@@ -105,6 +113,7 @@ def latent_key(sample: Sample, view: View, vae_key: str) -> str:
         crop=view.crop,
         flip=view.flip,
         vae=vae_key,
+        **augmented,
     )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
+from lora_trainer import plugins
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
 from lora_trainer.dataset.samples import Sample, Size, View
 from lora_trainer.errors import UserError
@@ -122,9 +124,10 @@ def load_pixels(
     crop: tuple[int, int],
     flip: bool = False,
     edit: PictureEdit = UNTOUCHED,
+    change: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> Tensor:
     """Pixels (3, H, W) float32 in [-1, 1] of a picture: turned and cropped as ``edit`` says, resized to ``scaled``,
-    cropped to ``bucket``, mirrored.
+    cropped to ``bucket``, mirrored, then changed.
 
     ``scaled`` and ``bucket`` are (width, height), ``crop`` is (left, top) in the resized picture.
 
@@ -133,14 +136,34 @@ def load_pixels(
     """
     import torch
 
-    image = _view(edit.apply(flatten(open_image(path))), scaled, bucket, crop, flip)
+    image = change(_view(edit.apply(flatten(open_image(path))), scaled, bucket, crop, flip))
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
-def load_view(sample: Sample, view: View) -> Tensor:
-    """Pixels (3, H, W) float32 in [-1, 1] of one view of a picture."""
-    return load_pixels(sample.path, view.scaled, view.bucket, view.crop, view.flip, sample.edit)
+def load_view(sample: Sample, view: View, augmentations: Sequence[str] = ()) -> Tensor:
+    """Pixels (3, H, W) float32 in [-1, 1] of one view of a picture, changed by plug-ins of these names."""
+    return load_pixels(
+        sample.path,
+        view.scaled,
+        view.bucket,
+        view.crop,
+        view.flip,
+        sample.edit,
+        lambda image: _augmented(image, augmentations, view.augmentation),
+    )
+
+
+def _augmented(image: Image.Image, names: Sequence[str], seed: str | None) -> Image.Image:
+    """Raises UserError when an augmentation gives no picture of the same size."""
+    for name in names:
+        size = image.size
+        image = plugins.need("augmentation", name, "augmentations")(image, random.Random(f"{seed}:{name}"))
+        if not isinstance(image, Image.Image) or image.size != size or image.mode != "RGB":
+            raise UserError(
+                f"The augmentation {name} must give an RGB picture of {size[0]}×{size[1]}.", field="augmentations"
+            )
+    return image
 
 
 def load_mask(sample: Sample, view: View, size: Size) -> Tensor | None:

@@ -58,6 +58,7 @@ class View:
     sample: index into ``dataset.samples``.
     bucket: (width, height) of the picture that is trained; scaled: (width, height) before cropping to it.
     crop: (left, top) of the crop in the scaled picture; flip: mirrored after cropping.
+    augmentation: seed of the augmentations; None without.
     time_ids: original (h, w), crop (top, left), target (h, w), in pixels: what some models are told of it.
     """
 
@@ -67,3 +68,4 @@ class View:
     crop: tuple[int, int]
     flip: bool
     time_ids: tuple[int, ...]
+    augmentation: str | None = None

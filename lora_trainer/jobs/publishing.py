@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
     """The card of a finished job. ``picture``: the last preview; without one the first training picture is shown."""
     from lora_trainer.host.base import Card
-    from lora_trainer.models.families import FAMILIES
+    from lora_trainer.models.families import find_family
 
-    family = FAMILIES.get(job.family)
+    family = find_family(job.family)
     captions, first = _captions(config)
     return Card(
         activation_text=activation_text(config.trigger_word, captions),

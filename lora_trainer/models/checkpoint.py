@@ -13,7 +13,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families import FAMILIES, choose, claiming, get_family
+from lora_trainer.models.families import choose, claiming, families, get_family
 from lora_trainer.models.hints import Hints, read_json
 from lora_trainer.models.tensors import Source, Tensors, open_source
 
@@ -142,7 +142,7 @@ def single_file(source: Source) -> Tensors:
     tensors = Tensors()
     for name in source.shapes:
         usual = name
-        for family in FAMILIES.values():
+        for family in families().values():
             usual = family.usual_name(usual, source.shapes)
         tensors.add(usual, source, name)
     return tensors
@@ -150,7 +150,7 @@ def single_file(source: Source) -> Tensors:
 
 def read_folder(folder: Path) -> tuple[Tensors, Hints]:
     """The tensors of a diffusers folder, and what its configuration says. Raises ``UserError``."""
-    for family in FAMILIES.values():
+    for family in families().values():
         if (found := family.read_folder(folder)) is not None:
             return found
     kind = read_json(folder / "model_index.json").get("_class_name")

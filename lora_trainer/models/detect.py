@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.families import FAMILIES, choose, claiming
+from lora_trainer.models.families import choose, claiming, families
 from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.other_files import other_file, part_of_model
@@ -40,8 +40,9 @@ def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path) -> U
     if known is not None:
         what, remedy = known
         return UserError(f"{source} {what}.", field="base_model", remedy=remedy or choose())
-    for family in FAMILIES.values():
+    for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
-    what = part_of_model(shapes) or "is not a Stable Diffusion model"
-    return UserError(f"{source} {what}.", field="base_model", remedy=choose())
+    if (what := part_of_model(shapes)) is not None:
+        return UserError(f"{source} {what}.", field="base_model", remedy=choose())
+    return UserError(f"{source} is not a Stable Diffusion model.", field="base_model", remedy=choose())

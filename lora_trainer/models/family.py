@@ -115,7 +115,7 @@ class Family(ABC):
 
     def add_vae(self, tensors: Tensors, path: Path) -> None:
         """Replace the VAE in ``tensors`` by the one in ``path``. Raises UserError when there is none in it."""
-        raise NotImplementedError
+        raise UserError(f"{self.title} takes no VAE file.", field="vae", remedy="Leave it empty.")
 
     @abstractmethod
     def claims(self, shapes: Shapes) -> bool:

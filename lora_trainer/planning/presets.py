@@ -69,9 +69,9 @@ def preset(
     """
     if kind not in PRESETS:
         raise UserError(f"There is no preset {kind!r}.", field="preset", remedy=f"Use one of {', '.join(PRESETS)}.")
-    from lora_trainer.models.families import FAMILIES
+    from lora_trainer.models.families import find_family
 
-    model = FAMILIES.get(family or "")
+    model = find_family(family)
     settings = {**PRESETS[kind].settings, **(model.presets.get(kind, {}) if model else {})}
     if pictures:
         if pictures < FEW_PICTURES:

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lora_trainer import plugins
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
@@ -179,8 +180,10 @@ def _run_key(
 ) -> dict[str, Any]:
     """Everything that determines the result, by name; two runs with the same key make the same LoRA."""
     settings = {name: value for name, value in to_mapping(config).items() if FACTS[name].decides}
+    used = plugin_fingerprints(config, model.info.family)
     return {
         **settings,
+        **({"plugins": used} if used else {}),
         "mixed_precision": precision,
         **workload.run_key(model),
         "dice": digest(drawn_for_comparison()),
@@ -200,6 +203,17 @@ def _refuse_to_overwrite(config: TrainConfig, outputs: Outputs, run_key: dict[st
             path, step = shorter
             error.remedy = f"To train that LoRA further, from its step {step} on, set resume: {path}. {error.remedy}"
         raise
+
+
+def plugin_fingerprints(config: TrainConfig, family: str) -> dict[str, str]:
+    """Of the plug-ins that determine the result, by kind and name."""
+    used = [("family", family)]
+    for name, facts in FACTS.items():
+        value = getattr(config, name)
+        if facts.plugin is not None:
+            used += [(facts.plugin, one) for one in ([value] if isinstance(value, str) else value)]
+    marks = {f"{kind} {name}": plugins.fingerprint(kind, name) for kind, name in used}
+    return {name: mark for name, mark in marks.items() if mark is not None}
 
 
 def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:

@@ -17,7 +17,7 @@ from lora_trainer.training.precision import Precision
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4, "adafactor": 0.25}
 """For each trained number, beside the 4 of itself and the 4 of its gradient. Adafactor's state is a row and a column of
-each matrix (measured for rank 16)."""
+each matrix (measured for rank 16). A plug-in is taken to keep as much as AdamW."""
 _ANEW = 1.3
 """What a part takes that is computed anew for its backward pass, for each number that it keeps: the gradients that
 come and go beside them (measured)."""
@@ -83,5 +83,5 @@ def _bytes(dtype: torch.dtype) -> int:
 
 def _learning_bytes(model: MetaModel, config: TrainConfig) -> float:
     """All that learns: fp32 numbers, their gradients and the optimizer's state for them."""
-    per_number = 8 + _OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema_decay else 0)
+    per_number = 8 + _OPTIMIZER_BYTES.get(config.optimizer, _OPTIMIZER_BYTES["adamw"]) + (4 if config.ema_decay else 0)
     return parameter_count(model.targets, config) * per_number

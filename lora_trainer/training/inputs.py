@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lora_trainer import plugins
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
@@ -76,7 +77,8 @@ class BatchSource:
     """The ``Source`` of runs on pictures.
 
     ``prepare`` encodes everything that does not change from epoch to epoch; ``prepare_epoch`` the rest, which is
-    only random crops. ``micro_batches`` then reads what one optimizer step needs, without using the device.
+    only random crops and augmentations. ``micro_batches`` then reads what one optimizer step needs, without using the
+    device.
     """
 
     def __init__(
@@ -97,6 +99,9 @@ class BatchSource:
         self.cache = cache
         self.precision = precision
         self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
+        self._pictures_vary = config.random_crop or bool(config.augmentations)  # from epoch to epoch
+        self._vae_key = plugins.marked(model.vae_key, "family", model.info.family)
+        self._text_key = plugins.marked(model.text_key, "family", model.info.family)
         captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
         self.caches_prompts = not captions_vary and not config.train_text_encoder
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
@@ -122,7 +127,7 @@ class BatchSource:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
         self._tell_cut_captions(callbacks)
-        if not self.config.random_crop:
+        if not self._pictures_vary:
             if not self._encode_latents(self._views(), turn, callbacks, commands):
                 return False
             if not self.keep_model_parts:
@@ -148,8 +153,8 @@ class BatchSource:
             )
 
     def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
-        """Encode the random crops of an epoch; nothing to do without them. Returns False when stopped."""
-        if not self.config.random_crop:
+        """Encode an epoch's random crops and augmented pictures, if there are any. Returns False when stopped."""
+        if not self._pictures_vary:
             return True
         views = [view for batch in self._epoch_batches(epoch) for view in batch]
         return self._encode_latents(views, turn, callbacks, commands)
@@ -185,7 +190,7 @@ class BatchSource:
 
     def _load_pixels(self, keyed: tuple[str, View]) -> tuple[str, Tensor]:
         key, view = keyed
-        return key, load_view(self.dataset.samples[view.sample], view)
+        return key, load_view(self.dataset.samples[view.sample], view, self.config.augmentations)
 
     def _encode(self, pixels: Tensor, turn: Turn) -> Tensor:
         """(3, H, W) -> moments (2C, h, w) on the CPU.
@@ -318,8 +323,8 @@ class BatchSource:
         return tensors
 
     def _latent_key(self, view: View) -> str:
-        return latent_key(self.dataset.samples[view.sample], view, self.model.vae_key)
+        return latent_key(self.dataset.samples[view.sample], view, self._vae_key, self.config.augmentations)
 
     def _prompt_key(self, caption: str) -> str:
-        text_key = f"{self.model.text_key}:{self.precision.name}"
+        text_key = f"{self._text_key}:{self.precision.name}"
         return prompt_key(caption, text_key, self.config.max_token_length, self.config.weighted_captions)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer import plugins
+from lora_trainer.config.schema import LR_SCHEDULERS, TrainConfig
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 
@@ -47,7 +48,7 @@ LIBRARIES = {
     ),
 }
 _KERNELS = {"fused", "foreach", "capturable"}  # how to compute, not what; they fit the state as it was written
-_OURS = {"self", "params", "lr"}  # set by the run, not by optimizer_args
+_OURS = {"self", "params", "param_groups", "lr"}  # set by the run, not by optimizer_args
 
 
 def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -56,9 +57,12 @@ def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]
     Raises:
         UserError: its library is missing (field optimizer), or it does not take optimizer_args as they are.
     """
-    library = LIBRARIES[config.optimizer]
-    constructor = _load(config.optimizer, library)
-    arguments = {**library.defaults, **_checked_arguments(config, constructor)}
+    library = LIBRARIES.get(config.optimizer)
+    if library is None:
+        constructor, defaults = plugins.need("optimizer", config.optimizer, "optimizer", LIBRARIES), {}
+    else:
+        constructor, defaults = _load(config.optimizer, library), library.defaults
+    arguments = {**defaults, **_checked_arguments(config, constructor)}
     groups = [dict(group) for group in param_groups]
     if config.optimizer == "adamw":
         arguments = {"fused": _fused_available(groups), **arguments}
@@ -91,7 +95,7 @@ def _load(optimizer: str, library: Library) -> Any:
 
 
 def _checked_arguments(config: TrainConfig, constructor: Any) -> dict[str, Any]:
-    known = set(inspect.signature(constructor.__init__).parameters) - _OURS
+    known = set(inspect.signature(constructor).parameters) - _OURS
     for name in config.optimizer_args:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -133,11 +137,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def create_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule over ``total_steps`` optimizer steps, as diffusers and transformers define it."""
+    """The learning-rate schedule over ``total_steps`` optimizer steps, as diffusers and transformers define it, or a
+    plug-in."""
     from diffusers.optimization import get_scheduler
 
     name: str = config.lr_scheduler
     warmup = config.warmup_steps(total_steps)
+    if name not in LR_SCHEDULERS:
+        factor = plugins.need("scheduler", name, "lr_scheduler", LR_SCHEDULERS)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, total_steps, config))
     if name == "constant" and warmup:
         name = "constant_with_warmup"
     try:

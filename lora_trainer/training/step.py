@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_trainer import plugins
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.training.ema import ExponentialMovingAverage
 from lora_trainer.training.graphs import MicroBatchGraphs
@@ -40,6 +41,11 @@ class TrainingStep:
         self.parameters = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
         self.optimizer = create_optimizer(config, adapters.param_groups(config))
         self.scheduler = create_scheduler(config, self.optimizer, total_steps)
+        self.regularisers = [
+            (plugins.need("regulariser", name, "regularisers"), weight)
+            for name, weight in config.regularisers.items()
+            if weight
+        ]
         self.scaler = precision.create_scaler()
         self.copies = adapters.working_copies(precision.compute_dtype)
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
@@ -48,6 +54,8 @@ class TrainingStep:
         )
         if config.cuda_graphs == "off":
             self.graphs.give_up("cuda_graphs is off.")
+        elif self.regularisers:
+            self.graphs.give_up("there are regularisers.")
         self.updating = False
 
     def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:
@@ -68,6 +76,10 @@ class TrainingStep:
             for micro_step, part in enumerate(drawn):
                 self.adapters.begin_step(step, micro_step)
                 total += self.graphs(self.objective.inputs(part), count)
+            if self.regularisers:
+                penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
+                (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
+                total += penalty.detach()
             return self._update(total)
 
     def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import types
 import typing
 from typing import Any
 
+from lora_trainer import plugins
 from lora_trainer.config import FACTS, TrainConfig, field_docs, to_mapping
 from lora_trainer.config.schema import GROUPS
+from lora_trainer.errors import UserError
 from lora_trainer.ui.markup import Markup, tag
+
+log = logging.getLogger(__name__)
 
 GROUP_TITLES = {
     "model": "Model",
@@ -90,6 +95,7 @@ def control(name: str, attributes: dict[str, Any], placeholder: str | None = Non
         return _select([(option, words[option]) for option in options], "", attributes)
     if origin is typing.Literal:
         attributes |= {"data_type": "number" if isinstance(options[0], int) else "choice"}
+        options = (*options, *_of_plugins(name))
         return _select([(str(option), str(option)) for option in options], str(default), attributes)
     if origin is list and options[0] is str:
         lines = "\n".join(default or [])
@@ -102,6 +108,16 @@ def control(name: str, attributes: dict[str, Any], placeholder: str | None = Non
                    **attributes, data_type="mapping")  # fmt: skip
     value = "" if default is None else json.dumps(default) if isinstance(default, float) else str(default)
     return _text(value, "number" if kind in (int, float) else "text", attributes, placeholder)
+
+
+def _of_plugins(name: str) -> list[str]:
+    """The choices that plug-ins add to a setting. A broken one must not cost the page; whoever submits is told."""
+    kind = FACTS[name].plugin
+    try:
+        return [] if kind is None else plugins.names(kind)
+    except UserError as error:
+        log.warning("%s", error)
+        return []
 
 
 def _text(value: str, kind: str, attributes: dict[str, Any], placeholder: str | None) -> Markup:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lora_trainer
+from lora_trainer import plugins
 from lora_trainer.config import FACTS, TrainConfig, with_folder
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import safe_name_problem
@@ -117,10 +118,26 @@ def confine_config(
             continue
         if field == "train_data_dir" and _is_plain_name(text) and (data / "datasets" / text).is_dir():
             text = str(data / "datasets" / text)
-        check(field, text)
+        if field == "plugins":
+            problems += _unloaded(text)
+        else:
+            check(field, text)
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(config, **values)
+
+
+def _unloaded(paths: str | Sequence[str]) -> list[UserError]:
+    """A plug-in is code: callers may name only those that whoever runs the trainer has loaded."""
+    return [
+        UserError(
+            f"The plug-in {path} is not loaded here.",
+            field="plugins",
+            remedy=f"Whoever runs this WebUI can name it in the environment variable {plugins.VARIABLE}.",
+        )
+        for path in ([paths] if isinstance(paths, str) else paths)
+        if not plugins.is_loaded(path)
+    ]
 
 
 def _is_plain_name(text: str) -> bool:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from lora_trainer.captioning.registry import KINDS
-from lora_trainer.config import TrainConfig, field_docs, from_mapping
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, settings_where
 from lora_trainer.ui import dataset_tab, markup, results_tab, train_tab
 from lora_trainer.ui.settings import OPTIONS
 from tests.ui.words import ROOT, read_html, words_of_scripts, words_of_the_server
@@ -39,6 +39,7 @@ def test_every_setting_is_asked_for_once(page):
     named = [attributes["data-setting"] for _, attributes in page.elements if "data-setting" in attributes]
     asked = [field.name for field in dataclasses.fields(TrainConfig)]
     elsewhere = {"train_data_dir", "output_dir", "cache_dir"}  # the first step's pictures, and what a job decides
+    elsewhere |= set(settings_where(lambda facts: facts.given_by == "file"))
     assert sorted(named) == sorted(set(asked) - elsewhere)
 
 

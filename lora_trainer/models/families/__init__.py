@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_trainer import plugins
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import LoraTarget
 from lora_trainer.models.families.sd import SD1, SD2
@@ -16,19 +17,29 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (SD1(), SD2(), 
 """By name, in the order in which they are asked whether a file is theirs."""
 
 
+def families() -> dict[str, Family]:
+    """Every family by name, plug-ins first."""
+    return {name: plugins.get("family", name) for name in plugins.names("family")} | FAMILIES
+
+
 def get_family(name: str) -> Family:
     """Raises KeyError when there is none of this name."""
-    return FAMILIES[name]
+    return FAMILIES.get(name) or families()[name]
+
+
+def find_family(name: str | None) -> Family | None:
+    """None when there is none of this name."""
+    return families().get(name or "")
 
 
 def claiming(shapes: Shapes) -> Family | None:
     """The family that tensors of these names and shapes belong to."""
-    return next((family for family in FAMILIES.values() if family.claims(shapes)), None)
+    return next((family for family in families().values() if family.claims(shapes)), None)
 
 
 def choose() -> str:
     """The remedy for a file of no family."""
-    *titles, last = (family.title for family in FAMILIES.values())
+    *titles, last = (family.title for family in families().values())
     return f"Choose a checkpoint (.safetensors) of {', '.join(titles)} or {last}."
 
 
@@ -47,7 +58,7 @@ def family_of_lora(metadata: Mapping[str, str]) -> str | None:
     version = metadata.get("ss_base_model_version", "")
     if not version:
         return None
-    found = (family.name for family in FAMILIES.values() if version.startswith(family.lora_versions or "\0"))
+    found = (family.name for family in families().values() if version.startswith(family.lora_versions or "\0"))
     return next(found, "other")
 
 

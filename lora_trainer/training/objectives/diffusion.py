@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_trainer import plugins
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
@@ -88,6 +89,9 @@ def huber(difference: Tensor, c: Tensor) -> Tensor:
 def smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
     """2·(√(d² + c²) − c): pseudo-Huber divided by c."""
     return 2 * ((difference**2 + c**2).sqrt() - c)
+
+
+_LOSSES = {"huber": huber, "smooth_l1": smooth_l1}
 
 
 @dataclass(frozen=True)
@@ -292,5 +296,5 @@ class DiffusionObjective:
     def _elementwise(self, difference: Tensor, timesteps: Tensor) -> Tensor:
         if self.config.loss == "mse":
             return difference**2
-        error = {"huber": huber, "smooth_l1": smooth_l1}[self.config.loss]
+        error = _LOSSES.get(self.config.loss) or plugins.need("loss", self.config.loss, "loss", ["mse", *_LOSSES])
         return error(difference, self._huber_c[timesteps].view(-1, 1, 1, 1))
