@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from lora_trainer.config import from_mapping
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import sample
 from tests.devices import assert_alike, pretended_gpu
 from tests.pictures import draw_dataset
@@ -78,11 +77,11 @@ def test_a_run_on_a_gpu_is_gone_on_with(settings, tmp_path):
 
 
 def test_a_picture_is_drawn_on_a_gpu(settings):
-    config = from_mapping({**settings, "output_dir": "unused"})
+    config = from_mapping({**settings, "output_dir": "unused", "mixed_precision": "fp16"})
     with pretended_gpu():
         lender = file_lender(config)
         with lender.borrow() as model, lender.turn():
-            drawn = sample(model, "a disc", width=64, height=64, steps=2, precision=resolve("cuda", "fp16"))
+            drawn = sample(model, "a disc", width=64, height=64, steps=2)
     assert drawn.size == (64, 64)
 
 
