@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_trainer.errors import UserError
 
@@ -59,7 +60,8 @@ def parse_prompt(line: str) -> PreviewPrompt:
             prompt = replace(prompt, negative=value)
         elif name in _NUMBERS:
             field, kind, low, high = _NUMBERS[name]
-            prompt = replace(prompt, **{field: _number(line, name, value, kind, low, high)})
+            found: dict[str, Any] = {field: _number(line, name, value, kind, low, high)}
+            prompt = replace(prompt, **found)
         elif name in _NOT_HERE:
             prompt = replace(prompt, ignored=(*prompt.ignored, name))
         else:

@@ -56,7 +56,7 @@ class HostPreviewer:
                     height=wanted.height or height,
                     lora=lora,
                 )
-                given = {"steps": wanted.steps, "cfg_scale": wanted.cfg}
+                given: dict[str, Any] = {"steps": wanted.steps, "cfg_scale": wanted.cfg}
                 said = {name: value for name, value in given.items() if value is not None}
                 return self._host.draw(dataclasses.replace(request, **said))
         except UserError:
