@@ -21,7 +21,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
@@ -149,7 +150,7 @@ def _model(case: Case, weights: torch.dtype, compute: torch.dtype) -> assembling
 @contextlib.contextmanager
 def _real_tables(model: assembling.DiffusionModel) -> Iterator[None]:
     """The noise schedule with its values: the objective looks at them."""
-    with unset_fake_temporarily():
+    with _disable_current_modes():
         schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
     with patch.object(model, "schedule", schedule):
         yield
@@ -171,7 +172,7 @@ def _diffusers(case: Case, config: TrainConfig, counter: Count, weights: torch.d
     unet, _ = build_unet(detect(case.shapes).unet)
     unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-    with unset_fake_temporarily(), torch.device("meta"):
+    with _disable_current_modes(), torch.device("meta"):
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     for module in unet.modules():
         for name, parameter in module._parameters.items():
