@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_trainer"
-LEAVES = {"config", "devices", "errors", "files", "patterns", "plugins", "__init__"}
+LEAVES = {"config", "devices", "errors", "files", "out_of_memory", "patterns", "plugins", "__init__"}
 MAY_IMPORT = {
     "devices": set(),
     "errors": set(),
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "patterns": {"errors"},
     "plugins": {"errors"},
+    "out_of_memory": {"errors"},
     "config": {"errors", "files", "plugins"},
     "dataset": LEAVES,
     "adapters": LEAVES,

@@ -9,8 +9,8 @@ from typing import TypeVar
 from PIL import Image
 
 from lora_trainer.captioning.base import Captioner, Description
-from lora_trainer.captioning.torch_tools import free_memory, is_out_of_memory
 from lora_trainer.errors import UserError
+from lora_trainer.out_of_memory import is_out_of_memory, release_memory
 
 Key = TypeVar("Key")
 
@@ -65,5 +65,5 @@ def _try(
         except Exception as error:  # torch, onnxruntime and Python each have their own for it
             if not is_out_of_memory(error):
                 raise
-        free_memory()
+        release_memory()
     return None

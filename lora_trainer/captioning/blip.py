@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from lora_trainer.captioning.base import Description, Settings, Weights
-from lora_trainer.captioning.torch_tools import free_memory, load_pretrained
+from lora_trainer.captioning.torch_tools import load_pretrained
+from lora_trainer.out_of_memory import release_memory
 
 WEIGHTS = Weights(
     repository="Salesforce/blip-image-captioning-base",
@@ -50,4 +51,4 @@ class Blip:
 
     def close(self) -> None:
         self._model = None
-        free_memory()
+        release_memory()

@@ -10,7 +10,8 @@ from PIL import Image
 
 from lora_trainer.captioning.base import Description, Settings, Tag, Weights
 from lora_trainer.captioning.phrases import GROUPS, Group
-from lora_trainer.captioning.torch_tools import free_memory, load_pretrained
+from lora_trainer.captioning.torch_tools import load_pretrained
+from lora_trainer.out_of_memory import release_memory
 
 WEIGHTS = Weights(
     repository="openai/clip-vit-large-patch14",
@@ -78,7 +79,7 @@ class ClipRanking:
 
     def close(self) -> None:
         self._model = self._texts = None
-        free_memory()
+        release_memory()
 
 
 def _unit(features: Any) -> Any:

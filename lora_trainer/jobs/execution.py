@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.out_of_memory import is_out_of_memory
 from lora_trainer.planning.cost import architecture_mark, precision_of
 from lora_trainer.workspace.captioners import captioner_sources
 
@@ -187,8 +187,7 @@ def _failed(reporter: JobReporter, problem: Problem) -> dict[str, Any]:
 
 def unexpected(error: BaseException, log_path: Path) -> Problem:
     """In words what nobody foresaw."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
+    if is_out_of_memory(error):
         return Problem(
             "There is not enough memory for this run.",
             "batch_size",
