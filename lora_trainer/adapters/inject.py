@@ -15,7 +15,7 @@ from lora_trainer.adapters.joint import Joint, joints
 from lora_trainer.adapters.loha import LohaAdapter
 from lora_trainer.adapters.lokr import LokrAdapter
 from lora_trainer.adapters.lora import LoraAdapter
-from lora_trainer.adapters.masks import DropoutMasks, seed_from
+from lora_trainer.adapters.masks import DropoutMasks, MicroBatchPart, seed_from
 from lora_trainer.adapters.selection import select_targets
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
@@ -123,9 +123,12 @@ class AdapterSet(nn.Module):
         for _, adapter in self.items():
             adapter.multiplier = float(value)
 
-    def begin_step(self, step: int, micro_step: int = 0) -> None:
-        """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else."""
-        self.masks.begin(seed_from(self.seed, "dropout", step, micro_step))
+    def begin_step(self, step: int, micro_step: int = 0, part: MicroBatchPart | None = None) -> None:
+        """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else.
+
+        part: the part of the micro-batch that is computed next; None for the whole.
+        """
+        self.masks.begin(seed_from(self.seed, "dropout", step, micro_step), part)
 
     def working_copies(self, dtype: torch.dtype) -> WorkingCopies:
         """Copies for training steps that compute in ``dtype``; of an attached set."""

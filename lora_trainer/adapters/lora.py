@@ -153,9 +153,11 @@ class LoraAdapter(Adapter):
     def _combined(
         self, elements: Sequence[int], ranks: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        masks = []
+        masks, by_sample = [], len(elements) > 1
         if self.dropout:
-            masks.append(self.masks.keep(elements, self.dropout, f"{self.name} elements", device, dtype))
+            place = f"{self.name} elements"
+            masks.append(self.masks.keep(elements, self.dropout, place, device, dtype, by_sample=by_sample))
         if self.rank_dropout:
-            masks.append(self.masks.keep(ranks, self.rank_dropout, f"{self.name} ranks", device, dtype))
+            place = f"{self.name} ranks"
+            masks.append(self.masks.keep(ranks, self.rank_dropout, place, device, dtype, by_sample=by_sample))
         return masks[0] if len(masks) == 1 else masks[0] * masks[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,19 +33,27 @@ def seed_from(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+class MicroBatchPart(NamedTuple):
+    """The samples ``start`` to ``stop`` of a micro-batch."""
+
+    start: int
+    stop: int
+
+
 class DropoutMasks:
     """``begin`` names what all masks depend on; ``keep`` gives the mask of one layer."""
 
     def __init__(self) -> None:
         self._seed: int | None = None
+        self._part: MicroBatchPart | None = None
         # Of each kind the banks that were made so far, of growing length. All of them are kept and written to: a CUDA
         # graph reads the one that was there when it was recorded.
         self._banks: dict[_Kind, list[Tensor]] = {}
         self._blocks = 1  # as many as were needed so far
 
-    def begin(self, seed: int) -> None:
-        """From now on the masks are those of this seed."""
-        self._seed = seed
+    def begin(self, seed: int, part: MicroBatchPart | None = None) -> None:
+        """From now on the masks are those of this seed. ``part``: what of the micro-batch is computed, if not all."""
+        self._seed, self._part = seed, part
         numbers = self._numbers() if self._banks else None
         for kind, banks in self._banks.items():
             factors = _factors(numbers, kind)
@@ -52,16 +61,26 @@ class DropoutMasks:
                 bank.copy_(factors[: len(bank)])
 
     def keep(
-        self, shape: Sequence[int], probability: float, layer: str, device: torch.device, dtype: torch.dtype
+        self,
+        shape: Sequence[int],
+        probability: float,
+        layer: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        by_sample: bool = False,
     ) -> Tensor:
         """0 with ``probability``, else 1 / (1 - probability): what a tensor of this shape is multiplied by.
 
-        The same for the same (seed, layer), however often it is asked for.
+        The same for the same (seed, layer), however often it is asked for. by_sample: the first dimension goes over the
+        samples, with equally many entries for each; of a part of the micro-batch it is that part of the whole's mask.
         """
         if self._seed is None:
             raise RuntimeError("Dropout needs AdapterSet.begin_step before each step.")
         count, kind = math.prod(shape), (probability, device, dtype)
         start = seed_from("place", layer) % (_BLOCK // _ALIGNMENT) * _ALIGNMENT
+        if by_sample and self._part is not None:
+            start += count // (self._part.stop - self._part.start) * self._part.start
         banks = self._banks.setdefault(kind, [])
         if not banks or len(banks[-1]) < start + count:
             self._blocks = max(self._blocks, -(-(start + count) // _BLOCK))

@@ -133,6 +133,7 @@ def train(
                 callbacks=callbacks,
                 commands=commands,
                 previewer=previewer,
+                make_room=lender.make_room,
             )
             _save_configuration(config, outputs)
             if not work.source.prepare(turn, callbacks, commands):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,6 +23,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
+from lora_trainer.out_of_memory import OutOfMemoryError, with_room
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn, ahead
@@ -90,6 +91,7 @@ class BatchSource:
         cache: TensorCache,
         precision: Precision,
         keep_model_parts: bool = False,
+        make_room: Callable[[], None] = lambda: None,
     ):
         self.config = config
         self.model = model
@@ -99,6 +101,7 @@ class BatchSource:
         self.cache = cache
         self.precision = precision
         self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
+        self.make_room = make_room  # see Lender.make_room
         self._pictures_vary = config.random_crop or bool(config.augmentations)  # from epoch to epoch
         self._vae_key = plugins.marked(model.vae_key, "family", model.info.family)
         self._text_key = plugins.marked(model.text_key, "family", model.info.family)
@@ -198,16 +201,20 @@ class BatchSource:
         One picture at a time: it fills a GPU, several would take gigabytes from whoever shares its memory, and their
         number would change the last bit of the result.
         """
+
+        def encode() -> Tensor:
+            return self.model.encode_images(to_device(pixels[None], self.model.device))[0].float().cpu()
+
         try:
             with turn(), torch.no_grad():
-                return self.model.encode_images(to_device(pixels[None], self.model.device))[0].float().cpu()
-        except torch.cuda.OutOfMemoryError:
+                return with_room(encode, self.make_room)
+        except OutOfMemoryError as error:
             height, width = pixels.shape[-2:]
             raise UserError(
                 f"A picture of {width}×{height} cannot be encoded in the GPU's memory.",
                 field="resolution",
                 remedy="Lower it, or close other programs that use the GPU.",
-            ) from None
+            ) from error
 
     def _encode_captions(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         captions = sorted({"", *(self._text(index, None) for index in range(len(self.dataset.samples)))})
@@ -221,13 +228,23 @@ class BatchSource:
             some = missing[start : start + CAPTIONS_PER_TURN]
             with turn(), torch.no_grad():
                 # One by one: captions of unequal length would be filled up to the longest of them.
-                encoded = [self.encode_prompts([caption]) for caption in some]
+                encoded = [self._encode_caption(caption) for caption in some]
                 for caption, conditioning in zip(some, encoded):
                     conditioning = conditioning.to("cpu", self.precision.compute_dtype)
                     self.cache.put(self._prompt_key(caption), conditioning.tensors)
             done += len(some)
             callbacks.on_phase("captions", done, len(captions))
         return True
+
+    def _encode_caption(self, caption: str) -> Conditioning:
+        try:
+            return with_room(lambda: self.encode_prompts([caption]), self.make_room)
+        except OutOfMemoryError as error:
+            raise UserError(
+                "The captions cannot be encoded in the GPU's memory.",
+                field="device",
+                remedy="Close other programs that use the GPU, or train on the CPU (device: cpu).",
+            ) from error
 
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
         """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from lora_trainer.config import TrainConfig, with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentModel
+from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
+from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
 from lora_trainer.training.metrics import MetricsLog, StepMetrics
 from lora_trainer.training.objectives.base import MicroBatch, Objective
-from lora_trainer.training.optim import learning_rates
+from lora_trainer.training.optim import computes_on_cpu, learning_rates
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
@@ -101,13 +103,24 @@ class Trainer:
         callbacks: TrainCallbacks | None = None,
         commands: TrainCommands | None = None,
         previewer: Previewer | None = None,
+        make_room: Callable[[], None] = lambda: None,
     ):
         self.config, self.model, self.adapters, self.source = config, model, adapters, source
         self.turn, self.saver, self.previewer = turn, saver, previewer
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
         self.output_dir, self.name, self.run_key = Path(output_dir), name, run_key
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
-        self.train_step = TrainingStep(config, objective, adapters, precision, source.total_steps)
+        self.recovery = MemoryRecovery(
+            MemoryMeasures(),
+            checkpointing=config.gradient_checkpointing,
+            may_move_optimizer=computes_on_cpu(config),
+            set_gradient_checkpointing=model.set_gradient_checkpointing,
+            make_room=make_room,
+            on_warning=self.callbacks.on_warning,
+        )
+        self.train_step = TrainingStep(
+            config, objective, adapters, precision, source.total_steps, recovery=self.recovery
+        )
         self.states = StateStore(self.output_dir / "state", name, run_key, self.callbacks.on_warning)
 
         self.step = 0  # optimizer steps done
@@ -128,10 +141,10 @@ class Trainer:
         Raises:
             UserError: training cannot go on; says why and what helps. What was saved stays.
         """
-        self.model.set_gradient_checkpointing(self.config.gradient_checkpointing)
         self._state_saved_at = time.monotonic()
         self._warn_about_settings()
         self._resume()
+        self.recovery.apply()
         self.adapters.train()
         if self.step == 0:
             self._draw_previews()  # what the base draws, for all that follow to be compared with
@@ -162,7 +175,7 @@ class Trainer:
         try:
             with self.turn():
                 loss = self.train_step(self.step, micro_batches)
-        except torch.cuda.OutOfMemoryError as error:
+        except OutOfMemoryError as error:
             self._give_up_for_memory(error)
         seconds = time.monotonic() - started
         self.step += 1
@@ -208,15 +221,11 @@ class Trainer:
         self.train_step.optimizer.zero_grad(set_to_none=True)
         if self.step and not self.train_step.updating:
             self._save_state()
-        savings = ["a lower resolution", "adapter rank 4"]
-        if not self.config.gradient_checkpointing:
-            savings.insert(0, "gradient_checkpointing: true")
-        if self.config.batch_size > 1:
-            savings.insert(0, "batch_size: 1 with gradient_accumulation_steps: 4")
         raise UserError(
-            f"The GPU's memory does not suffice for step {self.step + 1}.",
-            field="batch_size",
-            remedy=f"Try {', '.join(savings)}, or close other programs that use the GPU.",
+            f"The GPU's memory does not suffice for step {self.step + 1}, with one picture at a time and gradient"
+            " checkpointing.",
+            field="resolution",
+            remedy="Lower it, or lora_rank, or close other programs that use the GPU.",
         ) from error
 
     # -- commands, saves, previews --------------------------------------------------------------------------------
@@ -275,17 +284,23 @@ class Trainer:
             path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
             meant, seed = with_trigger(prompt, self.config.trigger_word), self.config.seed + index
             self.adapters.eval()
+            problem = None
             try:
                 with self.train_step.averaged():
                     image = self.previewer.draw(meant, seed, self.step, self.adapters)
                 with atomic_path(path) as temporary:
                     image.save(temporary, format="PNG")
-            except UserError as error:
+            except Exception as error:
                 # A person may interrupt a host's sampler, or take its model away: no reason to end the training.
-                self.callbacks.on_warning(f"No preview at step {self.step}: {error}")
-                return
+                if not isinstance(error, UserError) and not is_out_of_memory(error):
+                    raise
+                problem = first_line(error)
             finally:
                 self.adapters.train()
+            if problem is not None:
+                release_memory()
+                self.callbacks.on_warning(f"No preview at step {self.step}: {problem}")
+                return
             self.callbacks.on_preview(path, self.step, prompt)
 
     # -- beginning and end ----------------------------------------------------------------------------------------

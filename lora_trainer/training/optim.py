@@ -20,17 +20,21 @@ from lora_trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Library:
-    """Where an optimizer comes from, and the defaults that differ from the library's own."""
+    """Where an optimizer comes from, and the defaults that differ from the library's own.
+
+    on_cpu: whether it can compute on the CPU.
+    """
 
     module: str
     name: str
     package: str
     defaults: dict[str, Any] = field(default_factory=dict)
+    on_cpu: bool = True
 
 
 LIBRARIES = {
     "adamw": Library("torch.optim", "AdamW", "torch"),
-    "adamw8bit": Library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "adamw8bit": Library("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", on_cpu=False),
     # What its authors recommend for diffusion models (README of konstmish/prodigy).
     "prodigy": Library(
         "prodigyopt",
@@ -74,6 +78,12 @@ def create_optimizer(config: TrainConfig, param_groups: Sequence[dict[str, Any]]
         raise UserError(
             f"{config.optimizer} does not take {config.optimizer_args}: {error}.", field="optimizer_args"
         ) from error
+
+
+def computes_on_cpu(config: TrainConfig) -> bool:
+    """Whether the optimizer is known to compute on the CPU as well; nothing is known of plug-ins."""
+    library = LIBRARIES.get(config.optimizer)
+    return library is not None and library.on_cpu
 
 
 def check_optimizer(config: TrainConfig) -> None:

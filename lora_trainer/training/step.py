@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from lora_trainer import plugins
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.ema import ExponentialMovingAverage
 from lora_trainer.training.graphs import MicroBatchGraphs
-from lora_trainer.training.objectives.base import MicroBatch, Objective, generator_for
+from lora_trainer.training.memory import (
+    MemoryMeasures,
+    MemoryRecovery,
+    move_optimizer_to_cpu,
+    on_cpu,
+    parameters_on_cpu,
+)
+from lora_trainer.training.objectives.base import Drawn, MicroBatch, Objective, generator_for
 from lora_trainer.training.optim import (
     advance_scheduler,
     create_optimizer,
@@ -31,11 +39,18 @@ class TrainingStep:
     adapters: attached to the model; offers ``param_groups(config)``, ``begin_step(step, micro_step)`` and
         ``working_copies(dtype)``.
     total_steps: length of the learning-rate schedule.
+    recovery: says what to change when memory is short; without it the step fails.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     """
 
     def __init__(
-        self, config: TrainConfig, objective: Objective, adapters: nn.Module, precision: Precision, total_steps: int
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        adapters: nn.Module,
+        precision: Precision,
+        total_steps: int,
+        recovery: MemoryRecovery | None = None,
     ):
         self.config, self.objective, self.adapters, self.precision = config, objective, adapters, precision
         self.parameters = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
@@ -56,26 +71,54 @@ class TrainingStep:
             self.graphs.give_up("cuda_graphs is off.")
         elif self.regularisers:
             self.graphs.give_up("there are regularisers.")
+        self.recovery = recovery
+        self.measures = MemoryMeasures() if recovery is None else recovery.measures
         self.updating = False
+        self._in_update = False
+        self._fits = False  # an update was done with the memory that there is
+        self._before: dict[str, Any] | None = None  # what the update in hand changes, until one was seen to fit
 
     def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:
         """Train on ``micro_batches``. The loss of the step is the mean over all their samples, whatever their sizes.
 
         step: optimizer steps done before. Returns the loss; None when it or the gradient was not finite, and the
         weights were not changed.
+
+        Raises:
+            OutOfMemoryError: memory is short and no measure is left. The weights are those before the step, unless
+                ``updating`` is set.
         """
         seed = self.config.seed
         drawn = [
             self.objective.draw(micro_batch, generator_for(seed, "step", step, micro_step))
             for micro_step, micro_batch in enumerate(micro_batches)
         ]
+        while True:
+            try:
+                return self._attempt(step, drawn)
+            except Exception as error:  # each library has an exception of its own for memory
+                if self.recovery is None or not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # The error is gone here, and with its traceback the activations that it kept alive.
+            in_update = self._in_update
+            restored = self._undo()
+            release_memory()
+            if not restored or not self.recovery.take(step + 1, max(map(len, drawn)), in_update):
+                raise OutOfMemoryError(reason)
+            if self.measures.optimizer_on_cpu:
+                move_optimizer_to_cpu(self.optimizer)
+
+    def _attempt(self, step: int, drawn: Sequence[Drawn]) -> float | None:
         device = self.precision.device
         count = torch.tensor(float(sum(part.count for part in drawn)), device=device)
         total = torch.zeros((), device=device)
         with self.graphs.step(), self.copies.computing():
-            for micro_step, part in enumerate(drawn):
-                self.adapters.begin_step(step, micro_step)
-                total += self.graphs(self.objective.inputs(part), count)
+            for micro_step, micro_batch in enumerate(drawn):
+                for part in self.measures.parts(len(micro_batch)):
+                    self.adapters.begin_step(step, micro_step, part)
+                    computed = micro_batch if part is None else micro_batch[part.start : part.stop]
+                    total += self.graphs(self.objective.inputs(computed), count)
             if self.regularisers:
                 penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
                 (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
@@ -91,23 +134,63 @@ class TrainingStep:
         return loss.detach()
 
     def _update(self, total: Tensor) -> float | None:
+        self._in_update = True
         self.graphs.finish()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         loss, norm = torch.stack([total, norm]).tolist()  # the one place where the CPU waits for the GPU
         finite = math.isfinite(loss) and math.isfinite(norm)
+        self._before = None if self._fits or self.recovery is None else self._snapshot()
         self.updating = True
         if finite:
-            self.optimizer.step() if self.scaler is None else self.scaler.step(self.optimizer)
+            self._step_optimizer()
             if self.ema is not None:
                 self.ema.update()
         if self.scaler is not None:
             self.scaler.update()
         step_scheduler(self.scheduler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.updating = False
+        self.updating = self._in_update = False
+        self._before, self._fits = None, self._fits or finite
         return loss if finite else None
+
+    def _step_optimizer(self) -> None:
+        # GradScaler.step would only look again whether all gradients are finite.
+        if self.measures.optimizer_on_cpu:
+            with parameters_on_cpu(self.parameters):
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What an update changes, copied to the CPU."""
+        state = {name: part for name, part in self.state_dict().items() if name != "adapters"}
+        return on_cpu({**state, "parameters": self.parameters})
+
+    def _undo(self) -> bool:
+        """Put back what it was before a step that failed. False when the weights are half changed."""
+        if self.graphs.enabled:
+            self.graphs.give_up("memory is short.")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None and self._in_update:
+            self.scaler.update(self.scaler.get_scale())  # forgets that the gradients were unscaled
+        self._in_update = False
+        self._fits = False
+        if not self.updating:
+            return True
+        if self._before is None:
+            return False
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self._before["parameters"]):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(self._before["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(self._before["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(self._before["ema"])
+        self.updating, self._before = False, None
+        return True
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the adapters hold what is to be saved: their moving average, if there is one."""
@@ -117,13 +200,25 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """All that steps change. The schedule is a function of the step, so the step is its state."""
-        parts = {"adapters": self.adapters, "optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
+        parts = {
+            "adapters": self.adapters,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "ema": self.ema,
+            "memory": self.measures,
+        }
         return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Raises ValueError, KeyError or RuntimeError when the state belongs to other adapters or another optimizer."""
         self.adapters.load_state_dict(state["adapters"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        self.measures.load_state_dict(state.get("memory", {}))
+        if self.measures != MemoryMeasures():
+            self.graphs.give_up("memory was short before.")
+        with parameters_on_cpu(self.parameters) if self.measures.optimizer_on_cpu else nullcontext():
+            load_optimizer(self.optimizer, state["optimizer"])
+        if self.measures.optimizer_on_cpu:
+            move_optimizer_to_cpu(self.optimizer)
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

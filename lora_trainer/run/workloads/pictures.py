@@ -30,9 +30,15 @@ class Pictures:
     """The ``Workload`` of pictures. ``open`` makes it."""
 
     def __init__(
-        self, config: TrainConfig, info: ModelInfo, dataset: Dataset, plan: BatchPlan, on_warning: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        lender: Lender,
+        info: ModelInfo,
+        dataset: Dataset,
+        plan: BatchPlan,
+        on_warning: Callable[[str], None],
     ):
-        self._config, self._info, self._dataset, self._plan = config, info, dataset, plan
+        self._config, self._lender, self._info, self._dataset, self._plan = config, lender, info, dataset, plan
         self._on_warning = on_warning
 
     @classmethod
@@ -61,7 +67,7 @@ class Pictures:
             callbacks.on_warning(warning)
         family = get_family(info.family)
         plan = BatchPlan.from_config(dataset, config, family.default_resolution(info), family.latents.multiple)
-        return cls(config, info, dataset, plan, callbacks.on_warning)
+        return cls(config, lender, info, dataset, plan, callbacks.on_warning)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
         samples = [
@@ -80,7 +86,9 @@ class Pictures:
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool) -> Work:
         config, plan = self._config, self._plan
         cache = TensorCache(Path(config.cache_dir or Path(config.output_dir) / "cache"), self._on_warning)
-        source = BatchSource(config, model, self._dataset, plan, cache, precision, keep_model_parts)
+        source = BatchSource(
+            config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room
+        )
         objective = DiffusionObjective(config, model, source.encode_prompts)
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
         return Work(source, objective, model.lora_targets, facts)
