@@ -134,7 +134,8 @@ def _kind(name: str) -> Any:
     kind, plugin = types()[name], FACTS[name].plugin
     if plugin is None or typing.get_origin(kind) is not typing.Literal:
         return kind
-    return typing.Literal[(*typing.get_args(kind), *plugins.names(plugin))]
+    choices = (*typing.get_args(kind), *plugins.names(plugin))
+    return typing.Literal[choices]
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
@@ -194,10 +195,10 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
             parse_prompt(prompt)
         except UserError as error:
             problems.append(error)
-    for field in ("augmentations", "regularisers"):
+    for kind, field in (("augmentation", "augmentations"), ("regulariser", "regularisers")):
         for name in getattr(config, field):
             try:
-                plugins.need(FACTS[field].plugin, name, field)
+                plugins.need(kind, name, field)
             except UserError as error:
                 problems.append(error)
     for name, weight in config.regularisers.items():

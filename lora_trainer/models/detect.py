@@ -43,6 +43,6 @@ def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path) -> U
     for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
-    if (what := part_of_model(shapes)) is not None:
-        return UserError(f"{source} {what}.", field="base_model", remedy=choose())
+    if (part := part_of_model(shapes)) is not None:
+        return UserError(f"{source} {part}.", field="base_model", remedy=choose())
     return UserError(f"{source} is not a Stable Diffusion model.", field="base_model", remedy=choose())
