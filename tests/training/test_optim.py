@@ -169,4 +169,4 @@ def test_a_gpu_gets_bf16_where_it_computes_in_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability, name in [((8, 6), "bf16"), ((7, 5), "fp16")]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert precision.resolve("auto", "auto").name == name
+        assert precision.resolve("cuda:0", "auto").name == name  # with its index: none has to be asked for
