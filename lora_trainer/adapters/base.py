@@ -81,6 +81,7 @@ class Adapter(nn.Module):
         seed: int = 0,
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
         dora: bool = False,
         device: torch.device | None = None,
     ):
@@ -97,6 +98,7 @@ class Adapter(nn.Module):
         self.active = True
         self.dropout = dropout
         self.rank_dropout = rank_dropout
+        self.module_dropout = module_dropout
         self.masks = DropoutMasks()
         self.shape = weight_shape(layer)
         self.generator = torch.Generator().manual_seed(seed_from(seed, "adapter", name))
@@ -134,6 +136,25 @@ class Adapter(nn.Module):
         if self.dora_scale is None:
             return weight + self.multiplier * delta
         return weight + self.multiplier * (decompose(weight, delta, self.dora_scale) - weight)
+
+    def keep_module(self, dimensions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """1, or 0 where the whole change is switched off in this step; nothing is scaled up for it."""
+        probability = self.module_dropout
+        keep = self.masks.keep([1] * dimensions, probability, f"{self.name} module", device, dtype)
+        return keep * (1 - probability)
+
+    @torch.no_grad()
+    def limit_norm(self, maximum: float) -> None:
+        """Scale the change down to this norm where it is larger; each factor takes its share (kohya's
+        scale_weight_norms)."""
+        factors = list(self.factors().values())
+        ratio = (maximum / self.delta_norm().clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1)
+        for factor in factors:
+            factor.mul_(ratio ** (1 / len(factors)))
+
+    def delta_norm(self) -> Tensor:
+        """The Frobenius norm of the change, a scalar."""
+        return torch.linalg.vector_norm(self.delta_weight())
 
     def factors(self) -> dict[str, Tensor]:
         """The trained tensors by the suffix that they have in a LoRA file, without alpha and dora_scale."""
@@ -177,6 +198,8 @@ class WeightAdapter(Adapter):
         if self.training and dropped:
             keep = self.masks.keep((self.shape[0],), dropped, self.name, delta.device, delta.dtype)
             delta = delta * keep.view(-1, *[1] * (delta.dim() - 1))
+        if self.training and self.module_dropout:
+            delta = delta * self.keep_module(delta.dim(), delta.device, delta.dtype)
         if self.dora_scale is None:
             return torch.add(weight, delta, alpha=self.multiplier)
         return torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)

@@ -123,6 +123,11 @@ class AdapterSet(nn.Module):
         for _, adapter in self.items():
             adapter.multiplier = float(value)
 
+    def limit_norms(self, maximum: float) -> None:
+        """Scale each layer's change down to this norm where it is larger."""
+        for _, adapter in self.items():
+            adapter.limit_norm(maximum)
+
     def begin_step(self, step: int, micro_step: int = 0, part: MicroBatchPart | None = None) -> None:
         """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else.
 
@@ -240,6 +245,7 @@ def _build_one(target: Target, rank: int, alpha: float, config: TrainConfig, dev
         seed=config.seed,
         dropout=config.dropout,
         rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
         dora=config.dora,
         device=device,
         **_options(config),

@@ -82,6 +82,7 @@ def _can_join(adapter: Adapter | None) -> TypeGuard[LoraAdapter]:
         and not adapter.is_conv
         and adapter.dora_scale is None
         and adapter.layer.bias is None
+        and not adapter.module_dropout  # each of them is switched off by itself
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -58,6 +59,11 @@ class LoraAdapter(Adapter):
 
     def delta_weight(self) -> Tensor:
         return self.scale * low_rank_delta(self.lora_down, self.lora_up)
+
+    def delta_norm(self) -> Tensor:
+        # ‖up·down‖² is the sum over the product of two r × r matrices: the change itself need not be formed.
+        down, up = self.lora_down.flatten(1), self.lora_up.flatten(1)
+        return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
     def factors(self) -> dict[str, Tensor]:
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up}
@@ -133,7 +139,7 @@ class LoraAdapter(Adapter):
 
     @property
     def drops(self) -> bool:
-        return self.training and bool(self.dropout or self.rank_dropout)
+        return self.training and bool(self.dropout or self.rank_dropout or self.module_dropout)
 
     def _keep(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """dropout and rank_dropout on the rank's activations: (B, …, r) or (B, r, h, w)."""
@@ -160,4 +166,6 @@ class LoraAdapter(Adapter):
         if self.rank_dropout:
             place = f"{self.name} ranks"
             masks.append(self.masks.keep(ranks, self.rank_dropout, place, device, dtype, by_sample=by_sample))
-        return masks[0] if len(masks) == 1 else masks[0] * masks[1]
+        if self.module_dropout:
+            masks.append(self.keep_module(len(elements), device, dtype))
+        return functools.reduce(torch.mul, masks)

@@ -82,6 +82,8 @@ def network_args(config: TrainConfig) -> dict[str, str]:
         args.update(conv_dim=config.conv_rank, conv_alpha=config.effective_conv_alpha)
     if config.rank_dropout:
         args["rank_dropout"] = config.rank_dropout
+    if config.module_dropout:
+        args["module_dropout"] = config.module_dropout
     if config.block_ranks is not None:
         args["block_dims"] = ",".join(map(str, config.block_ranks))
     if config.block_lr_weights is not None:

@@ -160,6 +160,10 @@ class DataSettings:
     shuffle_tags: bool = setting(False)
     """Shuffle the comma-separated parts of captions; the kept ones stay first."""
 
+    secondary_separator: str = setting("")
+    """What stands between words of a caption that stay together when it is shuffled, such as ;;; ; a comma is trained
+    in its place."""
+
     keep_tokens: int = setting(0, minimum=0, maximum=75)
     """Parts at the start of a caption that are not shuffled or dropped (the **bold** ones never are)."""
 
@@ -209,6 +213,12 @@ class AdapterSettings:
 
     rank_dropout: float = setting(0.0, minimum=0, maximum=0.95)
     """Probability that a rank is set to zero in training."""
+
+    module_dropout: float = setting(0.0, minimum=0, maximum=0.95)
+    """Probability that the whole LoRA of a layer is switched off in a step."""
+
+    scale_weight_norms: float | None = setting(None, above=0, maximum=1000)
+    """Largest norm of a layer's change, to which it is scaled down after each step; 1 is usual, empty is off."""
 
     lokr_factor: int = setting(-1, minimum=-1, maximum=1024, fills_memory=True)
     """Size of the smaller Kronecker factor (lokr only); -1 splits as evenly as possible."""

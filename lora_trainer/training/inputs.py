@@ -294,7 +294,7 @@ class BatchSource:
 
     def _text(self, index: int, rng: random.Random | None) -> str:
         sample = self.dataset.samples[index]
-        return train_text(
+        text = train_text(
             one_of(sample.caption, self.config.wildcards, rng),
             trigger_word="" if sample.is_regularization else self.config.trigger_word,
             keep_tokens=self.config.keep_tokens,
@@ -303,6 +303,9 @@ class BatchSource:
             rng=rng,
             weighted=self.config.weighted_captions,
         )
+        if not (separator := self.config.secondary_separator):
+            return text
+        return ", ".join(part for piece in text.split(separator) if (part := piece.strip(" ,")))
 
     def _read_conditioning(self, captions: Sequence[str]) -> Conditioning:
         def read(caption: str) -> Conditioning:

@@ -145,6 +145,8 @@ class TrainingStep:
         self.updating = True
         if finite:
             self._step_optimizer()
+            if self.config.scale_weight_norms:
+                self.adapters.limit_norms(self.config.scale_weight_norms)
             if self.ema is not None:
                 self.ema.update()
         if self.scaler is not None:

@@ -13,7 +13,8 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.host.base import AccessPolicy
 from lora_trainer.workspace.paths import confine_config
 
-WORDS = {"device", "resolution", "caption_extension", "trigger_word", "default_caption", "output_name",
+WORDS = {"device", "resolution", "caption_extension", "trigger_word", "default_caption", "secondary_separator",
+         "output_name",
          "description"}  # fmt: skip
 
 

@@ -202,3 +202,13 @@ def test_a_caption_that_is_cut_at_its_end_is_said(tmp_path):
     longest.write_text(" ".join(["word"] * 76), encoding="utf-8")
     (warning,) = Run(config).recorder.warnings
     assert "1 captions are longer than max_token_length (75 tokens)" in warning and longest.stem in warning
+
+
+def test_words_behind_a_secondary_separator_stay_together(tmp_path):
+    config = configuration(tmp_path, shuffle_tags=True, tag_dropout=0.3, secondary_separator=";;;", epochs=6)
+    for path in (tmp_path / "data").glob("*.txt"):
+        path.write_text("one;;;two, three, four, five", encoding="utf-8")
+    seen = [caption.split(", ") for epoch in range(6) for caption in captions(Run(config), epoch)]
+    together = [parts.index("two") - parts.index("one") for parts in seen if "one" in parts]
+    assert set(together) == {1} and any("one" not in parts and "two" not in parts for parts in seen)
+    assert len({tuple(parts) for parts in seen}) > 5

@@ -61,6 +61,8 @@ UNLESS_OFF = {
     "network_weights": "init_lora",
     "zero_terminal_snr": "zero_terminal_snr",
     "v_parameterization": "v_prediction",
+    "scale_weight_norms": "scale_weight_norms",
+    "secondary_separator": "secondary_separator",
 }
 """The same, where zero, false or an empty text mean that it is not used; here that is an empty value."""
 
@@ -129,13 +131,11 @@ CANNOT = {
     "train_blocks": "only the layers of target_modules learn",
     "initial_epoch": "a run begins at its first step",
     "initial_step": "a run begins at its first step",
-    "secondary_separator": "the parts of a caption are separated by commas",
 }  # fmt: skip
 HARMLESS = {
     "huber_schedule": "snr", "keep_tokens_separator": "|||", "caption_separator": ",", "unit": 1,
     "face_crop_aug_range": "1.0,1.0", "block_lr_zero_threshold": 0, "token_warmup_min": 1,
     "base_weights_multiplier": 1, "train_blocks": "all", "stop_text_encoder_training": -1,
-    "secondary_separator": ";;;",
 }  # fmt: skip
 
 NOTHING = """
