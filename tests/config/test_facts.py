@@ -13,6 +13,7 @@ from lora_trainer.errors import ConfigError
 from lora_trainer.host.base import AccessPolicy
 from lora_trainer.workspace.paths import confine_config
 
+LISTS = {"more_folders", "plugins"}
 WORDS = {"device", "resolution", "caption_extension", "trigger_word", "default_caption", "secondary_separator",
          "output_name",
          "description"}  # fmt: skip
@@ -26,7 +27,7 @@ def test_every_setting_has_its_facts():
 
 def test_every_text_is_a_path_or_known_to_be_none():
     paths = set(settings_where(lambda facts: facts.path is not None))
-    assert paths | WORDS == {name for name in FACTS if is_text(name)} | {"more_folders"} and not paths & WORDS
+    assert paths | WORDS == {name for name in FACTS if is_text(name)} | LISTS and not paths & WORDS
 
 
 @pytest.mark.parametrize("name", settings_where(lambda facts: facts.path is not None and facts.given_by != "job"))
@@ -46,5 +47,6 @@ def test_what_names_a_place_or_concerns_the_files_does_not_decide():
         "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps",
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",
         "preview_prompts", "preview_steps", "description", "tensorboard", "gradient_checkpointing", "plugins",
+        "cuda_graphs",
     }  # fmt: skip
     assert not [name for name, facts in FACTS.items() if facts.path and facts.decides]
