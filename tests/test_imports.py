@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_trainer"
-LEAVES = {"config", "devices", "errors", "files", "out_of_memory", "patterns", "plugins", "__init__"}
+LEAVES = {"config", "devices", "errors", "files", "out_of_memory", "patterns", "plugins", "storage", "__init__"}
 MAY_IMPORT = {
     "devices": set(),
+    "storage": set(),
     "errors": set(),
     "requirements": {"errors"},
     "files": {"errors"},

@@ -13,6 +13,7 @@ from lora_trainer.adapters.algebra import column_norm, decompose
 from lora_trainer.adapters.fused import ChangedLayer
 from lora_trainer.adapters.masks import DropoutMasks, seed_from
 from lora_trainer.devices import autocast_dtype
+from lora_trainer.storage import dense_weight
 
 
 class Target(Protocol):
@@ -115,7 +116,7 @@ class Adapter(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The frozen weight in fp32 on ``device``, in the layer's own shape; no copy if it is so already."""
-        return self.layer.weight.detach().to(self.device, torch.float32).view(self.shape)
+        return dense_weight(self.layer.weight, torch.float32, self.shape, self.device)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The number format in which the layer computes on ``x``."""

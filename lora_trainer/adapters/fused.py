@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lora_trainer.devices import without_autocast
+from lora_trainer.storage import dense_weight
 
 
 class LoraLinear(torch.autograd.Function):
@@ -49,7 +50,7 @@ class LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         gain = None if gain is None else gain.to(dtype)
         scaled = rows if gain is None else rows * gain
-        output = functional.linear(scaled, weight.to(dtype), None if bias is None else bias.to(dtype))
+        output = functional.linear(scaled, dense_weight(weight, dtype), None if bias is None else bias.to(dtype))
         hidden = scaled.mm(down.to(dtype).t())
         if keep is not None:
             hidden.view(*x.shape[:-1], -1).mul_(keep)
@@ -68,7 +69,7 @@ class LoraLinear(torch.autograd.Function):
         grad_hidden = _masked(grad.mm(up.to(dtype)), keep, ctx.input_shape, ctx.scale)
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
-            grad_x = grad.mm(weight.to(dtype)).addmm_(grad_hidden, down.to(dtype))
+            grad_x = grad.mm(dense_weight(weight, dtype)).addmm_(grad_hidden, down.to(dtype))
         if needed[3]:
             grad_down = grad_hidden.t().mm(rows)
             grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)
@@ -110,7 +111,7 @@ class LoraLinears(torch.autograd.Function):
             hidden.view(*x.shape[:-1], -1).mul_(keep)
         outputs = rows.new_empty(count, len(rows), up.shape[1])
         for output, weight in zip(outputs, weights):
-            torch.mm(rows, weight.to(dtype).t(), out=output)
+            torch.mm(rows, dense_weight(weight, dtype).t(), out=output)
         outputs.baddbmm_(_by_layer(hidden, count), up.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(rows, hidden, keep, *tensors)
         ctx.scale, ctx.dtype, ctx.count, ctx.input_shape, ctx.input_dtype = scale, dtype, count, x.shape, x.dtype
@@ -131,7 +132,7 @@ class LoraLinears(torch.autograd.Function):
             first, *others = zip(grad, weights)
             grad_x = first[0].mm(first[1].to(ctx.dtype))
             for part, weight in others:
-                grad_x.addmm_(part, weight.to(ctx.dtype))
+                grad_x.addmm_(part, dense_weight(weight, ctx.dtype))
             grad_x = grad_x.addmm_(grad_hidden, down).view(ctx.input_shape).to(ctx.input_dtype)
         grads: list[Tensor | None] = [None] * len(factors)
         if any(ctx.needs_input_grad[5 + ctx.count :]):
@@ -182,7 +183,8 @@ class LoraConv2d(torch.autograd.Function):
         ctx.input_dtype, x = x.dtype, x.to(dtype)
         gain = None if gain is None else gain.to(dtype)
         scaled = x if gain is None else x * gain
-        output = functional.conv2d(scaled, weight.to(dtype), None if bias is None else bias.to(dtype), *options)
+        bias = None if bias is None else bias.to(dtype)
+        output = functional.conv2d(scaled, dense_weight(weight, dtype), bias, *options)
         hidden = functional.conv2d(scaled, down.to(dtype), None, *options)
         if keep is not None:
             hidden.mul_(keep)
@@ -204,7 +206,7 @@ class LoraConv2d(torch.autograd.Function):
             grad_hidden.mul_(ctx.scale)
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
-            grad_x = conv2d_input(x.shape, weight.to(dtype), grad, *options)
+            grad_x = conv2d_input(x.shape, dense_weight(weight, dtype), grad, *options)
             if x.shape[2:] == grad_hidden.shape[2:] and down.shape[2:] == (1, 1):
                 _add_pointwise(grad_x, grad_hidden, low_down.transpose(0, 1), 1.0)
             else:

@@ -16,6 +16,7 @@ from lora_trainer.adapters.algebra import changed_norm_squared, column_norm, low
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
 from lora_trainer.devices import without_autocast
+from lora_trainer.storage import dense_weight
 
 if TYPE_CHECKING:
     from lora_trainer.adapters.copies import WorkingCopies
@@ -118,7 +119,7 @@ class LoraAdapter(Adapter):
         """DoRA's factor for each input: (in) for a Linear, (1, in, 1, 1) for a convolution."""
         with torch.no_grad(), without_autocast(x.device):
             dtype = self.compute_dtype(x)
-            weight = self.layer.weight.detach().to(x.device, dtype).view(self.shape)
+            weight = dense_weight(self.layer.weight, dtype, self.shape, x.device)
             low_up = self.factors_now()[1].to(dtype)
             base, least = self._base_norm_squared()
             squared = changed_norm_squared(base, weight, self.lora_down, self.lora_up, low_up, self.scale)

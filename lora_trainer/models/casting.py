@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from lora_trainer.storage import dense_weight
+
 
 def cast_layers(module: nn.Module, compute_dtype: torch.dtype) -> None:
     """Make every Linear, Conv2d, GroupNorm, LayerNorm and Embedding under ``module`` compute in ``compute_dtype``.
@@ -35,13 +37,13 @@ class _LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtypes = x.dtype, dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(x.to(dtype), dense_weight(weight, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         x_dtype, dtype = ctx.dtypes
-        return (grad.to(dtype) @ weight.to(dtype)).to(x_dtype), None, None, None
+        return (grad.to(dtype) @ dense_weight(weight, dtype)).to(x_dtype), None, None, None
 
 
 class _Conv2dFunction(torch.autograd.Function):
@@ -51,13 +53,13 @@ class _Conv2dFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: tuple) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtypes, ctx.options, ctx.shape = (x.dtype, dtype), options, x.shape
-        return F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *options)
+        return F.conv2d(x.to(dtype), dense_weight(weight, dtype), None if bias is None else bias.to(dtype), *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
         x_dtype, dtype = ctx.dtypes
-        grad_x = conv2d_input(ctx.shape, weight.to(dtype), grad.to(dtype), *ctx.options)
+        grad_x = conv2d_input(ctx.shape, dense_weight(weight, dtype), grad.to(dtype), *ctx.options)
         return grad_x.to(x_dtype), None, None, None, None
 
 
@@ -85,7 +87,7 @@ class CastGroupNorm(nn.GroupNorm):
     compute_dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
+        weight, bias = dense_weight(self.weight, self.compute_dtype), self.bias.to(self.compute_dtype)
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
@@ -93,7 +95,7 @@ class CastLayerNorm(nn.LayerNorm):
     compute_dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(self.compute_dtype), self.bias.to(self.compute_dtype)
+        weight, bias = dense_weight(self.weight, self.compute_dtype), self.bias.to(self.compute_dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 

@@ -21,6 +21,7 @@ from lora_trainer.models.families.unet.blocks import slim
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.residency import Residency
 from lora_trainer.models.tokenizer import Tokenizer
+from lora_trainer.storage import dense_weight
 
 if TYPE_CHECKING:
     from lora_trainer.models.families.unet.family import UNetFamily
@@ -248,7 +249,7 @@ class DiffusionModel:
                 last = output.last_hidden_state[::count]  # first chunks, after the final LayerNorm
                 # open_clip's matrix is bound transposed, transformers' as it is; a product's rounding goes by the order
                 # in memory, and must not depend on who lends.
-                projection = encoder.text_projection.weight.to(self.compute_dtype).contiguous()
+                projection = dense_weight(encoder.text_projection.weight, self.compute_dtype).contiguous()
                 pooled = F.linear(last[torch.arange(len(cut), device=self.device), ends], projection)
         return Conditioning(torch.cat(contexts, dim=-1), pooled)
 

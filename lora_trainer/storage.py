@@ -1,0 +1,26 @@
+"""The one door to frozen weights: from how a lender stores them to what is computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dense_weight(
+    stored: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """A frozen weight in the format of the computation, without a gradient; the stored tensor itself where it is so.
+
+    Whoever computes with it asks for it again in the backward pass instead of keeping it. All code that reads a frozen
+    weight calls this, so a further number format (fp8 with a scale, 4 bits, GGUF) is added here alone.
+
+    stored: in any floating-point format. shape: of the layer's weight, which the stored tensor need not have. device:
+        where it is needed, if not where it lies.
+    """
+    value = stored.detach().to(device=device, dtype=dtype)
+    return value if shape is None else value.view(tuple(shape))
