@@ -77,6 +77,11 @@ class WorkingCopies:
             part.leaf.grad = None
         self.live = True
 
+    def forget(self) -> None:
+        """Let go of the gradients of a backward pass that did not end."""
+        for part in self._parts:
+            part.leaf.grad = None
+
     @torch.no_grad()
     def gather(self) -> None:
         """Add the copies' gradients to the parameters', in fp32."""

@@ -124,9 +124,10 @@ class AdapterSet(nn.Module):
             adapter.multiplier = float(value)
 
     def limit_norms(self, maximum: float) -> None:
-        """Scale each layer's change down to this norm where it is larger."""
+        """Scale the change of each layer that learns down to this norm where it is larger."""
         for _, adapter in self.items():
-            adapter.limit_norm(maximum)
+            if any(parameter.requires_grad for parameter in adapter.parameters()):
+                adapter.limit_norm(maximum)
 
     def begin_step(self, step: int, micro_step: int = 0, part: MicroBatchPart | None = None) -> None:
         """Fix the dropout masks of what follows; they depend on (seed, step, micro-step, layer) and nothing else.

@@ -133,6 +133,8 @@ class LoraAdapter(Adapter):
         if self._base_norm is None or self._base_norm[0]() is not self.layer.weight:
             squared = column_norm(self.base_weight()).square()
             least = (1e-6 * squared).clamp_min(torch.finfo(squared.dtype).tiny)
+            if self._base_norm is not None:  # a CUDA graph may read those
+                squared, least = self._base_norm[1].copy_(squared), self._base_norm[2].copy_(least)
             self._base_norm = weakref.ref(self.layer.weight), squared, least
         return self._base_norm[1:]
 

@@ -197,6 +197,14 @@ class LentModel(Protocol):
         """ "vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
         ...
 
+    def hold(self, *parts: str) -> None:
+        """Keep these parts, "unet" or "text_encoders", on the device for the rest of the run, because they learn.
+
+        Raises:
+            UserError: the device's memory does not hold all of them.
+        """
+        ...
+
     def make_room(self) -> None:
         """Take what a training step does not need off the device; it comes back when it is needed."""
         ...

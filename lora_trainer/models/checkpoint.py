@@ -79,7 +79,8 @@ class FileLender(Lender):
             clip_skip=self.clip_skip,
             reload=True,
         )
-        tensors.place(self.device, self.weight_dtype)  # which lets go of the tensors that were read last
+        # Which lets go of the tensors that were read last.
+        tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
         self._lent = model
         try:
             yield model

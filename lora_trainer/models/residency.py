@@ -24,6 +24,7 @@ class Residency:
     def __init__(self, bind: Callable[[str], None], unbind: Callable[[str], None]):
         self._bind, self._unbind = bind, unbind
         self._resident: set[str] = set()
+        self._held: set[str] = set()
 
     def load(self, part: str) -> None:
         """Bring a part to the device, in the place of the others if need be.
@@ -41,6 +42,15 @@ class Residency:
             )
         self._resident.add(part)
 
+    def hold(self, part: str) -> None:
+        """Load a part and never let it leave for another: it learns, so a backward pass reads it again.
+
+        Raises:
+            UserError: the device has not enough memory for all parts that are held.
+        """
+        self._held.add(part)
+        self.load(part)
+
     def run(self, part: str, compute: Callable[[], Value]) -> Value:
         """What ``compute`` returns, with the part on the device.
 
@@ -57,8 +67,8 @@ class Residency:
         return compute()
 
     def make_room(self, keep: Sequence[str]) -> bool:
-        """Let go of all parts but these. Returns whether there were any."""
-        leaving = self._resident - set(keep)
+        """Let go of all parts but these and those that are held. Returns whether there were any."""
+        leaving = self._resident - self._held - set(keep)
         for part in leaving:
             self._unbind(part)
         self._resident -= leaving
@@ -68,6 +78,7 @@ class Residency:
     def forget(self, part: str) -> None:
         """It was released and is not loaded again."""
         self._resident.discard(part)
+        self._held.discard(part)
 
     def _try_to_bind(self, part: str) -> bool:
         try:

@@ -112,6 +112,8 @@ def train(
         work = workload.work(model, precision, keep_model_parts=draws_here)
         try:
             with turn():
+                if config.text_encoders_learn:
+                    model.hold("unet", "text_encoders")
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
                 adapters = AdapterSet.build(work.targets(), config, model.device)
             if initial:

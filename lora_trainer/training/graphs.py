@@ -145,7 +145,15 @@ class MicroBatchGraphs:
         self._recorded_at = self._addresses()
         try:
             # The WebUI's other threads may call CUDA meanwhile; only what this thread does is restricted.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # On a stream of this device (the default is one of the current device), and back to the one before
+            # whatever happens.
+            stream = torch.cuda.Stream(self._device)
+            before = torch.cuda.current_stream(self._device)
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.stream(before),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 loss = self._compute_and_add(static, static_divisor)
         except RuntimeError as error:  # out of memory too
             self._failed = str(error).splitlines()[0]

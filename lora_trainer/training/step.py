@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_trainer import plugins
+from lora_trainer.adapters.copies import WorkingCopies
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.ema import ExponentialMovingAverage
@@ -62,7 +64,6 @@ class TrainingStep:
             if weight
         ]
         self.scaler = precision.create_scaler()
-        self.copies = adapters.working_copies(precision.compute_dtype)
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
         self.graphs = MicroBatchGraphs(
             self._forward_backward, self.parameters, objective.addresses, precision.device
@@ -77,6 +78,11 @@ class TrainingStep:
         self._in_update = False
         self._fits = False  # an update was done with the memory that there is
         self._before: dict[str, Any] | None = None  # what the update in hand changes, until one was seen to fit
+
+    @cached_property
+    def copies(self) -> WorkingCopies:
+        """Made in the first step, when the adapters are attached and know their joints."""
+        return self.adapters.working_copies(self.precision.compute_dtype)
 
     def __call__(self, step: int, micro_batches: Sequence[MicroBatch]) -> float | None:
         """Train on ``micro_batches``. The loss of the step is the mean over all their samples, whatever their sizes.
@@ -111,7 +117,7 @@ class TrainingStep:
 
     def _attempt(self, step: int, drawn: Sequence[Drawn]) -> float | None:
         device = self.precision.device
-        count = torch.tensor(float(sum(part.count for part in drawn)), device=device)
+        count = torch.full((), float(sum(part.count for part in drawn)), device=device)
         total = torch.zeros((), device=device)
         with self.graphs.step(), self.copies.computing():
             for micro_step, micro_batch in enumerate(drawn):
@@ -129,7 +135,11 @@ class TrainingStep:
         """A micro-batch's share of the step's loss, detached; its gradients are added to the parameters'."""
         # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
         loss = self.objective.loss(inputs) / count
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        try:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        except BaseException:
+            self.copies.forget()  # or the next backward pass would add to what is half done
+            raise
         self.copies.gather()
         return loss.detach()
 

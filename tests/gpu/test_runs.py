@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -117,6 +118,7 @@ def test_a_full_card_ends_in_a_sentence_with_the_state_saved_and_the_memory_back
         run(full_size(tmp_path, sdxl_file, 1024))
     assert caught.value.remedy
     del caught
+    gc.collect()  # a step and its graphs refer to each other
     assert torch.cuda.memory_allocated() - before < 64 * 2**20
 
 

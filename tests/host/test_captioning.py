@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
 from lora_trainer.captioning.base import Settings, UnavailableError
@@ -84,7 +85,7 @@ def test_between_batches_the_webui_may_take_the_device(a1111, webui, root, monke
             return super().generate_caption(pil_image)
 
     webui.shared.interrogator.__class__ = Watched
-    webui.lowvram.module_in_gpu = object()
+    webui.lowvram.module_in_gpu = torch.nn.Linear(1, 1)
     with a1111.device_turn():
         captioner = a1111.captioners()["host-blip"].open(Settings())
     assert webui.lowvram.module_in_gpu is None, "with --medvram a part of the base model makes room"

@@ -9,6 +9,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.unet.binding import Binding
 from lora_trainer.models.families.unet.model import PARTS
+from tests.tiny import tiny_sd1
 
 
 class Memory:
@@ -97,3 +98,33 @@ def test_with_gradients_the_caller_decides(tiny_base):
             model.predict(torch.zeros(1, 4, 8, 8), torch.tensor([500]), conditioning, None)
         model.make_room()
         assert model.vae.encoder.conv_in.weight.is_meta and not model.unet.conv_in.weight.is_meta
+
+
+def test_a_vae_that_comes_back_has_the_precision_it_had(tmp_path):
+    """Other latents would be trained on, and cached under the old key."""
+    path = tiny_sd1(tmp_path / "base.safetensors", mult=(1, 1), depths=(1, 0), layers=1)
+    with FileLender(path, weight_dtype=torch.bfloat16).borrow() as model:
+        pixels = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+        before = model.encode_images(pixels)
+        model.make_room()
+        assert torch.equal(model.encode_images(pixels), before)
+
+
+def test_text_encoders_that_learn_stay(tiny_base):
+    """A backward pass reads them again."""
+    with FileLender(tiny_base).borrow() as model:
+        model.hold("unet", "text_encoders")
+        model.make_room()
+        assert not any(weight.is_meta for weight in model.text_encoders[0].parameters())
+        assert model.vae.encoder.conv_in.weight.is_meta
+
+
+def test_parts_that_must_stay_and_do_not_fit_together_are_a_sentence(tiny_base, monkeypatch):
+    memory = Memory(monkeypatch)
+    with FileLender(tiny_base).borrow() as model:
+        unet = sum(weight.numel() * weight.element_size() for weight in model.unet.parameters())
+        text = sum(weight.numel() * weight.element_size() for weight in model.text_encoders[0].parameters())
+        model.make_room()
+        memory.capacity = unet + text - 1
+        with pytest.raises(UserError, match="memory does not suffice"):
+            model.hold("unet", "text_encoders")

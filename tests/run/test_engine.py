@@ -18,7 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping, load
+from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run import Result, engine, file_lender, summary, train
@@ -101,6 +103,21 @@ def test_a_run_leaves_everything_it_promises(settings, tmp_path):
     assert metadata["ss_output_name"] == "disc" and metadata["ss_num_train_images"] == "5"
     assert metadata["modelspec.trigger_phrase"] == "zwx"
     assert "<lora:disc:0.8> zwx" in summary(result)
+
+
+@pytest.mark.skipif(torch_version() < (2, 2), reason="bf16 on the CPU crashes this torch")
+def test_the_layers_of_a_run_compute_with_copies_in_its_format(settings, monkeypatch):
+    """In the order in which a run builds things; the joint q, k, v products are known once adapters are attached."""
+    found = []
+    begin = AdapterSet.begin_step
+
+    def look(adapters, *arguments):
+        found.append([joint.copies is not None for joint in adapters.joints])
+        return begin(adapters, *arguments)
+
+    monkeypatch.setattr(AdapterSet, "begin_step", look)
+    run(settings, mixed_precision="bf16", max_train_steps=1)
+    assert found[0] and all(found[0])
 
 
 @pytest.mark.parametrize("resume, words", [("auto", "same command"), ("never", "resume: auto")])

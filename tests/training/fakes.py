@@ -112,6 +112,9 @@ class FakeModel:
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.checkpointing = enabled
 
+    def hold(self, *parts: str) -> None:
+        pass
+
     def addresses(self) -> tuple[int, ...]:
         return ()
 

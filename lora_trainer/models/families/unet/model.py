@@ -172,6 +172,12 @@ class DiffusionModel:
             if self.residency is not None:
                 self.residency.forget(part)
 
+    def hold(self, *parts: str) -> None:
+        """Keep these parts on the device for the rest of the run, because they learn."""
+        if self.residency is not None:
+            for part in parts:
+                self.residency.hold(part)
+
     def make_room(self) -> None:
         """Take what a training step does not need off the device; it comes back when it is needed."""
         if self.residency is not None:
