@@ -146,9 +146,13 @@
         if (form.continues) app.setText(origin, app.t("Continues from {name}: its LoRA is the beginning.", form.continues));
     };
 
+    // Settings without a control, which a settings file can have: kept as they came.
+    const UNSEEN = ["plugins", "augmentations", "regularisers"];
+
     /** What the API gets: everything that differs from the defaults. */
     form.settings = function() {
         const settings = {};
+        UNSEEN.filter((name) => name in form.given).forEach((name) => { settings[name] = form.given[name]; });
         form.controls().forEach(({dataset: {setting: name}}) => {
             const value = form.value(name);
             if (!same(value, form.defaults[name])) settings[name] = value;
@@ -165,6 +169,7 @@
         form.continues = continues;
         for (const [name, value] of Object.entries(rest)) {
             if (name in form.defaults && !same(value, form.defaults[name])) form.given[name] = value;
+            if (UNSEEN.includes(name) && value && Object.keys(value).length) form.given[name] = value;
         }
         form.faithful = true;
         form.clearProblems();

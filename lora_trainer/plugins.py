@@ -146,7 +146,10 @@ def load_configured() -> None:
 def is_loaded(path: str | Path) -> bool:
     """Whether a file or folder was loaded by whoever runs the trainer."""
     load_configured()
-    return str(Path(path).expanduser().resolve()) in _loaded
+    try:
+        return str(Path(path).expanduser().resolve()) in _loaded
+    except (OSError, RuntimeError):  # the home of nobody, or links in a circle
+        return False
 
 
 def _find(kind: str, name: str) -> Plugin | None:

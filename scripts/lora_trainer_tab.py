@@ -57,7 +57,10 @@ def on_ui_tabs():
 
 
 def on_ui_settings():
-    from lora_trainer.ui.settings import OPTIONS
+    try:
+        from lora_trainer.ui.settings import OPTIONS
+    except ImportError:
+        return  # the tab says which package is missing
 
     for option in OPTIONS:
         component, arguments = None, None  # a checkbox, by the default's type

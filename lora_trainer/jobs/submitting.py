@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     config = from_mapping(read_settings(settings))
     if not config.train_data_dir:
         raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
-    if config.merge_into_base and not Path(config.merge_into_base).expanduser().is_absolute():
+    if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
         message = f"{config.merge_into_base} does not say in which folder."
         raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
     return confine_config(config, host.folders().data, host.access(), known_models(host))

@@ -243,7 +243,7 @@ class BatchSource:
             raise UserError(
                 "The captions cannot be encoded in the GPU's memory.",
                 field="device",
-                remedy="Close other programs that use the GPU, or train on the CPU (device: cpu).",
+                remedy="Close other programs that use the GPU.",
             ) from error
 
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:

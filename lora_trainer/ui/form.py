@@ -84,7 +84,10 @@ def control(name: str, attributes: dict[str, Any], placeholder: str | None = Non
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     optional = origin in (types.UnionType, typing.Union)
     if optional:
-        kind = next(option for option in options if option is not type(None))
+        kinds = [option for option in options if option is not type(None)]
+        if len(kinds) > 1:  # a word or a number, such as "auto", 5, or empty for none
+            return _text(str(default), "number", attributes | {"inputmode": "text"}, placeholder)
+        (kind,) = kinds
         origin, options = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:
         options = ("", "true", "false") if optional else ("false", "true")
@@ -121,8 +124,8 @@ def _of_plugins(name: str) -> list[str]:
 
 
 def _text(value: str, kind: str, attributes: dict[str, Any], placeholder: str | None) -> Markup:
-    mode = "decimal" if kind == "number" else None
-    return tag("input", type="text", value=value, inputmode=mode, autocomplete="off", spellcheck="false",
+    attributes = {"inputmode": "decimal" if kind == "number" else None, **attributes}
+    return tag("input", type="text", value=value, autocomplete="off", spellcheck="false",
                placeholder=placeholder, **attributes, data_type=kind)  # fmt: skip
 
 

@@ -101,12 +101,18 @@ class A1111Lender(WebuiLender):
     def _bind(self, tensors: dict[str, Tensor]) -> None:
         # With --medvram what is not on the device is brought there later, by its owner.
         self._lent.bind(tensors, move=not self._residence.one_at_a_time)
+        if self._own_vae and self._residence.has_vae:
+            self._rebind("vae", True)
 
     def _rebind(self, part: str, is_here: bool) -> None:
         if self._model is not None and part in self._parts():
             # A VAE of the run's own follows the host's.
             self._model.bind(self._tensors(), parts=(part,), move=is_here)
             self._snapshot.settle(self._tensors())
+
+    def _step_aside(self) -> None:
+        super()._step_aside()
+        self._residence.unpark()
 
     def make_room(self) -> None:
         self._residence.make_room(self._parts())

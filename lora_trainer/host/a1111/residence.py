@@ -31,6 +31,7 @@ class Residence:
         self._hooks: list[Any] = []
         self._text_learns = False
         self._spare: frozenset[str] = frozenset()  # parts that make room during our turns
+        self._parked = False  # they are in main memory now
         self._sent_away: list[Any] = []  # the host's other models
         self._was_parked = not self.one_at_a_time and not self._on_device("unet")
 
@@ -45,6 +46,8 @@ class Residence:
     def enter(self) -> None:
         """The host's model is where the turn needs it."""
         if self.one_at_a_time:
+            if not self._hooks:  # the model is built next, from main memory, from where its hooks call the parts
+                self._send_to_memory()
             return
         if not all(self._on_device(part) for part in PARTS):
             # The user unloaded it, which moves it to main memory.
@@ -76,8 +79,7 @@ class Residence:
     def leave(self, somebody_waits: bool) -> None:
         """The host finds its parts where it left them. Memory is freed only for somebody: moving the weights back and
         forth at every step would cost more."""
-        for part in self._spare:
-            self._host.roots[part].to(self._device)
+        self.unpark()
         if somebody_waits and self._device != CPU:
             if self.one_at_a_time:
                 self._evict()
@@ -92,6 +94,8 @@ class Residence:
             self._send_to_memory()
         elif self._was_parked:
             sd_models.send_model_to_cpu(self._host.sd_model)
+        else:
+            self.unpark()
         for sd_model in self._sent_away:
             if sd_model in sd_models.model_data.loaded_sd_models:
                 sd_models.send_model_to_device(sd_model)
@@ -126,8 +130,21 @@ class Residence:
                 roots[part].to(CPU)
 
     def _park(self) -> None:
+        self._parked = True
         for part in self._spare:
             self._host.roots[part].to(CPU)
+
+    def unpark(self) -> None:
+        """The host finds its parts where it left them."""
+        if self._parked:
+            for part in self._spare:
+                self._host.roots[part].to(self._device)
+        self._parked = False
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the host's VAE is on the device although parts are there one at a time: no hook will call ours."""
+        return self.one_at_a_time and self._on_device("vae")
 
     def _on_device(self, part: str) -> bool:
         return self._host.device(part) == self._device
