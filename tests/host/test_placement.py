@@ -204,3 +204,51 @@ def test_an_own_vae_follows_the_webuis_with_medvram(a1111, webui, models):
         lender = a1111.lender("", LenderOptions(vae=str(models / "second.safetensors")))
         with lender.borrow() as model, lender.turn():
             assert model.encode_images(torch.zeros(1, 3, 64, 64)).device.type == "cuda"
+
+
+@pytest.mark.parametrize("part", ["model", "first_stage_model", "cond_stage_model"])
+def test_a_part_may_lie_on_the_device_as_a_run_with_medvram_begins(a1111, webui, part):
+    """A1111 leaves the text encoder there when it has loaded a model, and any part when a picture is broken off."""
+    with pretended_gpu():
+        webui.devices.device, webui.model.lowvram = CUDA, True
+        webui.lowvram.module_in_gpu = getattr(webui.model, part).to(CUDA)
+        lender = a1111.lender("", LenderOptions())
+        with lender.borrow() as model, lender.turn():
+            pixels = torch.zeros(1, 3, 64, 64)
+            assert model.encode_images(pixels).device.type == "cuda"
+            with torch.no_grad():
+                conditioning = model.encode_prompts(["a disc"])
+                latents = torch.zeros(1, 4, 8, 8)
+                assert model.predict(latents, torch.tensor([500]), conditioning, None).device.type == "cuda"
+
+
+def test_an_own_vae_is_used_though_the_webuis_stayed_on_the_device(a1111, webui, models):
+    with pretended_gpu():
+        webui.devices.device, webui.model.lowvram = CUDA, True
+        lender = a1111.lender("", LenderOptions(vae=str(models / "second.safetensors")))
+        with lender.borrow() as model:
+            with lender.turn():
+                expected = model.encode_images(torch.zeros(1, 3, 64, 64)).cpu()
+            webui.model.first_stage_model.to(CUDA)
+            webui.lowvram.module_in_gpu = webui.model.first_stage_model
+            with lender.turn():
+                assert torch.equal(model.encode_images(torch.zeros(1, 3, 64, 64)).cpu(), expected)
+
+
+def test_parts_that_made_room_are_back_after_a_turn_that_could_not_begin(a1111, webui, monkeypatch):
+    with pretended_gpu():
+        webui.devices.device = CUDA
+        webui.model.to(CUDA)
+        lender = a1111.lender("", LenderOptions())
+        with pytest.raises(torch.cuda.OutOfMemoryError), lender.borrow() as model:
+            with lender.turn():
+                model.release("vae", "text_encoders")
+                lender.make_room()
+
+            def short(tensors):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+            monkeypatch.setattr(lender._snapshot, "moved", short)
+            with lender.turn():
+                pass
+        assert places(webui.model) == {"cuda"}

@@ -11,6 +11,7 @@ import pytest
 from lora_trainer.captioning.registry import KINDS
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, settings_where
 from lora_trainer.ui import dataset_tab, markup, results_tab, train_tab
+from lora_trainer.ui.form import control
 from lora_trainer.ui.settings import OPTIONS
 from tests.ui.words import ROOT, read_html, words_of_scripts, words_of_the_server
 
@@ -136,3 +137,8 @@ def test_markup_escapes_what_is_not_markup():
 def test_folders_of_the_server_are_offered_only_where_they_may_be_named():
     assert "lora_trainer_folder" in read_html(train_tab.create_ui(offer_folders=True)).ids
     assert "lora_trainer_folder" not in read_html(train_tab.create_ui(offer_folders=False)).ids
+
+
+def test_a_setting_that_is_a_word_or_a_number_takes_both():
+    markup = control("min_snr_gamma", {})
+    assert "<input" in markup and 'value="auto"' in markup and 'data-type="number"' in markup
