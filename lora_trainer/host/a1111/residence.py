@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lora_trainer.host.a1111.model import HostModel
+from lora_trainer.host.lending import PARTS
 from lora_trainer.models.families.unet.model import DiffusionModel
 
 CPU = torch.device("cpu")
-PARTS = frozenset({"unet", "vae", "text_encoders"})
 
 
 class Residence:
