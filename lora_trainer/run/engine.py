@@ -29,7 +29,7 @@ from lora_trainer.training.loop import Outcome, Previewer, Trainer
 from lora_trainer.training.objectives.base import drawn_for_comparison
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
-from lora_trainer.training.state import StateStore, fingerprint, named_state
+from lora_trainer.training.state import StateStore, named_state, run_digest
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def train(
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)
         run_key = _run_key(config, workload, model, precision.name, initial)
-        outputs = Outputs.of(config, fingerprint(run_key))
+        outputs = Outputs.of(config, run_digest(run_key))
         _refuse_to_overwrite(config, outputs, run_key)
         merging = _merge_paths(config, model, outputs.lora)
         draws_here = previewer is None and bool(config.preview_prompts)
@@ -199,7 +199,7 @@ def _refuse_to_overwrite(config: TrainConfig, outputs: Outputs, run_key: dict[st
     on with it."""
     given = config.resume not in ("auto", "never")
     try:
-        outputs.refuse_to_overwrite(fingerprint(named_state(config.resume).run_key) if given else None)
+        outputs.refuse_to_overwrite(run_digest(named_state(config.resume).run_key) if given else None)
     except UserError as error:
         shorter = StateStore(outputs.directory / "state", outputs.name, run_key).other_length()
         if shorter is not None:

@@ -12,22 +12,22 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
 
-FINGERPRINT_ENTRY = "lora_trainer.run"
-"""Metadata entry of the files we write: the fingerprint of the run that wrote them."""
+RUN_ENTRY = "lora_trainer.run"
+"""Metadata entry of the files we write: the run digest of the run that wrote them."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The paths of one run. ``fingerprint`` names everything that decides on its result."""
+    """The paths of one run. ``run_digest`` names everything that decides on its result."""
 
     directory: Path
     name: str
-    fingerprint: str
+    run_digest: str
     overwrite: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig, fingerprint: str) -> Outputs:
-        return cls(Path(config.output_dir), config.output_name, fingerprint, config.overwrite)
+    def of(cls, config: TrainConfig, run_digest: str) -> Outputs:
+        return cls(Path(config.output_dir), config.output_name, run_digest, config.overwrite)
 
     @property
     def lora(self) -> Path:
@@ -55,7 +55,7 @@ class Outputs:
     def refuse_to_overwrite(self, continued: str | None = None) -> None:
         """Raises UserError when a LoRA of this name is there, finished or saved on the way, that another run made.
 
-        continued: fingerprint of the run that is gone on with; its LoRAs may be replaced.
+        continued: run digest of the run that is gone on with; its LoRAs may be replaced.
         """
         for path in () if self.overwrite else (self.lora, *self._named_as_checkpoints()):
             if path.exists() and not self._is_ours(path) and (continued is None or run_of(path) != continued):
@@ -71,15 +71,15 @@ class Outputs:
         return [path for path in files if path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit()]
 
     def _is_ours(self, path: Path) -> bool:
-        return run_of(path) == self.fingerprint
+        return run_of(path) == self.run_digest
 
     def _has_our_name(self, path: Path) -> bool:
         return run_of(path) is not None and _metadata(path).get("ss_output_name") == self.name
 
 
 def run_of(path: Path) -> str | None:
-    """The fingerprint of the run that wrote a LoRA; None when no run of ours did."""
-    return _metadata(path).get(FINGERPRINT_ENTRY)
+    """The run digest of the run that wrote a LoRA; None when no run of ours did."""
+    return _metadata(path).get(RUN_ENTRY)
 
 
 def _metadata(path: Path) -> dict[str, str]:

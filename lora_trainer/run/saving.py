@@ -19,7 +19,7 @@ from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.tags import tag_frequency
 from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.families import get_family
-from lora_trainer.run.outputs import FINGERPRINT_ENTRY, Outputs
+from lora_trainer.run.outputs import RUN_ENTRY, Outputs
 from lora_trainer.training.callbacks import TrainCallbacks
 
 
@@ -43,7 +43,7 @@ class LoraSaver:
     def __call__(self, step: int, epoch: int, kind: str) -> Path:
         """kind: "step" on the way, "stopped" when a person ended the run, "final". Returns the LoRA's path."""
         facts = replace(self.facts, step=step, epoch=epoch, finished_at=time.time())
-        metadata = {**build_metadata(self.config, facts), FINGERPRINT_ENTRY: self.outputs.fingerprint}
+        metadata = {**build_metadata(self.config, facts), RUN_ENTRY: self.outputs.run_digest}
         on_the_way = kind == "step"
         path = self.outputs.checkpoint(step) if on_the_way else self.outputs.lora
         save_lora(self.adapters, path, metadata, self.config.save_precision)

@@ -50,7 +50,7 @@ class TrainingState:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def fingerprint(run_key: Mapping[str, Any]) -> str:
+def run_digest(run_key: Mapping[str, Any]) -> str:
     """8 hexadecimal digits of the SHA-256 of the canonical JSON of ``run_key``."""
     return hashlib.sha256(_canonical(run_key).encode("utf-8")).hexdigest()[:8]
 
@@ -164,9 +164,9 @@ LENGTHS = {"epochs", "max_train_steps"}
 
 
 class StateStore:
-    """The states of one output name: ``<directory>/<name>-<fingerprint>-step00000100.state``.
+    """The states of one output name: ``<directory>/<name>-<run digest>-step00000100.state``.
 
-    The fingerprint keeps runs of the same name with other settings apart: none ever replaces another's states.
+    The digest keeps runs of the same name with other settings apart: none ever replaces another's states.
     """
 
     def __init__(
@@ -184,13 +184,13 @@ class StateStore:
         self._keep = keep
 
     def path(self, step: int) -> Path:
-        return self.directory / f"{self.name}-{fingerprint(self.run_key)}-step{step:08d}.state"
+        return self.directory / f"{self.name}-{run_digest(self.run_key)}-step{step:08d}.state"
 
     def save(self, state: TrainingState) -> Path:
         """Write the state; only when it is in place are older ones of the same run removed, all but ``keep`` - 1."""
         path = self.path(state.step)
         write_state(path, state)
-        ours = fingerprint(self.run_key)
+        ours = run_digest(self.run_key)
         older = [old for mark, step, old in self._listing() if mark == ours and step < state.step]
         for old in older[self._keep - 1 :]:
             old.unlink(missing_ok=True)
@@ -198,7 +198,7 @@ class StateStore:
 
     def newest(self) -> TrainingState | None:
         """The newest whole state of a run with this key. Damaged ones are passed over with a warning."""
-        ours = fingerprint(self.run_key)
+        ours = run_digest(self.run_key)
         for mark, _, path in self._listing():
             if mark == ours:
                 try:
@@ -209,7 +209,7 @@ class StateStore:
 
     def other_settings(self) -> list[str]:
         """What the newest state of this name with another run key had different; empty when there is none."""
-        ours = fingerprint(self.run_key)
+        ours = run_digest(self.run_key)
         for mark, _, path in self._listing():
             if mark != ours:
                 try:
@@ -251,7 +251,7 @@ class StateStore:
         return state
 
     def _listing(self) -> list[tuple[str, int, Path]]:
-        """(fingerprint, step, path) of this name's states; the highest step first."""
+        """(run digest, step, path) of this name's states; the highest step first."""
         pattern = re.compile(re.escape(self.name) + r"-([0-9a-f]{8})-step(\d+)\.state")
         paths = self.directory.iterdir() if self.directory.is_dir() else ()
         found = [(match[1], int(match[2]), path) for path in paths if (match := pattern.fullmatch(path.name))]

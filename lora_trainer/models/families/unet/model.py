@@ -92,16 +92,16 @@ class DiffusionModel:
         self.residency = Residency(lambda part: self.bind(tensors, [part]), self._unbind) if reload else None
         # One after the other: where memory lacks, each takes the place of those before it.
         self._load(tensors, "vae")
-        self.vae_key = fingerprint(self._vae_bindings, f"{architecture.family} vae")
+        self.vae_key = weights_digest(self._vae_bindings, f"{architecture.family} vae")
         self._load(tensors, "text_encoders")
-        self.text_key = fingerprint(self._text_bindings, f"{architecture.family} text clip_skip={clip_skip}")
+        self.text_key = weights_digest(self._text_bindings, f"{architecture.family} text clip_skip={clip_skip}")
         for encoder in self.text_encoders:
             for name, buffer in encoder.named_buffers():
                 if buffer.is_meta:
                     raise RuntimeError(f"the buffer {name} was left on meta")
             encoder.to(device)  # buffers only: the parameters are there already
         self._load(tensors, "unet")
-        self.network_key = fingerprint(self._unet_bindings, f"{architecture.family} unet")
+        self.network_key = weights_digest(self._unet_bindings, f"{architecture.family} unet")
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ def _require_grad(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fingerprint(bindings: Sequence[Binding], salt: str) -> str:
+def weights_digest(bindings: Sequence[Binding], salt: str) -> str:
     """SHA-256 over names, shapes and up to 32 values of every bound tensor: cheap, and other weights give another."""
     digest = hashlib.sha256(salt.encode())
     samples = []
