@@ -14,6 +14,7 @@
 
     estimate.now = async function() {
         clearTimeout(timer);
+        timer = null;
         if (running) running.abort();
         const mine = (running = new AbortController());
         try {
@@ -89,6 +90,7 @@
         app.setText(button, app.t("Starting …"));
         try {
             if (app.pictures.busy) await app.pictures.busy;
+            if (timer !== null) await estimate.now(); // what is suggested follows the last change, too
             app.live.askForNotifications();
             const {continues} = app.form;
             const settings = app.form.settings();

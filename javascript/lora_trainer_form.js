@@ -2,7 +2,13 @@
 (function(app) {
     "use strict";
 
-    const form = (app.form = {given: {}, suggested: {}, defaults: {}, continues: null, faithful: false, started: null, told: null});
+    const form = (app.form = {
+        given: {}, filled: {}, untouched: new Set(), suggested: {}, own: {}, defaults: {},
+        continues: null, faithful: false, started: null, told: null,
+    });
+    // filled, untouched: what an earlier run or a file set, of settings that go with others; and those of them that
+    // nobody touched since
+    // own: what the host's settings page gives every new training
     // started: the name under which this form was started last, so that it is no news that it is taken
     // told: what a run said of a setting at its end, until something is changed
     // faithful: the values are an earlier run's; nothing is suggested instead of its defaults
@@ -71,6 +77,7 @@
 
     /** A person chose a value; undefined goes back to the suggestion. */
     form.set = function(name, value) {
+        form.untouched.delete(name);
         if (value === undefined) delete form.given[name];
         else form.given[name] = value;
         form.problem(name, null);
@@ -103,12 +110,14 @@
 
     form.store = () =>
         app.remember("form", {
-            given: form.given, kind: form.kind(), folder: app.pictures.chosen,
+            given: form.given, filled: form.filled, untouched: [...form.untouched], kind: form.kind(), folder: app.pictures.chosen,
             continues: form.continues, faithful: form.faithful, started: form.started,
         });
 
     form.restore = function(remembered) {
         form.given = remembered.given || {};
+        form.filled = remembered.filled || {};
+        form.untouched = new Set(remembered.untouched || []);
         form.continues = remembered.continues || null;
         form.faithful = Boolean(remembered.faithful);
         form.started = remembered.started || null;
@@ -117,9 +126,14 @@
 
     form.show = (name) => write(form.control(name), form.value(name));
 
+    form.touched = (name) => name in form.given && !form.untouched.has(name);
+    form.suggestion = (name) => (form.suggested[name] !== undefined ? form.suggested[name] : form.defaults[name]);
+
+    /** What a setting was before anybody touched the form. */
+    form.base = (name) => (name in form.filled ? form.filled[name] : form.suggestion(name));
+
     form.value = (name) =>
-        name in form.given ? form.given[name]
-            : form.suggested[name] !== undefined ? form.suggested[name] : form.defaults[name];
+        form.touched(name) ? form.given[name] : name in form.own ? form.own[name] : app.follow.value(name);
 
     /** Put into every control what the run would use; not into the one that is being typed in. */
     form.display = function(typing) {
@@ -139,6 +153,7 @@
             const count = groups[node.dataset.changed];
             app.setText(node, count ? app.t("{n} changed", {n: count}) : "");
         });
+        app.follow.show();
         app.setText(app.get("changed"), changed ? app.t("{n} changed", {n: changed}) : "");
         document.querySelectorAll("#lora_trainer [data-hint]").forEach((node) => app.show(node, node.dataset.hint === form.kind()));
         const origin = app.get("origin");
@@ -149,14 +164,15 @@
     // Settings without a control, which a settings file can have: kept as they came.
     const UNSEEN = ["plugins", "augmentations", "regularisers"];
 
-    /** What the API gets: everything that differs from the defaults. */
+    /** What the API gets: everything that differs from the defaults or was chosen. */
     form.settings = function() {
         const settings = {};
         UNSEEN.filter((name) => name in form.given).forEach((name) => { settings[name] = form.given[name]; });
         form.controls().forEach(({dataset: {setting: name}}) => {
             const value = form.value(name);
-            if (!same(value, form.defaults[name])) settings[name] = value;
+            if (form.touched(name) || !same(value, form.defaults[name])) settings[name] = value;
         });
+        if (settings.max_train_steps && !("epochs" in form.given)) delete settings.epochs; // only suggested, and without effect
         settings.train_data_dir = app.pictures.chosen || "";
         return settings;
     };
@@ -165,12 +181,16 @@
     form.fill = function(settings, {continues = null} = {}) {
         const {train_data_dir: folder, ...rest} = settings;
         form.given = {};
+        form.filled = {};
         form.suggested = {};
+        form.own = {};
         form.continues = continues;
         for (const [name, value] of Object.entries(rest)) {
             if (name in form.defaults && !same(value, form.defaults[name])) form.given[name] = value;
+            if (app.follow.concerns(name)) form.filled[name] = value;
             if (UNSEEN.includes(name) && value && Object.keys(value).length) form.given[name] = value;
         }
+        form.untouched = new Set(Object.keys(form.filled));
         form.faithful = true;
         form.clearProblems();
         if (folder) app.pictures.choose(folder);
@@ -233,7 +253,8 @@
         if (family) query.set("family", family);
         const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
-        const fits = form.faithful ? {} : {...preset.settings, ...(await form.ownDefaults())};
+        const fits = form.faithful ? {} : preset.settings;
+        form.own = form.faithful ? {} : await form.ownDefaults();
         const {trigger_word, output_name, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, output_name, save_steps, preview_prompts, ...fits};
     };

@@ -199,8 +199,8 @@
     }
 
     function nextSave(job, settings) {
-        const perEpoch = job.total_steps / settings.epochs;
-        const every = [settings.save_steps, settings.save_epochs && Math.round(settings.save_epochs * perEpoch)].filter(Boolean);
+        const perEpoch = settings.max_train_steps ? null : job.total_steps / settings.epochs; // else it is not known
+        const every = [settings.save_steps, settings.save_epochs && perEpoch && Math.round(settings.save_epochs * perEpoch)].filter(Boolean);
         const next = Math.min(job.total_steps, ...every.map((steps) => (Math.floor(job.step / steps) + 1) * steps));
         return next < job.total_steps ? app.t("next save at step {n}", {n: next}) : app.t("next save at the end");
     }

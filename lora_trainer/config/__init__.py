@@ -1,7 +1,7 @@
 """The settings of a run: ``schema`` names them, ``parse`` reads and checks them, ``docs`` explains them."""
 
 from lora_trainer.config.docs import field_docs
-from lora_trainer.config.effects import without_effect
+from lora_trainer.config.effects import never_reached, without_effect
 from lora_trainer.config.foreign import Translation, read_text
 from lora_trainer.config.parse import (
     from_mapping,
@@ -25,6 +25,7 @@ __all__ = [
     "from_mapping",
     "has_trigger",
     "load",
+    "never_reached",
     "parse_folder",
     "parse_prompt",
     "parse_resolution",

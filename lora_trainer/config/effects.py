@@ -76,6 +76,27 @@ def without_effect(config: TrainConfig) -> list[str]:
     return idle + ignored_flags(config.preview_prompts)
 
 
+def never_reached(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
+    """A sentence for each interval or rise that is longer than a run of ``steps``."""
+    save_epochs = config.save_epochs and config.save_epochs * steps_per_epoch
+    intervals = [
+        ("save_steps", config.save_steps, "nothing is saved on the way"),
+        ("save_epochs", save_epochs, "nothing is saved on the way"),
+        ("preview_steps", config.preview_prompts and config.preview_steps, "previews are drawn at the end alone"),
+    ]
+    told = [
+        f"{name}: {getattr(config, name)} is more than this run has ({steps} steps): {meaning}."
+        for name, interval, meaning in intervals
+        if interval and interval > steps
+    ]
+    if (warmup := config.warmup_steps(steps)) >= steps:
+        told.append(
+            f"lr_warmup_steps ({warmup}) is as long as the training ({steps} steps): "
+            "the learning rate never reaches learning_rate."
+        )
+    return told
+
+
 def _shown(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

@@ -6,7 +6,7 @@ import math
 import threading
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config import TrainConfig, without_effect
+from lora_trainer.config import TrainConfig, never_reached, without_effect
 from lora_trainer.errors import Problem
 from lora_trainer.planning.cost import PastRuns, cost
 
@@ -57,7 +57,7 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         "pictures": len(dataset.samples) - regularization,
         "regularization_pictures": regularization,
         "refused": [{"file": str(item.path), "reason": item.reason} for item in dataset.skipped],
-        "warnings": [*without_effect(config), *dataset.warnings],
+        "warnings": [*without_effect(config), *never_reached(config, steps, steps_per_epoch), *dataset.warnings],
         "captioner": captioner,
         "problems": problems,
         "buckets": plan.table(),

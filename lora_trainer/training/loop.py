@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import lora_trainer
-from lora_trainer.config import TrainConfig, with_trigger
+from lora_trainer.config import TrainConfig, never_reached, with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentModel
@@ -307,11 +307,8 @@ class Trainer:
 
     def _warn_about_settings(self) -> None:
         config = self.config
-        if (warmup := config.warmup_steps(self.total_steps)) >= self.total_steps:
-            self.callbacks.on_warning(
-                f"lr_warmup_steps ({warmup}) is as long as the training ({self.total_steps} steps): "
-                "the learning rate never reaches learning_rate."
-            )
+        for warning in never_reached(config, self.total_steps, self.steps_per_epoch):
+            self.callbacks.on_warning(warning)
         if config.optimizer == "prodigy" and config.learning_rate < 0.1:
             self.callbacks.on_warning(
                 f"learning_rate {config.learning_rate:g} scales down what Prodigy finds by itself; 1 is usual."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_trainer.config import from_mapping, to_mapping, without_effect
+from lora_trainer.config import from_mapping, never_reached, to_mapping, without_effect
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,12 @@ def test_min_snr_is_off_where_it_would_silence_the_noise():
     assert from_mapping({"min_snr_gamma": "auto"}) == default
     assert from_mapping({"min_snr_gamma": None}).snr_gamma("epsilon", False) is None
     assert from_mapping({"debiased_estimation": True}).snr_gamma("epsilon", False) is None
+
+
+def test_what_a_run_is_too_short_for_is_said_with_the_number():
+    config = from_mapping(
+        {"save_steps": 9, "save_epochs": 4, "preview_prompts": ["x"], "preview_steps": 8, "lr_warmup_steps": 7}
+    )
+    told = never_reached(config, 6, 2)
+    assert [one.split()[0] for one in told] == ["save_steps:", "save_epochs:", "preview_steps:", "lr_warmup_steps"]
+    assert all("6 steps" in one for one in told) and not never_reached(config, 9, 2)
