@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lora_trainer.config.prompts import ignored_flags
 from lora_trainer.config.schema import TrainConfig
@@ -64,14 +65,17 @@ _DEPENDENCES = (
 )
 
 
-def without_effect(config: TrainConfig) -> list[str]:
-    """A sentence for each setting that is not at its default and changes nothing beside the others."""
+def without_effect(config: TrainConfig, unused: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """A sentence for each setting that is not at its default and changes nothing beside the others.
+
+    unused: settings that the base model's family does not use, each with the reason (``Family.unused``).
+    """
     default = TrainConfig()
+    reasons = {name: it.otherwise for it in _DEPENDENCES if not it.when(config) for name in it.names} | dict(unused)
     idle = [
-        f"{name}: {_shown(getattr(config, name))} has no effect, because {dependence.otherwise}."
-        for dependence in _DEPENDENCES
-        for name in dependence.names
-        if getattr(config, name) != getattr(default, name) and not dependence.when(config)
+        f"{name}: {_shown(getattr(config, name))} has no effect, because {reason}."
+        for name, reason in reasons.items()
+        if getattr(config, name) != getattr(default, name)
     ]
     return idle + ignored_flags(config.preview_prompts)
 

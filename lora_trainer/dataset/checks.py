@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config import TrainConfig, with_trigger
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.caption_checks import check_captions, orphans
 from lora_trainer.dataset.caption_files import read_captions
@@ -22,6 +22,7 @@ from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.inspection import Picture, inspect
 from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
+from lora_trainer.dataset.notes import notes
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.similarity import find_pairs
@@ -104,7 +105,9 @@ def check_folder(
     sources = read_captions(listing.root, metadata_path, caption_extension, problems=problems, listing=listing)
     looked_at = _inspect_all(listing, edits, progress)
     pictures = {key: found for key, found in looked_at.items() if isinstance(found, Picture)}
-    captions = {key: parse(source.text) for key, source in sources.items() if key in pictures}
+    captions = {
+        key: parse(with_trigger(source.text, trigger_word)) for key, source in sources.items() if key in pictures
+    }
 
     findings = list(_folder_findings(listing, problems))
     findings += [
@@ -126,6 +129,8 @@ def check_folder(
     if refusal:
         remedy = refusal.remedy or "Put right the errors of this report first."
         findings.append(Finding("", "cannot-train", "error", refusal.message, remedy))
+    if dataset:
+        findings += _settings_findings(dataset, config)
     plan = BatchPlan(dataset, sides, batch_size=batch_size, multiple=1) if dataset else None
     findings.sort(key=lambda finding: (_SEVERITIES.index(finding.severity), finding.file, finding.kind))
     return Report(
@@ -184,6 +189,14 @@ def _scan(
         return scan(config, measure=measured), None
     except UserError as error:
         return None, error
+
+
+def _settings_findings(dataset: Dataset, config: TrainConfig) -> Iterator[Finding]:
+    """What a training without further settings would say of these pictures."""
+    for note in notes(dataset, config):
+        keys = tuple(sample.key for sample in note.samples)
+        remedy = note.remedy or "Nothing needs doing if that is meant."
+        yield Finding("", "settings", "warning", note.message, remedy, files=keys)
 
 
 def _folder_findings(listing: Listing, problems: Sequence[CaptionProblem]) -> Iterator[Finding]:

@@ -191,9 +191,11 @@ def _scan_root(
             skipped.append(Skipped(path, "its folder's name says 0 repeats"))
             continue
         written = captions.get(key)
-        trigger_word = "" if is_regularization else config.trigger_word.strip()
-        stands_in = class_tokens or ("" if is_regularization else config.default_caption.strip()) or trigger_word
-        caption = written.text if written else stands_in or source.stand_in
+        texts = {written.path.name: written.text} if written else {}
+        texts["folder"] = class_tokens
+        if not is_regularization:
+            texts |= {"default_caption": config.default_caption.strip(), "trigger_word": config.trigger_word.strip()}
+        caption_from, caption = next(((name, text) for name, text in texts.items() if text), ("", source.stand_in))
         if not caption:
             without_caption.append(path)
             continue
@@ -207,7 +209,7 @@ def _scan_root(
         samples.append(
             Sample(
                 path, source.prefix + key, caption, edit.size(size), edit.digest(digest), repeats, is_regularization,
-                mask_of(listing, key), edit,
+                mask_of(listing, key), edit, caption_from,
             )
         )  # fmt: skip
     if without_caption:

@@ -28,6 +28,7 @@ class Sample:
     size: (width, height) in pixels, after EXIF rotation and ``edit``.
     digest: SHA-256 of the file's bytes, and of ``edit`` where there is one; hexadecimal.
     edit: how the picture is turned and cropped when it is read.
+    caption_from: the name of the file, or of the setting, that gave the caption; "folder" for the class in its name.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Sample:
     is_regularization: bool = False
     mask_path: Path | None = None
     edit: PictureEdit = UNTOUCHED
+    caption_from: str = ""
 
 
 @dataclass(frozen=True)

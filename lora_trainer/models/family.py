@@ -78,6 +78,7 @@ class Family(ABC):
     roomy_bytes: free memory from which on presets suggest batches of several pictures; tight_bytes: below it they
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
+    unused: settings that change nothing with this family, each with the reason.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Family(ABC):
     tight_bytes: int = 4 << 30
     assume_roomy: bool = True
     presets: Mapping[str, Mapping[str, Any]] = {}
+    unused: Mapping[str, str] = {}
 
     # Files --------------------------------------------------------------------------------------------------------
 

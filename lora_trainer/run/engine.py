@@ -14,7 +14,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
 from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml, without_effect
+from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentModel
@@ -92,8 +92,6 @@ def train(
     config = dataclasses.replace(config, output_name=output_name(config))
     initial = check_files(config)
     check_optimizer(config)
-    for sentence in without_effect(config):
-        callbacks.on_warning(sentence)
     workload = Pictures.open(config, lender, callbacks, commands, captioners)
     if workload is None:
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from lora_trainer.config import from_mapping, never_reached, to_mapping, without_effect
+from lora_trainer.models.families import get_family
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,18 @@ def test_what_depends_on_another_setting_is_said(name, value, others):
     assert said.startswith(f"{name}: ") and "has no effect" in said
     assert without_effect(from_mapping({name: value, **others})) == []
     assert without_effect(from_mapping({})) == []
+
+
+@pytest.mark.parametrize(("name", "silent"), [("sd1", True), ("sd2", False), ("sdxl", False)])
+def test_what_the_family_of_the_model_does_not_use_is_said(name, silent):
+    family = get_family(name)
+    said = without_effect(from_mapping({"clip_skip": 2}), family.unused)
+    assert bool(said) != silent and all(text.startswith("clip_skip: 2 has no effect, because ") for text in said)
+    assert without_effect(from_mapping({}), family.unused) == []
+    encoder = SimpleNamespace(text_model=SimpleNamespace(final_layer_norm=lambda layer: layer))
+    output = SimpleNamespace(last_hidden_state="last", hidden_states=["a", "b", "c", "d"])
+    read = [family.hidden_state(encoder, output, skip) for skip in (1, 2, 3)]
+    assert (len(set(read)) == 1) != silent, "as the family's code says"
 
 
 def test_a_rate_for_the_text_encoders_means_training_them():

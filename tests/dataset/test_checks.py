@@ -286,3 +286,21 @@ def test_of_two_that_are_alike_the_smaller_one_may_go(tmp_path, names):
     picture.resize((96, 96)).save(small)
     (finding,) = [one for one in check_folder(tmp_path, resolution=64).findings if one.kind.endswith("duplicate")]
     assert finding.file == small.name and finding.files == (large.name, small.name)
+
+
+def test_what_settings_would_change_is_found(folder):
+    caption(folder / "clean0.jpg", "a {red|blue} **cat**, [trigger]")
+    caption(folder / "clean1.jpg", "a **cat** that sits\na **cat** that runs")
+    found = {finding.message: finding for finding in check_folder(folder).findings if finding.kind == "settings"}
+    trigger, choices = sorted(found.values(), key=lambda finding: "[trigger]" not in finding.message)
+    assert trigger.message == "1 captions hold [trigger], and trigger_word is empty: clean0.jpg."
+    assert (trigger.remedy, trigger.files) == ("Set trigger_word.", ("clean0.jpg",))
+    assert "several lines or {a|b}" in choices.message and "wildcards: true" in choices.remedy
+    assert choices.files == ("clean0.jpg", "clean1.jpg")
+    assert "[trigger]" in check_folder(folder).to_text() and "wildcards: true" in check_folder(folder).to_text()
+
+
+def test_the_place_of_the_trigger_word_counts_as_the_word(folder):
+    for index in range(COUNT):
+        caption(folder / f"clean{index}.jpg", f"**cat** called [trigger], scene {index}")
+    assert "trigger-missing" not in kinds(folder).get("", set()) and "settings" not in kinds(folder).get("", set())

@@ -116,6 +116,29 @@ def test_settings_that_change_nothing_on_these_pictures(tmp_path, values, captio
     assert said in "".join(notes) and bool(notes) == bool(said)
 
 
+@pytest.mark.parametrize("word", ["zwx", ""])
+def test_a_default_caption_that_no_picture_needs_is_said(tmp_path, word):
+    draw_dataset(tmp_path, 2)
+    values = {"default_caption": "a disc", "trigger_word": word}
+    (note,) = scanned(tmp_path, **values).warnings
+    assert note == "default_caption has no effect: each of 2 pictures has a caption without it."
+    (tmp_path / "disc 00.txt").unlink()
+    dataset = scanned(tmp_path, **values)
+    assert dataset.samples[0].caption == "a disc" and not any("no effect" in note for note in dataset.warnings)
+    draw_dataset(tmp_path / "classes" / "2_dog", 2, caption=lambda index: None)
+    assert "default_caption has no effect" in "".join(scanned(tmp_path / "classes", **values).warnings)
+
+
+def test_an_ending_that_no_caption_file_has_is_said(tmp_path):
+    draw_dataset(tmp_path, 2)
+    (note,) = scanned(tmp_path, caption_extension=".tags").warnings
+    assert note == "caption_extension: .tags has no effect: no caption of 2 pictures comes from such a file."
+    write(tmp_path / "disc 00.TAGS", b"a red disc")
+    assert not scanned(tmp_path, caption_extension=".tags").warnings
+    write(tmp_path / "metadata.csv", b"filename,prompt\ndisc 00.png,another\ndisc 01.png,other\n")
+    assert "caption_extension: .tags has no effect" in "".join(scanned(tmp_path, caption_extension=".tags").warnings)
+
+
 def test_a_table_that_says_another_thing_than_the_text_files_is_told(tmp_path):
     draw_dataset(tmp_path, 3)
     write(tmp_path / "metadata.csv", b"filename,prompt\ndisc 00.png,another\ndisc 01.png,other too\n")

@@ -24,7 +24,9 @@ from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run import Result, engine, file_lender, summary, train
+from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from tests.jobs.fakes import FakeLender
 from tests.pictures import draw_dataset
 
 
@@ -447,3 +449,10 @@ def test_a_run_that_had_finished_says_how_it_is_made_longer(settings):
     listener = Listener()
     run(settings, listener)
     assert any("raise epochs and set resume: " in warning for warning in listener.warnings)
+
+
+def test_a_run_says_what_the_models_family_does_not_use(settings):
+    listener = Listener()
+    config = from_mapping({**settings, "clip_skip": 2, "conv_alpha": 2})
+    Pictures.open(config, FakeLender("sdxl"), listener, TrainCommands())
+    assert [text.partition(":")[0] for text in listener.warnings] == ["conv_alpha", "clip_skip"]

@@ -53,6 +53,7 @@ class SD2(UNetFamily):
     card_version = "SD2"
     lora_versions = ("sd_v2",)
     is_v2 = True
+    unused: Mapping[str, str] = {"clip_skip": "Stable Diffusion 2 fixes the layer of its text encoder"}
     text_encoders = (TextRules("cond_stage_model.", open_clip=True, skips_last=True),)
 
     def _resembles(self, shapes: Shapes) -> bool:

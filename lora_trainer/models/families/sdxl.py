@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class SDXL(UNetFamily):
     )
     names_of_file = True
     text_prefixes = ("lora_te1", "lora_te2")
+    unused: Mapping[str, str] = {"clip_skip": "SDXL fixes the layer of its text encoders"}
     implementation = "https://github.com/Stability-AI/generative-models"
     roomy_bytes, tight_bytes, assume_roomy = 20 << 30, 10 << 30, False
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import TrainConfig
+from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.folder import scan
@@ -56,6 +56,9 @@ class Pictures:
             UserError: there is nothing to train on, or the model cannot be trained.
         """
         info = lender.describe()
+        family = get_family(info.family)
+        for sentence in without_effect(config, family.unused):
+            callbacks.on_warning(sentence)
         captioned = caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
         if captioned is not None and captioned.cancelled:
             callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
@@ -65,7 +68,6 @@ class Pictures:
             callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
         for warning in dataset.warnings:
             callbacks.on_warning(warning)
-        family = get_family(info.family)
         plan = BatchPlan.from_config(dataset, config, family.default_resolution(info), family.latents.multiple)
         return cls(config, lender, info, dataset, plan, callbacks.on_warning)
 
