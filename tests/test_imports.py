@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "captioning": LEAVES,
     "training": LEAVES | {"dataset", "adapters", "models", "captioning"},
     "run": LEAVES | {"dataset", "adapters", "models", "captioning", "training"},
+    "loras": LEAVES | {"adapters", "models", "run"},
     "host": LEAVES | {"models", "adapters", "captioning", "training", "run"},
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
     "planning": LEAVES | {"dataset", "captioning", "adapters", "models", "training", "run", "host"},

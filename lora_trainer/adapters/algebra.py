@@ -94,26 +94,29 @@ def decompose(weight: Tensor, delta: Tensor, dora_scale: Tensor, axis: int = 1) 
     return (weight + delta) * dora_gain(weight, delta, dora_scale, axis)
 
 
-def truncated_factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncated_factors(delta: Tensor, rank: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
     """The best approximation of ``delta`` (out, in) of this rank (Eckart–Young), as (down (r, in), up (out, r)).
 
-    r is at most ``rank`` and at most the number of singular values that are not zero. Both factors get the square
-    root of the singular values.
+    r is at most ``rank``, at most the number of singular values that are not zero, and no more than it takes for
+    ``share`` of the squared Frobenius norm. Both factors get the square root of the singular values.
     """
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    return _split(u, s, vh, rank)
+    return _split(u, s, vh, rank, share)
 
 
-def truncated_product(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``truncated_factors(up @ down, rank)`` without ever forming the product: QR of the factors, SVD of r × r."""
+def truncated_product(down: Tensor, up: Tensor, rank: int, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``truncated_factors(up @ down, …)`` without ever forming the product: QR of the factors, SVD of r × r."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T)
-    return _split(q_up @ u, s, vh @ q_down.T, rank)
+    return _split(q_up @ u, s, vh @ q_down.T, rank, share)
 
 
-def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _split(u: Tensor, s: Tensor, vh: Tensor, rank: int, share: float) -> tuple[Tensor, Tensor]:
     threshold = s[:1].sum() * torch.finfo(s.dtype).eps * max(len(u), vh.shape[1])
     keep = min(rank, int((s > threshold).sum()))
+    if share < 1 and keep:
+        energy = s.double().square().cumsum(0)
+        keep = min(keep, int((energy < share * energy[-1]).sum()) + 1)
     root = s[:keep].sqrt()
     return root[:, None] * vh[:keep], u[:, :keep] * root

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lora_trainer.adapters.base import Target
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora import LoraAdapter
 from lora_trainer.adapters.tensor_file import kohya_hashes, serialize
@@ -49,20 +50,36 @@ def save_diffusers(adapters: AdapterSet, path: str | Path, metadata: Mapping[str
     """
     if problem := diffusers_problem(adapters):
         raise UserError(problem, field="export_diffusers", remedy="Switch it off, or use adapter: lora without dora.")
+    factors = [
+        (target, adapter.lora_down.detach(), adapter.lora_up.detach() * adapter.scale)
+        for target, adapter in adapters.items()
+    ]
+    tensors = diffusers_tensors(factors)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / DIFFUSERS_FILE_NAME
+    write_peft_tensors(tensors, path, metadata, dtype)
+
+
+def diffusers_tensors(layers: Iterable[tuple[Target, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Factors under diffusers' names. layers: target, down (r, in[, kh, kw]), and up (out, r[, 1, 1]) with alpha/rank
+    in it. Lower ranks are filled up with zeros to the highest of their part."""
+    layers = list(layers)
     highest: dict[str, int] = {}
-    for target, adapter in adapters.items():
-        highest[target.part] = max(adapter.rank, highest.get(target.part, 0))
+    for target, down, _ in layers:
+        highest[target.part] = max(len(down), highest.get(target.part, 0))
     tensors = {}
-    for target, adapter in adapters.items():
-        down, up = adapter.lora_down.detach(), adapter.lora_up.detach() * adapter.scale
-        missing = highest[target.part] - adapter.rank
+    for target, down, up in layers:
+        missing = highest[target.part] - len(down)
         down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
         up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
         tensors[f"{target.diffusers_name}.lora_A.weight"] = down
         tensors[f"{target.diffusers_name}.lora_B.weight"] = up
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        path = path / DIFFUSERS_FILE_NAME
+    return tensors
+
+
+def write_peft_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], dtype: str) -> None:
+    """Write tensors with PEFT's names, in one step. Raises UserError as ``save_lora``."""
     stored = {name: _stored(name, tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     atomic_write(path, serialize(stored, {"format": "pt", **metadata}))
 

@@ -89,14 +89,19 @@ def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
         raise UserError(f"{base} is not a single .safetensors file.", remedy="Merge into such a file.")
     if not base.is_file():
         raise UserError(f"{base} does not exist.")
+    check_output(output, (base, lora), overwrite)
+
+
+def check_output(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Raises UserError when ``output`` cannot be written as a .safetensors file beside what is read."""
     if output.suffix.lower() != ".safetensors":
-        raise UserError(f"{output} does not end in .safetensors.")
+        raise UserError(f"{output} does not end in .safetensors.", remedy="Choose such a name.")
     if output.is_dir():
         raise UserError(f"{output} is a folder.", remedy="Choose another name.")
     place = next(folder for folder in output.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{output} cannot be written: {place} is no folder to write to.", remedy="Choose another one.")
-    if any(output.resolve() == source.resolve() or _same_file(output, source) for source in (base, lora)):
+    if any(output.resolve() == source.resolve() or _same_file(output, source) for source in sources):
         raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
     if output.exists() and not overwrite:
         remedy = "Choose another name or set overwrite."
@@ -109,23 +114,32 @@ def _same_file(one: Path, other: Path) -> bool:
 
 def _plan(matched: dict[str, ModuleWeights], targets: Sequence[Target]) -> dict[str, list[_Part]]:
     """What happens to which tensor of the base's file."""
-    outer = {target.diffusers_name: target.checkpoint_name for target in targets}
+    places = stored_places(targets)
     plan: dict[str, list[_Part]] = {}
     for target in targets:
         weights = matched.get(target.kohya_name)
-        if weights is None:
-            continue
-        shape = weight_shape(target.module)
-        rows, key = slice(0, shape[0]), f"{target.checkpoint_name}.weight"
+        if weights is not None:
+            key, rows = places[target.kohya_name]
+            plan.setdefault(key, []).append(_Part(weights, weight_shape(target.module), rows))
+    return plan
+
+
+def stored_places(targets: Sequence[Target]) -> dict[str, tuple[str, slice]]:
+    """Where the base's file keeps each layer's weight: the tensor's name and its rows, by the target's kohya name."""
+    outer = {target.diffusers_name: target.checkpoint_name for target in targets}
+    places = {}
+    for target in targets:
+        height = weight_shape(target.module)[0]
+        key, rows = f"{target.checkpoint_name}.weight", slice(0, height)
         if target.checkpoint_name is None:
             stem, _, name = target.diffusers_name.rpartition(".")
             sibling = outer.get(f"{stem}.out_proj")
             if name not in _FUSED or sibling is None:
                 raise ValueError(f"{target.diffusers_name}: where the base's file keeps it is not known.")
-            start = _FUSED.index(name) * shape[0]
-            rows, key = slice(start, start + shape[0]), f"{sibling.removesuffix('.out_proj')}.in_proj_weight"
-        plan.setdefault(key, []).append(_Part(weights, shape, rows))
-    return plan
+            start = _FUSED.index(name) * height
+            key, rows = f"{sibling.removesuffix('.out_proj')}.in_proj_weight", slice(start, start + height)
+        places[target.kohya_name] = key, rows
+    return places
 
 
 def _changed(stored: Tensor, parts: list[_Part], weight: float, lora: Path) -> Tensor:

@@ -40,6 +40,8 @@ def add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what a LoRA file is", description=info.__doc__)
     parser.add_argument("lora", type=Path, metavar="LORA", help="LoRA file (.safetensors)")
     parser.add_argument("--json", action="store_true", help="print it as JSON, with all metadata")
+    parser.add_argument("--blocks", action="store_true", help="add how strongly each block of the model is changed")
+    parser.add_argument("--base", type=Path, help="its base model for --blocks, where that is not a usual one")
     parser.set_defaults(run=info)
 
 
@@ -50,15 +52,21 @@ def info(options: argparse.Namespace) -> int:
 
     description = describe(options.lora)
     facts = dataclasses.asdict(description)
+    if options.blocks:
+        from lora_trainer.loras.strength import bars, strength_by_block
+
+        facts["blocks"] = strength_by_block(options.lora, options.base)
     if options.json:
         facts["metadata"] = read_lora(options.lora).metadata
         print(json.dumps(facts, ensure_ascii=False, indent=2, default=str))
         return DONE
     for name, value in facts.items():
-        if value not in (None, (), {}) and name != "problems":
+        if value not in (None, (), {}) and name not in ("problems", "blocks"):
             print(f"{name.replace('_', ' ') + ':':<16}{_words(value)}")
     for problem in description.problems:
         print(f"problem:        {problem}")
+    if options.blocks:
+        print(*bars(facts["blocks"]), sep="\n")
     return DONE
 
 

@@ -79,6 +79,8 @@ class Family(ABC):
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
     unused: settings that change nothing with this family, each with the reason.
+    usual: what the models that people use are made of, without a VAE: it names the layers of a LoRA whose base is not
+    at hand. None where there is no such model.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Family(ABC):
     assume_roomy: bool = True
     presets: Mapping[str, Mapping[str, Any]] = {}
     unused: Mapping[str, str] = {}
+    usual: ModelArchitecture | None = None
 
     # Files --------------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.families.unet.architecture import Architecture
+from lora_trainer.models.families.unet.architecture import Architecture, UNetShape, clip_l, open_clip_text
 from lora_trainer.models.families.unet.binding import build_unet, text_body
 from lora_trainer.models.families.unet.family import UNetFamily
 from lora_trainer.models.families.unet.shapes import ADDED, CLASSES, TextRules, linear_projections
 from lora_trainer.models.family import Shapes
+
+_UNET: dict[str, Any] = {
+    "channels": (320, 640, 1280, 1280),
+    "layers": (2, 2, 2, 2),
+    "depths": (1, 1, 1, 0),
+    "mid_depth": 1,
+}
 
 
 class SD1(UNetFamily):
@@ -25,6 +32,12 @@ class SD1(UNetFamily):
     lora_versions = ("sd_v1", "sd_1.5")
     text_encoders = (TextRules("cond_stage_model."),)
     heads = 8
+    usual = Architecture(
+        "sd1",
+        UNetShape(**_UNET, heads=(8, 8, 8, 8), context_dim=768, linear_projection=False),
+        None,
+        (clip_l("cond_stage_model.transformer."),),
+    )
 
     def _resembles(self, shapes: Shapes) -> bool:
         return not {ADDED, CLASSES} & shapes.keys() and linear_projections(shapes) is False
@@ -55,6 +68,12 @@ class SD2(UNetFamily):
     is_v2 = True
     unused: Mapping[str, str] = {"clip_skip": "Stable Diffusion 2 fixes the layer of its text encoder"}
     text_encoders = (TextRules("cond_stage_model.", open_clip=True, skips_last=True),)
+    usual = Architecture(
+        "sd2",
+        UNetShape(**_UNET, heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
+        None,
+        (open_clip_text("cond_stage_model.model.", 1024, 23),),
+    )
 
     def _resembles(self, shapes: Shapes) -> bool:
         return not {ADDED, CLASSES} & shapes.keys() and linear_projections(shapes) is True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.models.base import ModelInfo
+from lora_trainer.models.families.unet.architecture import Architecture, UNetShape, clip_l, open_clip_text
 from lora_trainer.models.families.unet.family import UNetFamily
 from lora_trainer.models.families.unet.names import block_of_sgm_name
 from lora_trainer.models.families.unet.shapes import ADDED, TextRules
@@ -27,6 +28,15 @@ class SDXL(UNetFamily):
     text_encoders = (
         TextRules("conditioner.embedders.0."),
         TextRules("conditioner.embedders.1.", open_clip=True, projected=True),
+    )
+    usual = Architecture(
+        "sdxl",
+        UNetShape((320, 640, 1280), (2, 2, 2), (0, 2, 10), 10, (5, 10, 20), 2048, True, 2816),
+        None,
+        (
+            clip_l("conditioner.embedders.0.transformer."),
+            open_clip_text("conditioner.embedders.1.model.", 1280, 32, projection=1280),
+        ),
     )
     names_of_file = True
     text_prefixes = ("lora_te1", "lora_te2")

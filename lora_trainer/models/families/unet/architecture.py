@@ -68,3 +68,14 @@ class Architecture:
         """The VAE of a model that has one, as every model that can be built (``Family.check_complete``)."""
         assert self.vae is not None
         return self.vae
+
+
+def clip_l(prefix: str) -> TextShape:
+    """OpenAI's CLIP ViT-L/14, the text encoder of SD 1 and the first one of SDXL. prefix: see ``TextShape``."""
+    return TextShape(prefix, "transformers", 768, 12, 3072, 12, "quick_gelu", 49408, 77, None, "eos")
+
+
+def open_clip_text(prefix: str, width: int, layers: int, projection: int | None = None) -> TextShape:
+    """A text encoder of open_clip with heads of 64 channels: ViT-H (SD 2) or ViT-bigG (SDXL)."""
+    heads = width // 64
+    return TextShape(prefix, "open_clip", width, layers, 4 * width, heads, "gelu", 49408, 77, projection, "zero")

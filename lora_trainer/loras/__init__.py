@@ -1,0 +1,1 @@
+"""Tools on finished LoRA files: each reads files and writes a new one; nothing is changed in place."""
