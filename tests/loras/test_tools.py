@@ -236,7 +236,15 @@ def test_edited_metadata_leaves_the_weights_and_the_webuis_hash(tmp_path, target
 
 
 def _dora(folder, targets):
-    return make(folder / "dora.safetensors", targets, lora_rank=2, dora=True)
+    path = make(folder / "dora.safetensors", targets, lora_rank=2)
+    tensors = load_file(path)
+    magnitudes = {
+        name.replace("lora_down.weight", "dora_scale"): torch.ones(1, *tensor.shape[1:2], *[1] * (tensor.dim() - 2))
+        for name, tensor in tensors.items()
+        if name.endswith("lora_down.weight")
+    }
+    save_file({**tensors, **magnitudes}, path, META)
+    return path
 
 
 REFUSED = {
@@ -271,7 +279,7 @@ def test_refusals_are_one_message_and_write_nothing(tmp_path, capsys, base, targ
     if "{dora}" in str(arguments):
         places["dora"] = _dora(tmp_path, targets)
     if "{xl}" in str(arguments):
-        xl = [t for t in targets_of(families()["sdxl"].usual) if t.block == 11 and t.group == "attention"][:2]
+        xl = [t for t in targets_of(families()["sdxl"].usual) if "blocks.9." in t.diffusers_name][:2]
         usual = [t for t in targets_of(families()["sd1"].usual) if t.block == 12 and t.group == "attention"][:2]
         places["xl"] = make(tmp_path / "xl.safetensors", xl, lora_rank=1, metadata={})
         places["lora"] = make(tmp_path / "sd1.safetensors", usual, lora_rank=1)
