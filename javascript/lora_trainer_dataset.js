@@ -135,7 +135,8 @@
         if (!running) return;
         const share = task.total ? Math.round(100 * task.done / task.total) : 0;
         const text = task.kind === "caption" ? app.t("Describing the pictures") : app.t("Checking the pictures");
-        app.setText(app.get("editor_task_text"), task.total ? `${text} · ${task.done} / ${task.total}` : text + " …");
+        app.setText(app.get("editor_task_text"), text + " …");
+        app.setText(app.get("editor_task_count"), task.total ? `${task.done} / ${task.total}` : "");
         app.get("editor_bar_fill").style.width = share + "%";
         app.get("editor_bar").setAttribute("aria-valuenow", share);
     }
@@ -327,7 +328,7 @@
             done();
             editor.picture.edit();
         } else if (key === "Escape") {
-            editor.picture.endCrop();
+            editor.crop.end();
         }
     }
 })(loraTrainer);

@@ -4,12 +4,9 @@
 
     const PREVIEW_MS = 200;
     const SIDES = [640, 1024]; // least and most pixels of the canvas's longer side
-    const SMALLEST_CROP = 0.05;
     const editor = app.editor;
     const picture = (editor.picture = {});
     let image = null; // what is drawn, with the row it belongs to
-    let crop = null; // the rectangle being dragged: [left, top, right, bottom] as shares
-    let cropping = false;
     let previewing = null;
     let asked = 0;
     let chosen = null; // the tag of the caption whose tools are shown
@@ -18,16 +15,13 @@
         const field = app.get("editor_caption");
         field.addEventListener("input", () => showCaption(field.value));
         field.addEventListener("change", () => editor.act(() => picture.keep()));
-        const canvas = app.get("editor_canvas");
-        canvas.addEventListener("pointerdown", cropBegins);
-        canvas.addEventListener("pointermove", cropMoves);
-        canvas.addEventListener("pointerup", () => editor.act(cropEnds));
+        editor.crop.begin();
         Object.assign(editor.actions, {
             "editor-left": () => turn(270),
             "editor-right": () => turn(90),
-            "editor-crop": () => (cropping ? picture.endCrop() : beginCrop()),
-            "editor-whole": () => change({clear_crop: true}),
-            "editor-exclude": () => change({excluded: !editor.row.excluded}),
+            "editor-crop": () => editor.crop.toggle(),
+            "editor-whole": () => picture.change({clear_crop: true}),
+            "editor-exclude": () => picture.change({excluded: !editor.row.excluded}),
         });
     };
 
@@ -37,7 +31,7 @@
         if (other) await picture.keep();
         app.setText(app.get("editor_place_of"), row ? app.t("{n} of {total}", {n: place, total}) : "");
         if (!other) return picture.follow(row);
-        picture.endCrop();
+        editor.crop.end();
         editor.row = row;
         chosen = null;
         if (!row) return;
@@ -208,14 +202,14 @@
 
     // -- the picture
 
-    const change = (wish) => editor.act(async() => {
-        picture.endCrop();
+    picture.change = (wish) => editor.act(async() => {
+        editor.crop.end();
         if (!editor.row) return;
         await editor.stepped(await editor.call("/pictures/edit", {files: [editor.row.file], ...wish}));
     });
 
     // A crop belongs to the picture as it was turned.
-    const turn = (degrees) => change({rotate: (editor.row.rotate + degrees) % 360, clear_crop: true});
+    const turn = (degrees) => picture.change({rotate: (editor.row.rotate + degrees) % 360, clear_crop: true});
 
     function load() {
         const {row} = editor;
@@ -239,7 +233,7 @@
         next.src = editor.gallery.url(row, "pictures");
     }
 
-    function draw() {
+    const draw = (picture.draw = function() {
         const {row} = editor;
         if (!row || !image || image.file !== row.file) return;
         const canvas = app.get("editor_canvas");
@@ -257,7 +251,7 @@
         paper.drawImage(image.node, -width / 2, -height / 2, width, height);
         paper.setTransform(1, 0, 0, 1, 0, 0);
         canvas.dataset.excluded = row.excluded;
-        const kept = crop || (image.ready ? null : row.crop);
+        const kept = editor.crop.rectangle || (image.ready ? null : row.crop);
         if (!kept) return;
         const [left, top, right, bottom] = kept.map((share, side) => share * (side % 2 ? canvas.height : canvas.width));
         paper.beginPath();
@@ -270,50 +264,5 @@
         paper.strokeStyle = "white";
         paper.lineWidth = Math.max(1, canvas.width / 400);
         paper.strokeRect(left, top, right - left, bottom - top);
-    }
-
-    function beginCrop() {
-        cropping = true;
-        app.get("editor_crop").setAttribute("aria-pressed", "true");
-        app.get("editor_canvas").dataset.cropping = "true";
-        editor.say(app.t("Drag over the part that should stay; Escape ends it."));
-    }
-
-    picture.endCrop = function() {
-        if (!cropping) return;
-        cropping = false;
-        crop = null;
-        app.get("editor_crop").setAttribute("aria-pressed", "false");
-        delete app.get("editor_canvas").dataset.cropping;
-        editor.say("");
-        draw();
-    };
-
-    function share(event) {
-        const box = app.get("editor_canvas").getBoundingClientRect();
-        const within = (value) => Math.min(1, Math.max(0, value));
-        return [within((event.clientX - box.left) / box.width), within((event.clientY - box.top) / box.height)];
-    }
-
-    let corner = null;
-    function cropBegins(event) {
-        if (!cropping) return;
-        event.preventDefault();
-        event.target.setPointerCapture(event.pointerId);
-        corner = share(event);
-    }
-
-    function cropMoves(event) {
-        if (!corner) return;
-        const [x, y] = share(event);
-        crop = [Math.min(x, corner[0]), Math.min(y, corner[1]), Math.max(x, corner[0]), Math.max(y, corner[1])];
-        draw();
-    }
-
-    async function cropEnds() {
-        if (!corner) return;
-        corner = null;
-        const wish = crop;
-        if (wish && wish[2] - wish[0] > SMALLEST_CROP && wish[3] - wish[1] > SMALLEST_CROP) await change({crop: wish});
-    }
+    });
 })(loraTrainer);

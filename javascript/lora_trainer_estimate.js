@@ -88,6 +88,7 @@
         const button = app.get("start");
         button.disabled = true;
         app.setText(button, app.t("Starting …"));
+        let wrong = false;
         try {
             if (app.pictures.busy) await app.pictures.busy;
             if (timer !== null) await estimate.now(); // what is suggested follows the last change, too
@@ -115,12 +116,12 @@
             app.form.started = null;
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
-            const first = document.querySelector("#lora_trainer_form .lora_trainer_problem:not([hidden])");
-            if (first) first.scrollIntoView({block: "center", behavior: "smooth"});
+            wrong = true;
         } finally {
             button.disabled = false;
             app.setText(button, app.t("Start training"));
         }
+        if (wrong) app.form.goToProblem(); // the button, too, can be gone to again
     };
 
     /** What differs from the job that is continued, also where that means a default again. */

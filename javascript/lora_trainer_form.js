@@ -214,12 +214,24 @@
         return true;
     };
 
+    /** Where it is said what is wrong with a setting, in the order of the page. */
+    form.problemPlaces = () => Array.from(document.querySelectorAll("#lora_trainer_tab_train [id^=lora_trainer_problem_]"))
+        .filter((node) => node.id !== "lora_trainer_problem_yaml");
+
+    /** Take the keyboard to the first setting that is wrong. */
+    form.goToProblem = function() {
+        const place = form.problemPlaces().find((node) => !node.hidden);
+        if (!place) return;
+        const name = place.id.slice("lora_trainer_problem_".length);
+        const control = name === "" ? app.get("start") : form.control(name) || app.get("files"); // pictures have no field
+        control.focus({preventScroll: true});
+        place.scrollIntoView({block: "center", behavior: "smooth"});
+    };
+
     form.clearProblems = function() {
-        document.querySelectorAll("#lora_trainer_form .lora_trainer_problem").forEach((node) => {
-            if (node.id !== "lora_trainer_problem_yaml") app.show(node, false);
-        });
+        form.problemPlaces().forEach((node) => app.show(node, false));
         form.controls().forEach((control) => control.removeAttribute("aria-invalid"));
-        document.querySelectorAll("#lora_trainer_form .lora_trainer_overwrite").forEach((node) => node.remove());
+        document.querySelectorAll("#lora_trainer .lora_trainer_overwrite").forEach((node) => node.remove());
     };
 
     /** Each problem beside its field; what has none stands under Start. */

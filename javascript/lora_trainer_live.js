@@ -23,7 +23,6 @@
             app.runs.publish(live.job, {step}).then(live.look, live.complain));
         app.get("log_box").addEventListener("toggle", loadLog);
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
-        window.addEventListener("focus", () => title(null));
         live.look();
     };
 
@@ -182,7 +181,7 @@
         app.get("bar_fill").style.width = share * 100 + "%";
         app.get("bar").setAttribute("aria-valuenow", Math.floor(share * 100));
         app.setText(app.get("job_facts"), facts(job).join("  ·  "));
-        if (job.active) title(job.total_steps ? `${Math.floor(share * 100)} % ${job.name}` : job.name);
+        app.strip.show(job, PHASES[job.phase] && app.t(PHASES[job.phase]));
     }
 
     function facts(job) {
@@ -220,6 +219,7 @@
             box.replaceChildren(...lines.map((line) => app.el("p", {}, line)));
         }
         box.classList.toggle("lora_trainer_problem", Boolean(job.error));
+        box.setAttribute("role", job.error ? "alert" : "status");
         app.show(box, lines.length);
     }
 
@@ -282,6 +282,7 @@
     function close(job) {
         app.remember("closed", job.id);
         app.show(app.get("live"), false);
+        app.strip.show(null);
     }
 
     function showQueue(queue) {
@@ -302,6 +303,7 @@
     /** The job of the panel was deleted. */
     live.forget = function() {
         live.job = null;
+        app.strip.show(null);
         app.show(app.get("live"), false);
     };
 
@@ -312,18 +314,6 @@
 
     // -- telling the end
 
-    let ownTitle = null;
-
-    /** Write into the page's title, unless the host shows a progress of its own there; null gives it back. */
-    function title(text) {
-        if (ownTitle !== null && document.title === ownTitle.now) document.title = ownTitle.before;
-        const job = live.job && live.job.active ? live.job : null;
-        ownTitle = null;
-        if ((text === null && !job) || text === null || document.title.startsWith("[")) return;
-        ownTitle = {before: document.title, now: `${text} - ${document.title}`};
-        document.title = ownTitle.now;
-    }
-
     live.askForNotifications = function() {
         if (wanted() && Notification.permission === "default") Notification.requestPermission();
     };
@@ -331,8 +321,7 @@
 
     function over(job) {
         const text = `${job.name}: ${live.state(job)}`;
-        title(text);
-        if (document.hasFocus()) setTimeout(() => title(null), 5000);
+        app.strip.over(text);
         pickerKnows(job);
         app.form.told = job.error && job.error.field ? job.error : null;
         if (wanted() && Notification.permission === "granted") {

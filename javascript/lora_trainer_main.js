@@ -72,6 +72,7 @@
         app.pictures.begin();
         app.runs.begin();
         app.editor.begin();
+        app.strip.begin();
         app.live.begin();
         app.host.addSendButton();
         const remembered = app.recall("form");

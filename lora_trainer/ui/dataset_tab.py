@@ -107,8 +107,11 @@ def _head() -> Markup:
 def _task() -> Markup:
     bar = tag("div", tag("div", id_="editor_bar_fill", class_="bar_fill"), id_="editor_bar", class_="bar",
               role="progressbar", aria_valuemin=0, aria_valuemax=100, aria_label="Progress")  # fmt: skip
-    return tag("div", tag("span", id_="editor_task_text", class_="status", role="status"), bar,
-               button("Cancel", "editor-cancel"), id_="editor_task", class_="strip", hidden=True)  # fmt: skip
+    # Only what is done is spoken by screen readers, not how far it is.
+    text = tag("span", id_="editor_task_text", role="status")
+    count = tag("span", id_="editor_task_count", class_="status")
+    return tag("div", text, count, bar, button("Cancel", "editor-cancel"), id_="editor_task", class_="strip",
+               hidden=True)  # fmt: skip
 
 
 def _filters() -> Markup:
@@ -221,7 +224,7 @@ def _picture() -> Markup:
         button("Turn left", "editor-left"),
         button("Turn right", "editor-right"),
         tag("button", "Crop", type="button", class_="button secondary", data_action="editor-crop", id_="editor_crop",
-            aria_pressed="false", title="Then drag over the picture"),
+            aria_pressed="false", title="Then drag over the picture, or use the arrow keys"),
         button("Whole picture", "editor-whole", id_="editor_whole"),
         button("Exclude", "editor-exclude", id_="editor_exclude"),
         class_="row",
@@ -230,7 +233,7 @@ def _picture() -> Markup:
     return tag(
         "div",
         tag("div", tag("strong", id_="editor_file"), tag("span", id_="editor_place_of", class_="help"), class_="title"),
-        tag("canvas", id_="editor_canvas", class_="large_picture", role="img", width=512, height=512),
+        tag("canvas", id_="editor_canvas", class_="large_picture", role="img", tabindex=-1, width=512, height=512),
         tools,
         tag("label", "Caption", for_="editor_caption"),
         tag("textarea", id_="editor_caption", rows=4, spellcheck="false", aria_describedby="editor_count"),

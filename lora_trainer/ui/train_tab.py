@@ -10,8 +10,8 @@ from lora_trainer.ui.markup import Markup, button, tag
 def create_ui(*, offer_folders: bool = True) -> Markup:
     """``offer_folders``: whether a folder of the server may be named."""
     steps = tag("div", _pictures(offer_folders), _kind(), _start(), class_="steps")
-    form = tag("form", steps, _advanced(), id_="form", novalidate=True)
-    return tag("div", _trouble(), form, _live(), class_="page")
+    form = tag("form", steps, id_="form", novalidate=True)
+    return tag("div", _trouble(), form, _live(), _advanced(), class_="page")
 
 
 def _trouble() -> Markup:
@@ -54,7 +54,7 @@ def _pictures(offer_folders: bool) -> Markup:
         tag("details", tag("summary", "Use a folder instead" if offer_folders else "Use earlier pictures"),
             *other, id_="other_pictures", class_="quiet", hidden=not offer_folders),
         tag("div", id_="thumbnails", class_="thumbnails", hidden=True),
-        tag("p", id_="upload", class_="status", role="status", hidden=True),
+        tag("p", id_="upload", class_="status", hidden=True),
         tag("p", id_="pictures", class_="status", role="status", hidden=True),
         tag("div", button("Caption them", "caption-chosen"), button("Edit", "edit-chosen"),
             tag("span", id_="unsaved", class_="help", role="status"), id_="picture_links", class_="row", hidden=True),
@@ -157,7 +157,7 @@ def _live() -> Markup:
                    aria_valuemin=0, aria_valuemax=100, aria_label="Progress")  # fmt: skip
     head = tag("div", tag("h3", id_="job_name"), tag("span", id_="job_state", class_="state"), progress,
                tag("span", id_="job_percent", class_="percent"), class_="strip")  # fmt: skip
-    facts = tag("p", id_="job_facts", class_="status", role="status")
+    facts = tag("p", id_="job_facts", class_="status")  # which a screen reader would speak at every step
     buttons = tag("div", id_="job_buttons", class_="row")
     curve = tag("figure", tag("figcaption", tag("span", "Loss", title=_LOSS_HELP), tag("span", id_="curve_reading")),
                 tag("div", id_="curve", class_="curve"), class_="panel")  # fmt: skip
@@ -165,9 +165,9 @@ def _live() -> Markup:
                    tag("div", id_="previews", class_="previews"), class_="panel", id_="preview_panel")  # fmt: skip
     log = tag("details", tag("summary", "Log"), tag("pre", id_="log", tabindex=0, aria_label="Log"),
               class_="quiet", id_="log_box")  # fmt: skip
-    job = tag("section", head, facts, tag("div", id_="job_message", class_="notice", role="alert", hidden=True),
+    job = tag("section", head, facts, tag("div", id_="job_message", class_="notice", role="status", hidden=True),
               buttons, tag("div", curve, previews, class_="panels"), log, id_="live", class_="card live",
-              hidden=True, aria_label="The training in hand")  # fmt: skip
+              hidden=True, tabindex=-1, aria_label="The training in hand")  # fmt: skip
     queue = tag("section", tag("h3", "Queue"), tag("ol", id_="queue_list"), id_="queue", class_="card", hidden=True)
     return Markup(job + queue)
 

@@ -183,6 +183,31 @@ def test_a_crop_is_dragged_and_the_file_stays(page, folder):
     assert (folder / "0000.png").read_bytes() == before
 
 
+def test_a_crop_is_made_with_keys_alone(page, folder):
+    page.wait_for_function("() => loraTrainer.get('editor_canvas').width !== 512")
+    page.focus("#lora_trainer_editor_crop")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "lora_trainer_editor_canvas"
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "Shift+Control+ArrowLeft", "Shift+ArrowUp"):
+        page.keyboard.press(key)
+    until(page, "message", "From left 8 % to 83 %, from top 11 % to 90 %")
+    assert page.evaluate("loraTrainer.editor.row.crop") is None, "nothing is done yet"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "lora_trainer_editor_crop"
+    page.keyboard.press("Enter")
+    for _ in range(30):
+        page.keyboard.press("Control+ArrowUp")
+        page.keyboard.press("Shift+Control+ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => loraTrainer.editor.row.crop")
+    assert page.evaluate("loraTrainer.editor.row.crop") == pytest.approx([0.1, 0, 1, 0.8])
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => loraTrainer.editor.row.crop[1] > 0")
+    assert page.evaluate("loraTrainer.editor.row.crop") == pytest.approx([0.1, 0.01, 1, 0.81]), "it goes on from there"
+
+
 @pytest.mark.parametrize("choice", ["mine", "theirs"])
 def test_what_somebody_else_wrote_is_not_lost_unasked(page, folder, choice):
     page.keyboard.press("Enter")

@@ -98,7 +98,7 @@ def test_the_title_and_a_notification_tell_the_end(open_page, files, train):
     before = page.title()
     start(page, files)
     train.allow(5)
-    page.wait_for_function("() => document.title.startsWith('25 % hat_v1')")
+    page.wait_for_function("() => document.title.startsWith('25 % ') && document.title.includes('hat_v1')")
     train.allow(15)
     page.wait_for_function("() => document.title.startsWith('hat_v1: finished')")
     assert page.evaluate("told") == [["hat_v1: finished", "It is in your Lora tab as hat_v1."]]
