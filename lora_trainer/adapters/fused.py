@@ -30,7 +30,7 @@ from lora_trainer.storage import dense_weight
 class LoraLinear(torch.autograd.Function):
     """``W (g ⊙ x) + b + scale · up(keep ⊙ down(g ⊙ x))``; W and b are frozen and get no gradient.
 
-    x (…, in), weight (out, in), bias (out) or None, down (r, in), up (out, r), gain g (in) fp32 or None, keep
+    x (…, in), weight (out, in[, 1, 1]), bias (out) or None, down (r, in), up (out, r), gain g (in) fp32 or None, keep
     broadcastable to (…, r) or None -> (…, out).
     """
 
@@ -50,7 +50,8 @@ class LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         gain = None if gain is None else gain.to(dtype)
         scaled = rows if gain is None else rows * gain
-        output = functional.linear(scaled, dense_weight(weight, dtype), None if bias is None else bias.to(dtype))
+        matrix = dense_weight(weight, dtype).flatten(1)
+        output = functional.linear(scaled, matrix, None if bias is None else bias.to(dtype))
         hidden = scaled.mm(down.to(dtype).t())
         if keep is not None:
             hidden.view(*x.shape[:-1], -1).mul_(keep)
@@ -69,7 +70,11 @@ class LoraLinear(torch.autograd.Function):
         grad_hidden = _masked(grad.mm(up.to(dtype)), keep, ctx.input_shape, ctx.scale)
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
-            grad_x = grad.mm(dense_weight(weight, dtype)).addmm_(grad_hidden, down.to(dtype))
+            matrix, low_down = dense_weight(weight, dtype).flatten(1), down.to(dtype)
+            if rows.stride(0) == 1:  # a picture seen as tokens: its gradient lies in memory as the picture does
+                grad_x = matrix.t().mm(grad.t()).addmm_(low_down.t(), grad_hidden.t()).t()
+            else:
+                grad_x = grad.mm(matrix).addmm_(grad_hidden, low_down)
         if needed[3]:
             grad_down = grad_hidden.t().mm(rows)
             grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)
@@ -207,10 +212,7 @@ class LoraConv2d(torch.autograd.Function):
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
             grad_x = conv2d_input(x.shape, dense_weight(weight, dtype), grad, *options)
-            if x.shape[2:] == grad_hidden.shape[2:] and down.shape[2:] == (1, 1):
-                _add_pointwise(grad_x, grad_hidden, low_down.transpose(0, 1), 1.0)
-            else:
-                grad_x.add_(conv2d_input(x.shape, low_down, grad_hidden, *options))
+            grad_x.add_(conv2d_input(x.shape, low_down, grad_hidden, *options))
         if needed[3]:
             grad_down = conv2d_weight(x, down.shape, grad_hidden, *options)
             grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)

@@ -45,6 +45,7 @@ class LoraAdapter(Adapter):
         self.lora_down = self.parameter(kaiming_uniform((rank, in_width, *kernel), self.generator))
         self.lora_up = self.parameter(torch.zeros(out_width, rank, *[1] * len(kernel)))
         self.is_conv = bool(kernel)
+        self.is_pointwise = self.is_conv and self.lora_down[0, 0].numel() == 1 and self._options[:2] == ((1, 1), (0, 0))
         self.copies: WorkingCopies | None = None
         self._base_norm: tuple[weakref.ref, Tensor, Tensor] | None = None
         # The forward of torch's own classes can be taken apart, and that of a layer which only casts its weight (it
@@ -84,10 +85,19 @@ class LoraAdapter(Adapter):
         keep = self._keep(x, dtype) if self.drops else None
         if not self.base_is_plain:
             return self._around_base(x, down, up, gain, keep, scale, dtype)
+        if self.is_pointwise:
+            return self._by_tokens(x, down, up, gain, keep, scale, dtype)
         tensors = (x, layer.weight, layer.bias, down, up, gain, keep)
         if self.is_conv:
             return LoraConv2d.apply(*tensors, scale, dtype, self._options)
         return LoraLinear.apply(*tensors, scale, dtype)
+
+    def _by_tokens(self, x: Tensor, down: Tensor, up: Tensor, gain, keep, scale: float, dtype: torch.dtype) -> Tensor:
+        """A 1 × 1 convolution is a Linear layer on (B, h·w, in). (B, in, h, w) -> (B, out, h, w), channels last."""
+        gain = None if gain is None else gain.flatten()
+        keep = None if keep is None else keep.flatten(2).transpose(1, 2)
+        tensors = (x.flatten(2).transpose(1, 2), self.layer.weight, self.layer.bias, down.flatten(1), up.flatten(1))
+        return LoraLinear.apply(*tensors, gain, keep, scale, dtype).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _around_base(self, x: Tensor, down: Tensor, up: Tensor, gain, keep, scale: float, dtype: torch.dtype) -> Tensor:
         """The same of ordinary operations, for a base that can only be called."""

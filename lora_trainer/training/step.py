@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -118,18 +119,18 @@ class TrainingStep:
     def _attempt(self, step: int, drawn: Sequence[Drawn]) -> float | None:
         device = self.precision.device
         count = torch.full((), float(sum(part.count for part in drawn)), device=device)
-        total = torch.zeros((), device=device)
+        losses = []
         with self.graphs.step(), self.copies.computing():
             for micro_step, micro_batch in enumerate(drawn):
                 for part in self.measures.parts(len(micro_batch)):
                     self.adapters.begin_step(step, micro_step, part)
                     computed = micro_batch if part is None else micro_batch[part.start : part.stop]
-                    total += self.graphs(self.objective.inputs(computed), count)
+                    losses.append(self.graphs(self.objective.inputs(computed), count))
             if self.regularisers:
                 penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
                 (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
-                total += penalty.detach()
-            return self._update(total)
+                losses.append(penalty.detach())
+            return self._update(functools.reduce(torch.add, losses))
 
     def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:
         """A micro-batch's share of the step's loss, detached; its gradients are added to the parameters'."""

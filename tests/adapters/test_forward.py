@@ -94,6 +94,23 @@ def test_gradients_are_those_of_the_merged_weight(kind, layer_kind):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_pointwise_convolution_copies_no_picture(kind):
+    """It computes on tokens, which are a view of one picture, and the gradient lies in memory as the picture does."""
+    layer, x = layer_and_input("conv_1x1")
+    adapter = build(kind, layer)
+    randomize(adapter)
+    source = x[:1].clone().requires_grad_()
+    output = adapter(source)
+    assert output.transpose(1, 2).transpose(2, 3).is_contiguous()
+    weights, gradients = torch.linspace(-1, 1, output.numel()).view(output.shape), []
+    source.register_hook(gradients.append)
+    output.backward(weights)
+    assert gradients[0].is_contiguous()
+    merged = with_weight(layer, adapter.merged_weight().detach(), source)
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(merged, source, weights)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_no_gradient_is_computed_for_an_input_that_needs_none():
     layer, x = layer_and_input("linear")
     adapter = build("lora", layer)

@@ -16,12 +16,12 @@ SMALL = {
     "sdxl": Case("sdxl", sdxl_shapes(**{**SDXL, "mult": (1, 2), "depths": (0, 2), "layers": 1}), 256),
 }
 BUDGETS = {
-    ("sd1", "lora"): (770, 9200),
-    ("sd1", "lora dropout"): (850, 10750),
-    ("sd1", "locon"): (985, 10900),
-    ("sd1", "dora"): (2150, 9200),
-    ("sd1", "lokr"): (1380, 8100),
-    ("sdxl", "lora"): (1125, 9050),
+    ("sd1", "lora"): (750, 9100),
+    ("sd1", "lora dropout"): (830, 10640),
+    ("sd1", "locon"): (960, 10820),
+    ("sd1", "dora"): (1885, 9110),
+    ("sd1", "lokr"): (1360, 8040),
+    ("sdxl", "lora"): (1106, 8970),
 }
 """Kernels, and KiB that autograd keeps."""
 

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -43,7 +44,8 @@ class SlimResnet(ResnetBlock2D):
             temb = temb if self.skip_time_act else functional.silu(temb)
             hidden = hidden + self.time_emb_proj(temb)[:, :, None, None]
         hidden = self.conv2(functional.silu(self.norm2(hidden)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
+        # The first operand's layout in memory is the sum's; an adapted shortcut gives another.
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 def _resnet_fits(block: ResnetBlock2D) -> bool:
@@ -55,6 +57,38 @@ def _resnet_fits(block: ResnetBlock2D) -> bool:
         and block.dropout.p == 0
         and isinstance(block.nonlinearity, nn.SiLU)
     )
+
+
+class SlimTransformer(Transformer2DModel):
+    """Between picture (B, C, h, w) and tokens (B, h·w, C) nothing is copied: each is a view of the other."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
+        if return_dict or any(value is not None for value in kwargs.values()):
+            return super().forward(hidden_states, encoder_hidden_states, return_dict=return_dict, **kwargs)
+        sides, x = hidden_states.shape[2:], self.norm(hidden_states)
+        tokens = self.proj_in(_tokens(x)) if self.use_linear_projection else _tokens(self.proj_in(x))
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
+            else:
+                tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
+        if self.use_linear_projection:
+            return (hidden_states + _picture(self.proj_out(tokens), sides),)
+        return (hidden_states + self.proj_out(_picture(tokens, sides)),)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def _picture(tokens: Tensor, sides: Sequence[int]) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, tuple(sides))
+
+
+def _transformer_fits(block: Transformer2DModel) -> bool:
+    return block.is_input_continuous
 
 
 class SlimAttention(Attention):
@@ -129,6 +163,7 @@ class _Gated(torch.autograd.Function):
 
 _REPLACEMENTS = (
     (ResnetBlock2D, SlimResnet, _resnet_fits),
+    (Transformer2DModel, SlimTransformer, _transformer_fits),
     (Attention, SlimAttention, _attention_fits),
     (GEGLU, SlimGEGLU, lambda block: True),
 )
