@@ -63,7 +63,11 @@ class SlimTransformer(Transformer2DModel):
     """Between picture (B, C, h, w) and tokens (B, h·w, C) nothing is copied: each is a view of the other."""
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, return_dict: bool = True, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
     ) -> Any:
         if return_dict or any(value is not None for value in kwargs.values()):
             return super().forward(hidden_states, encoder_hidden_states, return_dict=return_dict, **kwargs)
