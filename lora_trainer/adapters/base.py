@@ -40,6 +40,14 @@ class Target(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
+    @property
+    def also_named(self) -> tuple[str, ...]: ...
+
+
+def is_text_encoder(target: Target) -> bool:
+    """Whether the layer is one of a text encoder beside the network that is trained first of all."""
+    return target.part.startswith("text_encoder")
+
 
 def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """``kaiming_uniform_(a=√5)`` from a private generator: uniform within ±1/√fan_in, fp32 on the CPU.

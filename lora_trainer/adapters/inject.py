@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.adapters.base import Adapter, Target, weight_shape
+from lora_trainer.adapters.base import Adapter, Target, is_text_encoder, weight_shape
 from lora_trainer.adapters.copies import WorkingCopies
 from lora_trainer.adapters.joint import Joint, joints
 from lora_trainer.adapters.loha import LohaAdapter
@@ -145,23 +145,22 @@ class AdapterSet(nn.Module):
     def param_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """What learns, as the optimizer takes it: ``params``, ``lr`` and ``name`` of each group.
 
-        Names: ``unet``, or ``unet_block_00`` … ``unet_block_24`` with block_lr_weights; ``text_encoder``,
-        ``text_encoder_2``.
+        Names: the targets' ``part``; with block_lr_weights ``unet_block_00`` … ``unet_block_24`` for the UNet's.
         """
         groups: dict[str, dict[str, Any]] = {}
         for target, adapter in self.items():
             trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
             if not trained:
                 continue
-            name, lr = target.part, config.effective_text_encoder_lr
-            if target.part == "unet":
-                lr = config.learning_rate * _lr_weight(target, config)
-                if config.block_lr_weights is not None and target.block is not None:
-                    name = f"unet_block_{target.block:02d}"
+            name, lr = target.part, config.learning_rate * _lr_weight(target, config)
+            if is_text_encoder(target):
+                lr = config.effective_text_encoder_lr
+            elif config.block_lr_weights is not None and target.block is not None:
+                name = f"{target.part}_block_{target.block:02d}"
             groups.setdefault(name, {"params": [], "lr": lr, "name": name})["params"].extend(trained)
         if not groups:
             raise UserError("every block is frozen: nothing would learn.", field="block_lr_weights")
-        return [groups[name] for name in sorted(groups, key=lambda name: (not name.startswith("unet"), name))]
+        return [groups[name] for name in sorted(groups, key=lambda name: (name.startswith("text_encoder"), name))]
 
     def export(self) -> dict[str, Tensor]:
         """Every tensor of the LoRA file by its kohya key, fp32. Frozen adapters that change nothing are left out."""
@@ -198,12 +197,12 @@ def choose(targets: Sequence[Target], config: TrainConfig) -> list[tuple[Target,
         values = getattr(config, field)
         if values is not None and len(values) != BLOCKS:
             raise UserError(f"{len(values)} values are given.", field=field, remedy=f"Give {BLOCKS}, one a block.")
-    unet = [target for target in targets if target.part == "unet"]
-    text = [target for target in targets if target.part != "unet"]
+    network = [target for target in targets if not is_text_encoder(target)]
+    text = [target for target in targets if is_text_encoder(target)]
     trains_text = config.text_encoders_learn and bool(text)
     selected = []
     if config.target_modules or config.conv_rank or not trains_text:  # else the text encoders learn alone
-        selected += select_targets(unet, config.target_modules, config.conv_rank)
+        selected += select_targets(network, config.target_modules, config.conv_rank)
     if trains_text:
         patterns = config.text_encoder_target_modules
         selected += select_targets(text, patterns, field="text_encoder_target_modules")

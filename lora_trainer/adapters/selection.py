@@ -81,7 +81,7 @@ def _names(pattern: str, target: Target) -> bool:
     parts = [translate.get(part, part) for part in pattern.split(".") if part]
     if not parts:
         return False
-    if f".{'.'.join(parts)}." in f".{target.diffusers_name}.":
+    if f".{'.'.join(parts)}." in f".{target.diffusers_name}." or pattern in target.also_named:
         return True
     # One word alone is no kohya name: "to" would be a part of every to_q.
     kohya = "_".join(parts)

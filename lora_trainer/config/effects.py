@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lora_trainer.config.prompts import ignored_flags
-from lora_trainer.config.schema import TrainConfig
+from lora_trainer.config.schema import FACTS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,24 @@ _DEPENDENCES = (
 )
 
 
-def without_effect(config: TrainConfig, unused: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+def without_effect(
+    config: TrainConfig, unused: Mapping[str, str] = MappingProxyType({}), task: str = "image"
+) -> list[str]:
     """A sentence for each setting that is not at its default and changes nothing beside the others.
 
     unused: settings that the base model's family does not use, each with the reason (``Family.unused``).
+    task: what is trained, "image" or "text".
     """
     default = TrainConfig()
     reasons = {name: it.otherwise for it in _DEPENDENCES if not it.when(config) for name in it.names} | dict(unused)
+    other = [name for name, facts in FACTS.items() if facts.task not in (None, task)]
+    reasons |= dict.fromkeys(other, f"a language model is {'' if task == 'text' else 'not '}trained")
     idle = [
         f"{name}: {_shown(getattr(config, name))} has no effect, because {reason}."
         for name, reason in reasons.items()
         if getattr(config, name) != getattr(default, name)
     ]
-    return idle + ignored_flags(config.preview_prompts)
+    return idle + (ignored_flags(config.preview_prompts) if task == "image" else [])
 
 
 def never_reached(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:

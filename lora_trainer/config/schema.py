@@ -7,56 +7,14 @@ README; the text under a field is what the tab shows as its explanation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from lora_trainer.config.facts import Facts, setting
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
 MIN_SNR_GAMMA = 5.0
 LR_SCHEDULERS = ("constant", "cosine", "cosine_with_restarts", "linear", "polynomial")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rest of the package must know of a setting, besides its type.
-
-    decides: another value makes another LoRA. False for what names a place (what lies there is compared by its
-    content) and for what only concerns the results' files.
-    path: the value is a path that the run reads or writes.
-    or_name: instead of a path it may be a name of the host's list. words: what it may be instead of a path.
-    given_by: who sets it where there is a page: its three steps, its form, a file of settings alone, or the job,
-    whatever a person says.
-    fills_memory: another value needs another amount of the device's memory.
-    sets_pace: minutes that were measured with another value say nothing.
-    separator: stands between the parts of a list that is one text; None for the comma.
-    plugin: the kind of plug-in that adds choices.
-    """
-
-    decides: bool = True
-    path: Literal["read", "write"] | None = None
-    or_name: bool = False
-    words: tuple[str, ...] = ()
-    given_by: Literal["form", "steps", "file", "job"] = "form"
-    fills_memory: bool = False
-    sets_pace: bool = False
-    separator: str | None = None
-    plugin: str | None = None
-
-
-def setting(
-    default: Any,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    remedy: str | None = None,
-    **facts: Any,
-) -> Any:
-    """A dataclass field with limits, ``minimum <= value <= maximum`` and ``value > above``, and its ``Facts``."""
-    limits = {"minimum": minimum, "maximum": maximum, "above": above, "remedy": remedy}
-    metadata = {name: value for name, value in limits.items() if value is not None} | {"facts": Facts(**facts)}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -65,10 +23,21 @@ class ModelSettings:
     """Checkpoint to train on: a .safetensors file or a diffusers folder. Inside a WebUI: its name in the list,
     or empty for the one that is loaded."""
 
-    vae: str | None = setting(None, decides=False, path="read", or_name=True)
+    task: Literal["auto", "image", "text"] = setting("auto", decides=False, given_by="file")
+    """What is learned from: image (pictures with captions) or text (rows of prompts and answers, for a language
+    model). auto: text when base_model is a folder whose config.json names a language model."""
+
+    quantize: Literal["no", "nf4"] = setting("no", given_by="file", fills_memory=True, sets_pace=True, task="text")
+    """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
+
+    trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
+    """Run the Python code that lies in the base model's folder, which ChatGLM2 and 3 need. Only for folders that you
+    trust: that code can do anything."""
+
+    vae: str | None = setting(None, task="image", decides=False, path="read", or_name=True)
     """Another VAE file (.safetensors) to encode the pictures with; empty for the checkpoint's own."""
 
-    v_prediction: bool | None = setting(None)
+    v_prediction: bool | None = setting(None, task="image")
     """Whether the base model predicts v instead of noise; empty detects it from the checkpoint."""
 
     device: str = setting("auto", decides=False, fills_memory=True, sets_pace=True)
@@ -92,96 +61,109 @@ class ModelSettings:
 @dataclass(frozen=True)
 class DataSettings:
     train_data_dir: str = setting("", decides=False, path="read", given_by="steps")
-    """Folder with the pictures; sub-folders count too."""
+    """Folder with the pictures, sub-folders too; for a language model a .jsonl or .json file, or a folder with such
+    files."""
 
-    more_folders: list[str] = setting([], decides=False, path="read", separator="\n")
+    more_folders: list[str] = setting([], task="image", decides=False, path="read", separator="\n")
     """Further folders with pictures, one a line; 10_dog=PATH says how often its pictures are seen in an epoch and what
     those without a caption show, as the name of a folder 10_dog does."""
 
-    metadata_path: str | None = setting(None, decides=False, path="read")
+    metadata_path: str | None = setting(None, task="image", decides=False, path="read")
     """metadata.csv or metadata.jsonl with the captions; empty looks for one in the folder."""
 
-    reg_data_dir: str | None = setting(None, decides=False, path="read")
+    reg_data_dir: str | None = setting(None, task="image", decides=False, path="read")
     """Folder with regularization pictures: what the class looks like without your subject."""
 
-    prior_loss_weight: float = setting(1.0, minimum=0, maximum=10)
+    prior_loss_weight: float = setting(1.0, task="image", minimum=0, maximum=10)
     """Weight of a regularization picture in the loss; a picture of yours has weight 1."""
 
-    resolution: str = setting("auto")
+    resolution: str = setting("auto", task="image")
     """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""
 
-    enable_bucket: bool = setting(True)
+    enable_bucket: bool = setting(True, task="image")
     """Keep each picture's aspect ratio (grouped into buckets of equal size) instead of cropping all to one."""
 
-    min_bucket_resolution: int = setting(256, minimum=64, maximum=4096)
+    min_bucket_resolution: int = setting(256, task="image", minimum=64, maximum=4096)
     """Shortest side of a bucket in pixels."""
 
-    max_bucket_resolution: int = setting(2048, minimum=64, maximum=8192)
+    max_bucket_resolution: int = setting(2048, task="image", minimum=64, maximum=8192)
     """Longest side of a bucket in pixels."""
 
-    bucket_step: int = setting(64, minimum=8, maximum=512)
+    bucket_step: int = setting(64, task="image", minimum=8, maximum=512)
     """Sides of buckets are multiples of this many pixels; itself a multiple of the model's (8 for Stable Diffusion)."""
 
-    bucket_no_upscale: bool = setting(False)
+    bucket_no_upscale: bool = setting(False, task="image")
     """Train pictures that are smaller than the resolution at their own size."""
 
     repeats: int = setting(1, minimum=1, maximum=10_000)
     """How often each picture is seen in an epoch; a folder named 10_name sets its own."""
 
-    flip: bool = setting(False)
+    flip: bool = setting(False, task="image")
     """Show pictures mirrored half of the time. Not for faces or text that must not be mirrored."""
 
-    random_crop: bool = setting(False)
+    random_crop: bool = setting(False, task="image")
     """Crop at a random place instead of the center."""
 
-    augmentations: list[str] = setting([], given_by="file", plugin="augmentation")
+    augmentations: list[str] = setting([], task="image", given_by="file", plugin="augmentation")
     """Changes made by plug-ins to each picture, every time it is shown; the latents of every epoch are encoded anew."""
 
-    use_masks: bool = setting(False)
+    use_masks: bool = setting(False, task="image")
     """Learn only where a picture's mask is white (<picture>.mask.png or -masklabel.png beside it, or a file of its name
     in a folder masks), or where a picture is not transparent."""
 
-    mask_dir: str | None = setting(None, decides=False, path="read")
+    mask_dir: str | None = setting(None, task="image", decides=False, path="read")
     """Folder with masks that have the names of the pictures; for use_masks."""
 
-    caption_extension: str = setting(".txt", decides=False)
+    caption_extension: str = setting(".txt", task="image", decides=False)
     """Ending of caption files, tried first; .txt and .caption are found anyway."""
 
-    caption_mapping: str | None = setting(None, decides=False, path="read")
+    caption_mapping: str | None = setting(None, task="image", decides=False, path="read")
     """File with terms and their translation (中文: english; .yaml, .csv or .tsv), applied to captions as they are
     read: Stable Diffusion's CLIP hardly understands Chinese."""
 
-    default_caption: str = setting("", decides=False)
+    default_caption: str = setting("", task="image", decides=False)
     """Caption of the pictures that have none; empty takes the class in their folder's name, or the trigger word."""
 
-    trigger_word: str = setting("", given_by="steps")
+    trigger_word: str = setting("", task="image", given_by="steps")
     """Word that activates the LoRA in a prompt; added at the start of every caption that lacks it."""
 
-    shuffle_tags: bool = setting(False)
+    shuffle_tags: bool = setting(False, task="image")
     """Shuffle the comma-separated parts of captions; the kept ones stay first."""
 
-    secondary_separator: str = setting("")
+    secondary_separator: str = setting("", task="image")
     """What stands between words of a caption that stay together when it is shuffled, such as ;;; ; a comma is trained
     in its place."""
 
-    keep_tokens: int = setting(0, minimum=0, maximum=75)
+    keep_tokens: int = setting(0, task="image", minimum=0, maximum=75)
     """Parts at the start of a caption that are not shuffled or dropped (the **bold** ones never are)."""
 
-    caption_dropout: float = setting(0.0, minimum=0, maximum=1)
+    caption_dropout: float = setting(0.0, task="image", minimum=0, maximum=1)
     """Probability that a picture is trained without its caption."""
 
-    wildcards: bool = setting(False)
+    wildcards: bool = setting(False, task="image")
     """Of a caption of several lines take one line at each visit, and of {a|b} one of the choices."""
 
-    tag_dropout: float = setting(0.0, minimum=0, maximum=1)
+    tag_dropout: float = setting(0.0, task="image", minimum=0, maximum=1)
     """Probability that a part of a caption is left out in a step; *mood* parts are left out twice as often."""
 
-    weighted_captions: bool = setting(False)
+    weighted_captions: bool = setting(False, task="image")
     """Apply weights such as (red hat:1.2) in captions instead of removing them."""
 
-    max_token_length: Literal[75, 150, 225] = setting(225)
+    max_token_length: Literal[75, 150, 225] = setting(225, task="image")
     """Maximum caption length in tokens; longer captions are truncated. More than 75 are encoded in chunks of
     75."""
+
+    chat_template: Literal["auto", "own", "llama2", "chatml", "glm4", "chatglm3", "alpaca", "plain"] = setting(
+        "auto", given_by="file", task="text"
+    )
+    """How a conversation is written for a language model. own: by the template in the model's folder. auto: own where
+    there is one, else what fits the model."""
+
+    system_prompt: str = setting("", given_by="file", task="text")
+    """What the model is told before every conversation that has no system prompt of its own."""
+
+    max_length: int = setting(1024, minimum=8, maximum=1_000_000, given_by="file", fills_memory=True, task="text")
+    """Maximum length of a conversation in tokens; longer ones are cut at their end, and reported."""
 
     cache_dir: str | None = setting(None, decides=False, path="write", given_by="job")
     """Where encoded pictures and captions are kept; empty for <output_dir>/cache."""
@@ -198,13 +180,13 @@ class AdapterSettings:
     alpha: float | None = setting(None, above=0)
     """The LoRA is scaled by alpha/rank. Empty means equal to the rank."""
 
-    conv_rank: int = setting(0, minimum=0, maximum=1024, fills_memory=True)
+    conv_rank: int = setting(0, task="image", minimum=0, maximum=1024, fills_memory=True)
     """Rank for the 3×3 convolutions (LoCon); 0 does not train them."""
 
-    conv_alpha: float | None = setting(None, above=0)
+    conv_alpha: float | None = setting(None, task="image", above=0)
     """Alpha for the convolutions; empty means equal to conv_rank."""
 
-    dora: bool = setting(False, fills_memory=True)
+    dora: bool = setting(False, task="image", fills_memory=True)
     """Train magnitude and direction of the weights separately (DoRA): slower, a little more accurate at low
     rank."""
 
@@ -220,24 +202,24 @@ class AdapterSettings:
     scale_weight_norms: float | None = setting(None, above=0, maximum=1000)
     """Largest norm of a layer's change, to which it is scaled down after each step; 1 is usual, empty is off."""
 
-    lokr_factor: int = setting(-1, minimum=-1, maximum=1024, fills_memory=True)
+    lokr_factor: int = setting(-1, task="image", minimum=-1, maximum=1024, fills_memory=True)
     """Size of the smaller Kronecker factor (lokr only); -1 splits as evenly as possible."""
 
     target_modules: list[str] = setting(["attention", "feed_forward", "projection"], fills_memory=True)
     """Layers of the UNet that are trained: groups (attention, feed_forward, projection), names (to_q, q_proj,
     ff.net …) or regular expressions written as /…/ ."""
 
-    train_text_encoder: bool = setting(False, fills_memory=True)
+    train_text_encoder: bool = setting(False, task="image", fills_memory=True)
     """Train the text encoders as well: helps with a new word, costs memory and flexibility."""
 
-    text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"], fills_memory=True)
+    text_encoder_target_modules: list[str] = setting(["attention", "feed_forward"], task="image", fills_memory=True)
     """Layers of the text encoders that are trained, if train_text_encoder is on."""
 
-    block_ranks: list[int] | None = setting(None, fills_memory=True)
+    block_ranks: list[int] | None = setting(None, task="image", fills_memory=True)
     """25 ranks, one per UNet block as kohya counts (SD: 12 in, middle, 12 out; SDXL: places 1–9 in, 10–12 middle,
     13–21 out); 0 leaves a block out."""
 
-    block_lr_weights: list[float] | None = setting(None)
+    block_lr_weights: list[float] | None = setting(None, task="image")
     """25 factors on the learning rate, one per UNet block; 0 freezes a block."""
 
     init_lora: str | None = setting(None, decides=False, path="read")
@@ -262,7 +244,7 @@ class OptimizationSettings:
     learning_rate: float = setting(1e-4, above=0, maximum=10)
     """Learning rate of the UNet's LoRA: 1e-4 to 2e-4 with AdamW; 1 with Prodigy."""
 
-    text_encoder_lr: float | None = setting(None, minimum=0, maximum=10, fills_memory=True)
+    text_encoder_lr: float | None = setting(None, task="image", minimum=0, maximum=10, fills_memory=True)
     """Learning rate of the text encoders; empty for half of learning_rate."""
 
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "lion", "adafactor"] = setting(
@@ -302,48 +284,48 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    loss: Literal["mse", "huber", "smooth_l1"] = setting("mse", plugin="loss")
+    loss: Literal["mse", "huber", "smooth_l1"] = setting("mse", task="image", plugin="loss")
     """Loss function; huber and smooth_l1 are robust to outliers."""
 
-    huber_c: float = setting(0.1, above=0, maximum=10)
+    huber_c: float = setting(0.1, task="image", above=0, maximum=10)
     """Threshold at which huber and smooth_l1 change from quadratic to linear."""
 
-    min_snr_gamma: Literal["auto"] | float | None = setting("auto", above=0, maximum=100)
+    min_snr_gamma: Literal["auto"] | float | None = setting("auto", task="image", above=0, maximum=100)
     """Weight the loss by the noise level (min-SNR); empty is off. auto: 5, but off for v-prediction with zero terminal
     SNR, where it would leave the high noise levels next to no weight, and with debiased_estimation."""
 
-    debiased_estimation: bool = setting(False)
+    debiased_estimation: bool = setting(False, task="image")
     """Weight the loss by 1/√SNR instead of min-SNR."""
 
-    noise_offset: float = setting(0.0, minimum=0, maximum=1)
+    noise_offset: float = setting(0.0, task="image", minimum=0, maximum=1)
     """Adds a constant offset to the noise, so that very dark and bright pictures can be learned; 0.05 is usual."""
 
-    multires_noise_iterations: int = setting(0, minimum=0, maximum=10)
+    multires_noise_iterations: int = setting(0, task="image", minimum=0, maximum=10)
     """Number of scales of additional noise, also for dark and bright pictures; 6 is usual."""
 
-    multires_noise_discount: float = setting(0.3, minimum=0, maximum=1)
+    multires_noise_discount: float = setting(0.3, task="image", minimum=0, maximum=1)
     """Factor by which each coarser scale is weaker."""
 
-    input_perturbation: float = setting(0.0, minimum=0, maximum=1)
+    input_perturbation: float = setting(0.0, task="image", minimum=0, maximum=1)
     """Adds noise to the model's input but not to its target; 0.1 is usual."""
 
-    zero_terminal_snr: bool | None = setting(None)
+    zero_terminal_snr: bool | None = setting(None, task="image")
     """Make the last noise level pure noise, for v-prediction models trained that way; empty detects it from the
     model."""
 
-    min_timestep: int = setting(0, minimum=0, maximum=999)
+    min_timestep: int = setting(0, task="image", minimum=0, maximum=999)
     """Lowest timestep (noise level) that is trained."""
 
-    max_timestep: int = setting(999, minimum=0, maximum=1000)
+    max_timestep: int = setting(999, task="image", minimum=0, maximum=1000)
     """Highest timestep (noise level) that is trained, of the model's 1000 from 0 to 999."""
 
     regularisers: dict[str, Any] = setting({}, given_by="file", plugin="regulariser")
     """Terms made by plug-ins that are added to the loss of every step, each with its weight: name: 0.01."""
 
-    latent_sampling: Literal["sample", "mean"] = setting("sample")
+    latent_sampling: Literal["sample", "mean"] = setting("sample", task="image")
     """Train on a sample from the VAE's distribution, or on its mean."""
 
-    clip_skip: int = setting(1, minimum=1, maximum=12)
+    clip_skip: int = setting(1, task="image", minimum=1, maximum=12)
     """Which layer of the text encoder is used, counted from the end (SD 1 only); 2 for anime models."""
 
 
@@ -370,7 +352,7 @@ class OutputSettings:
     save_precision: Literal["fp16", "bf16", "fp32"] = setting("fp16", decides=False)
     """Number format of the saved LoRA."""
 
-    export_diffusers: bool = setting(True, decides=False)
+    export_diffusers: bool = setting(True, task="image", decides=False)
     """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
 
     merge_into_base: str | None = setting(None, decides=False, path="write")
@@ -380,14 +362,14 @@ class OutputSettings:
     """auto continues an interrupted run with the same settings; never starts anew; a path continues from that
     state."""
 
-    preview_prompts: list[str] = setting([], decides=False, separator="\n")  # a prompt has commas
+    preview_prompts: list[str] = setting([], task="image", decides=False, separator="\n")  # a prompt has commas
     """Prompts of the pictures that are drawn during training; --w 768 --h 512 --s 30 --l 6 --d 1 --n blurry behind one
     give width, height, steps, guidance, seed and a negative prompt."""
 
-    preview_steps: int | None = setting(None, minimum=1, decides=False)
+    preview_steps: int | None = setting(None, task="image", minimum=1, decides=False)
     """Draw the previews every so many steps; empty draws them whenever the LoRA is saved."""
 
-    description: str = setting("", decides=False)
+    description: str = setting("", task="image", decides=False)
     """A sentence about the LoRA for its card and its metadata."""
 
     tensorboard: bool | None = setting(None, decides=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +114,11 @@ class LoraTarget:
         ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj`` (``text_encoder_2.…`` for SDXL's second).
     checkpoint_name: key stem of the weight in the base's own file, e.g. ``model.diffusion_model.input_blocks.1.1.…``;
         None where the file stores the layer in another shape (open_clip's fused q, k, v).
-    part: "unet" (the denoiser, whatever it is built of) | "text_encoder" | "text_encoder_2".
+    part: "unet" (the denoiser, whatever it is built of) | "text_encoder" | "text_encoder_2" | "language_model".
     group: "attention" | "feed_forward" | "projection" | "conv" (3×3) | "conv_linear" (a resnet's 1×1 conv and Linear).
     block: kohya's count of UNet blocks, None in text encoders. SD 1 and 2: 0…11 in, 12 middle, 13…24 out; SDXL: 1…9 in,
         10…12 middle, 13…21 out.
+    also_named: what a person may call it as well: a fused query_key_value is q_proj, k_proj and v_proj in one.
     """
 
     kohya_name: str
@@ -127,18 +128,34 @@ class LoraTarget:
     group: str
     block: int | None
     module: nn.Module
+    also_named: tuple[str, ...] = ()
 
 
-class LentModel(Protocol):
-    """A lent model: frozen weights that belong to the lender, and the computations on them.
+class LentNetwork(Protocol):
+    """What every lent model is: frozen weights that belong to the lender, to which adapters attach.
 
     All modules are in eval mode and need no gradient; gradients flow through them to what is attached.
     """
 
     info: ModelInfo
-    schedule: NoiseSchedule
     device: torch.device
     network_key: str  # changes when the weights of the network that is trained change; a run is known by it
+
+    def lora_targets(self) -> list[LoraTarget]:
+        """Every layer that an adapter can attach to, in the order of the file format (UNet, then text encoders)."""
+        ...
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that a step reads; other addresses mean that the lender moved them."""
+        ...
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None: ...
+
+
+class LentModel(LentNetwork, Protocol):
+    """A lent image model, and the computations on it."""
+
+    schedule: NoiseSchedule
     vae_key: str  # changes when the VAE's weights change; part of cache keys
     text_key: str  # the same for the text encoders and clip_skip
 
@@ -183,16 +200,6 @@ class LentModel(Protocol):
         """
         ...
 
-    def lora_targets(self) -> list[LoraTarget]:
-        """Every layer that an adapter can attach to, in the order of the file format (UNet, then text encoders)."""
-        ...
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the weights lie that ``predict`` reads; other addresses mean that the lender moved them."""
-        ...
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None: ...
-
     def release(self, *parts: str) -> None:
         """ "vae" or "text_encoders" are not needed any more in this run; a lender that owns them frees the memory."""
         ...
@@ -219,7 +226,10 @@ class ModelAwayError(Exception):
         self.reason = reason
 
 
-class Lender(Protocol):
+ModelT = TypeVar("ModelT", bound=LentNetwork, covariant=True)
+
+
+class Lender(Protocol[ModelT]):
     """Where a model comes from: a file, or a running WebUI.
 
     Lenders derive from it. What has a body here is right for one that shares its device with nobody.
@@ -229,7 +239,7 @@ class Lender(Protocol):
         """Says what would be lent, without loading weights. Raises UserError when it cannot be trained."""
         ...
 
-    def borrow(self) -> AbstractContextManager[LentModel]:
+    def borrow(self) -> AbstractContextManager[ModelT]:
         """Lends the model until the context ends; then everything lent is as it was, whatever happened inside."""
         ...
 

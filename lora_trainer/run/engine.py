@@ -12,18 +12,15 @@ from lora_trainer import plugins
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
-from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import atomic_write, sha256_file
-from lora_trainer.models.base import Lender, LentModel
-from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.base import Lender, LentNetwork
 from lora_trainer.run.outputs import Outputs, output_name
-from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
+from lora_trainer.run.workloads import task_of, workload_of
 from lora_trainer.run.workloads.base import Workload, digest
-from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.loop import Outcome, Previewer, Trainer
 from lora_trainer.training.objectives.base import drawn_for_comparison
@@ -37,7 +34,8 @@ class Result:
     """How a run ended.
 
     status: "finished" or "stopped". lora, diffusers, merged: the files that are there; None for those that are not.
-    loss: mean over the last steps. seconds: of the training, resumed parts included.
+    loss: mean over the last steps. seconds: of the training, resumed parts included. usage: what to do with the files,
+    in sentences.
     """
 
     status: str
@@ -50,25 +48,17 @@ class Result:
     merged: Path | None = None
     name: str = ""
     trigger_word: str = ""
+    usage: tuple[str, ...] = ()
 
 
-def file_lender(config: TrainConfig) -> FileLender:
-    """The lender of ``base_model`` as a file. Raises UserError when there is none."""
+def file_lender(config: TrainConfig) -> Lender:
+    """The lender of ``base_model`` as a file or folder. Raises UserError when there is none."""
     if not config.base_model:
         raise UserError("is empty.", field="base_model", remedy="Give the path of a .safetensors checkpoint.")
     if not Path(config.base_model).exists():
         message = f"There is no {config.base_model}."
         raise UserError(message, field="base_model", remedy="Give the path of a .safetensors checkpoint.")
-    precision = resolve(config.device, config.mixed_precision)
-    return FileLender(
-        config.base_model,
-        device=precision.device,
-        weight_dtype=precision.weight_dtype,
-        vae=config.vae,
-        v_prediction=config.v_prediction,
-        zero_terminal_snr=config.zero_terminal_snr,
-        clip_skip=config.clip_skip,
-    )
+    return workload_of(config).file_lender(config, resolve(config.device, config.mixed_precision))
 
 
 def train(
@@ -92,7 +82,7 @@ def train(
     config = dataclasses.replace(config, output_name=output_name(config))
     initial = check_files(config)
     check_optimizer(config)
-    workload = Pictures.open(config, lender, callbacks, commands, captioners)
+    workload = workload_of(config).open(config, lender, callbacks, commands, captioners)
     if workload is None:
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
     turn = patient_turns(lender, callbacks, commands)
@@ -101,17 +91,15 @@ def train(
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision)
         run_key = _run_key(config, workload, model, precision.name, initial)
-        outputs = Outputs.of(config, run_digest(run_key))
+        outputs = workload.outputs(config, run_digest(run_key))
         _refuse_to_overwrite(config, outputs, run_key)
-        merging = _merge_paths(config, model, outputs.lora)
-        draws_here = previewer is None and bool(config.preview_prompts)
-        if draws_here:
-            previewer = workload.previewer(model, turn, precision)
-        work = workload.work(model, precision, keep_model_parts=draws_here)
+        merge = workload.merger(model, outputs)
+        ours = None
+        if previewer is None and config.preview_prompts:
+            previewer = ours = workload.previewer(model, turn, precision)
+        work = workload.work(model, precision, keep_model_parts=ours is not None)
         try:
             with turn():
-                if config.text_encoders_learn:
-                    model.hold("unet", "text_encoders")
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
                 adapters = AdapterSet.build(work.targets(), config, model.device)
             if initial:
@@ -126,7 +114,7 @@ def train(
                 work.objective,
                 precision,
                 turn=turn,
-                saver=LoraSaver(config, outputs, adapters, work.facts, callbacks, lender.model_hash),
+                saver=work.saver(outputs, adapters, callbacks),
                 output_dir=outputs.directory,
                 name=outputs.name,
                 run_key=run_key,
@@ -142,10 +130,10 @@ def train(
                 outcome = trainer.run()
         except StoppedWhileWaiting:
             outcome = Outcome("stopped", 0, work.source.total_steps, 0, None, 0.0, None)
-        result = _result(config, outputs, outcome)
-        if outcome.status == "finished" and merging:
+        result = _result(config, workload, outputs, outcome)
+        if outcome.status == "finished" and merge is not None:
             try:
-                result = dataclasses.replace(result, merged=_merge(config, model, outputs.lora, *merging))
+                result = dataclasses.replace(result, merged=merge())
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
     return result
@@ -167,9 +155,7 @@ def summary(result: Result, resume: str = "auto") -> str:
     for label, path in (("LoRA", result.lora), ("diffusers", result.diffusers), ("merged", result.merged)):
         if path is not None:
             lines.append(f"  {label + ':':<11}{path}")
-    if result.lora is not None:
-        prompt = f"<lora:{result.lora.stem}:0.8>" + (f" {result.trigger_word}" if result.trigger_word else "")
-        lines.append(f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}")
+    lines += result.usage
     if result.status == "stopped" and result.total_steps:
         how = "the same command again" if resume == "auto" else "it again with resume: auto"
         lines.append(f"Start {how} to go on from here.")
@@ -177,10 +163,12 @@ def summary(result: Result, resume: str = "auto") -> str:
 
 
 def _run_key(
-    config: TrainConfig, workload: Workload, model: LentModel, precision: str, initial: LoraFile | None
+    config: TrainConfig, workload: Workload, model: LentNetwork, precision: str, initial: LoraFile | None
 ) -> dict[str, Any]:
     """Everything that determines the result, by name; two runs with the same key make the same LoRA."""
-    settings = {name: value for name, value in to_mapping(config).items() if FACTS[name].decides}
+    other_tasks = {"image", "text"} - {task_of(config)}
+    decisive = {name for name, facts in FACTS.items() if facts.decides and facts.task not in other_tasks}
+    settings = {name: value for name, value in to_mapping(config).items() if name in decisive}
     used = plugin_fingerprints(config, model.info.family)
     return {
         **settings,
@@ -223,8 +211,7 @@ def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:
     atomic_write(outputs.configuration, f"# {outputs.name}, started {started}\n{to_yaml(config)}")
 
 
-def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:
-    diffusers = outputs.diffusers
+def _result(config: TrainConfig, workload: Workload, outputs: Outputs, outcome: Outcome) -> Result:
     return Result(
         status=outcome.status,
         step=outcome.step,
@@ -232,38 +219,8 @@ def _result(config: TrainConfig, outputs: Outputs, outcome: Outcome) -> Result:
         seconds=outcome.seconds,
         loss=outcome.loss,
         lora=outcome.lora,
-        diffusers=diffusers if outcome.status == "finished" and diffusers.exists() else None,
+        diffusers=outputs.exported if outcome.status == "finished" else None,
         name=outputs.name,
         trigger_word=config.trigger_word,
+        usage=() if outcome.lora is None else workload.usage(outcome.lora),
     )
-
-
-def _merge_paths(config: TrainConfig, model: LentModel, lora: Path) -> tuple[Path, Path] | None:
-    """The base's file and the merged one to write; None when nothing is to be merged.
-
-    Raises UserError when the finished LoRA could not be merged: better now than after hours.
-    """
-    if not config.merge_into_base:
-        return None
-    base, output = model.info.path, Path(config.merge_into_base)
-    if base is None:
-        raise UserError(
-            "The base model is no file that could be merged into.",
-            field="merge_into_base",
-            remedy="Leave it empty, and merge the finished LoRA elsewhere.",
-        )
-    with concerning("merge_into_base"):
-        check_paths(base, lora, output, config.overwrite)
-    return base, output
-
-
-def _merge(config: TrainConfig, model: LentModel, lora: Path, base: Path, output: Path) -> Path:
-    merge(
-        base,
-        lora,
-        1.0,
-        output,
-        targets=model.lora_targets(),
-        overwrite=config.overwrite,
-    )
-    return output

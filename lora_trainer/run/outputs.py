@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from lora_trainer.adapters.export import DIFFUSERS_FILE_NAME
+from lora_trainer.adapters.peft_folder import SETTINGS, WEIGHTS
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
 
 RUN_ENTRY = "lora_trainer.run"
 """Metadata entry of the files we write: the run digest of the run that wrote them."""
+
+OutputsT = TypeVar("OutputsT", bound="Outputs")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Outputs:
     overwrite: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig, run_digest: str) -> Outputs:
+    def of(cls: type[OutputsT], config: TrainConfig, run_digest: str) -> OutputsT:
         return cls(Path(config.output_dir), config.output_name, run_digest, config.overwrite)
 
     @property
@@ -48,6 +53,16 @@ class Outputs:
     def checkpoint(self, step: int) -> Path:
         return self.directory / f"{self.name}-step{step:08d}.safetensors"
 
+    @property
+    def exported(self) -> Path | None:
+        """The LoRA in diffusers' layout as well, if it is there."""
+        return self.diffusers if self.diffusers.exists() else None
+
+    def forget_old_checkpoints(self, keep: int | None) -> None:
+        """Delete the LoRAs that this run saved on its way, all but the last ``keep``; None keeps all."""
+        for path in self.checkpoints()[:-keep] if keep else ():
+            self._delete(path)
+
     def checkpoints(self) -> list[Path]:
         """The LoRAs that this run saved on its way, oldest first."""
         return [path for path in self._named_as_checkpoints() if self._is_ours(path)]
@@ -66,15 +81,46 @@ class Outputs:
                 )
 
     def _named_as_checkpoints(self) -> list[Path]:
-        prefix = f"{self.name}-step"
         files = sorted(self.directory.glob("*.safetensors"))
-        return [path for path in files if path.stem.startswith(prefix) and path.stem[len(prefix) :].isdigit()]
+        return [path for path in files if self._is_checkpoint(path.stem)]
+
+    def _is_checkpoint(self, name: str) -> bool:
+        prefix = f"{self.name}-step"
+        return name.startswith(prefix) and name[len(prefix) :].isdigit()
+
+    def _delete(self, checkpoint: Path) -> None:
+        checkpoint.unlink(missing_ok=True)
 
     def _is_ours(self, path: Path) -> bool:
         return run_of(path) == self.run_digest
 
     def _has_our_name(self, path: Path) -> bool:
         return run_of(path) is not None and _metadata(path).get("ss_output_name") == self.name
+
+
+class AdapterFolders(Outputs):
+    """The same for LoRAs that are folders, as PEFT reads them; a path is that of the weights in it."""
+
+    @property
+    def lora(self) -> Path:
+        return self.directory / self.name / WEIGHTS
+
+    @property
+    def exported(self) -> None:
+        return None
+
+    def checkpoint(self, step: int) -> Path:
+        return self.directory / f"{self.name}-step{step:08d}" / WEIGHTS
+
+    def _named_as_checkpoints(self) -> list[Path]:
+        files = sorted(self.directory.glob(f"*/{WEIGHTS}"))
+        return [path for path in files if self._is_checkpoint(path.parent.name)]
+
+    def _delete(self, checkpoint: Path) -> None:
+        for name in (WEIGHTS, SETTINGS):
+            (checkpoint.parent / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has put something else into it
+            checkpoint.parent.rmdir()
 
 
 def run_of(path: Path) -> str | None:
@@ -94,7 +140,5 @@ def output_name(config: TrainConfig) -> str:
     """The LoRA's name; where none is given, that of its folder. Raises UserError when that cannot be a file's name."""
     name = config.output_name or Path(config.output_dir).resolve().name
     if problem := safe_name_problem(name):
-        raise UserError(
-            f"{name!r} cannot be a file name: {problem}.", field="output_name", remedy="Set output_name."
-        )
+        raise UserError(f"{name!r} cannot be a file name: {problem}.", field="output_name", remedy="Set output_name.")
     return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from lora_trainer import __version__
 from lora_trainer.adapters.export import diffusers_problem, save_diffusers, save_lora
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.metadata import RunFacts, build_metadata
+from lora_trainer.adapters.peft_folder import save_peft
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.captions import parse
@@ -48,7 +49,7 @@ class LoraSaver:
         path = self.outputs.checkpoint(step) if on_the_way else self.outputs.lora
         save_lora(self.adapters, path, metadata, self.config.save_precision)
         if on_the_way:
-            self._forget_old_checkpoints()
+            self.outputs.forget_old_checkpoints(self.config.keep_checkpoints)
         elif self.config.export_diffusers:
             if problem := diffusers_problem(self.adapters):
                 self.callbacks.on_warning(f"There is no {self.outputs.diffusers.name}: {problem}")
@@ -56,10 +57,33 @@ class LoraSaver:
                 save_diffusers(self.adapters, self.outputs.diffusers, metadata, self.config.save_precision)
         return path
 
-    def _forget_old_checkpoints(self) -> None:
-        if self.config.keep_checkpoints:
-            for path in self.outputs.checkpoints()[: -self.config.keep_checkpoints]:
-                path.unlink(missing_ok=True)
+
+@dataclass
+class AdapterSaver:
+    """The same for a language model, whose LoRA is a folder. layers: names of all its layers that could learn."""
+
+    config: TrainConfig
+    outputs: Outputs
+    adapters: AdapterSet
+    layers: Sequence[str]
+
+    def prepare(self) -> None:
+        return
+
+    def __call__(self, step: int, epoch: int, kind: str) -> Path:
+        path = self.outputs.checkpoint(step) if kind == "step" else self.outputs.lora
+        save_peft(
+            self.adapters,
+            path.parent,
+            layers=self.layers,
+            base_model=self.config.base_model,
+            dropout=self.config.dropout,
+            metadata={RUN_ENTRY: self.outputs.run_digest},
+            dtype=self.config.save_precision,
+        )
+        if kind == "step":
+            self.outputs.forget_old_checkpoints(self.config.keep_checkpoints)
+        return path
 
 
 def run_facts(

@@ -17,7 +17,7 @@ import lora_trainer
 from lora_trainer.config import TrainConfig, never_reached, with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
-from lora_trainer.models.base import LentModel
+from lora_trainer.models.base import LentNetwork
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
 from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
@@ -89,7 +89,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: LentModel,
+        model: LentNetwork,
         adapters: nn.Module,
         source: Source,
         objective: Objective,

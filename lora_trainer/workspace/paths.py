@@ -122,6 +122,9 @@ def confine_config(
             problems += _unloaded(text)
         else:
             check(field, text)
+    if config.trust_remote_code:  # a model's code is code as plug-ins are
+        remedy = "Train this model from the command line."
+        problems.append(UserError("It is not accepted from here.", field="trust_remote_code", remedy=remedy))
     if problems:
         raise ConfigError(problems)
     return dataclasses.replace(config, **values)

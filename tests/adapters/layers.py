@@ -30,6 +30,7 @@ class FakeTarget:
     group: str
     block: int | None
     module: nn.Module
+    also_named: tuple[str, ...] = ()
 
 
 def layer_and_input(kind: str, seed: int = 0) -> tuple[nn.Module, Tensor]:

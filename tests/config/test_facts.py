@@ -15,7 +15,7 @@ from lora_trainer.workspace.paths import confine_config
 
 LISTS = {"more_folders", "plugins"}
 WORDS = {"device", "resolution", "caption_extension", "trigger_word", "default_caption", "secondary_separator",
-         "output_name",
+         "output_name", "system_prompt",
          "description"}  # fmt: skip
 
 
@@ -47,6 +47,6 @@ def test_what_names_a_place_or_concerns_the_files_does_not_decide():
         "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps",
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",
         "preview_prompts", "preview_steps", "description", "tensorboard", "gradient_checkpointing", "plugins",
-        "cuda_graphs",
+        "cuda_graphs", "task", "trust_remote_code",
     }  # fmt: skip
     assert not [name for name, facts in FACTS.items() if facts.path and facts.decides]

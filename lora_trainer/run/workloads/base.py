@@ -6,11 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from lora_trainer.adapters.metadata import RunFacts
-from lora_trainer.models.base import LentModel, LoraTarget
-from lora_trainer.training.loop import Previewer
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import TrainConfig
+from lora_trainer.models.base import LoraTarget
+from lora_trainer.run.outputs import Outputs
+from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.loop import Previewer, Saver
 from lora_trainer.training.objectives.base import Objective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Source, Turn
@@ -21,23 +25,26 @@ class Work:
     """What the engine trains with.
 
     targets: finds the layers that adapters can attach to; called inside a turn.
-    facts: what the LoRA's metadata says of the run.
+    saver: writes the LoRAs of the run.
     """
 
     source: Source
     objective: Objective
     targets: Callable[[], Sequence[LoraTarget]]
-    facts: RunFacts
+    saver: Callable[[Outputs, AdapterSet, TrainCallbacks], Saver]
 
 
 class Workload(Protocol):
-    """The data of a run, read and checked before a model is borrowed."""
+    """The data of a run, read and checked before a model is borrowed, and the form of its results.
 
-    def run_key(self, model: LentModel) -> dict[str, Any]:
+    The models that it is given are those of its own lender.
+    """
+
+    def run_key(self, model: Any) -> dict[str, Any]:
         """Facts about the data and the model that determine the result, by name."""
         ...
 
-    def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool) -> Work:
+    def work(self, model: Any, precision: Precision, *, keep_model_parts: bool) -> Work:
         """What to train with on a borrowed model.
 
         keep_model_parts: also what the steps do not need stays in memory, since previews are drawn with it.
@@ -47,8 +54,24 @@ class Workload(Protocol):
         """
         ...
 
-    def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> Previewer:
-        """Draws previews with the borrowed model."""
+    def previewer(self, model: Any, turn: Turn, precision: Precision) -> Previewer | None:
+        """Draws previews with the borrowed model, if it can."""
+        ...
+
+    def outputs(self, config: TrainConfig, digest: str) -> Outputs:
+        """Where the results lie. digest: of the run key."""
+        ...
+
+    def merger(self, model: Any, outputs: Outputs) -> Callable[[], Path] | None:
+        """Merges the finished LoRA into the base and returns what it wrote; None when that is not wanted.
+
+        Raises:
+            UserError: the finished LoRA could not be merged: better now than after hours.
+        """
+        ...
+
+    def usage(self, lora: Path) -> tuple[str, ...]:
+        """What to do with the LoRA, in sentences."""
         ...
 
 

@@ -6,17 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.samples import Dataset
+from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
-from lora_trainer.models.base import Lender, LentModel, ModelInfo
+from lora_trainer.models.base import Lender, LentModel, LoraTarget, ModelInfo
+from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
 from lora_trainer.run.captioning import caption_for_training
-from lora_trainer.run.saving import run_facts
+from lora_trainer.run.outputs import Outputs
+from lora_trainer.run.saving import LoraSaver, run_facts
 from lora_trainer.run.workloads.base import Work, digest
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
@@ -40,6 +45,19 @@ class Pictures:
     ):
         self._config, self._lender, self._info, self._dataset, self._plan = config, lender, info, dataset, plan
         self._on_warning = on_warning
+
+    @staticmethod
+    def file_lender(config: TrainConfig, precision: Precision) -> FileLender:
+        """The lender of ``base_model`` as a file."""
+        return FileLender(
+            config.base_model,
+            device=precision.device,
+            weight_dtype=precision.weight_dtype,
+            vae=config.vae,
+            v_prediction=config.v_prediction,
+            zero_terminal_snr=config.zero_terminal_snr,
+            clip_skip=config.clip_skip,
+        )
 
     @classmethod
     def open(
@@ -93,7 +111,44 @@ class Pictures:
         )
         objective = DiffusionObjective(config, model, source.encode_prompts)
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
-        return Work(source, objective, model.lora_targets, facts)
+
+        def targets() -> list[LoraTarget]:
+            if config.text_encoders_learn:
+                model.hold("unet", "text_encoders")
+            return model.lora_targets()
+
+        def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> LoraSaver:
+            return LoraSaver(config, outputs, adapters, facts, callbacks, self._lender.model_hash)
+
+        return Work(source, objective, targets, saver)
 
     def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:
         return ModelPreviewer(model, turn, self._plan.resolution)
+
+    def outputs(self, config: TrainConfig, digest: str) -> Outputs:
+        return Outputs.of(config, digest)
+
+    def merger(self, model: LentModel, outputs: Outputs) -> Callable[[], Path] | None:
+        config, base = self._config, model.info.path
+        if not config.merge_into_base:
+            return None
+        output = Path(config.merge_into_base)
+        if base is None:
+            raise UserError(
+                "The base model is no file that could be merged into.",
+                field="merge_into_base",
+                remedy="Leave it empty, and merge the finished LoRA elsewhere.",
+            )
+        with concerning("merge_into_base"):
+            check_paths(base, outputs.lora, output, config.overwrite)
+
+        def merged() -> Path:
+            targets = model.lora_targets()
+            return merge(base, outputs.lora, 1.0, output, targets=targets, overwrite=config.overwrite).path
+
+        return merged
+
+    def usage(self, lora: Path) -> tuple[str, ...]:
+        word = self._config.trigger_word
+        prompt = f"<lora:{lora.stem}:0.8>" + (f" {word}" if word else "")
+        return (f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}",)

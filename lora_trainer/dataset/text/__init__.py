@@ -1,0 +1,1 @@
+"""Rows of conversations: read, written by a template, encoded, checked."""

@@ -1,0 +1,61 @@
+"""Lends a language model from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from lora_trainer.models.base import Lender, ModelInfo
+from lora_trainer.models.families.causal_lm.families import family_of
+from lora_trainer.models.families.causal_lm.folder import load_tokenizer, open_weights, read_config, weights_digest
+from lora_trainer.models.families.causal_lm.model import LanguageModel
+from lora_trainer.models.families.causal_lm.network import bind_weights, build_network
+
+
+class LanguageModelLender(Lender[LanguageModel]):
+    """See ``Lender``. Nothing else uses the weights, so a turn costs nothing.
+
+    folder: as transformers saves a model. dtype: number format of weights and computation.
+    trust_remote_code: run Python code from the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        trust_remote_code: bool = False,
+    ):
+        self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self.trust_remote_code = trust_remote_code
+
+    def describe(self) -> ModelInfo:
+        """Reads config.json alone."""
+        family = family_of(read_config(self.folder), str(self.folder), self.trust_remote_code)
+        return ModelInfo(family.name, "next_token", self.folder.resolve().name, self.folder)
+
+    @contextmanager
+    def borrow(self) -> Iterator[LanguageModel]:
+        """Builds the model. Raises ``UserError`` when the folder is none that can be trained."""
+        info = self.describe()
+        tokenizer = load_tokenizer(self.folder, self.trust_remote_code)
+        network = build_network(self.folder, read_config(self.folder), self.trust_remote_code)
+        tensors = open_weights(self.folder)
+        tensors.place(self.device, self.dtype)
+        bind_weights(network, tensors, self.device, self.folder)
+        tensors.place(self.device, self.dtype)  # which lets go of those that were read last
+        model = LanguageModel(network, tokenizer, info, self.device, weights_digest(self.folder))
+        try:
+            yield model
+        finally:
+            model.release()
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def model_hash(self) -> str | None:
+        return None

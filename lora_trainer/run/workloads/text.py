@@ -1,0 +1,153 @@
+"""A run on rows of prompts and answers, for a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.adapters.merge_folder import check_folders, merge_folder
+from lora_trainer.captioning.registry import Sources
+from lora_trainer.config import TrainConfig, without_effect
+from lora_trainer.dataset.text.encoding import EncodedRow, Encoder
+from lora_trainer.dataset.text.rows import read_rows
+from lora_trainer.dataset.text.templates import choose_template
+from lora_trainer.errors import UserError, concerning
+from lora_trainer.models.base import Lender, LoraTarget
+from lora_trainer.models.families.causal_lm.families import LANGUAGE_FAMILIES
+from lora_trainer.models.families.causal_lm.folder import load_tokenizer
+from lora_trainer.models.families.causal_lm.lender import LanguageModelLender
+from lora_trainer.models.families.causal_lm.model import LanguageModel
+from lora_trainer.run.outputs import AdapterFolders, Outputs
+from lora_trainer.run.saving import AdapterSaver
+from lora_trainer.run.workloads.base import Work, digest
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.loop import Previewer
+from lora_trainer.training.objectives.causal_lm import CausalLmObjective
+from lora_trainer.training.precision import Precision
+from lora_trainer.training.source import Turn
+from lora_trainer.training.text_inputs import RowSource
+
+_NAMED = 5
+"""So many rows are named in a message; of further ones the number is said."""
+_VLLM_RANK = 16
+
+
+class Texts:
+    """The ``Workload`` of rows of text. ``open`` makes it."""
+
+    def __init__(self, config: TrainConfig, rows: Sequence[EncodedRow]):
+        self._config, self._rows = config, rows
+
+    @staticmethod
+    def file_lender(config: TrainConfig, precision: Precision) -> LanguageModelLender:
+        """The lender of ``base_model`` as a folder."""
+        return LanguageModelLender(
+            config.base_model,
+            precision.device,
+            precision.weight_dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        config: TrainConfig,
+        lender: Lender,
+        callbacks: TrainCallbacks,
+        commands: TrainCommands,
+        captioners: Sources | None = None,
+    ) -> Texts:
+        """Read and encode the rows.
+
+        Raises:
+            UserError: there is nothing to train on, or the model cannot be trained.
+        """
+        refuse_other_adapters(config)
+        info = lender.describe()
+        for sentence in without_effect(config, task="text"):
+            callbacks.on_warning(sentence)
+        rows, bad = read_rows(Path(config.train_data_dir))
+        _warn(callbacks, "cannot be read and are left out", [f"{row.where} ({row.reason})" for row in bad])
+        encoder = encoder_of(config, info.path or Path(config.base_model), info.family)
+        encoded = []
+        for done, row in enumerate(rows, 1):
+            encoded.append(encoder.encode(row))
+            callbacks.on_phase("rows", done, len(rows))
+        usable = [row for row in encoded if any(row.learned)]
+        cut = [row.row.where for row in usable if row.cut]
+        lost = [row.row.where for row in encoded if not any(row.learned)]
+        _warn(callbacks, f"are longer than max_length ({config.max_length} tokens) and are cut", cut)
+        _warn(callbacks, f"have no answer within max_length ({config.max_length} tokens) and are left out", lost)
+        if not usable:
+            raise UserError(
+                f"{config.train_data_dir} holds no row that can be learned from.",
+                field="train_data_dir",
+                remedy="python -m lora_trainer check says what is wrong with each row.",
+            )
+        return cls(config, usable)
+
+    def run_key(self, model: LanguageModel) -> dict[str, Any]:
+        return {
+            "rows": digest([(row.tokens, row.learned) for row in self._rows]),
+            "base_model": digest([model.info.family, model.network_key]),
+        }
+
+    def work(self, model: LanguageModel, precision: Precision, *, keep_model_parts: bool) -> Work:
+        config = self._config
+
+        def targets() -> list[LoraTarget]:
+            return model.lora_targets()
+
+        def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> AdapterSaver:
+            return AdapterSaver(config, outputs, adapters, [target.diffusers_name for target in targets()])
+
+        return Work(RowSource(config, self._rows), CausalLmObjective(model), targets, saver)
+
+    def previewer(self, model: LanguageModel, turn: Turn, precision: Precision) -> Previewer | None:
+        return None
+
+    def outputs(self, config: TrainConfig, digest: str) -> AdapterFolders:
+        return AdapterFolders.of(config, digest)
+
+    def merger(self, model: LanguageModel, outputs: Outputs) -> Callable[[], Path] | None:
+        if not self._config.merge_into_base:
+            return None
+        base, output = Path(self._config.base_model), Path(self._config.merge_into_base)
+        with concerning("merge_into_base"):
+            check_folders(base, output)
+        return lambda: merge_folder(base, outputs.lora.parent, 1.0, output).path
+
+    def usage(self, lora: Path) -> tuple[str, ...]:
+        base, folder, rank = self._config.base_model, lora.parent, self._config.lora_rank
+        lines = [
+            f"Try it: python -m lora_trainer generate --base {base} --adapter {folder} --prompt …",
+            f"For llama.cpp: python convert_lora_to_gguf.py --base {base} {folder}",
+        ]
+        if rank > _VLLM_RANK:
+            lines.append(f"vLLM needs --max-lora-rank {rank} for it.")
+        return tuple(lines)
+
+
+def encoder_of(config: TrainConfig, folder: Path, family: str) -> Encoder:
+    """What writes and encodes the rows of a run. Raises UserError for a tokenizer or template that cannot be used."""
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    _, template = choose_template(config.chat_template, tokenizer, LANGUAGE_FAMILIES[family].template)
+    return Encoder(tokenizer, template, config.max_length, config.system_prompt)
+
+
+def refuse_other_adapters(config: TrainConfig) -> None:
+    """Raises UserError for adapters that PEFT's folder cannot hold as they are, or that vLLM does not read."""
+    if config.adapter != "lora":
+        raise UserError(
+            f"A language model is not trained with {config.adapter} here.", field="adapter", remedy="Use adapter: lora."
+        )
+    if config.dora:
+        raise UserError("A language model is not trained with DoRA here.", field="dora", remedy="Leave it off.")
+
+
+def _warn(callbacks: TrainCallbacks, what: str, rows: Sequence[str]) -> None:
+    if rows:
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        callbacks.on_warning(f"{len(rows)} rows {what}: {', '.join(rows[:_NAMED])}{more}.")
