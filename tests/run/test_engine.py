@@ -23,7 +23,8 @@ from lora_trainer.config import from_mapping, load
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.run import Result, engine, file_lender, summary, train
+from lora_trainer.run import Result, file_lender, summary, train
+from lora_trainer.run.workloads import pictures
 from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.jobs.fakes import FakeLender
@@ -317,7 +318,7 @@ def test_a_merge_that_fails_leaves_the_finished_lora(settings, tmp_path, monkeyp
     def fail(*_, **__):
         raise UserError("the disk is full.")
 
-    monkeypatch.setattr(engine, "merge", fail)
+    monkeypatch.setattr(pictures, "merge", fail)
     listener = Listener()
     result = run(settings, listener, merge_into_base=str(tmp_path / "merged.safetensors"))
     assert result.status == "finished" and result.lora.exists() and result.merged is None

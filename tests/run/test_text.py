@@ -165,7 +165,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(settings, tmp_pa
     run(settings, output_dir=str(tmp_path / "whole"))
     wanted = {path.name: (path / "adapter_model.safetensors").read_bytes() for path in folders(tmp_path / "whole")}
     assert len(wanted) == 4
-    for place in range(2, 42, 2):
+    for place in (*range(1, 39, 2), 38):
         out = tmp_path / f"killed{place}"
         assert killed(settings, out, place), f"it ended before moment {place}"
         run(settings, output_dir=str(out))
