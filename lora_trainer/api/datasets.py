@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,6 +16,7 @@ from lora_trainer.api.files import send
 from lora_trainer.api.route import MAX_UPLOAD, guarded
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
+from lora_trainer.jobs.datasets import StoredDatasets
 from lora_trainer.workspace.library import check_caption
 
 
@@ -22,12 +24,15 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: datasets"])
     uploads = APIRouter(route_class=guarded(context, MAX_UPLOAD), tags=["LoRA trainer: datasets"])
     library = context.library
+    stored = StoredDatasets(library, context.manager.store, context.manager.sessions)
 
     @router.get("/datasets", response_model=schemas.DatasetListModel)
     def list_datasets() -> dict[str, Any]:
         """Every dataset, the one changed last first. A job names it in ``train_data_dir``."""
-        found = library.datasets()
-        return {"datasets": [{"name": one.name, "pictures": one.pictures, "changed": one.changed} for one in found]}
+        resumable = stored.resumable()
+        root = library.root.resolve()
+        rows = [{**asdict(one), "resumable": resumable.get(str(root / one.name), 0)} for one in library.datasets()]
+        return {"datasets": rows}
 
     @router.post("/datasets", response_model=schemas.PictureListModel, status_code=201)
     def create(new: schemas.NewDatasetModel) -> dict[str, Any]:
@@ -43,6 +48,18 @@ def routes(context: Context) -> APIRouter:
             for one in pictures
         ]
         return {"name": name, "pictures": rows}
+
+    @router.delete("/datasets/{name}", response_model=schemas.ConfirmModel)
+    def delete(name: str, confirm: schemas.ConfirmModel) -> dict[str, Any]:
+        """Delete the dataset with its pictures and captions; only one that was made here."""
+        stored.delete(name, confirm=confirm.confirm)
+        return {"confirm": True}
+
+    @router.post("/datasets/{name}/rename", response_model=schemas.NewDatasetModel)
+    def rename(name: str, new: schemas.NewDatasetModel) -> dict[str, Any]:
+        """Give the dataset another name; jobs that use it follow."""
+        stored.rename(name, new.name)
+        return {"name": new.name}
 
     @router.get("/datasets/{name}/pictures/{file:path}", response_class=FileResponse)
     def get_picture(name: str, file: str) -> FileResponse:

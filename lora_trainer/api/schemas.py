@@ -174,9 +174,16 @@ class FileListModel(BaseModel):
 
 
 class DatasetModel(BaseModel):
+    """size: bytes on the disk. cover: a picture, for ``/datasets/{name}/thumbnails/``. own: it was made by the trainer,
+    and can be renamed and deleted. resumable: trainings on it that were not finished."""
+
     name: str
     pictures: int
     changed: float
+    size: int
+    cover: str | None = None
+    own: bool
+    resumable: int = 0
 
 
 class DatasetListModel(BaseModel):

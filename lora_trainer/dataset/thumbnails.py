@@ -20,10 +20,7 @@ class ThumbnailCache:
 
     def get(self, picture: Path, edit: PictureEdit = UNTOUCHED) -> Path:
         """The thumbnail's file, made when it is not there yet. Raises UserError for a picture that cannot be read."""
-        facts = picture.stat()
-        name = f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}\0{edit.rotate}\0{edit.crop}"
-        key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-        path = self.folder / key[:2] / f"{key}.jpg"
+        path = self._place(picture, edit)
         if not path.exists() or not path.stat().st_size:  # a power cut may leave an empty one
             with reading(picture) as (image, _):
                 check_size(picture, image.size)
@@ -37,3 +34,14 @@ class ThumbnailCache:
             with atomic_path(path, durable=False) as temporary:
                 small.save(temporary, format="JPEG", quality=85)
         return path
+
+    def forget(self, picture: Path, edit: PictureEdit = UNTOUCHED) -> None:
+        """Delete the thumbnails of a picture: as it is, and with its edit."""
+        for version in (UNTOUCHED, edit):
+            self._place(picture, version).unlink(missing_ok=True)
+
+    def _place(self, picture: Path, edit: PictureEdit) -> Path:
+        facts = picture.stat()
+        name = f"{picture}\0{facts.st_mtime_ns}\0{facts.st_size}\0{edit.rotate}\0{edit.crop}"
+        key = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+        return self.folder / key[:2] / f"{key}.jpg"

@@ -7,7 +7,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -201,6 +201,14 @@ class JobStore:
             order = [*dict.fromkeys(job_ids), *(job_id for job_id in queued if job_id not in job_ids)]
             for position, job_id in enumerate(order, start=1):
                 self._update(connection, job_id, {"position": position})
+
+    def update_together(self, work: Callable[[list[Job]], Mapping[int, dict[str, Any]]]) -> None:
+        """Set the columns, by job, that ``work`` returns for all jobs with their configurations. Nobody else can take
+        or change one meanwhile; when it raises, nothing is changed."""
+        with self._transaction() as connection:
+            rows = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs ORDER BY id").fetchall()
+            for job_id, values in work([_job(row) for row in rows]).items():
+                self._update(connection, job_id, values)
 
     def delete(self, job_id: int) -> None:
         with self._transaction() as connection:

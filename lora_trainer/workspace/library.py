@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,17 +22,26 @@ if TYPE_CHECKING:
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_CHARACTERS = 20_000
 
+_MARK = ".lora-trainer-dataset"
+_UNMARKED = re.compile(r"pictures \d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d")
+"""Names that the page gave before data sets were marked."""
+_DELETED = ".deleted-"
+
 # Two pictures that come at once under one name get two names; of two that are left out at once, both are.
 _changing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """name: of its folder. pictures: how many. changed: seconds since 1970."""
+    """name: of its folder. pictures: how many. changed: seconds since 1970. size: bytes of all its files. cover: the
+    first picture, as a posix path. own: made here, and not a folder that somebody put beside the others."""
 
     name: str
     pictures: int
     changed: float
+    size: int
+    cover: str | None
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class Picture:
 
 
 class DatasetLibrary:
-    """Adds pictures and captions, leaves pictures out; overwrites a caption when asked, never a picture, and deletes
-    nothing."""
+    """Adds pictures and captions, leaves pictures out; overwrites a caption when asked, never a picture. Renames and
+    deletes whole data sets, of those that it has made."""
 
     def __init__(self, data: Path):
         self.root = Path(data) / "datasets"
@@ -62,14 +73,27 @@ class DatasetLibrary:
 
     def datasets(self) -> list[DatasetSummary]:
         """Every dataset, the one changed last first."""
+        named = [entry for entry in _entries(self.root) if entry.is_dir() and safe_name_problem(entry.name) is None]
+        return sorted(map(self._summary, named), key=lambda dataset: -dataset.changed)
+
+    def _summary(self, folder: os.DirEntry[str]) -> DatasetSummary:
         from lora_trainer.dataset.listing import is_picture
 
-        found = []
-        for entry in _entries(self.root):
-            if entry.is_dir() and safe_name_problem(entry.name) is None:
-                pictures = sum(is_picture(name) for _, _, names in os.walk(entry.path) for name in names)
-                found.append(DatasetSummary(entry.name, pictures, entry.stat().st_mtime))
-        return sorted(found, key=lambda dataset: -dataset.changed)
+        pictures, size, cover = 0, 0, None
+        for entry in _files(folder.path):
+            size += entry.stat(follow_symlinks=False).st_size
+            if is_picture(entry.name):
+                pictures += 1
+                file = Path(entry.path).relative_to(folder.path).as_posix()
+                cover = min(cover or file, file)
+        own = self._is_own(Path(folder.path))
+        return DatasetSummary(folder.name, pictures, folder.stat().st_mtime, size, cover, own)
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether it was made here: never what a link leads to, nor what somebody has put there."""
+        if folder.resolve() != self.root.resolve() / folder.name:
+            return False
+        return (folder / _MARK).is_file() or _UNMARKED.fullmatch(folder.name) is not None
 
     def create(self, name: str) -> Path:
         """A new, empty dataset. Raises UserError when there is one of this name."""
@@ -84,7 +108,50 @@ class DatasetLibrary:
             raise UserError(
                 f"The dataset {name} cannot be made: {error.strerror}.", field="name", remedy="Free some space."
             ) from error
+        (path / _MARK).touch()
         return path
+
+    def own(self, name: str) -> Path:
+        """The folder of a dataset that was made here. Raises UserError for another, or where there is none."""
+        path = self.folder(name)
+        if not self._is_own(self.root / name):
+            raise UserError(
+                f"The folder {name} was not made by the trainer.", field="dataset",
+                remedy="It stays as it is; rename or delete it yourself.",
+            )  # fmt: skip
+        return path
+
+    def rename(self, name: str, new: str) -> Path:
+        """Give a dataset another name; returns its folder. Raises UserError when that is taken or cannot be a name, and
+        for a folder that was not made here."""
+        path, target = self.own(name), self.root / check_name(new, "name")
+        if target.exists() and not (new.casefold() == name.casefold() and target.samefile(path)):
+            raise UserError(f"There is a dataset {new} already.", field="name", remedy="Choose another name.")
+        (path / _MARK).touch()
+        _move(path, target, f"{name} could not be renamed")
+        return target
+
+    def set_aside(self, name: str) -> None:
+        """Take a dataset out of the list at once, so that nobody sees half of it, and delete its thumbnails; ``purge``
+        deletes the rest. Raises UserError for a folder that was not made here."""
+        from lora_trainer.dataset.listing import list_folder
+        from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
+
+        path = self.own(name)
+        edits = load_edits(path)
+        for file, picture in list_folder(path).pictures.items():
+            self.thumbnails.forget(picture, edits.get(file, UNTOUCHED))
+        _move(path, self.root / f"{_DELETED}{secrets.token_hex(6)}", f"{name} could not be deleted")
+
+    def purge(self) -> None:
+        """Delete what was set aside. Raises UserError where that could not be done completely."""
+        for entry in _entries(self.root):
+            if entry.name.startswith(_DELETED) and entry.is_dir(follow_symlinks=False):
+                try:
+                    shutil.rmtree(entry.path)  # does not follow links
+                except OSError as error:
+                    message = f"{entry.path} could not be deleted completely: {error.strerror}."
+                    raise UserError(message, remedy="Close what uses it, and delete it yourself.") from error
 
     def pictures(self, name: str) -> list[Picture]:
         """Every picture with its caption, in order of its file name."""
@@ -215,6 +282,23 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
+
+
+def _files(folder: str) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder, links not followed."""
+    for entry in _entries(Path(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(entry.path)
+        else:
+            yield entry
+
+
+def _move(source: Path, target: Path, failed: str) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        message = f"{failed}: {error.strerror}."
+        raise UserError(message, field="dataset", remedy="Close what uses it and try again.") from error
 
 
 def _free(root: Path, file: str, data: bytes) -> Path:

@@ -199,6 +199,18 @@ class EditorSessions:
         with self._lock:
             self._open.pop(identifier, None)
 
+    def release(self, root: Path) -> None:
+        """Forget the sessions of a folder that is about to be moved or deleted. Raises UserError while something in it
+        is unsaved or runs."""
+        with self._lock:
+            there = {key: editor for key, editor in self._open.items() if Path(editor.session.root) == root}
+            for editor in there.values():
+                _refuse_unsaved(editor, "the folder is moved or deleted")
+                if editor.busy:
+                    raise UserError("Something runs for this folder already.", remedy="Wait for it, or cancel it.")
+            for key in there:
+                del self._open[key]
+
     # -- what runs in the background
 
     def check(self, editor: EditorSession, resolution: int | tuple[int, int] = 512) -> Task:

@@ -281,3 +281,19 @@ def test_five_hundred_finished_jobs_list_fast(client, manager):
     start = time.perf_counter()
     jobs = client.get("/jobs").json()["jobs"]
     assert len(jobs) == 500 and time.perf_counter() - start < 0.5
+
+
+def test_data_sets_are_renamed_and_deleted(client, manager, settings):
+    client.post("/datasets", json={"name": "cats"})
+    client.post("/datasets/cats/pictures", json={"pictures": [{"name": "a.png", "data": picture()}]})
+    (row,) = client.get("/datasets").json()["datasets"]
+    assert row["cover"] == "a.png" and row["own"] and row["size"] > 5 and row["resumable"] == 0
+    assert client.post("/datasets/cats/rename", json={"name": "kittens"}).json() == {"name": "kittens"}
+    assert client.get("/datasets/cats").status_code == 400 and client.get("/datasets/kittens").status_code == 200
+    refused = client.request("DELETE", "/datasets/kittens", json={})
+    assert refused.status_code == 400 and "confirm" in refused.json()["remedy"]
+    for path in EVIL_PATHS[:200]:
+        assert client.post("/datasets/kittens/rename", json={"name": path}).status_code in (400, 422)
+        client.request("DELETE", f"/datasets/{quote(path, safe='', errors='surrogatepass')}", json={"confirm": True})
+    assert client.request("DELETE", "/datasets/kittens", json={"confirm": True}).status_code == 200
+    assert client.get("/datasets").json()["datasets"] == []

@@ -147,3 +147,15 @@ def test_links_out_of_the_dataset_are_not_served(library, tmp_path):
     (library.folder("cats") / "link.png").symlink_to(secret)
     with pytest.raises(UserError):
         library.picture("cats", "link.png")
+
+
+def test_the_list_says_how_much_lies_there_and_shows_a_picture(library, tmp_path):
+    first, second = png(), png((9, 9, 9))
+    library.add_picture("cats", "b.png", second)
+    library.add_picture("cats", "a.png", first, "a cat")
+    (tmp_path / "datasets" / "theirs").mkdir()
+    cats, theirs = sorted(library.datasets(), key=lambda dataset: dataset.name)
+    assert (cats.cover, cats.own, cats.pictures) == ("a.png", True, 2)
+    assert cats.size == sum(path.stat().st_size for path in (tmp_path / "datasets" / "cats").iterdir())
+    assert cats.size >= len(first) + len(second) + len("a cat")
+    assert (theirs.cover, theirs.own, theirs.size) == (None, False, 0)
