@@ -51,9 +51,6 @@
     }
 
     editor.begin = function() {
-        app.get("editor_uploads").addEventListener("change", (event) => {
-            if (event.target.value) editor.open(event.target.value);
-        });
         const folder = app.get("editor_folder");
         if (folder) folder.addEventListener("keydown", (event) => event.key === "Enter" && editor.actions["editor-folder"]());
         document.addEventListener("keydown", onKey);
@@ -74,11 +71,7 @@
     async function shown() {
         if (editor.state) return void lookOutside();
         await editor.act(async() => {
-            const {datasets} = await app.fetchJson("/datasets");
-            app.get("editor_uploads").replaceChildren(
-                app.el("option", {value: ""}, app.t("choose …")),
-                ...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
-            );
+            await app.sets.load();
             if (app.pictures.chosen && !editor.other) await editor.open(app.pictures.chosen);
         });
     }

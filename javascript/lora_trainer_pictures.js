@@ -31,17 +31,18 @@
             event.preventDefault();
             event.stopPropagation();
             drop.classList.remove("lora_trainer_over");
-            droppedFiles(event.dataTransfer).then(pictures.add)
+            droppedFiles(event.dataTransfer).then(({files: dropped, folder}) => pictures.add(dropped, folder))
                 .catch((error) => app.complain(error, app.get("problem_train_data_dir")));
         });
         app.get("earlier").addEventListener("change", (event) => event.target.value && pictures.choose(event.target.value));
         pictures.listEarlier();
     };
 
-    /** Files of a drop, those of dropped folders too. */
+    /** Files of a drop, those of dropped folders too; folder: the name of the one that was dropped. */
     async function droppedFiles(transfer) {
         const entries = Array.from(transfer.items || [], (item) => item.webkitGetAsEntry && item.webkitGetAsEntry());
-        if (!entries.some((entry) => entry && entry.isDirectory)) return Array.from(transfer.files);
+        const folders = entries.filter((entry) => entry && entry.isDirectory);
+        if (!folders.length) return {files: Array.from(transfer.files)};
         const found = [];
         const walk = async(entry) => {
             if (entry.isFile) return void found.push(await new Promise((done, fail) => entry.file(done, fail)));
@@ -53,7 +54,7 @@
             }
         };
         for (const entry of entries) if (entry) await walk(entry);
-        return found;
+        return {files: found, folder: folders.length === 1 && entries.length === 1 ? folders[0].name : null};
     }
 
     pictures.listEarlier = async function() {
@@ -68,10 +69,11 @@
         if (list.options.length > 1) app.show(app.get("other_pictures"), true);
     };
 
-    /** Upload files with their captions, into the chosen dataset or a new one; more of them go where the first went. */
-    pictures.add = function(files) {
+    /** Upload files with their captions, into the chosen dataset or a new one; more of them go where the first went.
+     * folder: what a new one may be called. */
+    pictures.add = function(files, folder) {
         if (!files.length) return null;
-        const mine = (pictures.busy = uploads = uploads.then(() => upload(files))
+        const mine = (pictures.busy = uploads = uploads.then(() => upload(files, folder))
             .catch((error) => app.complain(error, app.get("problem_train_data_dir")))
             .finally(() => {
                 app.show(app.get("upload"), false);
@@ -80,11 +82,11 @@
         return mine;
     };
 
-    async function upload(files) {
+    async function upload(files, folder) {
         const captions = await readCaptions(files);
         const images = files.filter((file) => !TEXT.test(file.name) && !TABLE.test(file.name) && !file.name.startsWith("."));
         if (!images.length) return takeCaptions(captions);
-        const dataset = await ownDataset();
+        const dataset = await ownDataset(folder);
         pictures.refusedUploads = [];
         let batch = [];
         let bytes = 0;
@@ -149,12 +151,15 @@
         app.get("refused").open = true;
     }
 
-    async function ownDataset() {
-        if (pictures.chosen && pictures.library && pictures.library.has(pictures.chosen)) return pictures.chosen;
+    async function ownDataset(folder) {
+        if (!pictures.library) await pictures.listEarlier();
+        if (pictures.chosen && pictures.library.has(pictures.chosen)) return pictures.chosen;
         const now = new Date(Date.now() - new Date().getTimezoneOffset() * 60000).toISOString();
-        const name = "pictures " + now.slice(0, 19).replace("T", " ").replace(/:/g, ".");
-        await app.post("/datasets", {name});
-        return name;
+        const usual = "pictures " + now.slice(0, 19).replace("T", " ").replace(/:/g, ".");
+        const name = folder && !pictures.library.has(folder) ? folder : usual;
+        const {name: made} = await app.post("/datasets", {name})
+            .catch((error) => (name === usual ? Promise.reject(error) : app.post("/datasets", {name: usual}))); // it can be no name
+        return made;
     }
 
     const stem = (name) => name.replace(/\.[^.]*$/, "");
@@ -208,7 +213,8 @@
         pictures.chosen = folder || null;
         pictures.rows = [];
         app.form.problem("train_data_dir", null);
-        if (!pictures.library) await pictures.listEarlier();
+        const known = pictures.library && (!folder || pictures.library.has(folder) || /[\\/]/.test(folder));
+        if (!known) await pictures.listEarlier(); // it may have been made on another page
         const uploaded = folder && pictures.library.has(folder);
         if (uploaded) {
             const {pictures: rows} = await app.fetchJson("/datasets/" + encodeURIComponent(folder));
@@ -281,7 +287,8 @@
         const line = app.get("pictures");
         const out = pictures.rows.filter((row) => row.excluded);
         if (out.length) parts.push(app.t("{n} left out", {n: out.length}));
-        line.replaceChildren(parts.join(" · ") + " ",
+        const own = pictures.library && pictures.library.has(pictures.chosen);
+        line.replaceChildren(own ? app.el("b", {}, pictures.chosen) : "", (own ? " · " : "") + parts.join(" · ") + " ",
             out.length ? app.button("Take them in again", () => exclude(out, false).catch(app.complain), "link") : "", " ",
             app.button("Take others", () => pictures.choose(null), "link"));
         app.show(line, true);

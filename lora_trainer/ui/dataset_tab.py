@@ -49,8 +49,6 @@ def create_ui(*, offer_folders: bool = True) -> Markup:
 
 
 def _opening(offer_folders: bool) -> Markup:
-    uploads = tag("div", tag("label", "Pictures from before", for_="editor_uploads"),
-                  tag("select", id_="editor_uploads"), class_="field")  # fmt: skip
     folder = tag(
         "div",
         tag("label", "Folder on the server", for_="editor_folder"),
@@ -66,7 +64,10 @@ def _opening(offer_folders: bool) -> Markup:
         tag("h3", "Which pictures?"),
         tag("p", "Good captions decide the result. Add pictures in step 1 of Train, or open some from before.",
             class_="lead"),
-        tag("div", uploads, *([folder] if offer_folders else []), class_="fields"),
+        tag("ul", id_="sets", class_="sets", aria_label="Pictures from before"),
+        tag("p", "No pictures yet. What is added in step 1 of Train is kept here.", id_="sets_empty", class_="help",
+            hidden=True),
+        tag("div", *([folder] if offer_folders else []), class_="fields"),
         id_="editor_open",
         class_="card",
     )  # fmt: skip
