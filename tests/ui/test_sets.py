@@ -30,7 +30,8 @@ def test_a_data_set_shows_a_picture_and_its_size(sets, page, manager):
     cats = sets.filter(has_text="cats")
     size = sum(path.stat().st_size for path in (manager.folders.datasets / "cats").iterdir())
     assert f"3 pictures · {max(1, round(size / 1024))} KB" in cats.inner_text()
-    page.wait_for_function("() => [...document.querySelectorAll('#lora_trainer_sets img')].every((one) => one.naturalWidth)")
+    images = "[...document.querySelectorAll('#lora_trainer_sets img')]"
+    page.wait_for_function(f"() => {images}.every((one) => one.naturalWidth)")
     assert sets.filter(has_text="theirs").get_by_role("button").all_inner_texts() == ["Train with them", "Edit"]
     cats.get_by_text("Train with them").click()
     wait_for_text(page, "pictures", "cats · 3 pictures are fine")
