@@ -14,17 +14,23 @@ DONE, STOPS_TRAINING = 0, 2
 
 
 def add_check(commands: Any) -> None:
-    parser = commands.add_parser("check", help="report on a folder of pictures", description=check.__doc__)
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder with pictures and captions")
+    parser = commands.add_parser("check", help="report on pictures, or on rows of text", description=check.__doc__)
+    parser.add_argument("dataset", type=Path, metavar="DATASET",
+                        help="folder with pictures and captions, or .jsonl or .json with rows")  # fmt: skip
     parser.add_argument("--resolution", type=int, default=512, help="side in pixels to train at (512)")
     parser.add_argument("--trigger", default="", help="trigger word that every caption should have")
+    parser.add_argument("--base", type=Path, help="rows: folder of the language model, to count tokens")
+    parser.add_argument("--max-length", type=int, default=1024, help="rows: most tokens of a row (1024)")
+    parser.add_argument("--held-out", type=Path, help="rows: those to test with, which must not be trained")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=check)
 
 
 def check(options: argparse.Namespace) -> int:
-    """Look for damaged, small, blurred or duplicate pictures and for faulty captions. Exit code 2 when something
-    found would stop a training."""
+    """Look for damaged, small, blurred or duplicate pictures and for faulty captions; for malformed, duplicate, too
+    long and leaking rows. Exit code 2 when something found would stop a training."""
+    if options.dataset.is_file() or options.base or options.held_out:
+        return _check_rows(options)
     from lora_trainer.config import parse_resolution
     from lora_trainer.dataset.checks import check_folder
 
@@ -32,6 +38,20 @@ def check(options: argparse.Namespace) -> int:
         remedy = "Give a side from 64 to 8192, such as 512."
         raise UserError(f"{options.resolution} is no size to train at.", field="resolution", remedy=remedy)
     report = check_folder(options.dataset, resolution=options.resolution, trigger_word=options.trigger)
+    print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report.to_text())
+    return STOPS_TRAINING if report.stops_training else DONE
+
+
+def _check_rows(options: argparse.Namespace) -> int:
+    from lora_trainer.config import from_mapping
+    from lora_trainer.dataset.text.checks import check_rows
+    from lora_trainer.run.workloads.text import encoder_for
+
+    encoder = None
+    if options.base:
+        settings = {"base_model": str(options.base), "max_length": options.max_length, "task": "text"}
+        encoder = encoder_for(from_mapping(settings))
+    report = check_rows(options.dataset, held_out=options.held_out, encoder=encoder)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report.to_text())
     return STOPS_TRAINING if report.stops_training else DONE
 
@@ -72,21 +92,24 @@ def info(options: argparse.Namespace) -> int:
 
 def add_merge(commands: Any) -> None:
     parser = commands.add_parser("merge", help="merge a LoRA into a checkpoint", description=merge.__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="checkpoint (.safetensors)")
+    parser.add_argument("--base", type=Path, required=True, help="checkpoint, or a language model's folder")
     parser.add_argument("--lora", type=Path, required=True, help="LoRA file (.safetensors)")
     parser.add_argument("--weight", type=float, default=1.0, help="strength of the LoRA (1.0)")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint (.safetensors), or folder, to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.set_defaults(run=merge)
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Write a checkpoint that draws like the base with the LoRA at this strength. Neither input is changed."""
+    """Write a model that works like the base with the LoRA at this strength. Neither input is changed."""
     from lora_trainer.adapters.lora_file import read_lora
     from lora_trainer.adapters.merge import merge as merge_files
     from lora_trainer.models.checkpoint import FileLender
     from lora_trainer.models.families import refuse_other_family, targets_of
+    from lora_trainer.models.families.causal_lm.folder import is_language_model
 
+    if is_language_model(options.base):
+        return _merge_language_model(options)
     architecture = FileLender(options.base).architecture()
     lora = read_lora(options.lora)
     refuse_other_family(lora.metadata, options.lora, architecture.family)
@@ -103,6 +126,15 @@ def merge(options: argparse.Namespace) -> int:
         print(f"{len(result.unmatched)} of the LoRA's layers are not in this base: {', '.join(result.unmatched[:5])} …")
     for note in result.notes:
         print(note)
+    return DONE
+
+
+def _merge_language_model(options: argparse.Namespace) -> int:
+    from lora_trainer.adapters.merge_folder import merge_folder
+
+    result = merge_folder(options.base, options.lora, options.weight, options.output)
+    print(f"{result.path}: {result.merged} layers merged at strength {options.weight:g}")
+    print(f"For llama.cpp: python convert_hf_to_gguf.py {result.path}")
     return DONE
 
 

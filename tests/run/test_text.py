@@ -228,7 +228,7 @@ def test_the_task_is_what_the_base_model_is(settings, llama, tmp_path):
 def test_settings_of_pictures_are_said_to_have_no_effect(settings):
     listener = Listener()
     run(settings, listener, flip=True, resolution="512", max_train_steps=1)
-    assert [text.partition(":")[0] for text in listener.warnings] == ["resolution", "flip", "epochs"]
+    assert {text.partition(":")[0] for text in listener.warnings} == {"resolution", "flip", "epochs"}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from lora_trainer.dataset.text.rows import read_rows
 from lora_trainer.dataset.text.templates import choose_template
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.models.base import Lender, LoraTarget
-from lora_trainer.models.families.causal_lm.families import LANGUAGE_FAMILIES
-from lora_trainer.models.families.causal_lm.folder import load_tokenizer
+from lora_trainer.models.families.causal_lm.families import LANGUAGE_FAMILIES, family_of
+from lora_trainer.models.families.causal_lm.folder import load_tokenizer, read_config
 from lora_trainer.models.families.causal_lm.lender import LanguageModelLender
 from lora_trainer.models.families.causal_lm.model import LanguageModel
 from lora_trainer.run.outputs import AdapterFolders, Outputs
@@ -135,6 +135,13 @@ def encoder_of(config: TrainConfig, folder: Path, family: str) -> Encoder:
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     _, template = choose_template(config.chat_template, tokenizer, LANGUAGE_FAMILIES[family].template)
     return Encoder(tokenizer, template, config.max_length, config.system_prompt)
+
+
+def encoder_for(config: TrainConfig) -> Encoder:
+    """The same for a base model that is given by its folder. Raises UserError for one that cannot be trained."""
+    folder = Path(config.base_model)
+    family = family_of(read_config(folder), config.base_model, config.trust_remote_code)
+    return encoder_of(config, folder, family.name)
 
 
 def refuse_other_adapters(config: TrainConfig) -> None:
