@@ -58,7 +58,8 @@ def test_a_list_of_lines_named_json_a_mark_at_the_start_and_empty_lines_are_read
     ("line", "reason"),
     [
         ("{", "no JSON"), ("3", "no JSON object"), ("{}", "it has nothing"), ('{"prompt": "Hi"}', "it has prompt"),
-        ('{"prompt": "Hi", "response": ""}', "answer is empty"), ('{"prompt": " ", "response": "x"}', "prompt is empty"),
+        ('{"prompt": "Hi", "response": ""}', "answer is empty"),
+        ('{"prompt": " ", "response": "x"}', "prompt is empty"),
         ('{"prompt": 3, "response": "x"}', "prompt is no text"), ('{"messages": []}', "no list"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "does not end with an answer"),
         ('{"messages": [{"role": "cat", "content": "x"}]}', "'cat'"),
@@ -150,7 +151,8 @@ TWO = (
     ("name", "whole", "learned"),
     [
         ("llama2", "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST]A</s><s>[INST] V [/INST]B</s>", "A</s>B</s>"),
-        ("chatml", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        ("chatml", "<|im_start|>system\nS<|im_end|>\n"
+                   "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
                    "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n", "A<|im_end|>B<|im_end|>"),
         ("glm4", "[gMASK]<sop><|system|>\nS<|user|>\nU<|assistant|>\nA<|user|>\nV<|assistant|>\nB<|user|>",
          "A<|user|>B<|user|>"),

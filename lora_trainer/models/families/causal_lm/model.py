@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ class LanguageModel(LentNetwork):
         self.network_key = network_key
         self._prefix, self._layers = decoder_layers(network)
         self._head = head_of(network)
+        # Its name in late releases of transformers 5, and before.
+        known = inspect.signature(network.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
         self._softcap = getattr(network.config, "final_logit_softcapping", None)
 
     @property
@@ -63,9 +67,9 @@ class LanguageModel(LentNetwork):
         call."""
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         output = self.network(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+            input_ids=tokens, position_ids=positions, use_cache=True, return_dict=True, **{self._cache_name: cache}
         )
-        return output.logits[0, -1].float(), output.past_key_values
+        return output.logits[0, -1].float(), output[self._cache_name]
 
     def lora_targets(self) -> list[LoraTarget]:
         """The Linear layers of all blocks. Embeddings and head stay as they are."""
