@@ -53,6 +53,11 @@ _DEPENDENCES = (
         "enable_bucket is off",
     ),
     _Dependence(("mask_dir",), lambda config: config.use_masks, "use_masks is off"),
+    _Dependence(
+        ("validation_steps", "early_stopping", "early_stopping_patience"),
+        lambda config: config.validation_share > 0,
+        "validation_share is 0",
+    ),
     _Dependence(("preview_steps",), lambda config: bool(config.preview_prompts), "there are no preview_prompts"),
     _Dependence(
         ("keep_checkpoints",),

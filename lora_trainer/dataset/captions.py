@@ -157,14 +157,28 @@ def mentions(caption: Caption, word: str) -> bool:
 
 def contains_word(text: str, word: str) -> bool:
     """Whether ``word`` stands in a plain text, as whole words and in any case; no word is in no text."""
+    pattern = _whole_words(word)
+    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return pattern is not None and re.search(pattern, text) is not None
+
+
+def without_word(text: str, word: str) -> str:
+    """``text`` without ``word``, as whole words and in any case, and without the commas around nothing."""
+    pattern = _whole_words(word)
+    if pattern is not None:
+        text = re.sub(pattern, "", unicodedata.normalize("NFC", text), flags=re.IGNORECASE)
+    return ", ".join(part for piece in text.split(",") if (part := " ".join(piece.split())).strip("*() "))
+
+
+def _whole_words(word: str) -> str | None:
+    """A regular expression for ``word`` in a text in lower case; None for no word."""
     word = " ".join(unicodedata.normalize("NFC", word).casefold().split())
     if not word:
-        return False
-    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+        return None
     # Chinese has no spaces between words, so only a Latin edge must be a word's edge.
     before = r"(?<![a-z0-9_])" if re.match(r"[a-z0-9_]", word) else ""
     after = r"(?![a-z0-9_])" if re.search(r"[a-z0-9_]$", word) else ""
-    return re.search(before + re.escape(word) + after, text) is not None
+    return before + re.escape(word) + after
 
 
 def escape_brackets(text: str) -> str:

@@ -65,8 +65,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None  # a line that a crash cut off
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int) or "kind" in values:
+        return None  # a measurement on held-out pictures is no point of this curve
     return {key: None if _is_endless(value) else value for key, value in values.items()}
 
 

@@ -35,7 +35,8 @@ class Result:
 
     status: "finished" or "stopped". lora, diffusers, merged: the files that are there; None for those that are not.
     loss: mean over the last steps. seconds: of the training, resumed parts included. usage: what to do with the files,
-    in sentences.
+    in sentences. best: the LoRA whose loss on held-out pictures was the lowest, if that is another one. verdict: what
+    these pictures say, a sentence.
     """
 
     status: str
@@ -49,6 +50,8 @@ class Result:
     name: str = ""
     trigger_word: str = ""
     usage: tuple[str, ...] = ()
+    best: Path | None = None
+    verdict: str = ""
 
 
 def file_lender(config: TrainConfig) -> Lender:
@@ -105,6 +108,7 @@ def train(
             if initial:
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
+            validator = None if work.validator is None else work.validator(adapters)
             # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
                 config,
@@ -121,9 +125,12 @@ def train(
                 callbacks=callbacks,
                 commands=commands,
                 previewer=previewer,
+                validator=validator,
                 make_room=lender.make_room,
             )
             _save_configuration(config, outputs)
+            if validator is not None and not validator.prepare(turn, callbacks, commands):
+                raise StoppedWhileWaiting
             if not work.source.prepare(turn, callbacks, commands):
                 raise StoppedWhileWaiting
             with adapters:
@@ -152,9 +159,15 @@ def summary(result: Result, resume: str = "auto") -> str:
     minutes, seconds = divmod(round(result.seconds), 60)
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     lines = [f"{result.status} after step {result.step} of {result.total_steps}, {minutes}:{seconds:02d} min{loss}"]
-    for label, path in (("LoRA", result.lora), ("diffusers", result.diffusers), ("merged", result.merged)):
+    for label, path in (
+        ("LoRA", result.lora),
+        ("best", result.best),
+        ("diffusers", result.diffusers),
+        ("merged", result.merged),
+    ):
         if path is not None:
             lines.append(f"  {label + ':':<11}{path}")
+    lines += [result.verdict] if result.verdict else []
     lines += result.usage
     if result.status == "stopped" and result.total_steps:
         how = "the same command again" if resume == "auto" else "it again with resume: auto"
@@ -212,6 +225,8 @@ def _save_configuration(config: TrainConfig, outputs: Outputs) -> None:
 
 
 def _result(config: TrainConfig, workload: Workload, outputs: Outputs, outcome: Outcome) -> Result:
+    found = outcome.verdict
+    earlier = found is not None and found.best < outcome.step and outputs.best.exists()
     return Result(
         status=outcome.status,
         step=outcome.step,
@@ -222,5 +237,7 @@ def _result(config: TrainConfig, workload: Workload, outputs: Outputs, outcome: 
         diffusers=outputs.exported if outcome.status == "finished" else None,
         name=outputs.name,
         trigger_word=config.trigger_word,
+        best=outputs.best if earlier else None,
+        verdict="" if found is None else found.sentence,
         usage=() if outcome.lora is None else workload.usage(outcome.lora),
     )

@@ -50,8 +50,19 @@ class Outputs:
     def configuration(self) -> Path:
         return self.directory / f"{self.name}.config.yaml"
 
+    def path(self, kind: str, step: int) -> Path:
+        """Where a ``Saver`` writes: see there for ``kind``."""
+        if kind == "step":
+            return self.checkpoint(step)
+        return self.best if kind == "best" else self.lora
+
     def checkpoint(self, step: int) -> Path:
         return self.directory / f"{self.name}-step{step:08d}.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The LoRA whose loss on held-out pictures was the lowest; ``keep_checkpoints`` does not count it."""
+        return self.directory / f"{self.name}-best.safetensors"
 
     @property
     def exported(self) -> Path | None:
@@ -72,7 +83,7 @@ class Outputs:
 
         continued: run digest of the run that is gone on with; its LoRAs may be replaced.
         """
-        for path in () if self.overwrite else (self.lora, *self._named_as_checkpoints()):
+        for path in () if self.overwrite else (self.lora, self.best, *self._named_as_checkpoints()):
             if path.exists() and not self._is_ours(path) and (continued is None or run_of(path) != continued):
                 raise UserError(
                     f"{path} exists and was not made by this run.",
@@ -104,6 +115,10 @@ class AdapterFolders(Outputs):
     @property
     def lora(self) -> Path:
         return self.directory / self.name / WEIGHTS
+
+    @property
+    def best(self) -> Path:
+        return self.directory / f"{self.name}-best" / WEIGHTS
 
     @property
     def exported(self) -> None:

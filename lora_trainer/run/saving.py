@@ -42,15 +42,14 @@ class LoraSaver:
             self.facts = replace(self.facts, model_hash=self.model_hash())
 
     def __call__(self, step: int, epoch: int, kind: str) -> Path:
-        """kind: "step" on the way, "stopped" when a person ended the run, "final". Returns the LoRA's path."""
+        """Write the LoRA of this kind (see ``Saver``) and return its path."""
         facts = replace(self.facts, step=step, epoch=epoch, finished_at=time.time())
         metadata = {**build_metadata(self.config, facts), RUN_ENTRY: self.outputs.run_digest}
-        on_the_way = kind == "step"
-        path = self.outputs.checkpoint(step) if on_the_way else self.outputs.lora
+        path = self.outputs.path(kind, step)
         save_lora(self.adapters, path, metadata, self.config.save_precision)
-        if on_the_way:
+        if kind == "step":
             self.outputs.forget_old_checkpoints(self.config.keep_checkpoints)
-        elif self.config.export_diffusers:
+        elif kind != "best" and self.config.export_diffusers:
             if problem := diffusers_problem(self.adapters):
                 self.callbacks.on_warning(f"There is no {self.outputs.diffusers.name}: {problem}")
             else:
@@ -71,7 +70,7 @@ class AdapterSaver:
         return
 
     def __call__(self, step: int, epoch: int, kind: str) -> Path:
-        path = self.outputs.checkpoint(step) if kind == "step" else self.outputs.lora
+        path = self.outputs.path(kind, step)
         save_peft(
             self.adapters,
             path.parent,

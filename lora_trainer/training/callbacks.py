@@ -7,6 +7,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_trainer.training.validation import Measurement
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class TrainCallbacks:
 
     def on_preview(self, path: Path, step: int, prompt: str) -> None:
         """A preview picture is in place."""
+
+    def on_measured(self, measurement: Measurement) -> None:
+        """Held-out pictures were measured."""
 
     def on_waiting(self, reason: str) -> None:
         """The model is not available; the run continues by itself when it is back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
 from lora_trainer.training.step import TrainingStep
+from lora_trainer.training.validation import Measurement, Validator, Verdict, measurements_of, verdict
 
 NON_FINITE_LIMIT = 10
 """So many steps in a row without a finite loss or gradient end the run."""
@@ -44,7 +46,8 @@ class Saver(Protocol):
     """Writes the LoRA as the adapters are now and returns its path. Called inside a turn.
 
     prepare: does what takes long and needs no model; called outside of turns, before each save.
-    epoch: counted from 1. kind: "step" on the way, "stopped" when a person ended the run, "final" at the end.
+    epoch: counted from 1. kind: "step" on the way, "best" when the validation loss was never lower, "stopped" when the
+    run was ended early, "final" at the end.
     """
 
     def prepare(self) -> None: ...
@@ -63,7 +66,7 @@ class Outcome:
     """How the loop ended.
 
     status: "finished" or "stopped". loss: mean over the last ``AVERAGED_STEPS`` steps. seconds: spent in steps, those
-    before a resume included. lora: what was saved last, None if nothing was.
+    before a resume included. lora: what was saved last, None if nothing was. verdict: what held-out pictures say.
     """
 
     status: str
@@ -73,12 +76,14 @@ class Outcome:
     loss: float | None
     seconds: float
     lora: Path | None
+    verdict: Verdict | None = None
 
 
 class Trainer:
     """One training run: ``source`` gives the data, ``objective`` the loss, ``adapters`` (attached) learn.
 
     turn: the lender's; taken for every step and every look at the trained weights.
+    validator: measures held-out pictures on the way, if some are held out.
     run_key: the settings and facts that determine the result; a state with another key is not resumed from.
     output_dir: gets ``state/``, ``logs/`` and ``previews/``; their files start with ``name``.
 
@@ -103,10 +108,11 @@ class Trainer:
         callbacks: TrainCallbacks | None = None,
         commands: TrainCommands | None = None,
         previewer: Previewer | None = None,
+        validator: Validator | None = None,
         make_room: Callable[[], None] = lambda: None,
     ):
         self.config, self.model, self.adapters, self.source = config, model, adapters, source
-        self.turn, self.saver, self.previewer = turn, saver, previewer
+        self.turn, self.saver, self.previewer, self.validator = turn, saver, previewer, validator
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
         self.output_dir, self.name, self.run_key = Path(output_dir), name, run_key
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
@@ -127,7 +133,9 @@ class Trainer:
         self.seconds = 0.0
         self.recent_losses: list[float] = []
         self.non_finite_steps = 0  # in a row
+        self.measurements: list[Measurement] = []
         self.lora: Path | None = None
+        self._said: tuple[str, int] | None = None  # the last verdict that was reported
         self._state_saved_at = 0.0  # counted from the start of ``run``
 
     @property
@@ -146,11 +154,12 @@ class Trainer:
         self._resume()
         self.recovery.apply()
         self.adapters.train()
-        if self.step == 0:
-            self._draw_previews()  # what the base draws, for all that follow to be compared with
         logs = self.output_dir / "logs"
         log = MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning, self.recent_losses)
         with log as self.metrics:
+            if self.step == 0:  # the base, for all that follows to be compared with
+                self._measure()
+                self._draw_previews()
             while self.step < self.total_steps:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
                 if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):
@@ -182,6 +191,7 @@ class Trainer:
         self.seconds += seconds
         self._report(loss, rates, seconds, sum(map(len, micro_batches)))
         self._guard(loss)
+        self._measure_when_due()
         self._save_when_due()
 
     def _report(self, loss: float | None, rates: dict[str, float], seconds: float, images: int) -> None:
@@ -228,6 +238,50 @@ class Trainer:
             remedy="Lower it, or lora_rank, or close other programs that use the GPU.",
         ) from error
 
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def _measure_when_due(self) -> None:
+        if self.validator is None:
+            return
+        config = self.config
+        pictures = config.batch_size * config.gradient_accumulation_steps
+        interval = config.validation_steps or self.validator.interval(pictures)
+        if _every(self.step, interval) or self.step >= self.total_steps:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Add a measurement; keep the LoRA where it is the best one so far, and say what the measurements mean."""
+        if self.validator is None:
+            return
+        try:
+            with self.train_step.averaged():
+                measured = self.validator.measure(self.step, self.epoch, self.turn)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            measured = None
+        if measured is None or not measured.is_finite:
+            release_memory()
+            self.callbacks.on_warning(f"No validation at step {self.step}: memory is short, or the loss is not finite.")
+            return
+        best = min((one.validation for one in self.measurements), default=math.inf)
+        self.measurements.append(measured)
+        self.metrics.write_measurement(measured.to_dict())
+        self.callbacks.on_measured(measured)
+        if 0 < self.step < self.total_steps and measured.validation < best:
+            self._save_lora("best")
+        self._judge()
+
+    def _judge(self) -> None:
+        found = verdict(self.measurements, self.config.early_stopping_patience)
+        if found is None or found.kind not in ("memorising", "too fast") or self.config.early_stopping == "off":
+            return
+        if (found.kind, found.best) != self._said:
+            self._said = found.kind, found.best
+            self.callbacks.on_warning(found.sentence)
+        if self.config.early_stopping == "stop" and self.step < self.total_steps:
+            self.commands.stop_and_save()
+
     # -- commands, saves, previews --------------------------------------------------------------------------------
 
     def _obey(self) -> None:
@@ -267,6 +321,7 @@ class Trainer:
             "seconds": self.seconds,
             "recent_losses": self.recent_losses,
             "non_finite_steps": self.non_finite_steps,
+            "measurements": [one.to_dict() for one in self.measurements],
         }
         versions = {"lora_trainer": lora_trainer.__version__, "torch": torch.__version__}
         with self.turn():
@@ -334,6 +389,7 @@ class Trainer:
         progress = state.parts["progress"]
         self.step, self.seconds = state.step, progress["seconds"]
         self.recent_losses, self.non_finite_steps = progress["recent_losses"], progress["non_finite_steps"]
+        self.measurements = measurements_of(progress)
         if state.finished and self.step >= self.total_steps:
             self.callbacks.on_warning(
                 "This run had finished before; its LoRA is written again. For more steps raise epochs and set resume: "
@@ -357,7 +413,8 @@ class Trainer:
     def _outcome(self, status: str) -> Outcome:
         losses = self.recent_losses
         loss = sum(losses) / len(losses) if losses else None
-        return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora)
+        found = verdict(self.measurements, self.config.early_stopping_patience)
+        return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora, found)
 
 
 def _every(step: int, interval: int | None) -> bool:

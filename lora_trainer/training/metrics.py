@@ -1,4 +1,7 @@
-"""Curves of a run: ``metrics.jsonl``, one object per optimizer step, and TensorBoard where it is installed."""
+"""Curves of a run: ``metrics.jsonl``, one object per optimizer step, and TensorBoard where it is installed.
+
+Between the steps stand the measurements on held-out pictures, objects with ``kind``: "validation".
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, TextIO
 from lora_trainer.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION = "validation"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,18 @@ class MetricsLog:
             for name, value in learning_rates.items():
                 self._writer.add_scalar(f"lr/{name}", value, metrics.step)
 
+    def write_measurement(self, values: Mapping[str, Any]) -> None:
+        """Add a measurement on held-out pictures: step, epoch, and losses by name."""
+        assert self._file is not None, "use it as a context manager"
+        self._file.write(json.dumps({"kind": VALIDATION, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                if name not in ("step", "epoch"):
+                    self._writer.add_scalar(f"validation/{name}", value, values["step"])
+
     def _are_ours(self, lines: Sequence[Mapping[str, Any]]) -> bool:
+        lines = [line for line in lines if "kind" not in line]
         if not lines:
             return True
         loss, lost = lines[-1].get("loss"), self._step - lines[-1]["step"]  # a power cut may cost the last lines

@@ -26,6 +26,7 @@ from lora_trainer.dataset.captions import (
     prompt_text,
     train_text,
     translate,
+    without_word,
 )
 from lora_trainer.errors import UserError
 
@@ -357,3 +358,17 @@ def test_bad_mapping_files_are_named(tmp_path, name, data, words):
     with pytest.raises(UserError, match=words) as caught:
         load_mapping(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("zwx, a red hat", "a red hat"),
+        ("**ZWX**, a hat, *calm*", "a hat, *calm*"),
+        ("a photo of zwx in a zwxy", "a photo of in a zwxy"),
+        ("zwx", ""),
+        ("ein zwx,一个zwx的人", "ein, 一个的人"),
+    ],
+)
+def test_a_word_is_taken_out_of_a_caption(text, bare):
+    assert without_word(text, "zwx") == bare

@@ -18,6 +18,7 @@ from lora_trainer.training.loop import Previewer, Saver
 from lora_trainer.training.objectives.base import Objective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Source, Turn
+from lora_trainer.training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Work:
     """What the engine trains with.
 
     targets: finds the layers that adapters can attach to; called inside a turn.
-    saver: writes the LoRAs of the run.
+    saver: writes the LoRAs of the run. validator: measures what is held out of the training, if anything is.
     """
 
     source: Source
     objective: Objective
     targets: Callable[[], Sequence[LoraTarget]]
     saver: Callable[[Outputs, AdapterSet, TrainCallbacks], Saver]
+    validator: Callable[[AdapterSet], Validator] | None = None
 
 
 class Workload(Protocol):

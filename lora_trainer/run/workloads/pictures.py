@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
+from lora_trainer.dataset.caption_files import some
+from lora_trainer.dataset.captions import without_word
 from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.held_out import Split, hold_out
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
@@ -29,6 +33,7 @@ from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.source import Turn
+from lora_trainer.training.validation import ValidationData, Validator
 
 
 class Pictures:
@@ -41,10 +46,11 @@ class Pictures:
         info: ModelInfo,
         dataset: Dataset,
         plan: BatchPlan,
+        split: Split | None,
         on_warning: Callable[[str], None],
     ):
         self._config, self._lender, self._info, self._dataset, self._plan = config, lender, info, dataset, plan
-        self._on_warning = on_warning
+        self._split, self._on_warning = split, on_warning
 
     @staticmethod
     def file_lender(config: TrainConfig, precision: Precision) -> FileLender:
@@ -86,8 +92,13 @@ class Pictures:
             callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
         for warning in dataset.warnings:
             callbacks.on_warning(warning)
+        split = None
+        if config.validation_share:
+            split = hold_out(dataset, config.validation_share, config.seed)
+            dataset = split.trained
+            callbacks.on_warning(f"Not trained, but measured: {some([one.key for one in split.held_out.samples])}.")
         plan = BatchPlan.from_config(dataset, config, family.default_resolution(info), family.latents.multiple)
-        return cls(config, lender, info, dataset, plan, callbacks.on_warning)
+        return cls(config, lender, info, dataset, plan, split, callbacks.on_warning)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
         samples = [
@@ -120,7 +131,46 @@ class Pictures:
         def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> LoraSaver:
             return LoraSaver(config, outputs, adapters, facts, callbacks, self._lender.model_hash)
 
-        return Work(source, objective, targets, saver)
+        def validator(adapters: AdapterSet) -> Validator:
+            assert self._split is not None
+            data = self._validation(self._split, model, cache, precision)
+            return Validator(objective, adapters, data, config.seed)
+
+        return Work(source, objective, targets, saver, None if self._split is None else validator)
+
+    def _validation(self, split: Split, model: LentModel, cache: TensorCache, precision: Precision) -> ValidationData:
+        """Sources that show each picture once, alone, and without anything that chance decides."""
+        family = get_family(self._info.family)
+        config = replace(
+            self._config,
+            batch_size=1,
+            gradient_accumulation_steps=1,
+            max_train_steps=None,
+            epochs=1,
+            flip=False,
+            random_crop=False,
+            augmentations=[],
+            shuffle_tags=False,
+            tag_dropout=0.0,
+            caption_dropout=0.0,
+            wildcards=False,
+        )
+
+        def source(dataset: Dataset, config: TrainConfig) -> BatchSource:
+            plan = BatchPlan.from_config(
+                dataset, config, family.default_resolution(self._info), family.latents.multiple
+            )
+            return BatchSource(config, model, dataset, plan, cache, precision, True, self._lender.make_room)
+
+        word = config.trigger_word
+        unnamed = tuple(
+            replace(one, caption=without_word(one.caption, word) if word else "") for one in split.held_out.samples
+        )
+        return ValidationData(
+            held_out=source(split.held_out, config),
+            seen=source(split.seen, config),
+            untriggered=source(replace(split.held_out, samples=unnamed), replace(config, trigger_word="")),
+        )
 
     def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:
         return ModelPreviewer(model, turn, self._plan.resolution)

@@ -193,6 +193,17 @@ class DiffusionObjective:
         perturbed = self._perturb(noise, generator)
         return DiffusionDraws(micro_batch, latents, noise, perturbed, timesteps, range(len(micro_batch)))
 
+    def fixed_draws(self, micro_batch: Batch, place: float, generator: torch.Generator) -> DiffusionDraws:
+        """Latents without sampling, plain noise and one timestep, for a measurement that is to be repeated.
+
+        place: of the timestep, from 0 (min_timestep) to 1 (max_timestep).
+        """
+        latents = self.model.sample_latents(micro_batch.moments, None)
+        noise = torch.randn(latents.shape, generator=generator)
+        timestep = round(self.min_timestep + place * (self.max_timestep - self.min_timestep))
+        timesteps = torch.full((len(micro_batch),), timestep)
+        return DiffusionDraws(micro_batch, latents, noise, noise, timesteps, range(len(micro_batch)))
+
     def inputs(self, drawn: DiffusionDraws) -> DiffusionInputs:
         """The pictures of ``drawn`` on the device. Captions that came without an encoding are encoded, unless the text
         encoders learn, which makes their encoding a part of the loss."""
@@ -212,13 +223,15 @@ class DiffusionObjective:
 
     def loss(self, inputs: DiffusionInputs) -> Tensor:
         """The sum over the pictures, a scalar fp32 with gradients."""
-        latents, timesteps = inputs.latents, inputs.timesteps
-        noisy_latents = self._add_noise(latents, inputs.perturbed, timesteps)
-        target = self._target(latents, inputs.noise, timesteps)
+        target = self._target(inputs.latents, inputs.noise, inputs.timesteps)
+        return self._losses(self.predict(inputs), target, inputs.timesteps, inputs.weights, inputs.mask).sum()
+
+    def predict(self, inputs: DiffusionInputs) -> Tensor:
+        """ε or v, as the model predicts it, (B, C, h, w) fp32."""
+        noisy_latents = self._add_noise(inputs.latents, inputs.perturbed, inputs.timesteps)
         conditioning = inputs.conditioning if inputs.captions is None else self.encode(*inputs.captions)
         assert conditioning is not None, "inputs have the captions or their encoding"
-        model_pred = self.model.predict(noisy_latents, timesteps, conditioning, inputs.time_ids)
-        return self._losses(model_pred, target, timesteps, inputs.weights, inputs.mask).sum()
+        return self.model.predict(noisy_latents, inputs.timesteps, conditioning, inputs.time_ids)
 
     def addresses(self) -> tuple[int, ...]:
         return self.model.addresses()

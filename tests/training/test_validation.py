@@ -1,0 +1,133 @@
+"""Measurements on pictures that are not trained, and what is said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_trainer.dataset.buckets import BatchPlan
+from lora_trainer.dataset.cache import TensorCache
+from lora_trainer.dataset.held_out import hold_out
+from lora_trainer.training.inputs import BatchSource
+from lora_trainer.training.validation import (
+    COST,
+    DRIFT_PAIRS,
+    Measurement,
+    ValidationData,
+    Validator,
+    verdict,
+)
+from tests.adapters.layers import randomize
+from tests.training.fakes import Run, configuration, draw_pictures
+
+
+def validator_of(run, count=3, **values):
+    """A validator on the pictures of a run, each measured alone."""
+    config = dataclasses.replace(run.config, batch_size=1, gradient_accumulation_steps=1, **values)
+    split = hold_out(run.dataset, count / len(run.dataset.samples), 1)
+    sources = [
+        BatchSource(
+            config,
+            run.model,
+            part,
+            BatchPlan.from_config(part, config, 64, 8),
+            TensorCache(Path(config.output_dir) / "cache"),
+            run.precision,
+            keep_model_parts=True,
+        )
+        for part in (split.held_out, split.seen, split.held_out)
+    ]
+    validator = Validator(run.trainer.train_step.objective, run.adapters, ValidationData(*sources), 5)
+    run.model.released.clear()
+    assert validator.prepare(run.turns, run.recorder, run.commands)
+    return validator
+
+
+@pytest.fixture
+def run(tmp_path):
+    draw_pictures(tmp_path / "data", 8)
+    config = configuration(tmp_path, dropout=0.5, noise_offset=0.1, input_perturbation=0.1)
+    return Run(config)
+
+
+def test_a_measurement_is_the_same_each_time_and_draws_nothing_of_the_trainings(run):
+    validator = validator_of(run)
+    torch.manual_seed(0)
+    first = validator.measure(0, 1, run.turns)
+    state = torch.get_rng_state()
+    assert validator.measure(0, 1, run.turns) == first
+    assert torch.equal(torch.get_rng_state(), state) and run.adapters.training
+    assert first.drift == 0 and first.validation > 0 and first.validation != first.training
+
+
+def test_the_loss_is_the_mean_over_pictures_and_noise_levels(run):
+    """Against the formula, written down here: ε of the base model on noised latents, no chance in it."""
+    validator = validator_of(run)
+    objective = run.trainer.train_step.objective
+    assert validator.pairs == 8
+    losses = []
+    for number in range(8):
+        (batch,) = validator.data.held_out.micro_batches(0, number % validator.data.held_out.steps_per_epoch)
+        drawn = validator._drawn(validator.data.held_out, number, 8)
+        timestep = round((number % 8 + 0.5) / 8 * 999)
+        assert drawn.timesteps.tolist() == [timestep]
+        alpha = run.model.schedule.alphas_cumprod[timestep]
+        latents = batch.moments.chunk(2, dim=1)[0] * 0.18215
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * drawn.noise
+        with torch.no_grad(), run.adapters.enabled(False):
+            answer = run.model.predict(noisy, drawn.timesteps, batch.conditioning, None)
+        snr = alpha / (1 - alpha)
+        losses.append(float(((answer - drawn.noise) ** 2).mean() * min(float(snr), 5.0) / float(snr)))
+    assert validator.measure(0, 1, run.turns).validation == pytest.approx(sum(losses) / 8, rel=1e-4)
+    assert objective.config.min_snr_gamma == "auto"
+
+
+def test_drift_is_how_far_the_predictions_moved(run):
+    validator = validator_of(run)
+    validator.measure(0, 1, run.turns)
+    base = validator._base
+    randomize(run.adapters, deviation=0.2)
+    measured = validator.measure(5, 1, run.turns)
+    run.adapters.eval()
+    moved = []
+    for number, before in enumerate(base):
+        drawn = validator._drawn(validator.data.untriggered, number, DRIFT_PAIRS)
+        with torch.no_grad():
+            after = validator.objective.predict(validator.objective.inputs(drawn))
+        moved.append(float(((after - before) ** 2).sum() / (before**2).sum()))
+    assert measured.drift == pytest.approx(sum(moved) / DRIFT_PAIRS, rel=1e-5) and measured.drift > 0
+
+
+def test_the_interval_keeps_measuring_within_its_share_of_the_time(run):
+    validator = validator_of(run)
+    for pictures in (1, 4, 32):
+        steps = validator.interval(pictures)
+        forwards = 2 * validator.pairs + DRIFT_PAIRS
+        assert forwards / 3 <= COST * steps * pictures < forwards / 3 + COST * pictures
+
+
+def series(*losses):
+    return [Measurement(100 * n, 1, validation, training, 0.1) for n, (validation, training) in enumerate(losses)]
+
+
+VERDICTS = {
+    "learning": [(1.0, 1.0), (0.9, 0.8), (0.85, 0.7), (0.86, 0.6)],
+    "memorising": [(1.0, 1.0), (0.9, 0.8), (0.85, 0.7), (0.86, 0.6), (0.9, 0.5), (0.95, 0.4)],
+    "too fast": [(1.0, 1.0), (0.9, 0.9), (1.2, 1.1), (1.5, 1.4), (2.0, 2.2)],
+    "barely": [(1.0, 1.0), (0.9999, 1.0), (1.0, 0.9999), (0.9998, 1.0), (0.9997, 1.0)],
+}
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_verdicts(kind):
+    found = verdict(series(*VERDICTS[kind]), patience=3)
+    assert found.kind == kind
+    if kind == "memorising":
+        assert found.best == 200 and "since step 200" in found.sentence and "recommended" in found.sentence
+
+
+def test_there_is_no_verdict_on_one_measurement():
+    assert verdict(series((1.0, 1.0)), 3) is None
