@@ -17,10 +17,14 @@ def dense_weight(
     """A frozen weight in the format of the computation, without a gradient; the stored tensor itself where it is so.
 
     Whoever computes with it asks for it again in the backward pass instead of keeping it. All code that reads a frozen
-    weight calls this, so a further number format (fp8 with a scale, 4 bits, GGUF) is added here alone.
+    weight calls this, so a further number format (fp8 with a scale, GGUF) is added here alone.
 
-    stored: in any floating-point format. shape: of the layer's weight, which the stored tensor need not have. device:
-        where it is needed, if not where it lies.
+    stored: in any floating-point format, or in bitsandbytes' 4 bits. shape: of the layer's weight, which the stored
+        tensor need not have. device: where it is needed, if not where it lies.
     """
+    if (state := getattr(stored, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        stored = dequantize_4bit(stored.detach(), state)
     value = stored.detach().to(device=device, dtype=dtype)
     return value if shape is None else value.view(tuple(shape))

@@ -48,6 +48,7 @@ class Texts:
             precision.device,
             precision.weight_dtype,
             trust_remote_code=config.trust_remote_code,
+            nf4=config.quantize == "nf4",
         )
 
     @classmethod

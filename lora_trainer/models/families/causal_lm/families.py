@@ -100,10 +100,11 @@ def family_of(config: Mapping[str, Any], source: str, trust_remote_code: bool) -
         )
     if installed < family.since:
         raise _too_old(source, family.title, family.since, installed)
-    if name == "llama":
-        for feature in _LLAMA_FEATURES:
-            if feature.asked(config) and installed < feature.since:
-                raise _too_old(source, feature.words, feature.since, installed)
+    known = readable_config(config)
+    lacking = [one for one in _LLAMA_FEATURES if name == "llama" and installed < one.since and one.asked(known)]
+    if lacking:
+        newest = max(lacking, key=lambda feature: feature.since)
+        raise _too_old(source, newest.words, newest.since, installed)
     if "auto_map" in config and name == REMOTE_CODE and not trust_remote_code:
         raise UserError(
             f"{source} brings Python code of its own, which would be run.",

@@ -10,16 +10,17 @@ import torch
 
 from lora_trainer.models.base import Lender, ModelInfo
 from lora_trainer.models.families.causal_lm.families import family_of
-from lora_trainer.models.families.causal_lm.folder import load_tokenizer, open_weights, read_config, weights_digest
+from lora_trainer.models.families.causal_lm.folder import open_weights, read_config, weights_digest
 from lora_trainer.models.families.causal_lm.model import LanguageModel
-from lora_trainer.models.families.causal_lm.network import bind_weights, build_network
+from lora_trainer.models.families.causal_lm.network import as_it_is, bind_weights, build_network
+from lora_trainer.models.families.causal_lm.quantize import quantized, use_nf4
 
 
 class LanguageModelLender(Lender[LanguageModel]):
     """See ``Lender``. Nothing else uses the weights, so a turn costs nothing.
 
     folder: as transformers saves a model. dtype: number format of weights and computation.
-    trust_remote_code: run Python code from the folder.
+    trust_remote_code: run Python code from the folder. nf4: keep the weights of the blocks in 4 bits.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class LanguageModelLender(Lender[LanguageModel]):
         dtype: torch.dtype = torch.float32,
         *,
         trust_remote_code: bool = False,
+        nf4: bool = False,
     ):
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.nf4 = trust_remote_code, nf4
 
     def describe(self) -> ModelInfo:
         """Reads config.json alone."""
@@ -42,13 +44,14 @@ class LanguageModelLender(Lender[LanguageModel]):
     def borrow(self) -> Iterator[LanguageModel]:
         """Builds the model. Raises ``UserError`` when the folder is none that can be trained."""
         info = self.describe()
-        tokenizer = load_tokenizer(self.folder, self.trust_remote_code)
         network = build_network(self.folder, read_config(self.folder), self.trust_remote_code)
         tensors = open_weights(self.folder)
         tensors.place(self.device, self.dtype)
-        bind_weights(network, tensors, self.device, self.folder)
+        if self.nf4:
+            use_nf4(network, self.dtype, self.device)
+        bind_weights(network, tensors, self.device, self.folder, quantized if self.nf4 else as_it_is)
         tensors.place(self.device, self.dtype)  # which lets go of those that were read last
-        model = LanguageModel(network, tokenizer, info, self.device, weights_digest(self.folder))
+        model = LanguageModel(network, info, self.device, weights_digest(self.folder))
         try:
             yield model
         finally:

@@ -38,8 +38,8 @@ class Head:
 class LanguageModel(LentNetwork):
     """See ``LentNetwork``. network: transformers', in eval mode, with frozen weights."""
 
-    def __init__(self, network: nn.Module, tokenizer: Any, info: ModelInfo, device: torch.device, network_key: str):
-        self.network, self.tokenizer, self.info, self.device = network, tokenizer, info, device
+    def __init__(self, network: nn.Module, info: ModelInfo, device: torch.device, network_key: str):
+        self.network, self.info, self.device = network, info, device
         self.network_key = network_key
         self._prefix, self._layers = decoder_layers(network)
         self._head = head_of(network)
@@ -97,7 +97,10 @@ class LanguageModel(LentNetwork):
     def release(self) -> None:
         """Let go of all weights."""
         self.set_gradient_checkpointing(False)
-        self.network.to("meta")
+        for module in self.network.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
 
 
 def _recomputed(forward: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,19 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def bind_weights(network: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, source: Path) -> None:
-    """Give every parameter its tensor, and every buffer its place on ``device``.
+def as_it_is(module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    """A frozen parameter of this value."""
+    return nn.Parameter(value, requires_grad=False)
+
+
+def bind_weights(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    source: Path,
+    frozen: Callable[[nn.Module, str, Tensor], nn.Parameter] = as_it_is,
+) -> None:
+    """Give every parameter its tensor, and every buffer its place on ``device``. frozen: makes the parameters.
 
     Raises:
         UserError: a tensor is missing, or has another shape than config.json says.
@@ -81,7 +92,7 @@ def bind_weights(network: nn.Module, tensors: Mapping[str, Tensor], device: torc
                     field="base_model",
                     remedy="Its config.json and its weights are of different models.",
                 )
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = frozen(module, name, value)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
