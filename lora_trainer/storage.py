@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +29,11 @@ def dense_weight(
         stored = dequantize_4bit(stored.detach(), state)
     value = stored.detach().to(device=device, dtype=dtype)
     return value if shape is None else value.view(tuple(shape))
+
+
+def main_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The number format that most of these weights' values are stored in; None of none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        numbers[tensor.dtype] += tensor.numel()
+    return numbers.most_common(1)[0][0] if numbers else None

@@ -63,8 +63,8 @@ class AccessPolicy:
 class LenderOptions:
     """How a run wants its model: the fields of the configuration that decide on the weights' form.
 
-    compute_dtype: number format of the computation. The weights that a WebUI lends keep theirs; those of a file are
-        converted to it.
+    compute_dtype: number format of the computation; None for what suits the weights and the device. The weights that a
+        WebUI lends keep theirs; those of a file are converted to it.
     device: where to compute; None for where the host does. A WebUI computes nowhere else.
     vae: file of another VAE; None for the one that the host uses.
     hold: keep the host to ourselves for the whole run instead of step by step.
@@ -74,7 +74,7 @@ class LenderOptions:
     clip_skip: int = 1
     v_prediction: bool | None = None
     zero_terminal_snr: bool | None = None
-    compute_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = torch.float32
     device: torch.device | None = None
     vae: str | None = None
     hold: bool = False
@@ -134,6 +134,11 @@ class Host(Protocol):
     def device(self) -> torch.device:
         """Where lent models compute."""
         ...
+
+    def weight_dtype(self) -> torch.dtype | None:
+        """Number format of the weights that are lent; None where they are converted to that of the run, or none are
+        there yet."""
+        return None
 
     def lender(self, checkpoint: str, options: LenderOptions) -> Lender:
         """The lender of a checkpoint by title, path or stem; "" is the loaded one.

@@ -24,11 +24,13 @@ from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.unet.folder import add_vae_file
 from lora_trainer.models.families.unet.model import DiffusionModel
-from lora_trainer.models.families.unet.names import VAE
+from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer
+from lora_trainer.storage import main_dtype
+from lora_trainer.training.precision import resolve
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +171,13 @@ class WebuiLender(Lender):
     @abstractmethod
     def _restore(self) -> list[Callable[[], None]]:
         """Steps that leave the WebUI as it was, in order."""
+
+    def _compute_dtype(self, tensors: dict[str, Tensor], device: torch.device) -> torch.dtype:
+        """The number format that the run asks for; else that in which no layer of the UNet has to cast its weight."""
+        if self._options.compute_dtype is not None:
+            return self._options.compute_dtype
+        lent = main_dtype(tensor for name, tensor in tensors.items() if name.startswith(UNET))
+        return resolve(device, "auto", lent).compute_dtype
 
     def _step_aside(self) -> None:
         """The WebUI needs the room for something else; nothing of its weights is held until the next turn."""

@@ -71,14 +71,16 @@ class StandaloneHost(Host):
         return [Checkpoint(path.relative_to(root).as_posix(), path) for path in found]
 
     def lender(self, checkpoint: str, options: LenderOptions) -> FileLender:
+        device = options.device or self._precision.device
+        dtype = options.compute_dtype or resolve(device, "auto").compute_dtype
         return FileLender(
             self._path(checkpoint),
-            device=options.device or self._precision.device,
-            weight_dtype=options.compute_dtype,
+            device=device,
+            weight_dtype=dtype,
             vae=options.vae,
             v_prediction=options.v_prediction,
             zero_terminal_snr=options.zero_terminal_snr,
-            compute_dtype=options.compute_dtype,
+            compute_dtype=dtype,
             clip_skip=options.clip_skip,
         )
 

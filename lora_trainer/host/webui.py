@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lora_trainer.adapters.describe import describe
 from lora_trainer.devices import indexed
@@ -23,6 +23,7 @@ from lora_trainer.host.loras import HostLoras
 from lora_trainer.host.options import FOLDERS_OPTION, WebuiOptions, access_policy, data_folder
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.host.turns import Turns
+from lora_trainer.storage import main_dtype
 
 _turns: Turns | None = None
 _turns_lock = threading.Lock()
@@ -54,6 +55,9 @@ class WebuiHost(Host):
 
     def device(self) -> torch.device:
         return indexed(self._webui.devices.device)
+
+    def weight_dtype(self) -> torch.dtype | None:
+        return main_dtype(self._weights())
 
     def checkpoints(self) -> list[Checkpoint]:
         current = self._current()
@@ -117,14 +121,16 @@ class WebuiHost(Host):
         return self._turns.take()
 
     def model_bytes(self) -> int:
-        sd_model, device = loaded_model(self._webui), self.device()
-        if sd_model is None:
-            return 0
+        device = self.device()
+        return sum(one.numel() * one.element_size() for one in self._weights() if one.device.type == device.type)
+
+    def _weights(self) -> list[Tensor]:
+        """Of the WebUI's model; none while there is none, or while it is loaded or moved."""
+        sd_model = loaded_model(self._webui)
         try:
-            weights = [weight for module in self._modules(sd_model) for weight in module.parameters()]
-        except RuntimeError:  # it is being loaded or moved right now
-            return 0
-        return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == device.type)
+            return [] if sd_model is None else [one for part in self._modules(sd_model) for one in part.parameters()]
+        except RuntimeError:
+            return []
 
     @abstractmethod
     def _modules(self, sd_model: Any) -> list[nn.Module]:

@@ -107,7 +107,7 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
         clip_skip=config.clip_skip,
         v_prediction=config.v_prediction,
         zero_terminal_snr=config.zero_terminal_snr,
-        compute_dtype=precision.compute_dtype,
+        compute_dtype=None if config.mixed_precision == "auto" else precision.compute_dtype,
         device=precision.device,
         vae=config.vae,
         hold=bool(host.option(HOLD_OPTION, False)),

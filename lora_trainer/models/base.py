@@ -139,6 +139,7 @@ class LentNetwork(Protocol):
 
     info: ModelInfo
     device: torch.device
+    compute_dtype: torch.dtype  # number format of the computation
     network_key: str  # changes when the weights of the network that is trained change; a run is known by it
 
     def lora_targets(self) -> list[LoraTarget]:

@@ -66,7 +66,8 @@ def precision_of(config: TrainConfig, host: Host) -> Precision:
     """Where a run computes, and in which formats. Raises UserError for what the device lacks."""
     from lora_trainer.training.precision import resolve
 
-    return resolve(host.device() if config.device == "auto" else config.device, config.mixed_precision)
+    device = host.device() if config.device == "auto" else config.device
+    return resolve(device, config.mixed_precision, host.weight_dtype())
 
 
 def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: PastRuns) -> dict[str, Any]:

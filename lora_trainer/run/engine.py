@@ -92,7 +92,7 @@ def train(
     commands.resting = lender.rest
 
     with lender.borrow() as model:
-        precision = resolve(model.device, config.mixed_precision)
+        precision = resolve(model.device, config.mixed_precision, model.compute_dtype)
         run_key = _run_key(config, workload, model, precision.name, initial)
         outputs = workload.outputs(config, run_digest(run_key))
         _refuse_to_overwrite(config, outputs, run_key)

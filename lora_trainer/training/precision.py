@@ -38,8 +38,11 @@ class Precision:
         return torch.cuda.amp.GradScaler()
 
 
-def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
+def resolve(device: str | torch.device, mixed_precision: str, lent: torch.dtype | None = None) -> Precision:
     """Settle "auto": the GPU if there is one; bf16 where it computes in it, else fp16; fp32 elsewhere.
+
+    lent: number format of weights that stay as they are. On a GPU "auto" follows it, fp16 and bf16 at least: in another
+        format every layer would cast its weight, forwards and backwards.
 
     The device gets its index ("cuda" becomes "cuda:0").
 
@@ -48,7 +51,8 @@ def resolve(device: str | torch.device, mixed_precision: str) -> Precision:
     """
     device = indexed(_device(device))
     if mixed_precision == "auto":
-        mixed_precision = ("bf16" if _has_bf16(device) else "fp16") if device.type == "cuda" else "no"
+        follows = device.type == "cuda" and lent != torch.float16 and _has_bf16(device)
+        mixed_precision = ("bf16" if follows else "fp16") if device.type == "cuda" else "no"
     if mixed_precision == "fp16" and device.type != "cuda":
         raise UserError(
             f"fp16 training needs an NVIDIA or AMD GPU; this run is on {device.type}.",

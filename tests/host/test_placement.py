@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
@@ -15,6 +16,7 @@ from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.execution import lender_options
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.planning.cost import precision_of
 from lora_trainer.planning.memory import free_memory
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks
@@ -106,6 +108,42 @@ def test_a_run_on_what_forge_has_partly_on_the_device(forge, fake_forge, setting
         fake_forge.device = gpu.device
         assert_alike(run(forge, settings, tmp_path, **ADAPTERS[name]), expected)
         assert all(places(part) == {"cuda", "cpu"} for part in fake_forge.parts())
+
+
+# Number formats ------------------------------------------------------------------------------------------------------
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (7, 5)], ids=str)
+@pytest.mark.parametrize("lent", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_auto_computes_in_the_format_of_what_is_lent(a1111, webui, settings, tmp_path, lent, capability):
+    """Or every layer would cast its weight twice a step."""
+    config = from_mapping({**settings, "output_dir": str(tmp_path)})
+    old, follows = capability < (8, 0), lent != torch.float32
+    expected = torch.float16 if lent == torch.float16 or old else torch.bfloat16
+    with pretended_gpu(capability=capability):
+        webui.devices.device = CUDA
+        webui.model.to(CUDA, lent)
+        assert precision_of(config, a1111).compute_dtype == expected, "what the estimate rests on"
+        with a1111.lender("", lender_options(a1111, config)).borrow() as model:
+            assert model.compute_dtype == expected
+            casts = [weight for weight in model.unet.parameters() if weight.dtype != expected]
+            assert bool(casts) == (not follows or (old and lent == torch.bfloat16))
+            assert resolve(model.device, config.mixed_precision, model.compute_dtype).compute_dtype == expected
+
+
+@pytest.mark.parametrize("wanted, named", [("auto", "fp16"), ("bf16", "bf16")])
+def test_a_run_on_lent_fp16(a1111, webui, settings, tmp_path, wanted, named):
+    with pretended_gpu(capability=(9, 0)):
+        webui.devices.device = CUDA
+        webui.model.to(CUDA, torch.float16)
+        config = from_mapping({**settings, "output_dir": str(tmp_path), "mixed_precision": wanted})
+        result = train(config, a1111.lender("", lender_options(a1111, config)), callbacks=TrainCallbacks())
+        assert metadata(result.lora)["ss_mixed_precision"] == named
 
 
 # Where a device enters ------------------------------------------------------------------------------------------------

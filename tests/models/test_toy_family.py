@@ -84,6 +84,7 @@ class ToyModel:
 
     def __init__(self, tensors: Mapping[str, Tensor], architecture: ToyArchitecture, info: ModelInfo):
         self.info, self.device, self.latents = info, torch.device("cpu"), Toy.latents
+        self.compute_dtype = torch.float32
         self.schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), info.prediction_type)
         self.network_key, self.vae_key, self.text_key = "toy", "toy vae", "toy text"
         self.network = Transformer(architecture).requires_grad_(False).eval()

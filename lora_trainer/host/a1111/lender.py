@@ -67,7 +67,7 @@ class A1111Lender(WebuiLender):
             self._host.tokenizer(),
             info=info,
             device=CPU if one_at_a_time else device,
-            compute_dtype=self._options.compute_dtype,
+            compute_dtype=self._compute_dtype(tensors, device),
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )

@@ -50,13 +50,14 @@ class ForgeLender(WebuiLender):
         refuse_unsuitable(sd_model)
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
+        device = indexed(self._webui.memory_management.get_torch_device())
         model = get_family(info.family).build(
             aliases(tensors),
             info.architecture,
             self._host.tokenizer(),
             info=info,
-            device=indexed(self._webui.memory_management.get_torch_device()),
-            compute_dtype=self._options.compute_dtype,
+            device=device,
+            compute_dtype=self._compute_dtype(tensors, device),
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
