@@ -1,7 +1,8 @@
 """Copies of the LoRAs' fp32 parameters in the format of the computation, made once a step instead of in every layer.
 
 The optimizer, the state, the average and the file see the parameters alone. While a step computes, the layers use the
-copies and the gradients gather there; they are added to the parameters' in fp32 after every backward pass.
+copies and the gradients gather there; they are added to the parameters' in fp32 after every backward pass. In the place
+of DoRA's lengths there are the factors that follow from them, ``dora_scale / ‖W + ΔW‖``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.adapters import dora
 from lora_trainer.adapters.base import Adapter
 from lora_trainer.adapters.joint import Joint
 from lora_trainer.adapters.lora import LoraAdapter
@@ -28,31 +30,37 @@ class WorkingCopies:
 
     def __init__(self, adapters: Sequence[Adapter], joints: Sequence[Joint], dtype: torch.dtype):
         self.live = False
-        self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._leaves: dict[int, list[Tensor]] = {}
         self._parts: list[_Part] = []
         owners = _owners(adapters, joints) if dtype != torch.float32 else []
         if not owners:
             return
-        self._masters = [master for owner in owners for _, group in owner.masters for master in group]
+        self._dora = dora.groups([owner for owner in owners if isinstance(owner, LoraAdapter)])
+        self._inverse: Tensor | None = None  # of ``_inverse_norms``, in this step
+        pieces = _arranged(owners, self._dora)
+        self._masters = [master for _, _, masters in pieces for master in masters]
         count, device = sum(master.numel() for master in self._masters), self._masters[0].device
         self._flat = torch.empty(count, dtype=dtype, device=device)
         self._read = [master.detach().view(-1) for master in self._masters]
         start = 0
-        for owner in owners:
-            parts = []
-            for shape, group in owner.masters:
-                part = _Part(group, shape, start, self._flat)
-                start += part.leaf.numel()
-                parts.append(part)
-            self._parts += parts
-            self._leaves[id(owner)] = parts[0].leaf, parts[1].leaf
+        for owner, shape, masters in pieces:
+            part = _Part(masters, shape, start, self._flat)
+            start += part.leaf.numel()
+            self._parts.append(part)
+            self._leaves.setdefault(id(owner), []).append(part.leaf)
             owner.copies = self
+        self._gains_start = count - sum(adapter.shape[1] for group in self._dora for adapter in group)
         self._part_of = [part for part in self._parts for _ in part.masters]
         self._sizes = [master.numel() for master in self._masters]
 
     def of(self, owner: LoraAdapter | Joint) -> tuple[Tensor, Tensor]:
         """The copies of down and up, or of all downs and all ups."""
-        return self._leaves[id(owner)]
+        down, up, *_ = self._leaves[id(owner)]
+        return down, up
+
+    def gain_of(self, owner: LoraAdapter) -> Tensor | None:
+        """DoRA's factor for each input, (1, in[, 1, 1]); None where the layer has to find it by itself."""
+        return None if self._inverse is None else self._leaves[id(owner)][2]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -72,10 +80,30 @@ class WorkingCopies:
     def _refresh(self) -> None:
         if not self._parts:
             return
-        self._flat.copy_(torch.cat(self._read))
+        values, start = torch.cat(self._read), self._gains_start
+        self._flat[:start].copy_(values[:start])
+        self._inverse = self._inverse_norms(values)
+        if self._inverse is not None:
+            self._flat[start:].copy_(values[start:].mul_(self._inverse))
         for part in self._parts:
             part.leaf.grad = None
         self.live = True
+
+    def _inverse_norms(self, values: Tensor) -> Tensor | None:
+        """1 / ‖W + ΔW‖ of all DoRA layers, one behind the other, fp32; None where there are none, or a host keeps
+        weights elsewhere until their layer runs. ``values``: of the parameters, laid out as the copies are."""
+        adapters = [adapter for group in self._dora for adapter in group]
+        if not adapters or any(adapter.layer.weight.device != values.device for adapter in adapters):
+            return None
+        found, start = [], 0
+        for group in self._dora:
+            count, down, up = len(group), group[0].lora_down, group[0].lora_up
+            ends = start + count * down.numel(), start + count * (down.numel() + up.numel())
+            downs = values[start : ends[0]].view(count, len(down), -1)
+            ups, low_ups = (flat[ends[0] : ends[1]].view(count, len(up), -1) for flat in (values, self._flat))
+            found.append(dora.inverse_norms(group, downs, ups, low_ups))
+            start = ends[1]
+        return torch.cat(found)
 
     def forget(self) -> None:
         """Let go of the gradients of a backward pass that did not end."""
@@ -88,6 +116,8 @@ class WorkingCopies:
         if not self._parts:
             return
         found = torch.cat([part.taken() for part in self._parts]).float()
+        if self._inverse is not None:
+            found[self._gains_start :].mul_(self._inverse)
         before, added = [], []
         for part, master, grad in zip(self._part_of, self._masters, found.split(self._sizes)):
             if not part.was_used:
@@ -105,6 +135,24 @@ def _owners(adapters: Sequence[Adapter], joints: Sequence[Joint]) -> list[LoraAd
     joined = {adapter for joint in joints for adapter in joint.adapters}
     alone = [adapter for adapter in adapters if isinstance(adapter, LoraAdapter) and adapter not in joined]
     return [*joints, *alone]
+
+
+_Piece = tuple[LoraAdapter | Joint, Sequence[int], Sequence[nn.Parameter]]
+"""Whose it is, its shape, and the parameters that it is a copy of."""
+
+
+def _arranged(owners: Sequence[LoraAdapter | Joint], dora_groups: Sequence[Sequence[LoraAdapter]]) -> list[_Piece]:
+    """In the order in which it lies: of each group with DoRA all downs and all ups, the others', all gains."""
+    pieces: list[_Piece] = []
+    grouped = [adapter for group in dora_groups for adapter in group]
+    for group in dora_groups:
+        for which in (0, 1):
+            pieces += [(adapter, *adapter.masters[which]) for adapter in group]
+    pieces += [(owner, *part) for owner in owners if owner not in grouped for part in owner.masters]
+    for adapter in grouped:
+        assert adapter.dora_scale is not None
+        pieces.append((adapter, tuple(adapter.dora_scale.shape), [adapter.dora_scale]))
+    return pieces
 
 
 class _Part:

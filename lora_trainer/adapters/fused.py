@@ -30,7 +30,7 @@ from lora_trainer.storage import dense_weight
 class LoraLinear(torch.autograd.Function):
     """``W (g ⊙ x) + b + scale · up(keep ⊙ down(g ⊙ x))``; W and b are frozen and get no gradient.
 
-    x (…, in), weight (out, in[, 1, 1]), bias (out) or None, down (r, in), up (out, r), gain g (in) fp32 or None, keep
+    x (…, in), weight (out, in[, 1, 1]), bias (out) or None, down (r, in), up (out, r), gain g (in) or None, keep
     broadcastable to (…, r) or None -> (…, out).
     """
 
@@ -48,7 +48,7 @@ class LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        gain = None if gain is None else gain.to(dtype)
+        ctx.gain_dtype, gain = (None, None) if gain is None else (gain.dtype, gain.to(dtype))
         scaled = rows if gain is None else rows * gain
         matrix = dense_weight(weight, dtype).flatten(1)
         output = functional.linear(scaled, matrix, None if bias is None else bias.to(dtype))
@@ -83,7 +83,7 @@ class LoraLinear(torch.autograd.Function):
             if ctx.scale != 1:
                 grad_up.mul_(ctx.scale)
         if needed[5]:
-            grad_gain = (grad_x * rows).sum(0, dtype=torch.float32)
+            grad_gain = (grad_x * rows).sum(0, dtype=ctx.gain_dtype)
         if needed[0] and grad_x is not None:
             grad_x = grad_x if gain is None else grad_x.mul_(gain)
             grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
@@ -186,7 +186,7 @@ class LoraConv2d(torch.autograd.Function):
         options: tuple,
     ) -> Tensor:
         ctx.input_dtype, x = x.dtype, x.to(dtype)
-        gain = None if gain is None else gain.to(dtype)
+        ctx.gain_dtype, gain = (None, None) if gain is None else (gain.dtype, gain.to(dtype))
         scaled = x if gain is None else x * gain
         bias = None if bias is None else bias.to(dtype)
         output = functional.conv2d(scaled, dense_weight(weight, dtype), bias, *options)
@@ -221,7 +221,7 @@ class LoraConv2d(torch.autograd.Function):
             if ctx.scale != 1:
                 grad_up.mul_(ctx.scale)
         if needed[5]:
-            grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=torch.float32)
+            grad_gain = (grad_x * x).sum((0, 2, 3), keepdim=True, dtype=ctx.gain_dtype)
         if needed[0] and grad_x is not None:
             grad_x = (grad_x if gain is None else grad_x.mul_(gain)).to(ctx.input_dtype)
         return grad_x if needed[0] else None, None, None, grad_down, grad_up, grad_gain, None, None, None, None

@@ -127,17 +127,20 @@ class LoraAdapter(Adapter):
 
     def _gain(self, x: Tensor) -> Tensor:
         """DoRA's factor for each input: (in) for a Linear, (1, in, 1, 1) for a convolution."""
+        copies = self.copies
+        if copies is not None and copies.live and (gain := copies.gain_of(self)) is not None:
+            return gain if self.is_conv else gain.flatten()
         with torch.no_grad(), without_autocast(x.device):
             dtype = self.compute_dtype(x)
             weight = dense_weight(self.layer.weight, dtype, self.shape, x.device)
             low_up = self.factors_now()[1].to(dtype)
-            base, least = self._base_norm_squared()
+            base, least = self.base_norm_squared()
             squared = changed_norm_squared(base, weight, self.lora_down, self.lora_up, low_up, self.scale)
             inverse = torch.maximum(squared, least).rsqrt_()
         gain = self.dora_scale * inverse
         return gain if self.is_conv else gain.flatten()
 
-    def _base_norm_squared(self) -> tuple[Tensor, Tensor]:
+    def base_norm_squared(self) -> tuple[Tensor, Tensor]:
         """‖W‖² per column of the weight that the layer has now, which its lender may have bound anew; and the least
         that ‖W + ΔW‖² is taken for: a thousandth of W's length, or what keeps a column of zeros from becoming NaN."""
         if self._base_norm is None or self._base_norm[0]() is not self.layer.weight:

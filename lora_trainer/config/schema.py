@@ -44,8 +44,8 @@ class ModelSettings:
     """Where to train: auto, cpu, cuda, cuda:1, mps …"""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto", fills_memory=True, sets_pace=True)
-    """Number format of the computation. auto: on a GPU that of the weights which a WebUI lends (fp16 or bf16), else bf16
-    where the GPU supports it and fp16 where not; on the CPU no (fp32)."""
+    """Number format of the computation. auto: on a GPU that of the weights which a WebUI lends (fp16 or bf16), else
+    bf16 where the GPU supports it and fp16 where not; on the CPU no (fp32)."""
 
     gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
     """Recompute activations in the backward pass: about half the activation memory, about a quarter more time."""

@@ -8,7 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+from lora_trainer.adapters import dora
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.blocks import project
@@ -201,3 +203,84 @@ def test_what_is_frozen_or_not_reached_gets_no_gradient():
         copies.gather()
     assert frozen.lora_up.grad is None and unused.lora_up.grad is None
     assert all(a.lora_up.grad is not None for _, a in adapters.items() if a not in (frozen, unused))
+
+
+# -- DoRA -------------------------------------------------------------------------------------------------------------
+
+DORA = {"dora": True, "block_ranks": [2] * 16 + [3] * 9}
+
+
+def by_definition(adapters: AdapterSet) -> AdapterSet:
+    """Layers that compute with ``(W + ΔW) · dora_scale / ‖W + ΔW‖``, of ordinary operations; no gradient through the
+    norm, as the paper says."""
+    adapters.detach()
+    for target, adapter in adapters.items():
+
+        def forward(x, adapter=adapter):
+            layer = adapter.layer
+            changed = layer.weight + adapter.delta_weight()
+            norm = changed.detach().transpose(0, 1).flatten(1).norm(dim=1).view(adapter.dora_scale.shape)
+            weight = changed * adapter.dora_scale / norm
+            if isinstance(layer, nn.Conv2d):
+                return functional.conv2d(x, weight.to(x.dtype), layer.bias, layer.stride, layer.padding)
+            return functional.linear(x, weight.to(x.dtype), layer.bias)
+
+        target.module.forward = forward
+    return adapters
+
+
+def test_doras_lengths_of_all_layers_at_once():
+    adapters = attached(**DORA)
+    found = dora.groups([adapter for _, adapter in adapters.items()])
+    assert sorted(adapter.name for group in found for adapter in group) == sorted(adapters.ranks)
+    assert 4 < len(found) < len(adapters), "some are alike"
+    for group in found:
+        downs, ups = (torch.stack([getattr(a, name).flatten(1) for a in group]) for name in ("lora_down", "lora_up"))
+        ours = dora.inverse_norms(group, downs, ups, ups)
+        for adapter, one in zip(group, ours.view(len(group), -1)):
+            changed = adapter.base_weight() + adapter.delta_weight()
+            exact = 1 / changed.detach().transpose(0, 1).flatten(1).norm(dim=1)
+            torch.testing.assert_close(one, exact, rtol=1e-5, atol=0)
+
+
+def test_dora_with_copies_is_its_definition():
+    """Outputs and gradients, in a format in which nothing is rounded; also of a weight that was bound anew."""
+    ours, plain = attached(torch.float64, **DORA), by_definition(attached(torch.float64, **DORA))
+    copies = ours.working_copies(torch.float64)
+    for _ in range(2):
+        found = {}
+        for adapters in (ours, plain):
+            adapters.zero_grad(set_to_none=True)
+            with copies.computing() if adapters is ours else nullcontext():
+                made = outputs(adapters, torch.float64)
+                total(made).backward()
+                copies.gather()
+            found[adapters is ours] = {name: value.detach() for name, value in made.items()}, gradients(adapters)
+        for one, other in zip(found[True], found[False]):
+            for name, exact in other.items():
+                torch.testing.assert_close(one[name], exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+        generator = torch.Generator().manual_seed(4)
+        for (target, _), (same, _) in zip(ours.items(), plain.items()):
+            weight = torch.randn(target.module.weight.shape, generator=generator, dtype=torch.float64)
+            for module in (target.module, same.module):
+                module.weight = nn.Parameter(weight.clone(), requires_grad=False)
+
+
+def test_dora_finds_lengths_layer_by_layer_where_weights_lie_elsewhere():
+    """A host may bring a weight to the device when its layer runs."""
+    adapters = attached(torch.bfloat16, **DORA)
+    copies, (_, first) = adapters.working_copies(torch.bfloat16), next(iter(adapters.items()))
+    with copies.computing():
+        assert copies.gain_of(first) is not None
+        expected = outputs(adapters, torch.bfloat16)
+    layer, weight = first.layer, first.layer.weight
+    layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+    layer.register_forward_pre_hook(lambda *_: setattr(layer, "weight", weight))
+    with copies.computing():
+        assert copies.gain_of(first) is None
+        found = outputs(adapters, torch.bfloat16)
+        total(found).backward()
+        copies.gather()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.02, atol=0.02)
+    assert all(parameter.grad.any() for parameter in adapters.parameters())

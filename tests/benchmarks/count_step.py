@@ -92,6 +92,9 @@ def _ours(case: Case, config: TrainConfig, counter: Count, weights: torch.dtype,
         objective = DiffusionObjective(config, model, model.encode_prompts)
         precision = Precision(model.device, weights, compute)
         step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
+        for _, adapter in adapters.items():
+            if config.dora:
+                adapter.base_norm_squared()  # in the first step of a run alone
         there = [*model.unet.parameters(), *adapters.parameters(), *step.copies.leaves]
         with _phases(counter, step, there):
             step(0, [_batch(case, model.unet.config, compute)])
