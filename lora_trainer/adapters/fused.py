@@ -135,7 +135,7 @@ class LoraLinears(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             first, *others = zip(grad, weights)
-            grad_x = first[0].mm(first[1].to(ctx.dtype))
+            grad_x = first[0].mm(dense_weight(first[1], ctx.dtype))
             for part, weight in others:
                 grad_x.addmm_(part, dense_weight(weight, ctx.dtype))
             grad_x = grad_x.addmm_(grad_hidden, down).view(ctx.input_shape).to(ctx.input_dtype)

@@ -51,7 +51,7 @@ class LanguageModelLender(Lender[LanguageModel]):
             use_nf4(network, self.dtype, self.device)
         bind_weights(network, tensors, self.device, self.folder, quantized if self.nf4 else as_it_is)
         tensors.place(self.device, self.dtype)  # which lets go of those that were read last
-        model = LanguageModel(network, info, self.device, weights_digest(self.folder))
+        model = LanguageModel(network, info, self.device, self.dtype, weights_digest(self.folder))
         try:
             yield model
         finally:

@@ -38,9 +38,11 @@ class Head:
 class LanguageModel(LentNetwork):
     """See ``LentNetwork``. network: transformers', in eval mode, with frozen weights."""
 
-    def __init__(self, network: nn.Module, info: ModelInfo, device: torch.device, network_key: str):
+    def __init__(
+        self, network: nn.Module, info: ModelInfo, device: torch.device, compute_dtype: torch.dtype, network_key: str
+    ):
         self.network, self.info, self.device = network, info, device
-        self.network_key = network_key
+        self.compute_dtype, self.network_key = compute_dtype, network_key
         self._prefix, self._layers = decoder_layers(network)
         self._head = head_of(network)
         # Its name in late releases of transformers 5, and before.
