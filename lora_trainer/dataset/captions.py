@@ -42,10 +42,10 @@ __all__ = [
     "plain_texts", "prompt_text", "train_text", "translate",
 ]  # fmt: skip
 
-_WEIGHT = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*$")
+_WEIGHT = re.compile(r":\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*$")
 _SPECIAL = re.compile(r"[()\[\]{}\\<,，、\r\n]|BREAK")
 _BREAK = re.compile(r"(?<!\w)BREAK(?!\w)")
-_CHOICE = re.compile(r"(?<!\\)\{([^{}]*\|[^{}]*)(?<!\\)\}")
+_CHOICE = re.compile(r"(?<!\\)\{([^{}|]*\|[^{}]*)(?<!\\)\}")
 # A face such as (^_^) has no word in it; emphasis does.
 _WORD = re.compile("[^\\W\\d_]{2,}|\\d{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]")
 

@@ -35,7 +35,7 @@ _EMOTICON = re.compile(rf"(?<![^{_EDGE}])(?:>?[:;=]['^o-]?[()\[\]{{}}]|[()\[\]][
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 NETWORK_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 KEYWORD = re.compile(r"(?<!\w)(?:AND|BREAK)(?!\w)")
-PROMPT_EDITING = re.compile(r"(?<!\\)\[(?:[^\[\]]*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*|[^\[\]|]*\|[^\[\]]*)\]")
+PROMPT_EDITING = re.compile(r"(?<!\\)\[(?:[^\[\]]*:\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*|[^\[\]|]*\|[^\[\]]*)\]")
 
 PLAIN, BACKSLASH, ESCAPED = 0, 1, 2  # what a character is: itself, the "\" of an escape, the escaped one
 
