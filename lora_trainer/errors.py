@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 class UserError(Exception):
@@ -57,6 +58,52 @@ def problems_of(error: UserError) -> list[Problem]:
     """Each problem of ``error`` by itself, so that the tab can put it beside its field."""
     problems = error.problems if isinstance(error, ConfigError) else [error]
     return [Problem.of(problem) for problem in problems]
+
+
+_MAX_PARTS, _MAX_DEPTH, _MAX_TEXT = 20_000, 20, 1 << 20
+
+
+def unusable(value: Any) -> str | None:
+    """Why a value of JSON or YAML cannot be used, whatever it is for; None for one that can.
+
+    Text with halves of characters (lone surrogates) can be written into no file and no answer. Values that are nested
+    too deep, have too many parts or are too long take too much time to look at.
+    """
+    parts = 0
+    pending = [(value, 0)]
+    while pending:
+        one, depth = pending.pop()
+        parts += 1
+        if parts > _MAX_PARTS or depth > _MAX_DEPTH:
+            return "has too many parts"
+        if isinstance(one, str):
+            if len(one) > _MAX_TEXT:
+                return f"is longer than {_MAX_TEXT} characters"
+            if has_half_characters(one):
+                return "is not valid Unicode text"
+        elif isinstance(one, Mapping):
+            pending += [(part, depth + 1) for pair in one.items() for part in pair]
+        elif isinstance(one, Sequence):
+            pending += [(part, depth + 1) for part in one]
+    return None
+
+
+def has_half_characters(text: str) -> bool:
+    """Whether the text holds a lone surrogate, which UTF-8 cannot encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def shown(value: Any, longest: int = 200) -> str:
+    """``repr`` for a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= longest else text[:longest] + " …"
 
 
 @contextmanager

@@ -19,6 +19,14 @@ from lora_trainer.errors import UserError
 _WINDOWS_RESERVED = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 _WINDOWS = sys.platform == "win32"
 _TRIES, _PAUSE = 10, 0.05  # seconds
+_SYSTEM = (
+    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr/bin",
+    "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/sbin", "/var/log", "/var/mail",
+    "/var/spool", "/System", "/Library", "/private/etc",
+)  # fmt: skip
+_NOT_SYSTEM = ("/dev/shm", "/run/media", "/run/user", "/System/Volumes")  # where disks and shares are mounted
+_WHOLE = ("/home", "/private", "/private/var", "/root", "/usr", "/var", "/Users", "/Volumes", "C:\\Users")
+_KEYS = (".aws", ".gnupg", ".kube", ".ssh")
 _UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
 
 
@@ -106,6 +114,17 @@ def sha256_file(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_of_the_system(path: Path) -> bool:
+    """Whether a resolved path is a whole disk, a folder in which other people's files lie, or one of the operating
+    system or of keys: nobody keeps pictures or models there, and nothing of it is to be read or shown."""
+    if path.parent == path or any(part.lower() in _KEYS for part in path.parts):
+        return True
+    folders = [os.environ[name] for name in ("SystemRoot", "ProgramData") if name in os.environ] if _WINDOWS else ()
+    inside = [Path(folder) for folder in (*_SYSTEM, *folders)]
+    lent = any(Path(folder) in (path, *path.parents) for folder in _NOT_SYSTEM)
+    return str(path) in _WHOLE or (not lent and any(folder in (path, *path.parents) for folder in inside))
 
 
 def safe_name_problem(name: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lora_trainer.adapters.base import Target
 from lora_trainer.errors import UserError
-from lora_trainer.patterns import Pattern
+from lora_trainer.patterns import Budget, Pattern
 
 GROUPS = ("attention", "feed_forward", "projection")
 CONV_GROUPS = ("conv", "conv_linear")
@@ -39,8 +39,9 @@ def select_targets(
     chosen: set[int] = set()
     problems: list[str] = []
     named_convs = False
+    budget = Budget()
     for pattern in patterns:
-        matches = _matches(pattern, targets, field)
+        matches = _matches(pattern, targets, field, budget)
         transformer = [index for index in matches if targets[index].group not in CONV_GROUPS]
         if transformer:
             chosen.update(transformer)
@@ -61,10 +62,10 @@ def select_targets(
     return [target for index, target in enumerate(targets) if index in chosen]
 
 
-def _matches(pattern: str, targets: Sequence[Target], field: str) -> list[int]:
+def _matches(pattern: str, targets: Sequence[Target], field: str, budget: Budget) -> list[int]:
     pattern = pattern.strip()
     if len(pattern) > 1 and pattern.startswith("/") and pattern.endswith("/"):
-        expression = Pattern(pattern[1:-1], field=field)
+        expression = Pattern(pattern[1:-1], field=field, budget=budget)
         return [
             index
             for index, target in enumerate(targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,13 +24,51 @@ class RefusedError(Exception):
         self.status, self.message, self.remedy, self.headers = status, message, remedy, headers or {}
 
 
+def check_host(request: Request, policy: AccessPolicy) -> None:
+    """Refuse a name that is not ours: a web page elsewhere can give its own name our address (DNS rebinding), and its
+    requests then come from "the same origin".
+
+    Such a page has no login, and a WebUI that listens to others is called by names that nobody here knows: both are
+    let through.
+
+    Raises:
+        RefusedError: 403.
+    """
+    if policy.roots is not None or policy.api_credentials or _wants_login(request):
+        return
+    name = _host_name(request.headers.get("host", ""))
+    if name == "localhost" or name.endswith(".localhost") or _is_address(name):
+        return
+    if name not in {known.strip().lower().rstrip(".") for known in policy.names}:
+        raise RefusedError(
+            403, f"This WebUI does not know itself as {name[:100]!r}.",
+            "Open it as localhost, or enter the name on the settings page under LoRA trainer.",
+        )  # fmt: skip
+
+
+def _host_name(host: str) -> str:
+    """The name or address in a Host header, without the port."""
+    try:
+        return (urlsplit(f"//{host.strip()}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
 def check_caller(request: Request, policy: AccessPolicy) -> None:
     """Let in who has the API's credentials (HTTP Basic) or is logged in to the WebUI; everybody where neither is set.
 
     Raises:
         RefusedError: 401.
     """
-    wants_login = getattr(request.app, "auth", None) is not None or _auth_dependency(request) is not None
+    wants_login = _wants_login(request)
     if not policy.api_credentials and not wants_login:
         return
     if policy.api_credentials and _has_credentials(request, policy.api_credentials):
@@ -85,6 +124,10 @@ def _has_credentials(request: Request, credentials: dict[str, str]) -> bool:
 
 def _equal(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8"), expected.encode("utf-8"))
+
+
+def _wants_login(request: Request) -> bool:
+    return getattr(request.app, "auth", None) is not None or _auth_dependency(request) is not None
 
 
 def _auth_dependency(request: Request) -> Any:

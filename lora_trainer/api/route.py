@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Coroutine
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import anyio
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lora_trainer.api.access import RefusedError, check_caller, check_origin
+from lora_trainer.api.access import RefusedError, check_caller, check_host, check_origin
 from lora_trainer.api.context import Context
-from lora_trainer.errors import ConfigError, Problem, UserError, problems_of
+from lora_trainer.errors import ConfigError, Problem, UserError, has_half_characters, problems_of
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs.job import UnknownJobError, full_disk
 from lora_trainer.workspace.sessions import UnknownSessionError
@@ -24,6 +28,13 @@ MAX_BODY = 4 << 20
 """Bytes of a request, uploads apart: the captions of some thousand pictures."""
 MAX_UPLOAD = 96 << 20
 """Bytes of an upload: one large picture in base64, or many usual ones."""
+MAX_READ_AWAY = 512 << 20
+READ_AWAY_SECONDS = 30.0
+"""How much of a refused request is read, and for how long, before the connection is closed over it."""
+
+_ALL_READ = "lora_trainer.all_read"
+# In JSON: one of a pair of surrogates or a lone one, escaped or in bytes; or UTF-16.
+_PERHAPS_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +49,7 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
 
             async def guarded_handle(request: Request) -> Response:
                 try:
+                    check_host(request, context.host.access())
                     check_caller(request, context.host.access())
                     if request.method not in ("GET", "HEAD"):
                         check_origin(request)
@@ -48,6 +60,7 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
                 except ClientDisconnect:
                     return Response(status_code=499)  # the page was closed or reloaded; nobody reads this
                 except RefusedError as error:
+                    await _read_away(request)
                     return _answer(context, error.status, [Problem(error.message, None, error.remedy)], error.headers)
                 except UserError as error:
                     if error.__cause__ is not None and disk_is_full(error.__cause__):
@@ -79,21 +92,60 @@ def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
 
 
 async def _read(request: Request, limit: int) -> Request:
-    """The request with its body in memory. Raises RefusedError as soon as it is larger than ``limit``."""
+    """The request with its body in memory. Raises RefusedError as soon as it is larger than ``limit``, and for JSON
+    with text that could be neither stored nor sent again."""
     refused = RefusedError(413, f"The request is larger than {limit >> 20} MB.", "Send less at a time.")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    if declared.isdecimal() and int(declared[:20]) > limit:
         raise refused
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in _chunks(request):
         body += chunk
         if len(body) > limit:
             raise refused
+    if _PERHAPS_HALF.search(body) and await run_in_threadpool(_has_half_characters, bytes(body)):
+        raise RefusedError(400, "The text holds halves of characters.", "Send valid Unicode.")
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return Request(request.scope, receive)
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes; what is left of it can be asked for again."""
+    while not request.scope.get(_ALL_READ):
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        request.scope[_ALL_READ] = not message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+async def _read_away(request: Request) -> None:
+    """Read what is left of a refused request: who still sends sees the answer then, and not a broken connection."""
+    if request.method in ("GET", "HEAD") or request.headers.get("expect", "").lower() == "100-continue":
+        return  # nothing comes, or not before it is asked for
+    left = MAX_READ_AWAY
+    with anyio.move_on_after(READ_AWAY_SECONDS):
+        async for chunk in _chunks(request):
+            left -= len(chunk)
+            if left < 0:
+                return
+
+
+def _has_half_characters(body: bytes) -> bool:
+    """Whether a text in this JSON holds a lone surrogate."""
+    try:
+        pending = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False  # said by whoever reads it as JSON
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and has_half_characters(value):
+            return True
+        pending += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return False
 
 
 def _validation_problem(detail: Any) -> Problem:

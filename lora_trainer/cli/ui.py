@@ -25,6 +25,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="what callers must present; several with commas")
     parser.add_argument("--folder", type=Path, action="append", default=[], metavar="DIR",
                         help="folder that callers from other machines may train on; repeatable")  # fmt: skip
+    parser.add_argument("--name", action="append", default=[], metavar="NAME",
+                        help="name under which a proxy makes the page known; repeatable")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -90,5 +92,5 @@ def access(options: argparse.Namespace) -> Any:
             raise UserError("--auth needs a user and a password.", remedy="Give it as --auth user:password")
         credentials = {user: password for user, _, password in pairs}
     if options.host in _LOCAL:
-        return AccessPolicy(credentials)
+        return AccessPolicy(credentials, names=tuple(options.name))
     return AccessPolicy(credentials, tuple(folder.expanduser().resolve() for folder in options.folder))

@@ -21,15 +21,16 @@ from lora_trainer.config.foreign.kohya import pairs
 from lora_trainer.config.names import ALIASES, is_text, types
 from lora_trainer.config.prompts import parse_prompt
 from lora_trainer.config.schema import FACTS, TrainConfig
-from lora_trainer.config.yaml_text import file_text
-from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.config.yaml_text import file_text, yaml_value
+from lora_trainer.errors import ConfigError, UserError, has_half_characters, shown, unusable
 from lora_trainer.files import safe_name_problem
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _OTHER_WORDS = {
     ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
     ("save_precision", "float"): "fp32", ("resume", ""): "auto",
 }  # fmt: skip
+_LARGEST = 2**63  # of whole numbers: what every store and every library takes
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -103,6 +104,9 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             problems.append(UserError(f"'{given}' is a second name of '{name}', which is set too.", field=given,
                                       remedy="Keep one of them."))  # fmt: skip
             continue
+        if reason := unusable(value):
+            problems.append(UserError(f"It {reason}.", field=given, remedy=f"It must be {_wanted(name)}."))
+            continue
         if value is None and known[name].default == "":
             value = ""  # "trigger_word:" with nothing behind it
         if isinstance(value, str) and FACTS[name].path is not None:
@@ -115,9 +119,9 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
             value = None
         try:
             clean[name] = _check_limits(_convert(value, _kind(name)), known[name].metadata)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
-            said = "is empty" if value in (None, "") else f"{value!r} {error}"
+            said = "is empty" if value in (None, "") else f"{shown(value)} {error}"
             problems.append(UserError(f"{said}.", field=given, remedy=remedy))
     if clean.get("text_encoder_lr"):  # a rate of its own means that they are to learn
         clean.setdefault("train_text_encoder", True)
@@ -231,7 +235,7 @@ def parse_resolution(text: str) -> tuple[int, int] | str | None:
     """``"512"`` -> (512, 512); ``"768x512"`` -> (768, 512) (width, height); ``"auto"`` -> "auto"; else None."""
     if text == "auto":
         return "auto"
-    match = re.fullmatch(r"(\d+)(?:\s*[x×,*]\s*(\d+))?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,9})(?:\s*[x×,*]\s*(\d{1,9}))?", text.strip().lower())
     if not match:
         return None
     width = int(match[1])
@@ -303,9 +307,7 @@ def _in_quotes(text: str) -> Any:
     """A list or mapping that stands in quotes: what is inside them; other texts as they are."""
     if text.strip()[:1] not in ("[", "{"):
         return text
-    with contextlib.suppress(yaml.YAMLError):
-        return yaml.safe_load(text)
-    return text
+    return yaml_value(text)
 
 
 def _choice(value: Any, options: Sequence[Any]) -> Any:
@@ -339,13 +341,13 @@ def _float(value: Any) -> float:
         value = float(value.strip())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("is not a number")
-    if not math.isfinite(value):
+    if isinstance(value, int) and abs(value) > _LARGEST or not math.isfinite(value):
         raise ValueError("is not finite")
     return float(value)
 
 
 def _int(value: Any) -> int:
-    number = value if isinstance(value, int) else _float(value)
+    number = value if isinstance(value, int) and abs(value) <= _LARGEST else _float(value)
     if isinstance(value, bool) or number != int(number):
         raise ValueError("is not a whole number")
     return int(number)
@@ -357,7 +359,7 @@ def _str(value: Any) -> str:
     text = str(value)
     if "\0" in text:
         raise ValueError("contains a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of a name that are not UTF-8
+    if has_half_characters(text):  # bytes of a name that are not UTF-8
         raise ValueError("is not valid Unicode text")
     return text
 

@@ -12,10 +12,11 @@ import yaml
 
 from lora_trainer.config.names import ALIASES, is_text
 from lora_trainer.config.schema import GROUPS, TrainConfig, settings_where
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, unusable
 
 _SETTING = re.compile(r'\s*(?:-\s+)?"?([\w.]+)"?\s*[:=]')
 _PATHS = settings_where(lambda facts: facts.path is not None)
+_LONGEST = 200_000
 _PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
 _SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
 _DRIVE = re.compile(r'(?<!\')"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
@@ -54,8 +55,27 @@ def check_backslashes(text: str, source: str) -> None:
         )
 
 
+def check_length(text: str, source: str) -> None:
+    """Raises UserError for a text that is too long for settings: reading megabytes of YAML takes minutes."""
+    if len(text) > _LONGEST:
+        raise UserError(
+            f"{source} has {len(text)} characters; that is no file of settings.",
+            remedy=f"Give one of up to {_LONGEST} characters.",
+        )
+
+
+def yaml_value(text: str) -> Any:
+    """A value in YAML ``text``, such as a list in quotes; the text itself where it is none."""
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader) if len(text) <= _LONGEST else text
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return text if unusable(value) else value
+
+
 def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
     """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
+    check_length(text, source)
     check_backslashes(text, source)
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)

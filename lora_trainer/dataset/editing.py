@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_trainer.dataset.captions import Caption, parse
-from lora_trainer.dataset.edits import Edit
+from lora_trainer.dataset.edits import Edit, check_caption
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits, save_edits
 from lora_trainer.dataset.writing import CaptionFolder, ConflictError, Written
 from lora_trainer.errors import UserError
@@ -107,6 +107,11 @@ class EditSession:
 
     def set_captions(self, captions: Mapping[str, str], label: str = "captions") -> Step:
         """Give pictures these captions as one step."""
+        for text in captions.values():
+            check_caption(text)
+        return self._set_captions(captions, label)
+
+    def _set_captions(self, captions: Mapping[str, str], label: str) -> Step:
         with self.lock:
             self._known(captions)
             changed = {
@@ -236,7 +241,7 @@ class EditSession:
             current = self.folder.read()
             texts = {key: current.text(key) for key in keys}
             self.saved_captions.update(texts)
-            return self.set_captions(texts, "take over what is in the files")
+            return self._set_captions(texts, "take over what is in the files")
 
     def discard(self) -> None:
         """Forget what is unsaved and all steps; the files are read again."""

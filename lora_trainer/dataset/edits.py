@@ -12,7 +12,7 @@ from typing import Literal
 
 from lora_trainer.dataset.captions import Caption, Item, compose, format, parse, plain_text
 from lora_trainer.dataset.grammar import Span
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, has_half_characters
 from lora_trainer.patterns import Pattern
 
 EditKind = Literal["set", "add", "remove", "replace", "move", "mark", "regex"]
@@ -21,7 +21,8 @@ MARKS = ("core", "mood", "both", "none")
 PLACES = ("start", "end")
 
 _MAX_PATTERN = 500
-_MAX_RESULT = 20_000
+MAX_CAPTION = 20_000
+"""Characters of a caption. Of it 225 tokens are read at most; longer ones take long to look at."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,17 @@ class Edit:
             raise UserError(f"{self.value!r} is no mark.", field="value", remedy=f"One of {', '.join(MARKS)}.")
         if self.kind in ("add", "replace") and not self.value.strip():
             raise UserError("There is no text to write.", field="value", remedy="Use remove to take a tag out.")
-        return getattr(self, f"_{self.kind}")()
+        if len(self.value) > MAX_CAPTION or sum(map(len, self.tags)) > MAX_CAPTION:
+            raise UserError(f"It has more than {MAX_CAPTION} characters.", field="value", remedy="Shorten it.")
+        change = getattr(self, f"_{self.kind}")()
+
+        def checked(text: str) -> str:
+            result = change(text)
+            if result != text:
+                check_caption(result)
+            return result
+
+        return checked
 
     def _set(self) -> Callable[[str], str]:
         return lambda text: self.value
@@ -77,14 +88,7 @@ class Edit:
     def _regex(self) -> Callable[[str], str]:
         pattern = compile_pattern(self.pattern, ignore_case=self.ignore_case)
         pattern.sub(self.value, "")
-
-        def substitute(text: str) -> str:
-            result = pattern.sub(self.value, text)
-            if len(result) > _MAX_RESULT:
-                raise UserError("A caption would become too long.", field="value", remedy="Look at the replacement.")
-            return result
-
-        return substitute
+        return lambda text: pattern.sub(self.value, text, MAX_CAPTION)
 
 
 def add_items(text: str, addition: str, place: str = "end") -> str:
@@ -162,6 +166,16 @@ def compile_pattern(pattern: str, *, ignore_case: bool = False) -> Pattern:
             remedy="Write it without a repetition inside a repetition.",
         )
     return compiled
+
+
+def check_caption(text: str) -> None:
+    """Raises UserError for a text that no caption can be."""
+    if len(text) > MAX_CAPTION:
+        raise UserError(f"A caption would have more than {MAX_CAPTION} characters.", field="value",
+                        remedy="Shorten it; 225 tokens are read at most.")  # fmt: skip
+    if "\0" in text or has_half_characters(text):
+        raise UserError("A caption would hold characters that no file takes.", field="value",
+                        remedy="Send valid Unicode.")  # fmt: skip
 
 
 def identity(text: str) -> str:

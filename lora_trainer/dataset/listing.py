@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import time
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS
 from lora_trainer.dataset.samples import Skipped
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, has_half_characters
+from lora_trainer.files import is_of_the_system
 
 _MASK_ENDINGS = (".mask", "-masklabel")
 """What goes behind a picture's name, with or without its own ending, to make its mask's: ours, and OneTrainer's."""
@@ -26,6 +31,7 @@ _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system
 _KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
 _MAX_REPEATS = 10_000
 _MAX_ENTRIES = 200_000
+_MAX_SECONDS = 60
 _SURPRISING_REPEATS = 200
 
 
@@ -45,13 +51,18 @@ class Listing:
     warnings: tuple[str, ...] = ()
 
 
-def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
+def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = False) -> Listing:
     """Everything in ``root`` and its sub-folders, without hidden files, caches and the folders in ``exclude``.
 
-    Links to folders outside are followed once each, so loops end.
+    Links to folders outside are followed once each, so loops end. A link to a picture outside is followed, one to
+    another file (captions, tables) only where it leads to a folder that is read, or in which a picture of these lies:
+    nobody's other texts become captions.
+
+    confined: no link that leads out of ``root`` is followed.
 
     Raises:
-        UserError: there is no such folder, or it cannot be opened.
+        UserError: there is no such folder, or it cannot be opened; or it is one of the system, has too many files or
+            takes too long to look through.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,16 +73,21 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
     real_root = os.path.realpath(root)
     if os.path.dirname(real_root) == real_root:
         raise UserError(f"{root} is a whole disk.", remedy="Name the folder that holds the pictures.")
+    if is_of_the_system(Path(real_root)):
+        raise UserError(f"{root} belongs to the system.", remedy="Name the folder that holds the pictures.")
     excluded = {os.path.realpath(path) for path in exclude} - {real_root}
     followed: set[str] = set()
     files: dict[str, Path] = {}
     skipped: list[Skipped] = []
     notes: list[str] = []
-    pending, looked_at = [root], 0
+    links: dict[str, str] = {}  # key of a file -> where its link leads
+    away: list[str] = []  # links that are not followed
+    pending, looked_at, end = [root], 0, time.monotonic() + _MAX_SECONDS
     while pending:
         folder = pending.pop()
         try:
-            entries = list(os.scandir(folder))
+            with os.scandir(folder) as found:
+                entries = list(itertools.islice(found, _MAX_ENTRIES + 1))
         except OSError as error:
             if folder == root:
                 raise UserError(f"{root} cannot be opened: {error.strerror or error}.") from error
@@ -83,6 +99,11 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
                 f"{root} holds more than {_MAX_ENTRIES} files and folders.",
                 remedy="Name the folder that holds the pictures, and nothing else.",
             )
+        if time.monotonic() > end:
+            raise UserError(
+                f"Looking through {root} takes longer than {_MAX_SECONDS} seconds.",
+                remedy="Name the folder that holds the pictures, and nothing else.",
+            )
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
             if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_FOLDERS:
@@ -92,17 +113,29 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
                 if real in excluded:
                     continue
                 if entry.is_symlink():
+                    if confined and not _is_within(real_root, real):
+                        away.append(path.relative_to(root).as_posix())
+                        continue
                     if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
                         notes.append(f"{path} links to {real}, which is read already; the link is left out.")
                         continue
                     followed.add(real)
                 pending.append(path)
-            elif not _is_utf8(entry.name):
+            elif has_half_characters(entry.name):
                 skipped.append(Skipped(path, "its name is not UTF-8; rename it"))
             elif path.is_file():  # no pipes or devices, which would block
-                files[path.relative_to(root).as_posix()] = path
+                key = path.relative_to(root).as_posix()
+                files[key] = path
+                if entry.is_symlink():
+                    links[key] = os.path.realpath(path)
             elif entry.is_symlink() and is_picture(entry.name):
                 skipped.append(Skipped(path, "it is a link to a file that is not there"))
+    outside = {key: real for key, real in links.items() if not any(_is_within(it, real) for it in (real_root, *followed))}
+    for key in _not_followed(outside, confined):
+        away.append(key)
+        del files[key]
+    if away:
+        notes.append(f"{len(away)} links lead out of the folder and are not followed: {', '.join(sorted(away)[:5])}.")
     files = dict(sorted(files.items()))
     pictures = {key: path for key, path in files.items() if is_picture(key)}
     masks = _masks(files, pictures)
@@ -114,6 +147,29 @@ def list_folder(root: Path, exclude: Iterable[Path] = ()) -> Listing:
         if path.suffix.casefold() in _UNREADABLE_EXTENSIONS:
             skipped.append(Skipped(path, f"{path.suffix} pictures cannot be read; convert it to PNG or JPEG"))
     return Listing(root, files, pictures, masks, tuple(skipped), tuple(notes))
+
+
+def _not_followed(outside: Mapping[str, str], confined: bool) -> list[str]:
+    """Of the links that lead out of a data folder (key -> where to) those that are left out."""
+    pictures = {key for key in outside if key.casefold().endswith(IMAGE_EXTENSIONS)}
+    others = [key for key in outside if key not in pictures]
+    if confined or not others:
+        return list(outside) if confined else []
+    folders = {os.path.dirname(outside[key]) for key in others}
+    # A data set may be made of links altogether, as in the cache of Hugging Face's hub.
+    shared = {os.path.dirname(outside[key]) for key in pictures if _is_image(outside[key], folders)}
+    return [key for key in others if os.path.dirname(outside[key]) not in shared]
+
+
+def _is_image(path: str, folders: set[str]) -> bool:
+    """Whether the file lies in one of these folders and is a picture, whatever its name says."""
+    if os.path.dirname(path) not in folders:
+        return False
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def is_picture(name: str) -> bool:
@@ -208,10 +264,6 @@ class NameIndex:
 
 def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_within(folder: str, path: str) -> bool:

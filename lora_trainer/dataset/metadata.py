@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_trainer.errors import has_half_characters
+
 FILENAME_COLUMNS = ("filename", "file_name", "image", "file", "image_path", "path")
 CAPTION_COLUMNS = ("prompt", "text", "caption")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -103,24 +105,19 @@ def _usable(path: Path, rows: Iterator[Row], problems: list[CaptionProblem]) -> 
         shown = ascii(row.filename)[1:-1] if not row.filename.isprintable() else row.filename
         if not row.filename:
             problem = "names no picture"
-        elif not _is_unicode(row.filename) or "\0" in row.filename:
+        elif has_half_characters(row.filename) or "\0" in row.filename:
             problem = f"{shown} is no file name"
         elif reason := path_problem(row.filename):
             problem = f"{shown} {reason}"
         elif not row.caption:
             problem = f"{shown} has no caption"
-        elif not _is_unicode(row.caption) or "\0" in row.caption:
+        elif has_half_characters(row.caption) or "\0" in row.caption:
             problem = f"the caption of {shown} is not valid Unicode text"
         else:
             yield row
             continue
         empty = bool(row.filename) and not row.caption
         problems.append(CaptionProblem(path, row.line, f"{problem}; the row is left out.", empty=empty))
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half a surrogate pair, which no file and no tokenizer takes.
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _csv_rows(path: Path, text: str, problems: list[CaptionProblem]) -> Iterator[Row]:

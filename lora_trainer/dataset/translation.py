@@ -14,7 +14,28 @@ import yaml
 from lora_trainer.dataset.grammar import Caption, Item, Span, escape, format, parse
 from lora_trainer.errors import UserError
 
+_LONGEST_YAML, _LONGEST_TABLE = 1 << 20, 16 << 20  # bytes; YAML takes ten seconds a megabyte
 _REMEDY = "Write one term a line: '中文: english' in a .yaml file, or '中文,english' in a .csv or .tsv file."
+
+
+class Terms(dict[str, str]):
+    """A mapping with an index: of a hundred thousand terms a caption holds a few."""
+
+    def __init__(self, mapping: Mapping[str, str]):
+        super().__init__(mapping)
+        self._by_letters = {escape(term).casefold(): term for term in mapping if term}
+        self._lengths = sorted({len(letters) for letters in self._by_letters})
+
+    def that_may_stand_in(self, text: str) -> list[str]:
+        """The terms whose letters stand in the text, in any case, the longest first."""
+        text = text.casefold()
+        terms = {
+            self._by_letters[letters]
+            for length in self._lengths
+            for place in range(len(text) - length + 1)
+            if (letters := text[place : place + length]) in self._by_letters
+        }
+        return sorted(terms, key=lambda term: (-len(term), term))
 
 
 def load_mapping(path: str | Path) -> dict[str, str]:
@@ -25,6 +46,11 @@ def load_mapping(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     try:
+        longest = _LONGEST_YAML if path.suffix.lower() in (".yaml", ".yml") else _LONGEST_TABLE
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise UserError(f"The mapping file {path} is no file.", remedy=_REMEDY)
+        if path.stat().st_size > longest:
+            raise UserError(f"The mapping file {path} is larger than {longest >> 20} MB.", remedy=_REMEDY)
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"The mapping file {path} does not exist.", remedy=_REMEDY) from None
@@ -39,7 +65,7 @@ def load_mapping(path: str | Path) -> dict[str, str]:
         pairs = _read_yaml(path, text)
     else:
         raise UserError(f"The mapping file {path} is neither .yaml, .csv nor .tsv.", remedy=_REMEDY)
-    return {term: english for term, english in ((a.strip(), b.strip()) for a, b in pairs) if term and english}
+    return Terms({term: english for term, english in ((a.strip(), b.strip()) for a, b in pairs) if term and english})
 
 
 def translate(caption: Caption, mapping: Mapping[str, str]) -> Caption:
@@ -47,7 +73,8 @@ def translate(caption: Caption, mapping: Mapping[str, str]) -> Caption:
 
     Chinese terms are found anywhere, terms in Latin letters as whole words and in any case.
     """
-    terms = sorted((term for term in mapping if term), key=len, reverse=True)
+    known = mapping if isinstance(mapping, Terms) else Terms(mapping)
+    terms = known.that_may_stand_in("\n".join(span.text for item in caption.items for span in item.spans))
     if not terms:
         return caption
     by_source = {escape(term).casefold(): escape(mapping[term]) for term in terms}
@@ -70,7 +97,7 @@ def _read_yaml(path: Path, text: str) -> list[tuple[str, str]]:
     try:
         # BaseLoader reads every value as text: 'no' and '1990' are words here.
         content = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f", line {line + 1}" if line is not None else ""
         raise UserError(f"The mapping file {path}{where} is not YAML.", remedy=_REMEDY) from error

@@ -27,7 +27,7 @@ from lora_trainer.dataset.captions import parse, plain_text
 from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.metadata_rows import REWRITERS
-from lora_trainer.errors import UserError
+from lora_trainer.errors import UserError, has_half_characters
 from lora_trainer.files import atomic_write
 
 Mode = Literal["keep", "append", "prepend", "replace"]
@@ -82,7 +82,7 @@ class CaptionFolder:
 
     output: where captions are written instead of where they come from: the path of a metadata file (.csv, .jsonl), or
         the ending of text files (".txt", ".caption"). A metadata file given so is also read first.
-    confined: refuse to write through links that lead out of the folder.
+    confined: neither read nor write through links that lead out of the folder.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class CaptionFolder:
 
     def read(self) -> Captions:
         """Raises UserError when there is no such folder. Files that cannot be read are among ``problems``."""
-        listing = list_folder(self.root)
+        listing = list_folder(self.root, confined=self.confined)
         problems: list[CaptionProblem] = []
         sources = read_captions(
             self.root, self.metadata_path, self.caption_extension, problems=problems, listing=listing
@@ -154,7 +154,7 @@ class CaptionFolder:
         for key, text in captions.items():
             if key not in current.listing.pictures:
                 raise UserError(f"There is no picture {key} in {self.root}.", remedy="Reload the folder.")
-            if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            if "\0" in text or has_half_characters(text):
                 raise UserError(f"The caption of {key} holds characters that no file takes.", field="captions")
             source = current.sources.get(key)
             if source is not None and source.text == text.strip() and self.output is None:
@@ -235,7 +235,9 @@ class CaptionFolder:
     def _refuse_unsafe(self, current: Captions, path: Path) -> None:
         if problem := current.unreadable.get(path):
             raise UserError(str(problem), remedy="Put the file right first; it was not touched.")
-        if self.confined and self.root.resolve() not in path.resolve().parents:
+        leads_out = self.root.resolve() not in path.resolve().parents
+        unread = path.is_symlink() and path not in current.listing.files.values() and path != self.metadata_path
+        if leads_out and (self.confined or unread):
             raise UserError(f"{path.name} leads out of the folder, so it is not written.", field="captions")
 
 

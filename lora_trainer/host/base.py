@@ -52,11 +52,14 @@ class AccessPolicy:
     roots: folders (resolved) that paths given by a caller must lie in; None when any folder may be read, as for a
         WebUI that listens to its own machine alone.
     hide_paths: server folders must not be offered or accepted at all (the host's --hide-ui-dir-config).
+    names: under which a WebUI that listens to its own machine alone may be called, besides localhost and addresses:
+        those of a proxy in front of it.
     """
 
     api_credentials: dict[str, str] | None = None
     roots: tuple[Path, ...] | None = None
     hide_paths: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import AccessPolicy
 
 FOLDERS_OPTION = "lora_trainer_folders"
+NAMES_OPTION = "lora_trainer_names"
 
 
 class WebuiOptions:
@@ -37,10 +39,12 @@ def data_folder(options: Any, data_path: Path, lora: Path | None) -> Path:
     return folder
 
 
-def access_policy(options: Any, folders: str) -> AccessPolicy:
+def access_policy(options: Any, folders: str, names: str = "") -> AccessPolicy:
     """Who may do what from outside.
 
     folders: one path a line, the server's folders that callers of a WebUI reachable from elsewhere may name.
+    names: one a line, under which a proxy makes a WebUI known that listens to its own machine alone; those of
+        --cors-allow-origins are known, too.
     """
     credentials = None
     if getattr(options, "api_auth", None):
@@ -49,7 +53,18 @@ def access_policy(options: Any, folders: str) -> AccessPolicy:
     roots = None
     if is_reachable_from_elsewhere(options):
         roots = tuple(filter(None, map(_folder, folders.splitlines())))
-    return AccessPolicy(credentials, roots, bool(getattr(options, "hide_ui_dir_config", False)))
+    origins = (getattr(options, "cors_allow_origins", None) or "").split(",")
+    known = tuple(filter(None, (_name(text) for text in (*names.splitlines(), *origins))))
+    return AccessPolicy(credentials, roots, bool(getattr(options, "hide_ui_dir_config", False)), known)
+
+
+def _name(text: str) -> str:
+    """The name of a server in a line of the settings, which may be a whole address."""
+    text = text.strip()
+    try:
+        return urlsplit(text if "://" in text else f"//{text}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _folder(line: str) -> Path | None:

@@ -20,7 +20,7 @@ from lora_trainer.host import drawing
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
 from lora_trainer.host.lending import WebuiLender, loaded_model
 from lora_trainer.host.loras import HostLoras
-from lora_trainer.host.options import FOLDERS_OPTION, WebuiOptions, access_policy, data_folder
+from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION, WebuiOptions, access_policy, data_folder
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.host.turns import Turns
 from lora_trainer.storage import main_dtype
@@ -47,7 +47,8 @@ class WebuiHost(Host):
         return Folders(data_folder(options, Path(self._webui.paths.data_path), lora), lora)
 
     def access(self) -> AccessPolicy:
-        return access_policy(self._webui.shared.cmd_opts, str(self.option(FOLDERS_OPTION, "")))
+        folders, names = (str(self.option(option, "")) for option in (FOLDERS_OPTION, NAMES_OPTION))
+        return access_policy(self._webui.shared.cmd_opts, folders, names)
 
     def option(self, key: str, default: object) -> object:
         # With --nowebui there is no settings page, and the options that we added are not known.

@@ -76,7 +76,7 @@ def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
     return weighted * (hidden.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
 
 
-_MARKS = re.compile(r"\\[()\[\]\\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]")
+_MARKS = re.compile(r"\\[()\[\]\\]|:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)|[()\[\]]")
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_trainer.host.options import FOLDERS_OPTION
+from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION
 from lora_trainer.jobs.execution import HOLD_OPTION, WAIT_OPTION
 from lora_trainer.planning.presets import PRESETS
 
@@ -53,6 +53,12 @@ OPTIONS = (
         "",
         "Folders of this computer that may be trained on when the WebUI can be reached from others (one a line)",
         lines=3,
+    ),
+    SettingOption(
+        NAMES_OPTION,
+        "",
+        "Names under which a proxy makes this WebUI known, when it has no login and no --listen (one a line)",
+        lines=2,
     ),
 )
 """Every option, in the order in which the page shows them."""

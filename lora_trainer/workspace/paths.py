@@ -13,7 +13,7 @@ import lora_trainer
 from lora_trainer import plugins
 from lora_trainer.config import FACTS, TrainConfig, with_folder
 from lora_trainer.errors import ConfigError, UserError
-from lora_trainer.files import safe_name_problem
+from lora_trainer.files import is_of_the_system, safe_name_problem
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import AccessPolicy
@@ -52,7 +52,8 @@ def confined(root: Path, relative: str) -> Path:
 def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = None) -> Path:
     """A path of this machine as a caller gave it, resolved, when the host lets callers name it.
 
-    The trainer's own folder is always allowed; with ``hide_paths`` nothing else is.
+    The trainer's own folder is always allowed; with ``hide_paths`` nothing else is. Folders of the operating system
+    are refused unless whoever runs the WebUI named them.
 
     Raises:
         UserError: naming ``field``.
@@ -72,10 +73,11 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
         raise refused from None
     if own:
         return path
-    if access.hide_paths or (
-        access.roots is not None and not any(_is_inside(path, root.resolve()) for root in access.roots)
-    ):
+    named = access.roots is not None and any(_is_inside(path, root.resolve()) for root in access.roots)
+    if access.hide_paths or (access.roots is not None and not named):
         raise refused
+    if not named and is_of_the_system(path):
+        raise UserError(f"{text[:_LONGEST]} belongs to the system.", field=field, remedy="Choose another folder.")
     return path
 
 

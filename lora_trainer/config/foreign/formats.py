@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from lora_trainer.config.yaml_text import check_backslashes, parse_yaml
+from lora_trainer.config.yaml_text import check_backslashes, check_length, parse_yaml
 from lora_trainer.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -21,6 +21,7 @@ _TOML_LINE = re.compile(r'\s*(\[{1,2}\s*[\w."-]+\s*\]{1,2}|["\w.-]+\s*=.*)\s*(#.
 def parse_any(text: str, source: str = "The configuration") -> dict[str, Any]:
     """The mapping in ``text``. Raises UserError naming ``source`` and the line."""
     text = text.removeprefix("\ufeff")
+    check_length(text, source)
     check_backslashes(text, source)
     if text.lstrip().startswith("{"):
         return _json(text, source)
@@ -40,6 +41,8 @@ def is_toml(text: str) -> bool:
 def _json(text: str, source: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{source} is nested too deep.", remedy="Give the file as its program wrote it.") from None
     except ValueError as json_error:
         try:
             return parse_yaml(text, source)  # {a: 1} is YAML in one line
@@ -53,6 +56,6 @@ def _json(text: str, source: str) -> dict[str, Any]:
 def _toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         remedy = "Each line has the form 'name = value'; text stands in quotes."
         raise UserError(f"{source} cannot be read as TOML: {error}.", remedy=remedy) from None
