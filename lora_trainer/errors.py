@@ -60,14 +60,15 @@ def problems_of(error: UserError) -> list[Problem]:
     return [Problem.of(problem) for problem in problems]
 
 
-_MAX_PARTS, _MAX_DEPTH, _MAX_TEXT = 20_000, 20, 1 << 20
+_MAX_PARTS, _MAX_DEPTH, _MAX_TEXT, _MAX_NUMBER = 20_000, 20, 1 << 20, 10**40
 
 
 def unusable(value: Any) -> str | None:
     """Why a value of JSON or YAML cannot be used, whatever it is for; None for one that can.
 
     Text with halves of characters (lone surrogates) can be written into no file and no answer. Values that are nested
-    too deep, have too many parts or are too long take too much time to look at.
+    too deep, have too many parts or are too long take too much time to look at; Python writes no number of thousands
+    of digits.
     """
     parts = 0
     pending = [(value, 0)]
@@ -81,6 +82,8 @@ def unusable(value: Any) -> str | None:
                 return f"is longer than {_MAX_TEXT} characters"
             if has_half_characters(one):
                 return "is not valid Unicode text"
+        elif isinstance(one, int) and abs(one) > _MAX_NUMBER:
+            return "is too large a number"
         elif isinstance(one, Mapping):
             pending += [(part, depth + 1) for pair in one.items() for part in pair]
         elif isinstance(one, Sequence):
@@ -99,10 +102,7 @@ def has_half_characters(text: str) -> bool:
 
 def shown(value: Any, longest: int = 200) -> str:
     """``repr`` for a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of thousands of digits"
+    text = repr(value)
     return text if len(text) <= longest else text[:longest] + " …"
 
 

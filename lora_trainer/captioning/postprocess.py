@@ -33,6 +33,7 @@ _IMPLIED_BY = {
 }
 """Tags that say nothing beside one of these. A tag's last words imply themselves: ``hat`` beside ``red hat``."""
 
+_LONGEST = {"template": 2000, "trigger_word": 500, "replacements": 200_000}  # characters
 _SLIPS = re.compile(r"\b(?:arafed|araffed?|araffes?)\s+", re.IGNORECASE)  # words that BLIP makes up
 _REPEATED = re.compile(r"\b(\w+(?: \w+){0,3})(?: \1\b)+", re.IGNORECASE)
 _FILLER = re.compile(r"^(?:there (?:is|are)|this is|a view of)\s+", re.IGNORECASE)
@@ -63,6 +64,11 @@ class CaptionOptions:
                 f"The template {self.template!r} has no {{caption}}.", field="template",
                 remedy=f"Write it where the description goes: {ARTICLE_TEMPLATE}",
             )  # fmt: skip
+        lists = (*self.blacklist, *self.replacements, *self.replacements.values())
+        for field, size in (("template", len(self.template)), ("trigger_word", len(self.trigger_word)),
+                            ("replacements", sum(map(len, lists)))):  # fmt: skip
+            if size > _LONGEST[field]:
+                raise UserError(f"It has more than {_LONGEST[field]} characters.", field=field, remedy="Shorten it.")
         if self.max_parts < 1:
             raise UserError("A caption needs at least one part.", field="max_tags", remedy="Use 1 or more.")
 

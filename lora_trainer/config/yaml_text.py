@@ -16,7 +16,7 @@ from lora_trainer.errors import UserError, unusable
 
 _SETTING = re.compile(r'\s*(?:-\s+)?"?([\w.]+)"?\s*[:=]')
 _PATHS = settings_where(lambda facts: facts.path is not None)
-_LONGEST = 200_000
+_LONGEST, _DEEPEST = 200_000, 20
 _PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
 _SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
 _DRIVE = re.compile(r'(?<!\')"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
@@ -132,6 +132,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         if self._depth > 1 and self.check_event(yaml.AliasEvent):
             problem = "an alias stands for a whole setting, not for a part of one"
             raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        if self._depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "it is nested too deep", mark)
         self._depth += 1
         try:
             return super().compose_node(parent, index)

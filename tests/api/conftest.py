@@ -10,7 +10,7 @@ from lora_trainer.api import PREFIX, add_routes
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.fakes import FakeHost, FakeTrain, make_pictures
 
-ROOT = "http://webui:7860"
+ROOT = "http://localhost:7860"
 
 
 class Client(TestClient):

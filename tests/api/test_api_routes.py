@@ -160,7 +160,7 @@ def test_no_path_leads_out_of_a_job_or_a_dataset(client, trained, manager, host)
     for path in (path for path in evil if "\ud800" not in path):
         for base in bases:
             for encoded in {quote(path, safe=""), quote(path, safe="/")}:
-                url = f"http://webui:7860/lora-trainer/v1{base}{encoded}"
+                url = f"http://localhost:7860/lora-trainer/v1{base}{encoded}"
                 answer = client.get(url, follow_redirects=False)
                 # A client may normalize a path to one of our own routes, which answer with JSON about our own things.
                 own = answer.status_code == 200 and "application/json" in answer.headers["content-type"]
@@ -255,8 +255,8 @@ def test_the_schema_is_typed_and_can_be_read(client, app):
 def test_a_page_that_is_closed_while_it_sends_is_no_error(app, caplog):
     """Reloading the page in the middle of an upload once left a traceback in the WebUI's console."""
     scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/datasets", "raw_path": b"", "query_string": b"",
-             "headers": [(b"host", b"webui:7860"), (b"content-type", b"application/json")], "scheme": "http",
-             "client": ("127.0.0.1", 1), "server": ("webui", 7860), "root_path": "", "http_version": "1.1"}  # fmt: skip
+             "headers": [(b"host", b"localhost:7860"), (b"content-type", b"application/json")], "scheme": "http",
+             "client": ("127.0.0.1", 1), "server": ("localhost", 7860), "root_path": "", "http_version": "1.1"}  # fmt: skip
 
     async def receive():
         return {"type": "http.disconnect"}
