@@ -11,18 +11,20 @@ var loraTrainer = window.loraTrainer || {};
     /** The element of ours with this id (without the prefix), or null. */
     app.get = (id) => document.getElementById(PREFIX + id);
 
+    const known = (words, text) => Object.prototype.hasOwnProperty.call(words, text);
+
     /** What the page says, in the host's language; {names} are filled in from values. */
     app.t = function(text, values) {
         const words = window.localization || {};
-        const found = Object.prototype.hasOwnProperty.call(words, text) ? words[text] : text;
+        const found = known(words, text) ? words[text] : text;
         return values ? found.replace(/\{(\w+)\}/g, (all, name) => (name in values ? String(values[name]) : all)) : found;
     };
 
     /** What the server says, in the host's language where that has it: its sentences are known with {0}, {1} for what
-     * they name. */
+     * they name. What they name may be a sentence again; a person's words stay. */
     app.said = function(text) {
         const words = window.localization || {};
-        if (!text || text in words) return text && words[text];
+        if (!text || known(words, text)) return text && words[text];
         if (saidIn !== words) {
             saidIn = words;
             patterns = Object.keys(words).filter((key) => key.includes("{0}")).sort((one, other) => fixed(other) - fixed(one))
@@ -30,10 +32,12 @@ var loraTrainer = window.loraTrainer || {};
         }
         for (const [pattern, translated] of patterns) {
             const found = pattern.exec(text);
-            if (found) return translated.replace(/\{(\d)\}/g, (all, index) => app.said(found[Number(index) + 1]));
+            if (found) return translated.replace(/\{(\d)\}/g, (all, index) => inner(found[Number(index) + 1]));
         }
         return text;
     };
+    /** A part of a sentence: a reason ("it is empty"), another sentence, or the name of something, which stays. */
+    const inner = (text) => (/^its? |[.!?]$/.test(text) ? app.said(text) : text);
     let saidIn = null;
     let patterns = [];
     const fixed = (key) => key.replace(/\{\d\}/g, "").length;
@@ -52,8 +56,25 @@ var loraTrainer = window.loraTrainer || {};
             else node.setAttribute(key, value === true ? "" : value);
         }
         node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+        made.add(node);
         return node;
     };
+    const made = new WeakSet();
+
+    /** Whether a node is of our page, also before it stands there. */
+    app.isOurs = function(node) {
+        for (let one = node; one; one = one.parentNode) {
+            if (made.has(one) || (one.classList && one.classList.contains(PREFIX + "page"))) return true;
+        }
+        return false;
+    };
+
+    // The host replaces every text that equals a word of its localisation: also a person's, such as a job called
+    // "Character". Our page translates its own words (app.t), so the host is told to leave it alone.
+    for (const name of ["processNode", "processTextNode"]) {
+        const theirs = window[name];
+        if (typeof theirs === "function") window[name] = (node) => (app.isOurs(node) ? undefined : theirs(node));
+    }
 
     const TIPS = {
         "Pause": "Waits after this step and leaves the graphics card to you; Resume goes on from here.",

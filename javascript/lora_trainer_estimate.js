@@ -38,8 +38,9 @@
         } catch (error) {
             if (error.name === "AbortError") return;
             showNothing();
-            if (app.pictures.allOut()) app.pictures.judged({pictures: 0, problems: [], refused: [], warnings: []});
-            else if (error.problems) app.form.showProblems(error.problems);
+            if (app.pictures.allOut()) return app.pictures.judged({pictures: 0, problems: [], refused: [], warnings: []});
+            app.pictures.notJudged();
+            if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
         }
     };

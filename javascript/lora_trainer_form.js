@@ -4,13 +4,14 @@
 
     const form = (app.form = {
         given: {}, filled: {}, untouched: new Set(), suggested: {}, own: {}, defaults: {},
-        continues: null, faithful: false, started: null, told: null,
+        continues: null, left: null, faithful: false, started: null, told: null,
     });
     // filled, untouched: what an earlier run or a file set, of settings that go with others; and those of them that
     // nobody touched since
     // own: what the host's settings page gives every new training
     // started: the name under which this form was started last, so that it is no news that it is taken
     // told: what a run said of a setting at its end, until something is changed
+    // continues: {id, name, pictures} of the run whose LoRA is the beginning; left: the same, once others were chosen
     // faithful: the values are an earlier run's; nothing is suggested instead of its defaults
 
     form.controls = () => document.querySelectorAll("#lora_trainer [data-setting]");
@@ -156,9 +157,37 @@
         app.follow.show();
         app.setText(app.get("changed"), changed ? app.t("{n} changed", {n: changed}) : "");
         document.querySelectorAll("#lora_trainer [data-hint]").forEach((node) => app.show(node, node.dataset.hint === form.kind()));
+        showOrigin();
+    };
+
+    /** What the training begins with, and the way back from it. */
+    function showOrigin() {
         const origin = app.get("origin");
-        app.show(origin, form.continues);
-        if (form.continues) app.setText(origin, app.t("Continues from {name}: its LoRA is the beginning.", form.continues));
+        const {continues, left} = form;
+        app.show(origin, continues || left);
+        const key = JSON.stringify([continues, left]);
+        if (origin.dataset.key === key) return;
+        origin.dataset.key = key;
+        const change = (to) => () => {
+            Object.assign(form, to);
+            form.changed();
+        };
+        if (continues) {
+            origin.replaceChildren(app.t("Continues from {name}: its LoRA is the beginning.", continues), " ",
+                app.button("Begin anew instead", change({continues: null}), "link"));
+        } else if (left) {
+            origin.replaceChildren(app.t("Other pictures: this does not continue from {name} any more.", left), " ",
+                app.button("Continue from it all the same", () => change({continues: {...left, pictures: app.pictures.chosen}, left: null})(), "link"));
+        }
+    }
+
+    /** Pictures were chosen: a training that was to continue another one's does so with its pictures alone. */
+    form.picturesChosen = function(folder) {
+        const {continues, left} = form;
+        if (!folder) return;
+        if (continues && !continues.pictures) continues.pictures = folder;
+        if (continues && continues.pictures !== folder) Object.assign(form, {continues: null, left: continues});
+        else if (left && left.pictures === folder) Object.assign(form, {continues: left, left: null});
     };
 
     // Settings without a control, which a settings file can have: kept as they came.
@@ -184,7 +213,7 @@
         form.filled = {};
         form.suggested = {};
         form.own = {};
-        form.continues = continues;
+        Object.assign(form, {continues, left: null});
         for (const [name, value] of Object.entries(rest)) {
             if (name in form.defaults && !same(value, form.defaults[name])) form.given[name] = value;
             if (app.follow.concerns(name)) form.filled[name] = value;

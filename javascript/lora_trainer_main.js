@@ -37,8 +37,16 @@
         app.form.show("base_model");
     }
 
-    /** The host translates texts; what is said on hover, in empty fields and to screen readers is ours to do. */
-    function translateAttributes(page) {
+    /** The words of the page as it comes from the server; see app.isOurs. */
+    function translate(page) {
+        for (const block of page.querySelectorAll(".lora_trainer_page")) {
+            const texts = document.createTreeWalker(block, NodeFilter.SHOW_TEXT);
+            while (texts.nextNode()) {
+                const node = texts.currentNode;
+                const text = node.data.trim();
+                if (text && node.parentNode.nodeName !== "TEXTAREA") node.data = node.data.replace(text, () => app.t(text));
+            }
+        }
         for (const name of ["title", "placeholder", "aria-label"]) {
             page.querySelectorAll(`[${name}]`).forEach((node) => node.setAttribute(name, app.t(node.getAttribute(name))));
         }
@@ -55,7 +63,7 @@
             const action = ACTIONS[button.dataset.action] || app.editor.actions[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
-        translateAttributes(page);
+        translate(page);
         app.get("form").addEventListener("submit", (event) => event.preventDefault());
         app.get("form").addEventListener("click", (event) => { // of the chosen kind, too: back to what it suggests
             if (event.target.name !== "lora_trainer_kind") return;

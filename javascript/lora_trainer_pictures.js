@@ -11,7 +11,8 @@
     const TABLE = /\.(csv|jsonl)$/i;
 
     // chosen: name of an uploaded dataset, or a folder of the server; what train_data_dir will be.
-    const pictures = (app.pictures = {chosen: null, rows: [], refusedUploads: [], busy: null});
+    // joined: how many were added to earlier ones, and which those are.
+    const pictures = (app.pictures = {chosen: null, rows: [], refusedUploads: [], busy: null, joined: null});
     let uploads = Promise.resolve();
 
     pictures.begin = function() {
@@ -87,6 +88,7 @@
         const images = files.filter((file) => !TEXT.test(file.name) && !TABLE.test(file.name) && !file.name.startsWith("."));
         if (!images.length) return takeCaptions(captions);
         const dataset = await ownDataset(folder);
+        const earlier = new Set(included().map((row) => row.file));
         pictures.refusedUploads = [];
         let batch = [];
         let bytes = 0;
@@ -127,6 +129,7 @@
             throw new app.ServerError(0, {message: app.t("None of these files can be used."), remedy: app.t("The reasons stand below.")});
         }
         await pictures.listEarlier();
+        pictures.joined = dataset === pictures.chosen && earlier.size ? {added, earlier} : null;
         await pictures.choose(dataset);
     }
 
@@ -210,8 +213,10 @@
 
     /** Take an uploaded dataset by name, or a folder of the server. */
     pictures.choose = async function(folder) {
+        if (pictures.chosen !== (folder || null)) pictures.joined = null;
         pictures.chosen = folder || null;
         pictures.rows = [];
+        app.form.picturesChosen(pictures.chosen);
         app.form.problem("train_data_dir", null);
         const known = pictures.library && (!folder || pictures.library.has(folder) || /[\\/]/.test(folder));
         if (!known) await pictures.listEarlier(); // it may have been made on another page
@@ -276,24 +281,42 @@
 
     pictures.captioned = () => included().filter((row) => row.caption.trim()).length;
 
-    /** What the server said of the pictures. */
-    pictures.judged = function(facts) {
+    /** What is chosen, and the ways out of it. facts: what the server said of the pictures; null where it said nothing,
+     * because something else is wrong, such as a base model that cannot be trained. */
+    function showSummary(facts) {
         const captions = pictures.captioned();
-        const parts = [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})];
-        if (pictures.rows.length && facts.pictures) {
-            if (captions) parts.push(app.t("{n} with a caption", {n: captions}));
-            else parts.push(app.t(facts.problems.length ? "no captions yet" : facts.captioner ? "a captioner describes them first" : "no captions: the trigger word stands for all"));
-        }
-        const line = app.get("pictures");
+        const rows = included().length;
+        const parts = facts
+            ? [app.t(facts.pictures === 1 ? "1 picture is fine" : "{n} pictures are fine", {n: facts.pictures})]
+            : [pictures.rows.length ? app.t(rows === 1 ? "1 picture" : "{n} pictures", {n: rows}) : pictures.chosen];
+        if (captions && (!facts || facts.pictures)) parts.push(app.t("{n} with a caption", {n: captions}));
+        else if (facts && facts.pictures && pictures.rows.length) parts.push(app.t(facts.problems.length ? "no captions yet" : facts.captioner ? "a captioner describes them first" : "no captions: the trigger word stands for all"));
         const out = pictures.rows.filter((row) => row.excluded);
         if (out.length) parts.push(app.t("{n} left out", {n: out.length}));
         const own = pictures.library && pictures.library.has(pictures.chosen);
+        const line = app.get("pictures");
         line.replaceChildren(own ? app.el("b", {}, pictures.chosen) : "", (own ? " · " : "") + parts.join(" · ") + " ",
             out.length ? app.button("Take them in again", () => exclude(out, false).catch(app.complain), "link") : "", " ",
-            app.button("Take others", () => pictures.choose(null), "link"));
-        app.show(line, true);
-        app.show(app.get("picture_links"), true);
-        const known = new Set(out.map((row) => row.file));
+            app.button("Take others", () => pictures.choose(null), "link"), ...joining());
+        app.show(line, pictures.chosen);
+        app.show(app.get("picture_links"), pictures.rows.length || facts);
+    }
+
+    /** Pictures that were added to others say so: perhaps a new beginning was meant. */
+    function joining() {
+        const {added, earlier} = pictures.joined || {};
+        const before = included().filter((row) => earlier && earlier.has(row.file));
+        if (!before.length) return [];
+        return [app.el("br"), app.t("{n} new, added to {before} that were here.", {n: added, before: before.length}), " ",
+            app.button("Leave the earlier ones out", () => exclude(before, true), "link")];
+    }
+
+    pictures.notJudged = () => showSummary(null);
+
+    /** What the server said of the pictures. */
+    pictures.judged = function(facts) {
+        showSummary(facts);
+        const known = new Set(pictures.rows.filter((row) => row.excluded).map((row) => row.file));
         showRefused(facts.refused.filter(({file}) => !known.has(file.split(/[\\/]/).pop())));
         const hints = app.get("hints");
         hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, app.said(text))));

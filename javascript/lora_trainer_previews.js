@@ -7,7 +7,7 @@
      * tab. */
     app.Previews = class {
         constructor(node, reading, take) {
-            Object.assign(this, {node, reading, take, comparing: false});
+            Object.assign(this, {node, reading, take, comparing: false, taking: null});
             this.clear();
         }
 
@@ -88,8 +88,12 @@
         /** Also of what was saved without a picture: "Stop and save" draws none. */
         buildComparison(order) {
             const under = (step) => {
+                if (step === this.taking) return app.el("span", {class: "help", role: "status"}, app.t("on its way to your Lora tab …"));
                 if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
-                return this.saved.has(step) && app.button("Use this one", () => this.take(step));
+                if (!this.saved.has(step)) return false;
+                const button = app.button("Use this one", () => this.takeNow(step));
+                button.disabled = Boolean(this.taking); // one after the other: the last click counts
+                return button;
             };
             const card = (step) => {
                 const drawn = this.steps.get(step) || new Map();
@@ -100,6 +104,18 @@
             };
             this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...order.map(card)));
             app.setText(this.reading, "");
+        }
+
+        /** Put what was saved at this step into the Lora tab; that it is on its way is seen at once. */
+        async takeNow(step) {
+            this.taking = step;
+            this.build();
+            try {
+                await this.take(step);
+            } finally {
+                this.taking = null;
+                if (this.comparing) this.build();
+            }
         }
 
         choose(step) {

@@ -193,7 +193,8 @@
         const go = async(overwrite) => {
             try {
                 const done = await runs.publish(job, {name: name.value.trim(), overwrite});
-                app.setText(message, app.t("It is in your Lora tab as {name}.", {name: done.published}));
+                const what = {name: done.published, step: done.published_step};
+                app.setText(message, app.t(done.published_step === null ? "It is in your Lora tab as {name}." : "Your Lora tab keeps {name} as it was at step {step}.", what));
                 app.show(message, true);
                 app.live.look();
             } catch (error) {
@@ -234,7 +235,8 @@
         // Its own beginning, unless its LoRA is that now; a hidden folder of the server cannot be named again.
         const begins = continues || !origin || origin.startsWith("<") ? {} : {init_lora: origin};
         app.openSubTab("Train");
-        app.form.fill({...rest, ...begins, output_name: nextName(name || job.name)}, {continues: continues ? {id: job.id, name: job.name} : null});
+        const settled = {...rest, ...begins, output_name: nextName(name || job.name)};
+        app.form.fill(settled, {continues: continues ? {id: job.id, name: job.name, pictures: rest.train_data_dir} : null});
         app.get("form").scrollIntoView({block: "start"});
     };
 

@@ -107,7 +107,8 @@ class ConfirmModel(BaseModel):
 
 
 class PublishModel(BaseModel):
-    """``name``: another name than the job's, where that is taken. ``step``: what was saved at it, not the last."""
+    """``name``: another name than the job's, where that is taken. ``step``: what was saved at it; without it, what was
+    chosen so before, or the last."""
 
     name: str | None = None
     step: int | None = Field(None, ge=1)

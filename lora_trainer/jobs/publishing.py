@@ -72,14 +72,15 @@ def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, pi
             overwrite: bool) -> dict[str, Any]:  # fmt: skip
     """Hand the LoRA to the host and have it checked there.
 
-    Returns what to remember: ``published`` (path), ``published_step`` (None: it is the last), ``verified`` and
-    ``verdict``.
+    Returns what to remember: ``published`` (path), ``published_step`` and ``chosen_step`` (None: it is the last),
+    ``verified`` and ``verdict``.
 
     Raises:
         UserError: the name is taken, the disk is full; the LoRA stays where it is.
     """
     path = _copied(host, lora, name, make_card(job, config, picture), overwrite=overwrite)
-    return {"published": str(path), "published_step": None, **_verify(host, path, config.trigger_word or job.name)}
+    verified = _verify(host, path, config.trigger_word or job.name)
+    return {"published": str(path), "published_step": None, "chosen_step": None, **verified}
 
 
 class NewestWeights:
@@ -102,7 +103,7 @@ class NewestWeights:
         card = make_card(job, self._config, picture)
         note = f"Still in training: step {step} of {job.total_steps}.\n{card.notes}"
         path = _copied(host, lora, job.name, replace(card, notes=note), overwrite=False)
-        facts = {"published": str(path), "published_step": step, "verified": None, "verdict": ""}
+        facts = {"published": str(path), "published_step": step, "chosen_step": None, "verified": None, "verdict": ""}
         self._store.update(job.id, result={**job.result, **facts})
         self._store.add_event(job.id, "published", job.name, {"step": step})
 

@@ -280,10 +280,11 @@ class JobManager:
     ) -> Job:
         """Copy a job's LoRA into the host's LoRA folder, under another name if need be.
 
-        ``step``: the one that was saved at this step, instead of the last.
+        ``step``: the one that was saved at this step. Without it, the one that was chosen so before, or the last.
         """
         job = self.store.get(job_id)
         name = check_name(name or job.name, "output_name")
+        step = step or job.result.get("chosen_step")
         if step == job.step and job.result.get("lora"):
             step = None
         if step is None:
@@ -292,7 +293,7 @@ class JobManager:
             lora, picture = self._checkpoint(job, step)
         published = job if step is None else replace(job, step=step, loss=None)
         facts = publish(self.host, published, self.effective_config(job), lora, name, picture, overwrite=overwrite)
-        self.store.update(job_id, result={**job.result, **facts, "published_step": step})
+        self.store.update(job_id, result={**job.result, **facts, "published_step": step, "chosen_step": step})
         self.store.add_event(job_id, "published", name, {})
         return self.store.get(job_id)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lora_trainer
 from lora_trainer import plugins
 from lora_trainer.config import FACTS, TrainConfig, with_folder
-from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.errors import ConfigError, UserError, shown
 from lora_trainer.files import is_of_the_system, safe_name_problem
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
     """
     hidden = "Folders of the server may not be named here."
     refused = UserError(
-        hidden if access.hide_paths else f"{text[:_LONGEST]!r} may not be used here.",
+        hidden if access.hide_paths else f"{shown(text)} may not be used here.",
         field=field,
         remedy="Upload the pictures, or ask whoever runs this WebUI to allow the folder.",
     )
@@ -68,6 +68,7 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
         raise refused
     try:
         path = Path(text).expanduser().resolve()
+        path.exists()  # raises for a name that is too long
         own = _is_inside(path, data.resolve())
     except (OSError, RuntimeError, ValueError):
         raise refused from None
@@ -77,7 +78,7 @@ def allowed(text: str, data: Path, access: AccessPolicy, field: str | None = Non
     if access.hide_paths or (access.roots is not None and not named):
         raise refused
     if not named and is_of_the_system(path):
-        raise UserError(f"{text[:_LONGEST]} belongs to the system.", field=field, remedy="Choose another folder.")
+        raise UserError(f"{text} belongs to the system.", field=field, remedy="Choose another folder.")
     return path
 
 

@@ -13,6 +13,7 @@ import pytest
 from lora_trainer import requirements
 from lora_trainer.api import PREFIX
 from lora_trainer.config import TrainConfig, to_mapping
+from lora_trainer.errors import shown
 from lora_trainer.host.base import AccessPolicy
 from lora_trainer.patterns import SECONDS
 from tests.api.conftest import basic
@@ -196,8 +197,8 @@ def test_wild_values_of_every_setting_are_answered(client, settings, name):
         for route in ("/settings/check", "/estimate"):
             begun = time.monotonic()
             answer = client.post(route, content=json.dumps(body), headers=JSON)
-            assert answer.status_code in (200, 400, 422), (route, name, str(value)[:40], answer.text[:300])
-            assert time.monotonic() - begun < 10, (route, name, str(value)[:40])
+            assert answer.status_code in (200, 400, 422), (route, name, shown(value, 40), answer.text[:300])
+            assert time.monotonic() - begun < 10, (route, name, shown(value, 40))
 
 
 def test_what_is_no_number_for_json_is_refused(client, settings):

@@ -13,6 +13,7 @@ import pytest
 
 from lora_trainer import requirements
 from lora_trainer.ui import dataset_tab, results_tab, train_tab
+from tests.ui import localization
 from tests.ui.words import ROOT
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -41,7 +42,7 @@ for (const tabs of document.querySelectorAll("#tabs, #lora_trainer_tabs")) {{
   tabs.querySelectorAll(":scope > .tab-nav > button").forEach((button, index) => button.addEventListener("click", () =>
     items.forEach((item, number) => item.style.display = number === index ? "block" : "none")));
 }}
-</script>{scripts}</body></html>"""
+</script>{localization}{scripts}</body></html>"""
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def host_page() -> str:
                       sorted((ROOT / "javascript").glob("*.js")))  # fmt: skip
     css = (ROOT / "style.css").read_text(encoding="utf-8")
     return HOST_PAGE.format(css=css, train=train_tab.create_ui(), dataset=dataset_tab.create_ui(),
-                            runs=results_tab.create_ui(), scripts=scripts)  # fmt: skip
+                            runs=results_tab.create_ui(), localization=localization.SCRIPT, scripts=scripts)  # fmt: skip
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 from fastapi import FastAPI
@@ -44,9 +45,12 @@ def open_page(browser, site):
     """Opens a page of the tab; every further one is another browser. No script may have failed at the end."""
     errors, contexts = [], []
 
-    def open_one(width=1400):
+    def open_one(width=1400, words=None):
+        """words: what the host's localisation replaces; None for a page in English."""
         contexts.append(browser.new_context(viewport={"width": width, "height": 1000}))
         page = contexts[-1].new_page()
+        if words is not None:
+            page.add_init_script(f"window.localization = {json.dumps(words)}")
         page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(site)
