@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from PIL import Image
 
@@ -35,6 +36,9 @@ _MAX_SECONDS = 60
 _SURPRISING_REPEATS = 200
 
 
+Links = Literal["none", "pictures", "all"]
+
+
 @dataclass(frozen=True)
 class Listing:
     """What lies in a data folder. Keys are posix paths relative to ``root``, in sorted order.
@@ -51,14 +55,14 @@ class Listing:
     warnings: tuple[str, ...] = ()
 
 
-def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = False) -> Listing:
+def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pictures") -> Listing:
     """Everything in ``root`` and its sub-folders, without hidden files, caches and the folders in ``exclude``.
 
-    Links to folders outside are followed once each, so loops end. A link to a picture outside is followed, one to
-    another file (captions, tables) only where it leads to a folder that is read, or in which a picture of these lies:
-    nobody's other texts become captions.
+    Links to folders outside are followed once each, so loops end.
 
-    confined: no link that leads out of ``root`` is followed.
+    links: to files outside of ``root`` that are followed. "pictures": others (captions, tables) only where they lead to
+        a folder that is read, or in which a picture of these lies: nobody's other texts become captions. "all", for
+        who edits the own files. "none" follows no link out of ``root``, to folders neither.
 
     Raises:
         UserError: there is no such folder, or it cannot be opened; or it is one of the system, has too many files or
@@ -80,7 +84,7 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = Fa
     files: dict[str, Path] = {}
     skipped: list[Skipped] = []
     notes: list[str] = []
-    links: dict[str, str] = {}  # key of a file -> where its link leads
+    linked: dict[str, str] = {}  # key of a file -> where its link leads
     away: list[str] = []  # links that are not followed
     pending, looked_at, end = [root], 0, time.monotonic() + _MAX_SECONDS
     while pending:
@@ -113,7 +117,7 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = Fa
                 if real in excluded:
                     continue
                 if entry.is_symlink():
-                    if confined and not _is_within(real_root, real):
+                    if links == "none" and not _is_within(real_root, real):
                         away.append(path.relative_to(root).as_posix())
                         continue
                     if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
@@ -127,11 +131,11 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = Fa
                 key = path.relative_to(root).as_posix()
                 files[key] = path
                 if entry.is_symlink():
-                    links[key] = os.path.realpath(path)
+                    linked[key] = os.path.realpath(path)
             elif entry.is_symlink() and is_picture(entry.name):
                 skipped.append(Skipped(path, "it is a link to a file that is not there"))
-    outside = {key: real for key, real in links.items() if not any(_is_within(it, real) for it in (real_root, *followed))}
-    for key in _not_followed(outside, confined):
+    outside = {key: real for key, real in linked.items() if not any(_is_within(it, real) for it in (real_root, *followed))}
+    for key in _not_followed(outside, links):
         away.append(key)
         del files[key]
     if away:
@@ -149,12 +153,14 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, confined: bool = Fa
     return Listing(root, files, pictures, masks, tuple(skipped), tuple(notes))
 
 
-def _not_followed(outside: Mapping[str, str], confined: bool) -> list[str]:
+def _not_followed(outside: Mapping[str, str], links: Links) -> list[str]:
     """Of the links that lead out of a data folder (key -> where to) those that are left out."""
     pictures = {key for key in outside if key.casefold().endswith(IMAGE_EXTENSIONS)}
     others = [key for key in outside if key not in pictures]
-    if confined or not others:
-        return list(outside) if confined else []
+    if links == "none":
+        return list(outside)
+    if links == "all" or not others:
+        return []
     folders = {os.path.dirname(outside[key]) for key in others}
     # A data set may be made of links altogether, as in the cache of Hugging Face's hub.
     shared = {os.path.dirname(outside[key]) for key in pictures if _is_image(outside[key], folders)}

@@ -24,7 +24,7 @@ from lora_trainer.dataset.caption_files import (
     some,
 )
 from lora_trainer.dataset.captions import parse, plain_text
-from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
+from lora_trainer.dataset.listing import Links, Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.metadata_rows import REWRITERS
 from lora_trainer.errors import UserError, has_half_characters
@@ -83,6 +83,7 @@ class CaptionFolder:
     output: where captions are written instead of where they come from: the path of a metadata file (.csv, .jsonl), or
         the ending of text files (".txt", ".caption"). A metadata file given so is also read first.
     confined: neither read nor write through links that lead out of the folder.
+    links: which of those are followed otherwise, see ``list_folder``; all of them where nothing is said.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class CaptionFolder:
         *,
         output: Path | str | None = None,
         confined: bool = False,
+        links: Links | None = None,
     ):
         self.root = Path(root)
         self.metadata_path = Path(metadata_path) if metadata_path else None
         self.caption_extension = caption_extension
         self.output = output
+        self.links: Links = links or ("none" if confined else "all")
         self.confined = confined
         if isinstance(output, Path):
             if output.suffix.casefold() not in REWRITERS:
@@ -108,7 +111,7 @@ class CaptionFolder:
 
     def read(self) -> Captions:
         """Raises UserError when there is no such folder. Files that cannot be read are among ``problems``."""
-        listing = list_folder(self.root, confined=self.confined)
+        listing = list_folder(self.root, links=self.links)
         problems: list[CaptionProblem] = []
         sources = read_captions(
             self.root, self.metadata_path, self.caption_extension, problems=problems, listing=listing
@@ -235,9 +238,9 @@ class CaptionFolder:
     def _refuse_unsafe(self, current: Captions, path: Path) -> None:
         if problem := current.unreadable.get(path):
             raise UserError(str(problem), remedy="Put the file right first; it was not touched.")
+        unread = path.is_symlink() and path not in current.listing.files.values()
         leads_out = self.root.resolve() not in path.resolve().parents
-        unread = path.is_symlink() and path not in current.listing.files.values() and path != self.metadata_path
-        if leads_out and (self.confined or unread):
+        if leads_out and (self.confined or unread) and path != self.metadata_path:
             raise UserError(f"{path.name} leads out of the folder, so it is not written.", field="captions")
 
 

@@ -161,7 +161,7 @@ class DatasetLibrary:
 
         root = self.folder(name)
         edits = load_edits(root)
-        listing = list_folder(root, confined=True)
+        listing = list_folder(root, links="none")
         captions = read_captions(root, problems=[], listing=listing)
         return [
             Picture(
@@ -236,7 +236,7 @@ class DatasetLibrary:
         if not wanted:
             return
         root = self.folder(name)
-        there = read_captions(root, problems=[], listing=list_folder(root, confined=True))
+        there = read_captions(root, problems=[], listing=list_folder(root, links="none"))
         new = {file: text for file, text in wanted.items() if file not in there or not there[file].text.strip()}
         if new:
             self.write_captions(name, new)

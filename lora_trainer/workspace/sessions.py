@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
     from lora_trainer.dataset.editing import EditSession
     from lora_trainer.dataset.findings import Report
+    from lora_trainer.dataset.listing import Links
     from lora_trainer.host.base import Host
     from lora_trainer.run.captioning import CaptionJob
 
@@ -173,7 +174,8 @@ class EditorSessions:
         with self._lock:
             editor = self._open.get(identifier)
             if editor is None:
-                edits = EditSession(CaptionFolder(root, metadata, confined=access.roots is not None))
+                links: Links = "pictures" if access.roots is None else "none"
+                edits = EditSession(CaptionFolder(root, metadata, confined=access.roots is not None, links=links))
                 editor = self._open[identifier] = EditorSession(identifier, edits, trigger_word)
             elif not editor.busy:
                 editor.session.refresh()

@@ -299,3 +299,25 @@ def test_data_sets_are_renamed_and_deleted(client, manager, settings):
         client.request("DELETE", f"/datasets/{quote(path, safe='', errors='surrogatepass')}", json={"confirm": True})
     assert client.request("DELETE", "/datasets/kittens", json={"confirm": True}).status_code == 200
     assert client.get("/datasets").json()["datasets"] == []
+
+
+@pytest.mark.parametrize("place", ["library", "folder"])
+def test_captions_of_links_are_neither_told_nor_written(client, manager, host, tmp_path, place):
+    folder = manager.folders.datasets / "cats" if place == "library" else tmp_path / "photos"
+    make_pictures(folder, 2)
+    secret = host.root / "secret.txt"
+    secret.write_text("a secret of mine")
+    for name in ("0000.txt", "0001.txt"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(secret)
+    told = [client.get("/datasets/cats").text] if place == "library" else []
+    editor = client.post("/editor", json={"folder": "cats" if place == "library" else str(folder)}).json()
+    address = f"/editor/{editor['id']}"
+    told.append(client.post(f"{address}/pictures", json={}).text)
+    client.post(f"{address}/captions", json={"captions": {"0000.png": "mine"}})
+    saved = client.post(f"{address}/save", json={"force": True})
+    assert saved.status_code == 400 and "leads out" in saved.json()["message"]
+    assert "a secret" not in "".join(told) and secret.read_text() == "a secret of mine"
+    if place == "library":
+        answer = client.post("/datasets/cats/captions", json={"captions": {"0000.png": "mine"}})
+        assert answer.status_code == 400 and secret.read_text() == "a secret of mine"

@@ -297,3 +297,48 @@ def test_further_folders_have_repeats_and_words_of_their_own(tmp_path):
         (5, "a red"), (3, "a dog"), (7, "seven"), (2, "a thing")
     ]  # fmt: skip
     assert len({sample.key for sample in samples}) == 4
+
+
+def linked_set(tmp_path, names):
+    """A data set whose caption files are links to a secret beside it."""
+    root, outside = tmp_path / "data", tmp_path / "private"
+    picture(root / "a.png")
+    write(outside / "secret", "filename,prompt\na.png,a secret of mine\n")
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(outside / "secret")
+    return root
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.png.txt", "a.caption", "metadata.csv", "metadata.jsonl"])
+def test_caption_files_that_are_links_out_of_the_data_set_are_not_followed(tmp_path, name):
+    dataset = scan_folder(linked_set(tmp_path, [name]), trigger_word="sks")
+    assert captions(dataset) == {"a.png": "sks"}
+    assert any(f"not followed: {name}" in text for text in dataset.warnings)
+
+
+def test_a_link_that_claims_to_be_a_picture_opens_no_folder(tmp_path):
+    dataset = scan_folder(linked_set(tmp_path, ["b.png", "a.txt"]), trigger_word="sks")
+    assert captions(dataset) == {"a.png": "sks"}
+
+
+def test_a_data_set_of_links_keeps_its_captions(tmp_path):
+    """As the cache of Hugging Face's hub and folders that several runs share are made."""
+    root, blobs = tmp_path / "data", tmp_path / "blobs"
+    root.mkdir()
+    picture(blobs / "0123")
+    write(blobs / "4567", "a red disc")
+    (root / "a.png").symlink_to(blobs / "0123")
+    (root / "a.txt").symlink_to(blobs / "4567")
+    picture(tmp_path / "more" / "b.png")
+    write(tmp_path / "more" / "b.txt", "a blue disc")
+    (root / "more").symlink_to(tmp_path / "more")
+    assert captions(scan_folder(root)) == {"a.png": "a red disc", "more/b.png": "a blue disc"}
+
+
+def test_links_inside_the_data_set_are_followed(tmp_path):
+    root = tmp_path / "data"
+    picture(root / "a.png")
+    write(root / "texts" / "one.txt", "a red disc")
+    (root / "a.txt").symlink_to(root / "texts" / "one.txt")
+    assert captions(scan_folder(root)) == {"a.png": "a red disc"}
