@@ -65,10 +65,11 @@ class CaptionOptions:
                 remedy=f"Write it where the description goes: {ARTICLE_TEMPLATE}",
             )  # fmt: skip
         lists = (*self.blacklist, *self.replacements, *self.replacements.values())
-        for field, size in (("template", len(self.template)), ("trigger_word", len(self.trigger_word)),
+        for setting, size in (("template", len(self.template)), ("trigger_word", len(self.trigger_word)),
                             ("replacements", sum(map(len, lists)))):  # fmt: skip
-            if size > _LONGEST[field]:
-                raise UserError(f"It has more than {_LONGEST[field]} characters.", field=field, remedy="Shorten it.")
+            if size > _LONGEST[setting]:
+                longest = _LONGEST[setting]
+                raise UserError(f"It has more than {longest} characters.", field=setting, remedy="Shorten it.")
         if self.max_parts < 1:
             raise UserError("A caption needs at least one part.", field="max_tags", remedy="Use 1 or more.")
 

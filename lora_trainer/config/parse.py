@@ -341,7 +341,7 @@ def _float(value: Any) -> float:
         value = float(value.strip())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("is not a number")
-    if isinstance(value, int) and abs(value) > _LARGEST or not math.isfinite(value):
+    if (isinstance(value, int) and abs(value) > _LARGEST) or not math.isfinite(value):
         raise ValueError("is not finite")
     return float(value)
 

@@ -134,7 +134,8 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
                     linked[key] = os.path.realpath(path)
             elif entry.is_symlink() and is_picture(entry.name):
                 skipped.append(Skipped(path, "it is a link to a file that is not there"))
-    outside = {key: real for key, real in linked.items() if not any(_is_within(it, real) for it in (real_root, *followed))}
+    read = (real_root, *followed)
+    outside = {key: real for key, real in linked.items() if not any(_is_within(place, real) for place in read)}
     for key in _not_followed(outside, links):
         away.append(key)
         del files[key]

@@ -256,7 +256,8 @@ def test_a_page_that_is_closed_while_it_sends_is_no_error(app, caplog):
     """Reloading the page in the middle of an upload once left a traceback in the WebUI's console."""
     scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/datasets", "raw_path": b"", "query_string": b"",
              "headers": [(b"host", b"localhost:7860"), (b"content-type", b"application/json")], "scheme": "http",
-             "client": ("127.0.0.1", 1), "server": ("localhost", 7860), "root_path": "", "http_version": "1.1"}  # fmt: skip
+             "client": ("127.0.0.1", 1), "server": ("localhost", 7860), "root_path": "",
+             "http_version": "1.1"}  # fmt: skip
 
     async def receive():
         return {"type": "http.disconnect"}

@@ -65,7 +65,8 @@ def host_page() -> str:
                       sorted((ROOT / "javascript").glob("*.js")))  # fmt: skip
     css = (ROOT / "style.css").read_text(encoding="utf-8")
     return HOST_PAGE.format(css=css, train=train_tab.create_ui(), dataset=dataset_tab.create_ui(),
-                            runs=results_tab.create_ui(), localization=localization.SCRIPT, scripts=scripts)  # fmt: skip
+                            runs=results_tab.create_ui(), localization=localization.SCRIPT,
+                            scripts=scripts)  # fmt: skip
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A localisation as the WebUIs have it, for the tests' page: it replaces whatever equals one of its keys.
 
-Follows what AUTOMATIC1111's and Forge's javascript/localization.js do: global functions that a page's watcher calls with
-every node that comes; text nodes anywhere below, titles and empty fields' texts of the node itself.
+Follows what AUTOMATIC1111's and Forge's javascript/localization.js do: global functions that a page's watcher calls
+with every node that comes; text nodes anywhere below, titles and empty fields' texts of the node itself.
 """
 
 SCRIPT = """<script>
