@@ -267,3 +267,22 @@ def test_the_status_is_written_at_most_four_times_a_second(manager, train, setti
     job = wait_status(manager, manager.submit(settings), "finished")
     assert job.step == 500 and lines_of(manager, job) == 500
     assert sum("step" in values for values in writes) <= 2 + 4 * (job.finished - job.started + 0.25)
+
+
+def test_a_new_name_publishes_the_checkpoint_that_was_chosen(manager, settings, train):
+    train.free, train.checkpoints = True, (1, 2)
+    manager.start_worker()
+    job = wait_status(manager, manager.submit(settings), "finished")
+
+    def weights(name):
+        return (manager.host.root / "Lora" / f"{name}.safetensors").read_bytes()
+
+    manager.publish(job.id, "last")
+    assert weights("last") == b"weights at step 4"
+    manager.publish(job.id, step=1)
+    assert manager.publish(job.id, "chosen").result["published_step"] == 1 and weights("chosen") == b"weights at step 1"
+    manager.publish(job.id, "other", step=2)
+    manager.publish(job.id, "finished", step=4)
+    manager.publish(job.id, "again")
+    assert (weights("other"), weights("finished"), weights("again")) == (
+        b"weights at step 2", b"weights at step 4", b"weights at step 4")  # fmt: skip
