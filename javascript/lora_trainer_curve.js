@@ -1,4 +1,5 @@
-// The loss curve: every step faint, its average strong. Lines change in place; no node comes or goes while it grows.
+// The loss curve: every step faint, its average strong; where pictures are held out, their loss and that of trained ones
+// as lines with dots. Lines change in place; no node comes or goes while it grows.
 (function(app) {
     "use strict";
 
@@ -16,10 +17,12 @@
                 raw: app.el("path", {class: "raw series" + index}),
                 mean: app.el("path", {class: "mean series" + index}),
             }));
+            this.measured = ["validation", "training"].map((name) => ({name, line: app.el("path", {class: "measured " + name})}));
             this.grid = app.el("path", {class: "grid"});
             this.cursor = app.el("path", {class: "cursor"});
             this.labels = Array.from({length: 5}, () => app.el("text", {class: "tick"}, ""));
-            this.svg.append(this.grid, ...this.lines.flatMap((pair) => [pair.raw, pair.mean]), this.cursor, ...this.labels);
+            this.svg.append(this.grid, ...this.lines.flatMap((pair) => [pair.raw, pair.mean]),
+                ...this.measured.map((one) => one.line), this.cursor, ...this.labels);
             node.replaceChildren(this.svg);
             this.node = node;
             new ResizeObserver(() => this.draw()).observe(node);
@@ -27,9 +30,13 @@
             this.svg.addEventListener("pointerleave", () => this.point(null));
         }
 
-        /** One or two lists of {step, loss}; the second is laid over the first. */
+        /** One or two lists of {step, loss}, the second laid over the first; measurements of the first are shown. */
         set(...series) {
-            this.series = series.map((points) => ({points: thin(points.filter((point) => point.loss !== null)), mean: null}));
+            this.series = series.map((points) => ({
+                points: thin(points.filter((point) => !point.kind && point.loss !== null)),
+                measured: points.filter((point) => point.kind === "validation"),
+                mean: null,
+            }));
             this.series.forEach((one) => (one.mean = average(one.points)));
             this.draw();
         }
@@ -57,6 +64,8 @@
                 pair.raw.setAttribute("d", one ? this.path(one.points, one.points.map((point) => point.loss)) : "");
                 pair.mean.setAttribute("d", one ? this.path(one.points, one.mean) : "");
             });
+            const measured = this.series.length ? this.series[0].measured : [];
+            this.measured.forEach(({name, line}) => line.setAttribute("d", this.dotted(measured, measured.map((one) => one[name]))));
         }
 
         label(index, x, y, text, anchor) {
@@ -71,6 +80,12 @@
             return points.map((point, index) => `${index ? "L" : "M"}${this.x(point.step).toFixed(1)} ${this.y(values[index]).toFixed(1)}`).join("");
         }
 
+        /** A line with a dot at each of its points. */
+        dotted(points, values) {
+            const dot = (point, index) => `M${this.x(point.step).toFixed(1)} ${this.y(values[index]).toFixed(1)}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0`;
+            return this.path(points, values) + points.map(dot).join("");
+        }
+
         point(event) {
             const one = this.series[0];
             if (!event || !one || !one.points.length) {
@@ -83,9 +98,12 @@
                 Math.abs(this.x(point.step) - x) < Math.abs(this.x(one.points[best].step) - x) ? index : best, 0);
             const {step, loss} = one.points[nearest];
             this.cursor.setAttribute("d", `M${this.x(step)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}`);
-            app.setText(this.reading, app.t("step {step}: {loss}, average {mean}", {
-                step, loss: app.loss(loss), mean: app.loss(one.mean[nearest]),
-            }));
+            const before = one.measured.filter((each) => each.step <= step).pop();
+            const held = before && app.t("held out {validation}, trained {training} (step {step})", {
+                validation: app.loss(before.validation), training: app.loss(before.training), step: before.step,
+            });
+            const said = app.t("step {step}: {loss}, average {mean}", {step, loss: app.loss(loss), mean: app.loss(one.mean[nearest])});
+            app.setText(this.reading, held ? `${said} · ${held}` : said);
         }
     };
 
@@ -105,8 +123,9 @@
     function span(series) {
         const values = series.flatMap((one) => [...one.points.map((point) => point.loss)]).sort((a, b) => a - b);
         if (!values.length) return [0, 1];
-        const low = values[0];
-        const high = Math.max(values[Math.floor((values.length - 1) * 0.98)], ...series.flatMap((one) => one.mean.slice(-1)));
+        const measured = series.slice(0, 1).flatMap((one) => one.measured.flatMap((each) => [each.validation, each.training]));
+        const low = Math.min(values[0], ...measured);
+        const high = Math.max(values[Math.floor((values.length - 1) * 0.98)], ...series.flatMap((one) => one.mean.slice(-1)), ...measured.slice(-2));
         return high > low ? [low, high] : [low * 0.9, low * 1.1 || 1];
     }
 

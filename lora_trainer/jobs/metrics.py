@@ -18,8 +18,10 @@ _MAX_BYTES = 64 << 20  # of one read; what is beyond comes with the next
 @dataclass(frozen=True)
 class Points:
     """points: one mapping per optimizer step, as the run wrote it (step, epoch, loss, lr, …), None for what is not
-    finite. offset: where the next read begins. complete: whether the points before them are still valid; False says
-    that the curve starts anew with these."""
+    finite; and one with ``kind`` for each measurement on held-out pictures (step, validation, training, drift). offset:
+    where the next read begins. complete: whether the points before them are still valid; False says that the curve
+    starts anew with these.
+    """
 
     points: list[dict[str, Any]]
     offset: int
@@ -65,8 +67,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None  # a line that a crash cut off
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int) or "kind" in values:
-        return None  # a measurement on held-out pictures is no point of this curve
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
     return {key: None if _is_endless(value) else value for key, value in values.items()}
 
 
@@ -75,7 +77,9 @@ def _is_endless(value: object) -> bool:
 
 
 def _thin(points: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    if len(points) <= limit:
+    """At most ``limit`` steps, evenly chosen, and all measurements, which are few."""
+    steps = [index for index, point in enumerate(points) if "kind" not in point]
+    if len(steps) <= limit:
         return points
-    last = len(points) - 1
-    return [points[round(index * last / (limit - 1))] for index in range(limit)]
+    kept = {steps[round(index * (len(steps) - 1) / (limit - 1))] for index in range(limit)}
+    return [point for index, point in enumerate(points) if index in kept or "kind" in point]

@@ -136,6 +136,7 @@ class FakeTrain:
         self.away: str | None = None
         self.configs: list[Any] = []
         self.saves = 0
+        self.measured: dict[int, tuple[float, float]] = {}  # step -> validation and training loss
         self.checkpoints: tuple[int, ...] = ()  # steps at which a LoRA is saved on the way, with a preview
         self._permits = threading.Semaphore(0)
 
@@ -152,7 +153,8 @@ class FakeTrain:
         state = output / "state" / f"{config.output_name}.state"
         step = int(state.read_text()) if state.exists() and config.resume == "auto" else 0
         metrics = output / "logs" / "metrics.jsonl"
-        old = metrics.read_text().splitlines(True)[:step] if step else []
+        lines = metrics.read_text().splitlines(True) if step else []
+        old = [line for line in lines if json.loads(line)["step"] <= step]
         metrics.write_text("".join(old))
         callbacks.on_phase("latents", 0, 2)
         callbacks.on_phase("latents", 2, 2)
@@ -164,6 +166,10 @@ class FakeTrain:
             step += 1
             with metrics.open("a") as handle:
                 handle.write(json.dumps({"step": step, "epoch": 1, "loss": 1 / step, "lr": 1e-4}) + "\n")
+                if step in self.measured:
+                    validation, training = self.measured[step]
+                    measured = {"kind": "validation", "step": step, "validation": validation, "training": training}
+                    handle.write(json.dumps(measured) + "\n")
             callbacks.on_step(StepReport(step, self.total_steps, 1, 1, 1 / step, 1e-4, 0.01, 1))
             if commands.take_save():
                 self.saves += 1

@@ -121,3 +121,17 @@ def test_an_idle_look_is_cheap_with_five_hundred_jobs(idle):
     for _ in range(50):
         assert look(idle, snapshot.cursor).unchanged
     assert (time.perf_counter() - start) / 50 < 0.005
+
+
+def test_measurements_are_points_of_their_own_and_are_not_thinned(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = []
+    for step in range(1, 201):
+        lines.append({"step": step, "loss": 0.1})
+        if step % 20 == 0:
+            lines.append({"kind": "validation", "step": step, "validation": 0.2, "training": 0.1, "drift": 0.0})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    points = read_points(path, limit=10).points
+    assert [point["step"] for point in points if "kind" in point] == list(range(20, 201, 20))
+    steps = [point["step"] for point in points if "kind" not in point]
+    assert len(steps) == 10 and steps[0] == 1 and steps[-1] == 200

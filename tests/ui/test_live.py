@@ -277,3 +277,17 @@ def test_a_job_that_another_page_deletes_is_gone(page, files, train, manager):
     wait_for_text(page, "job_state", "finished")
     manager.delete(1, confirm=True)
     page.wait_for_selector("#lora_trainer_live", state="hidden")
+
+
+def test_held_out_pictures_have_a_curve_of_their_own(page, files, train):
+    train.measured = {2: (0.8, 0.7), 4: (0.6, 0.5)}
+    start(page, files)
+    train.allow(5)
+    wait_for_text(page, "job_facts", "step 5 of 20")
+    for name in ("validation", "training"):
+        drawn = page.get_attribute(f"#lora_trainer_curve .lora_trainer_measured.lora_trainer_{name}", "d")
+        assert drawn.count("L") == 1 and drawn.count("a3 3") == 4, "two dots and the line between them"
+    assert page.get_attribute("#lora_trainer_curve .lora_trainer_raw", "d").count("L") == 4
+    box = page.locator("#lora_trainer_curve svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 50)
+    assert "held out 0.600, trained 0.500 (step 4)" in text(page, "curve_reading")
