@@ -112,7 +112,7 @@
     form.store = () =>
         app.remember("form", {
             given: form.given, filled: form.filled, untouched: [...form.untouched], kind: form.kind(), folder: app.pictures.chosen,
-            continues: form.continues, faithful: form.faithful, started: form.started,
+            continues: form.continues, faithful: form.faithful, started: form.started, preset: app.presets.chosen,
         });
 
     form.restore = function(remembered) {

@@ -60,7 +60,7 @@
             const button = event.target.closest("[data-action]");
             if (!button) return;
             event.preventDefault(); // a button inside a label must not also toggle its field
-            const action = ACTIONS[button.dataset.action] || app.editor.actions[button.dataset.action];
+            const action = ACTIONS[button.dataset.action] || app.presets.actions[button.dataset.action] || app.editor.actions[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
         translate(page);
@@ -68,6 +68,7 @@
         app.get("form").addEventListener("click", (event) => { // of the chosen kind, too: back to what it suggests
             if (event.target.name !== "lora_trainer_kind") return;
             app.form.faithful = false;
+            app.presets.choose(null);
             app.form.changed();
         });
         app.get("folder") && app.get("folder").addEventListener("keydown", (event) => event.key === "Enter" && ACTIONS["use-folder"]());
@@ -79,6 +80,7 @@
         app.form.begin();
         app.pictures.begin();
         app.runs.begin();
+        app.search.begin();
         app.editor.begin();
         app.strip.begin();
         app.live.begin();
@@ -96,6 +98,7 @@
                 app.form.changed();
             });
         }
+        await app.presets.begin(remembered && remembered.preset);
         await fillModels();
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
     }

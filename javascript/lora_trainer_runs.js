@@ -3,16 +3,30 @@
     "use strict";
 
     const PAGE = 50;
-    const runs = (app.runs = {jobs: [], opened: null, loaded: false});
+    const TYPING_MS = 250;
+    // selected: numbers of the runs that are ticked. told: states of runs that led to another look at the list.
+    const runs = (app.runs = {jobs: [], opened: null, loaded: false, selected: new Set(), told: new Set()});
     let asked = 0;
+    let typing = null;
 
     runs.begin = function() {
-        app.get("runs_filter").addEventListener("change", reload);
+        for (const name of ["filter", "order"]) app.get("runs_" + name).addEventListener("change", anew);
+        app.get("runs_search").addEventListener("input", () => {
+            clearTimeout(typing);
+            typing = setTimeout(anew, TYPING_MS);
+        });
         // The list is fetched when it is first seen, not with the page.
         new IntersectionObserver((entries) => {
             if (entries.some((entry) => entry.isIntersecting) && !runs.loaded) reload();
         }).observe(app.get("runs_list").parentElement);
     };
+
+    /** Another filter or order: from the top. */
+    function anew() {
+        runs.jobs = [];
+        runs.told.clear();
+        reload();
+    }
 
     const reload = () => runs.load().catch((error) => {
         runs.loaded = false; // it is asked for again when it is next seen
@@ -23,15 +37,19 @@
         runs.loaded = true;
         const mine = ++asked;
         const status = app.get("runs_filter").value;
-        const query = new URLSearchParams({limit: PAGE, offset: more ? runs.jobs.length : 0});
+        const search = app.get("runs_search").value.trim();
+        const query = new URLSearchParams({
+            limit: more ? PAGE : Math.max(PAGE, runs.jobs.length), offset: more ? runs.jobs.length : 0,
+            order: app.get("runs_order").value, search,
+        });
         if (status) query.set("status", status);
-        const {jobs, counts} = await app.fetchJson("/jobs?" + query);
+        const {jobs, total} = await app.fetchJson("/jobs?" + query);
         if (mine !== asked) return; // another filter was chosen meanwhile
         runs.jobs = more ? [...runs.jobs, ...jobs] : jobs;
-        const total = status ? counts[status] || 0 : Object.values(counts).reduce((sum, count) => sum + count, 0);
         app.setText(app.get("runs_count"), app.t("{shown} of {total}", {shown: runs.jobs.length, total}));
         app.show(app.get("runs_more"), runs.jobs.length < total);
-        app.show(app.get("runs_empty"), !total && !status);
+        app.show(app.get("runs_empty"), !total && !status && !search);
+        runs.many.show();
         const list = app.get("runs_list");
         if (more) return list.append(...jobs.map(line));
         const open = list.querySelector(".lora_trainer_inside");
@@ -53,16 +71,16 @@
     /** Jobs that the server told about: lines that are shown follow, new ones come on top. */
     runs.heard = function(jobs) {
         if (!runs.loaded) return;
-        let unknown = false;
-        const status = app.get("runs_filter").value;
+        let other = false; // the list may hold others now, or in another order: what runs comes first
         for (const job of jobs) {
             const index = runs.jobs.findIndex((one) => one.id === job.id);
-            if (index < 0) {
-                const passes = !status || job.status === status;
-                unknown = unknown || (passes && job.id > Math.max(0, ...runs.jobs.map((one) => one.id)));
-                continue;
-            }
             const before = runs.jobs[index];
+            if (!before || before.status !== job.status) {
+                const state = job.id + job.status;
+                other = other || Boolean(before) || !runs.told.has(state);
+                runs.told.add(state);
+            }
+            if (!before) continue;
             runs.jobs[index] = job;
             const node = app.get("run_" + job.id);
             if (!node) continue;
@@ -74,7 +92,7 @@
                 if (runs.opened && runs.opened.id === job.id && unfold(open)) fill(job.id).catch((error) => console.error(error));
             }
         }
-        if (unknown) reload();
+        if (other) reload();
     };
 
     const steps = (job) => (job.total_steps ? app.t("step {step} of {total}", {step: job.step, total: job.total_steps}) : "");
@@ -85,7 +103,7 @@
             : app.el("span", {class: "no_picture", "aria-hidden": "true"});
         const state = app.el("span", {class: "state"}, app.live.state(job));
         state.dataset.status = job.status;
-        return app.el("li", {id: "run_" + job.id, class: "run"},
+        return app.el("li", {id: "run_" + job.id, class: "run"}, runs.many.tick(job),
             app.el("button", {type: "button", class: "line", "aria-expanded": "false", onclick: () => runs.toggle(job.id)},
                 picture,
                 app.el("span", {class: "name"}, job.name),
@@ -116,7 +134,7 @@
         app.openSubTab("Runs");
         runs.close();
         if (!runs.loaded || !app.get("run_" + id)) {
-            app.get("runs_filter").value = "";
+            app.get("runs_filter").value = app.get("runs_search").value = "";
             await runs.load();
         }
         if (!app.get("run_" + id)) return;
@@ -141,6 +159,7 @@
         const reading = app.el("span");
         const place = app.el("div", {class: "curve"});
         const step = app.el("span");
+        const table = app.el("div", {class: "differences"});
         const strip = app.el("div", {class: "previews"});
         const previews = new app.Previews(strip, step, async(at) => {
             try {
@@ -151,7 +170,7 @@
         });
         const others = app.el("select", {"aria-label": app.t("Lay another run's curve over it")},
             app.el("option", {value: ""}, app.t("compare with …")),
-            ...runs.jobs.filter((one) => one.id !== job.id && one.step).map((one) => app.el("option", {value: one.id}, one.name)));
+            ...runs.jobs.filter((one) => one.id !== job.id).map((one) => app.el("option", {value: one.id}, one.name)));
         const node = app.el("div", {class: "inside"},
             ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
             app.el("div", {class: "row"}, ...app.live.actions(job, previews).map((action) => app.button(...action)),
@@ -161,15 +180,17 @@
             app.el("div", {class: "panels"},
                 app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Loss")), reading, others), place),
                 app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Previews")), step), strip)),
+            table,
             app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Files")), fileList(job, files)),
             app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Settings")),
                 app.el("pre", {tabindex: 0}, job.effective_config || job.config)));
         const curve = new app.Curve(place, reading);
         curve.set(points);
-        others.addEventListener("change", async() => {
-            const second = others.value ? (await app.fetchJson(`/jobs/${others.value}/metrics`)).points : null;
-            curve.set(...[points, second].filter(Boolean));
-        });
+        others.addEventListener("change", () => app.attempt(async() => {
+            const second = others.value ? (await app.fetchJson(`/jobs/${others.value}/metrics`)).points : [];
+            curve.set(...[points, second].filter((one) => one === points || one.length));
+            table.replaceChildren(...(others.value ? await runs.many.differences(job, Number(others.value)) : []));
+        }, others));
         previews.isThere(app.live.stepThere(job));
         previews.add(events);
         return node;

@@ -13,6 +13,7 @@ from lora_trainer.api.route import guarded
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, read_text, to_mapping, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
+from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.planning.memory import free_memory
@@ -36,6 +37,29 @@ def routes(context: Context) -> APIRouter:
                 for kind, one in PRESETS.items()
             ]
         }
+
+    @router.get("/presets/own", response_model=schemas.OwnPresetListModel)
+    def list_own_presets() -> dict[str, Any]:
+        """The presets that people saved, by name."""
+        rows = [dataclasses.asdict(one) for one in context.presets.presets()]
+        return {"presets": [{**row, "problem": context.plain(row["problem"])} for row in rows]}
+
+    @router.post("/presets/own", response_model=schemas.OwnPresetModel, status_code=201)
+    def save_preset(new: schemas.NewPresetModel) -> dict[str, Any]:
+        """Save settings under a name."""
+        return dataclasses.asdict(context.presets.save(new.name, new.kind, new.settings, overwrite=new.overwrite))
+
+    @router.post("/presets/own/{name}/rename", response_model=schemas.NameModel)
+    def rename_preset(name: str, new: schemas.NameModel) -> dict[str, Any]:
+        context.presets.rename(name, new.name)
+        return {"name": new.name}
+
+    @router.delete("/presets/own/{name}", response_model=schemas.ConfirmModel)
+    def delete_preset(name: str, confirm: schemas.ConfirmModel) -> dict[str, Any]:
+        if not confirm.confirm:
+            raise UserError(f"Deleting {name} cannot be undone.", field="confirm", remedy="Confirm it (confirm: true).")
+        context.presets.delete(name)
+        return {"confirm": True}
 
     @router.get("/checkpoints", response_model=schemas.CheckpointListModel)
     def list_checkpoints() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lora_trainer.errors import Problem
 from lora_trainer.jobs.job import Event, Job
 from lora_trainer.workspace.library import DatasetLibrary
 from lora_trainer.workspace.paths import redact
+from lora_trainer.workspace.presets import OwnPresets
 
 if TYPE_CHECKING:
     from lora_trainer.host.base import Host
@@ -26,6 +27,7 @@ class Context:
     def __init__(self, manager: JobManager):
         self.manager = manager
         self.library = DatasetLibrary(manager.folders.data)
+        self.presets = OwnPresets(manager.folders.data)
 
     @property
     def host(self) -> Host:

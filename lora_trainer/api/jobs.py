@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Path, Query
@@ -9,9 +10,11 @@ from fastapi import APIRouter, Path, Query
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded
-from lora_trainer.errors import UserError
-from lora_trainer.jobs.job import STATUSES
+from lora_trainer.errors import Problem, UserError
+from lora_trainer.jobs.comparing import differences
+from lora_trainer.jobs.job import STATUSES, Job
 from lora_trainer.jobs.status import look
+from lora_trainer.jobs.store import ORDERS
 
 MAX_ID = 2**53
 
@@ -55,12 +58,44 @@ def routes(context: Context) -> APIRouter:
         status: str | None = Query(None, max_length=40),
         limit: int = Query(1000, ge=1, le=5000),
         offset: int = Query(0, ge=0, le=MAX_ID),
+        search: str = Query("", max_length=200),
+        order: str = Query("newest", max_length=40),
     ) -> dict[str, Any]:
-        """What runs first, then the queue in its order, then the newest."""
+        """What runs, then the queue in its order, then what is paused, then the others in ``order``. search: words that
+        stand in the name, base model or data set."""
+        if order not in ORDERS:
+            raise UserError(f"There is no order {order!r}.", field="order", remedy=f"One of {', '.join(ORDERS)}.")
         if status is not None and status not in STATUSES:
             raise UserError(f"There is no status {status!r}.", field="status", remedy=f"One of {', '.join(STATUSES)}.")
-        jobs = manager.store.jobs((status,) if status else None, limit=limit, offset=offset)
-        return {"jobs": [context.job(job) for job in jobs], "counts": manager.store.counts()}
+        chosen = (status,) if status else None
+        jobs = manager.store.jobs(chosen, limit=limit, offset=offset, search=search, order=order)
+        return _list(context, jobs, manager.store.count(chosen, search=search))
+
+    @router.post("/jobs/delete", response_model=schemas.DeletedModel)
+    def delete_many(wish: schemas.JobsModel) -> dict[str, Any]:
+        """Delete several jobs, each with its own folder. Published LoRAs and pictures stay."""
+        deleted, refused = [], []
+        for job_id in dict.fromkeys(wish.jobs):
+            try:
+                manager.delete(job_id, confirm=wish.confirm)
+                deleted.append(job_id)
+            except UserError as error:
+                refused.append(context.problem(Problem.of(error)))
+        return {"deleted": deleted, "refused": refused}
+
+    @router.get("/jobs/{job_id}/differences/{other_id}", response_model=schemas.DifferencesModel)
+    def compare(job_id: int = Path(ge=1, le=MAX_ID), other_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
+        """The settings in which two jobs differ."""
+        found = differences(manager.store.get(job_id), manager.store.get(other_id))
+        rows = [{"name": it.name, "one": shown(it.name, it.one), "other": shown(it.name, it.other)} for it in found]
+        return {"differences": rows}
+
+    def shown(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown("", one) for one in value]
+        if not isinstance(value, str):
+            return value
+        return context.place(value) if name == "train_data_dir" else context.plain(value)
 
     @router.post("/jobs", response_model=schemas.JobDetailModel, status_code=201)
     def submit(new: schemas.NewJobModel) -> dict[str, Any]:
@@ -71,7 +106,7 @@ def routes(context: Context) -> APIRouter:
     def reorder(order: schemas.OrderModel) -> dict[str, Any]:
         """Put queued jobs first, in the given order."""
         jobs = manager.reorder(order.jobs)
-        return {"jobs": [context.job(job) for job in jobs], "counts": manager.store.counts()}
+        return _list(context, jobs, len(jobs))
 
     @router.get("/jobs/{job_id}", response_model=schemas.JobDetailModel)
     def get_job(job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
@@ -102,6 +137,10 @@ def routes(context: Context) -> APIRouter:
     for command, explanation in COMMANDS.items():
         _add_command(router, context, command, explanation)
     return router
+
+
+def _list(context: Context, jobs: Sequence[Job], total: int) -> dict[str, Any]:
+    return {"jobs": [context.job(job) for job in jobs], "counts": context.manager.store.counts(), "total": total}
 
 
 def _add_command(router: APIRouter, context: Context, command: str, explanation: str) -> None:

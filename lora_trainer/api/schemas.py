@@ -69,8 +69,37 @@ class JobDetailModel(JobModel):
 
 
 class JobListModel(BaseModel):
+    """counts: how many jobs have each status. total: how many pass the filter of the request."""
+
     jobs: list[JobModel]
     counts: dict[str, int]
+    total: int
+
+
+class JobsModel(BaseModel):
+    """Jobs to be deleted, with ``confirm``."""
+
+    jobs: list[int]
+    confirm: bool = False
+
+
+class DeletedModel(BaseModel):
+    """deleted: these jobs. refused: why others stay."""
+
+    deleted: list[int]
+    refused: list[ProblemModel]
+
+
+class DifferenceModel(BaseModel):
+    """name: of the setting. one, other: its values."""
+
+    name: str
+    one: Any = None
+    other: Any = None
+
+
+class DifferencesModel(BaseModel):
+    differences: list[DifferenceModel]
 
 
 class NewJobModel(BaseModel):
@@ -248,6 +277,33 @@ class PresetModel(BaseModel):
 
 class PresetListModel(BaseModel):
     presets: list[PresetModel]
+
+
+class OwnPresetModel(BaseModel):
+    """kind: the preset of ``/presets`` that the other settings follow; null where these are all. problem: why the file
+    of the preset cannot be used."""
+
+    name: str
+    kind: str | None = None
+    settings: dict[str, Any] = {}
+    problem: str | None = None
+
+
+class OwnPresetListModel(BaseModel):
+    presets: list[OwnPresetModel]
+
+
+class NewPresetModel(BaseModel):
+    """What belongs to one LoRA (its name, pictures, base model and every path) is left out of settings."""
+
+    name: str
+    kind: str | None = None
+    settings: dict[str, Any]
+    overwrite: bool = False
+
+
+class NameModel(BaseModel):
+    name: str
 
 
 class CheckpointModel(BaseModel):

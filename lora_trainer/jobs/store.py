@@ -20,6 +20,16 @@ from lora_trainer.jobs.migrations import MIGRATIONS, migrate
 _COLUMNS = tuple(field.name for field in fields(Job))
 _EVENT_COLUMNS = tuple(field.name for field in fields(Event))
 _JSON = {"error", "warnings", "result"}
+ORDERS = {
+    "newest": "id DESC",
+    "oldest": "id",
+    "name": "casefold(name), id DESC",
+    "model": "casefold(base_model), id DESC",
+    "longest": "seconds DESC, id DESC",
+}
+"""Orders of the list, for the jobs that are over; what runs or waits comes before them."""
+
+_SEARCHED = "casefold(name || char(10) || base_model || char(10) || last_part(dataset))"
 _LIST_COLUMNS = ", ".join("''" if name in ("config", "effective_config") else name for name in _COLUMNS)
 
 
@@ -68,25 +78,35 @@ class JobStore:
         return _job(row)
 
     def jobs(
-        self, statuses: Iterable[str] | None = None, *, since: int = 0, limit: int = 1000, offset: int = 0
+        self,
+        statuses: Iterable[str] | None = None,
+        *,
+        since: int = 0,
+        limit: int = 1000,
+        offset: int = 0,
+        search: str = "",
+        order: str = "newest",
     ) -> list[Job]:
-        """Jobs without their configurations, what runs first, then the queue in its order, then the newest.
+        """Jobs without their configurations: what runs, then the queue in its order, then what is paused before it has
+        begun, then the others in ``order``, one of ``ORDERS``.
 
-        ``since``: only those that changed after that revision.
+        since: only those that changed after that revision. search: words that all stand in a job's name, base model or
+        data set.
         """
-        conditions: list[str] = ["revision > ?"]
-        values: list[Any] = [since]
-        if statuses is not None:
-            chosen = list(statuses)
-            conditions.append(f"status IN ({', '.join('?' * len(chosen))})")
-            values += chosen
+        where, values = _conditions(statuses, since, search)
         rows = self._connection().execute(
-            f"""SELECT {_LIST_COLUMNS} FROM jobs WHERE {" AND ".join(conditions)}
-            ORDER BY active DESC, status = 'queued' DESC, CASE status WHEN 'queued' THEN position ELSE -id END
+            f"""SELECT {_LIST_COLUMNS} FROM jobs WHERE {where}
+            ORDER BY active DESC, status = 'queued' DESC, status = 'paused' DESC,
+            CASE status WHEN 'queued' THEN position ELSE 0 END, {ORDERS[order]}
             LIMIT ? OFFSET ?""",
             (*values, limit, offset),
         )
         return [_job(row) for row in rows]
+
+    def count(self, statuses: Iterable[str] | None = None, *, search: str = "") -> int:
+        """How many jobs ``jobs`` finds."""
+        where, values = _conditions(statuses, 0, search)
+        return self._connection().execute(f"SELECT COUNT(*) FROM jobs WHERE {where}", values).fetchone()[0]
 
     def counts(self) -> dict[str, int]:
         """How many jobs have each status."""
@@ -228,6 +248,9 @@ class JobStore:
         if connection is None:
             # Each thread uses its own; only close() reaches across, when the server ends.
             connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            # SQLite's own functions know the letters of English alone.
+            connection.create_function("casefold", 1, str.casefold, deterministic=True)
+            connection.create_function("last_part", 1, lambda path: Path(path).name, deterministic=True)
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = NORMAL")
             self._local.connection = connection
@@ -258,6 +281,17 @@ class JobStore:
         ).rowcount
         if not changed:
             raise UnknownJobError(job_id)
+
+
+def _conditions(statuses: Iterable[str] | None, since: int, search: str) -> tuple[str, list[Any]]:
+    words = search.casefold().split()
+    conditions = ["revision > ?", *[f"instr({_SEARCHED}, ?) > 0"] * len(words)]
+    values: list[Any] = [since, *words]
+    if statuses is not None:
+        chosen = list(statuses)
+        conditions.append(f"status IN ({', '.join('?' * len(chosen))})")
+        values += chosen
+    return " AND ".join(conditions), values
 
 
 def _insert_event(connection: sqlite3.Connection, job_id: int, kind: str, text: str, data: dict[str, Any]) -> None:

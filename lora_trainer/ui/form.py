@@ -14,6 +14,7 @@ from lora_trainer.config import FACTS, TrainConfig, field_docs, to_mapping
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.errors import UserError
 from lora_trainer.ui.markup import Markup, tag
+from lora_trainer.workspace.presets import HELD
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     """
     caption, explanation = text or label(name), field_docs()[name]
     control_id, help_id, problem_id = f"field_{name}", f"help_{name}", f"problem_{name}"
-    described = {"id_": control_id, "data_setting": name, "aria_describedby": f"{help_id} {problem_id}"}
+    described = {"id_": control_id, "data_setting": name, "data_preset": name in HELD,
+                 "aria_describedby": f"{help_id} {problem_id}"}  # fmt: skip
     switch = typing.get_type_hints(TrainConfig)[name] is bool
     head = tag(
         "label",
@@ -75,7 +77,8 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     help_text = tag("p", explanation, id_=help_id, class_="help" if explained else "help spoken")
     problem = tag("p", id_=problem_id, class_="problem", role="alert", hidden=True)
     inputs = [] if switch else [control(name, described, placeholder)]
-    return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name)
+    return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name,
+               data_find="\n".join((name, caption, explanation)))  # fmt: skip
 
 
 def control(name: str, attributes: dict[str, Any], placeholder: str | None = None) -> Markup:

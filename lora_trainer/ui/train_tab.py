@@ -80,6 +80,8 @@ def _kind() -> Markup:
         "The kind chooses fitting settings; the name is what you will type in a prompt.",
         tag("fieldset", tag("legend", "Kind", class_="spoken"), *choices, class_="choices"),
         Markup("".join(hints)),
+        tag("div", tag("label", "Preset of your own", for_="preset"), tag("select", id_="preset"), class_="field",
+            id_="preset_field", hidden=True),
         field("output_name", text="Name", placeholder="my_face_v2", explained=False),
         field("trigger_word", text="Trigger word", placeholder="a word of your own, such as zwxface"),
         tag("p", id_="origin", class_="notice", hidden=True),
@@ -149,7 +151,31 @@ def _advanced() -> Markup:
         " change one.",
         class_="help",
     )
-    return tag("details", summary, hint, advanced(), yaml, id_="advanced", class_="advanced")
+    search = tag("div",
+                 tag("input", type="text", id_="find", spellcheck="false", autocomplete="off",
+                     placeholder="find a setting", aria_label="Find a setting"),
+                 tag("span", id_="found", class_="help", role="status"), class_="row find")  # fmt: skip
+    return tag("details", summary, hint, search, advanced(), _presets(), yaml, id_="advanced", class_="advanced")
+
+
+def _presets() -> Markup:
+    fields = tag(
+        "div",
+        tag("p", "Saves what is set here under a name, to be chosen in step 2: for other pictures, names and models.",
+            class_="help"),
+        tag("div",
+            tag("input", type="text", id_="preset_name", spellcheck="false", autocomplete="off",
+                placeholder="name of the preset", aria_label="Name of the preset"),
+            button("Save as preset", "preset-save"),
+            tag("span",
+                button("Rename it", "preset-rename"),
+                button("Delete …", "preset-delete"),
+                id_="preset_chosen", class_="row", hidden=True),
+            class_="row"),
+        tag("p", id_="preset_message", class_="problem", role="alert", hidden=True),
+        class_="fields wide",
+    )  # fmt: skip
+    return tag("details", tag("summary", tag("span", "Presets of your own")), fields, class_="group")
 
 
 def _live() -> Markup:

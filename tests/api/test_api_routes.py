@@ -322,3 +322,75 @@ def test_captions_of_links_are_neither_told_nor_written(client, manager, host, t
     if place == "library":
         answer = client.post("/datasets/cats/captions", json={"captions": {"0000.png": "mine"}})
         assert answer.status_code == 400 and secret.read_text() == "a secret of mine"
+
+
+def test_two_jobs_are_compared(client, settings):
+    first = client.post("/jobs", json={"settings": settings, "held": True}).json()["id"]
+    client.post("/datasets", json={"name": "cats"})
+    changes = {"lora_rank": 4, "train_data_dir": "cats", "preview_prompts": ["a", "b"], "output_name": "other"}
+    second = client.post(f"/jobs/{first}/duplicate", json={"changes": changes, "held": True}).json()["id"]
+    rows = client.get(f"/jobs/{first}/differences/{second}").json()["differences"]
+    assert rows == [
+        {"name": "train_data_dir", "one": settings["train_data_dir"], "other": "cats"},
+        {"name": "lora_rank", "one": 16, "other": 4},
+        {"name": "preview_prompts", "one": [], "other": ["a", "b"]},
+    ]
+    assert client.get(f"/jobs/{first}/differences/{first}").json() == {"differences": []}
+    assert client.get(f"/jobs/{first}/differences/99").status_code == 404
+
+
+def test_a_job_of_an_earlier_release_is_compared_with_defaults(client, manager):
+    old = manager.store.add("old", "x: 1", status="finished", effective_config="lora_rank: 8\ngone: 3\n").id
+    new = manager.store.add("new", "x: 1", status="finished", effective_config="lora_rank: 16\nflip: true\n").id
+    rows = client.get(f"/jobs/{old}/differences/{new}").json()["differences"]
+    assert [(row["name"], row["one"], row["other"]) for row in rows] == [
+        ("flip", False, True), ("lora_rank", 8, 16), ("gone", 3, None),
+    ]  # fmt: skip
+
+
+def test_compared_settings_hide_what_the_server_hides(client, host, settings):
+    first = client.post("/jobs", json={"settings": settings, "held": True}).json()["id"]
+    changes = {"vae": str(host.root / "trainer" / "secret.safetensors"), "output_name": "b"}
+    second = client.post(f"/jobs/{first}/duplicate", json={"changes": changes, "held": True}).json()["id"]
+    host.policy = AccessPolicy(hide_paths=True)
+    (row,) = client.get(f"/jobs/{first}/differences/{second}").json()["differences"]
+    assert row["other"] == "<trainer>/secret.safetensors"
+
+
+def test_many_jobs_are_deleted_and_their_loras_stay(client, manager, host, trained, settings):
+    published = host.root / "Lora" / "cat.safetensors"
+    held = client.post("/jobs", json={"settings": {**settings, "output_name": "dog"}, "held": True}).json()["id"]
+    unconfirmed = client.post("/jobs/delete", json={"jobs": [trained, held]}).json()
+    assert unconfirmed["deleted"] == [] and "confirm" in unconfirmed["refused"][0]["remedy"]
+    manager.store.update(held, status="running", active=True)
+    answer = client.post("/jobs/delete", json={"jobs": [trained, held, trained, 99], "confirm": True}).json()
+    assert answer["deleted"] == [trained]
+    assert [problem["message"] for problem in answer["refused"]] == ["dog is being trained.", "There is no job 99."]
+    assert published.exists() and manager.store.ids() == [held]
+    manager.store.update(held, status="stopped", active=False)
+
+
+def test_runs_are_found_and_ordered(client, manager):
+    for name in ("b", "a", "c"):
+        manager.store.add(name, "x: 1", status="finished", base_model="m")
+    answer = client.get("/jobs", params={"order": "name", "search": "m", "limit": 2}).json()
+    assert [job["name"] for job in answer["jobs"]] == ["a", "b"] and answer["total"] == 3
+    assert client.get("/jobs", params={"search": "c"}).json()["total"] == 1
+    assert client.get("/jobs", params={"order": "id; DROP TABLE jobs"}).json()["field"] == "order"
+
+
+def test_presets_of_ones_own(client, host):
+    new = {"name": "mine", "kind": "style", "settings": {"lora_rank": 8, "output_name": "x"}}
+    saved = client.post("/presets/own", json=new)
+    assert saved.status_code == 201 and saved.json()["settings"] == {"lora_rank": 8}
+    again = client.post("/presets/own", json=new)
+    assert again.status_code == 400 and again.json()["field"] == "name"
+    wrong = client.post("/presets/own", json={**new, "settings": {"lora_rank": "x"}, "overwrite": True})
+    assert wrong.json()["field"] == "lora_rank"
+    (host.root / "trainer" / "presets" / "odd.yaml").write_text("settings: 3")
+    rows = client.get("/presets/own").json()["presets"]
+    assert [(row["name"], bool(row["problem"])) for row in rows] == [("mine", False), ("odd", True)]
+    assert client.post("/presets/own/mine/rename", json={"name": "yours"}).json() == {"name": "yours"}
+    assert client.request("DELETE", "/presets/own/yours", json={}).json()["field"] == "confirm"
+    assert client.request("DELETE", "/presets/own/yours", json={"confirm": True}).status_code == 200
+    assert [row["name"] for row in client.get("/presets/own").json()["presets"]] == ["odd"]

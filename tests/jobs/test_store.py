@@ -9,7 +9,7 @@ import pytest
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.jobs.job import UnknownJobError
 from lora_trainer.jobs.migrations import MIGRATIONS
-from lora_trainer.jobs.store import JobStore
+from lora_trainer.jobs.store import ORDERS, JobStore
 
 
 @pytest.fixture
@@ -170,3 +170,32 @@ def _timed(function):
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def test_what_runs_or_waits_comes_first_in_every_order(tmp_path):
+    store = JobStore(tmp_path / "jobs.sqlite")
+    rows = [("b", "finished", 9.0), ("Ä", "stopped", 1.0), ("c", "paused", 0), ("d", "queued", 0), ("a", "failed", 5.0),
+            ("e", "queued", 0)]  # fmt: skip
+    for name, status, seconds in rows:
+        store.add(name, "x: 1", status=status, seconds=seconds, base_model=f"model-{name}", dataset=f"/data/set {name}")
+    store.update(1, status="running", active=True)
+    store.reorder([6])
+    found = {order: "".join(job.name for job in store.jobs(order=order)) for order in ORDERS}
+    assert found == {"newest": "bedcaÄ", "oldest": "bedcÄa", "name": "bedcaÄ", "model": "bedcaÄ", "longest": "bedcaÄ"}
+    store.update(2, seconds=7.0)
+    assert [job.name for job in store.jobs(order="longest")][-2:] == ["Ä", "a"]
+
+
+def test_jobs_are_found_by_words_in_any_script(tmp_path):
+    store = JobStore(tmp_path / "jobs.sqlite")
+    store.add("ÄRGER mit 猫", "x: 1", base_model="SDXL base", dataset="/secret/home/cats", status="finished")
+    store.add("100%_real", "x: 1", base_model="v1-5", dataset="/secret/home/dogs", status="stopped")
+    found = {
+        words: [job.id for job in store.jobs(search=words)]
+        for words in ("ärger", "sdxl CATS", "sdxl dogs", "猫", "%", "_", "home", "", "'; DROP TABLE jobs; --")
+    }
+    assert found == {
+        "ärger": [1], "sdxl CATS": [1], "sdxl dogs": [], "猫": [1], "%": [2], "_": [2], "home": [], "": [2, 1],
+        "'; DROP TABLE jobs; --": [],
+    }, "a folder of the server is not found by what lies above it"  # fmt: skip
+    assert store.count(search="e") == 2 and store.count(("stopped",), search="e") == 1
