@@ -28,8 +28,8 @@ _MAX_FILES = 500
 
 @dataclass(frozen=True)
 class OwnPreset:
-    """kind: of ``PRESETS``, which gives what ``settings`` leaves out; None where they are complete. problem: why the file
-    cannot be used."""
+    """kind: of ``PRESETS``, which gives what ``settings`` leaves out; None where they are complete. problem: why the
+    file cannot be used."""
 
     name: str
     kind: str | None = None
