@@ -132,7 +132,8 @@
         if (!editor.state.has_report) return;
         const report = (tools.report = await app.fetchJson(`/editor/${editor.state.id}/report`));
         const count = (severity) => report.findings.filter((one) => one.severity === severity).length;
-        const verdict = report.stops_training ? app.t("A training would not start.") : app.t("A training can start.");
+        const verdict = report.stops_training ? app.t("A training would not start.")
+            : count("error") ? app.t("A training can start, but leaves out or learns badly what the errors name.") : app.t("A training can start.");
         app.setText(app.get("editor_verdict"), report.findings.length
             ? verdict + " " + app.t("Errors: {errors}, warnings: {warnings}, notes: {notes}.", {errors: count("error"), warnings: count("warning"), notes: count("info")})
             : verdict + " " + app.t("Nothing was found."));
@@ -188,7 +189,7 @@
         const rows = report.buckets.map((row) => app.el("tr", {},
             ...[row.resolution.join(" × "), row.images, row.count, row.batches].map((cell) => app.el("td", {}, String(cell)))));
         app.get("editor_buckets").replaceChildren(app.el("table", {class: "table"},
-            app.el("thead", {}, app.el("tr", {}, ...[app.t("Size"), app.t("Pictures"), app.t("Visits an epoch"), app.t("Batches")]
+            app.el("thead", {}, app.el("tr", {}, ...[app.t("Size"), app.t("Pictures"), app.t("Seen in an epoch"), app.t("Batches")]
                 .map((text) => app.el("th", {scope: "col"}, text)))),
             app.el("tbody", {}, ...rows)));
         app.show(app.get("editor_sizes"), rows.length);

@@ -49,9 +49,7 @@
     const focused = () => (document.activeElement && document.activeElement.dataset.setting) || undefined;
 
     function show(facts) {
-        const epochs = facts.steps / facts.steps_per_epoch;
-        const visits = Math.max(1, Math.round(app.form.value("repeats") * epochs));
-        app.setText(app.get("fact_visits"), `${facts.pictures} × ${visits}`);
+        app.setText(app.get("fact_sum"), app.sum(facts));
         app.setText(app.get("fact_steps"), String(facts.steps));
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));
         const said = (text, basis) => (basis === null ? app.t("{what} (forecast)", {what: text}) : text);
@@ -81,7 +79,7 @@
     }
 
     function showNothing() {
-        ["visits", "steps", "buckets", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
+        ["sum", "steps", "buckets", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
     }
 
     /** Start: the server checks everything once more and says what is wrong, beside the field. */

@@ -285,13 +285,21 @@
         app.strip.show(null);
     }
 
+    /** A job that has not begun is paused and resumed in its place in the queue. */
+    function pausing(job) {
+        const paused = job.status === "paused";
+        const node = app.button(paused ? "Resume" : "Pause", () => live.command(job, paused ? "start" : "pause"), "link");
+        node.title = paused ? app.t("Takes its place in the queue again.") : app.t("Lets the others go first, until you resume it.");
+        return node;
+    }
+
     function showQueue(queue) {
         app.show(app.get("queue"), queue.length);
         const row = (job, index) => app.el("li", {},
             app.el("span", {class: "name"}, job.name), app.el("span", {class: "state"}, live.state(job)),
             app.el("span", {class: "row"},
                 index > 0 && job.status === "queued" ? app.button("First", () => app.post("/jobs/reorder", {jobs: [job.id]}).then(live.look), "link") : null,
-                app.button(job.status === "paused" ? "Start" : "Hold", () => live.command(job, job.status === "paused" ? "start" : "pause"), "link"),
+                pausing(job),
                 app.button("Remove", () => live.command(job, "stop"), "link")));
         const list = app.get("queue_list");
         const key = JSON.stringify(queue.map((job) => [job.id, job.status]));

@@ -260,8 +260,8 @@
         return app.el("span", {class: "small_picture"},
             app.el("img", {src: app.thumbnailUrl(pictures.chosen, row.file), alt: name, title: name, loading: "lazy"}),
             app.el("button", {
-                type: "button", class: "take_out", title: app.t("Leave this picture out; your file stays."),
-                "aria-label": app.t("Leave out {name}", {name: row.file}),
+                type: "button", class: "take_out", title: app.t("Exclude this picture; your file stays."),
+                "aria-label": app.t("Exclude {name}", {name: row.file}),
                 onclick: () => exclude([row], true, limit).catch((error) => app.complain(error, app.get("problem_train_data_dir"))),
             }, "×"));
     }
@@ -292,11 +292,11 @@
         if (captions && (!facts || facts.pictures)) parts.push(app.t("{n} with a caption", {n: captions}));
         else if (facts && facts.pictures && pictures.rows.length) parts.push(app.t(facts.problems.length ? "no captions yet" : facts.captioner ? "a captioner describes them first" : "no captions: the trigger word stands for all"));
         const out = pictures.rows.filter((row) => row.excluded);
-        if (out.length) parts.push(app.t("{n} left out", {n: out.length}));
+        if (out.length) parts.push(app.t("{n} excluded", {n: out.length}));
         const own = pictures.library && pictures.library.has(pictures.chosen);
         const line = app.get("pictures");
         line.replaceChildren(own ? app.el("b", {}, pictures.chosen) : "", (own ? " · " : "") + parts.join(" · ") + " ",
-            out.length ? app.button("Take them in again", () => exclude(out, false).catch(app.complain), "link") : "", " ",
+            out.length ? app.button("Include them again", () => exclude(out, false).catch(app.complain), "link") : "", " ",
             app.button("Take others", () => pictures.choose(null), "link"), ...joining());
         app.show(line, pictures.chosen);
         app.show(app.get("picture_links"), pictures.rows.length || facts);

@@ -71,13 +71,14 @@
     /** Jobs that the server told about: lines that are shown follow, new ones come on top. */
     runs.heard = function(jobs) {
         if (!runs.loaded) return;
+        const status = app.get("runs_filter").value;
         let other = false; // the list may hold others now, or in another order: what runs comes first
         for (const job of jobs) {
             const index = runs.jobs.findIndex((one) => one.id === job.id);
             const before = runs.jobs[index];
             if (!before || before.status !== job.status) {
                 const state = job.id + job.status;
-                other = other || Boolean(before) || !runs.told.has(state);
+                other = other || Boolean(before) || (!runs.told.has(state) && (!status || job.status === status));
                 runs.told.add(state);
             }
             if (!before) continue;

@@ -19,9 +19,9 @@ from lora_trainer.jobs.store import ORDERS
 MAX_ID = 2**53
 
 COMMANDS = {
-    "start": "Put a held, stopped, failed or interrupted job into the queue; it goes on from its last state.",
+    "start": "Put a paused, stopped, failed or interrupted job into the queue; it goes on from its last state.",
     "pause": "Wait after this step, with the device free for pictures: jobs behind it wait too, until it is resumed or "
-    "stopped. Or hold a queued job back.",
+    "stopped. Or let others go before a queued job.",
     "resume": "Go on after a pause; an interrupted, stopped or failed job goes to the front of the queue.",
     "stop": "End after this step; what was saved before stays.",
     "stop-and-save": "End after this step with the LoRA saved and published.",

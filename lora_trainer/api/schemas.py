@@ -103,7 +103,7 @@ class DifferencesModel(BaseModel):
 
 
 class NewJobModel(BaseModel):
-    """Settings as a mapping, or as YAML text; exactly one of them. ``held`` jobs wait for ``start``."""
+    """Settings as a mapping, or as YAML text; exactly one of them. ``held`` jobs are paused until ``start``."""
 
     settings: dict[str, Any] | None = None
     yaml: str | None = None
@@ -356,6 +356,12 @@ class EstimateModel(BaseModel):
     captioner: str | None = None
     problems: list[ProblemModel] = []
     buckets: list[dict[str, Any]]
+    visits_per_epoch: int
+    repeats: int | None = None
+    epochs: int
+    batch_size: int
+    accumulation: int
+    stops_at: int | None = None
     steps_per_epoch: int
     steps: int
     base_model: str

@@ -35,10 +35,10 @@ class ModelSettings:
     trust: that code can do anything."""
 
     vae: str | None = setting(None, task="image", decides=False, path="read", or_name=True)
-    """Another VAE file (.safetensors) to encode the pictures with; empty for the checkpoint's own."""
+    """Another VAE file (.safetensors) to encode the pictures with; empty for the base model's own."""
 
     v_prediction: bool | None = setting(None, task="image")
-    """Whether the base model predicts v instead of noise; empty detects it from the checkpoint."""
+    """Whether the base model predicts v instead of noise; empty detects it from the model."""
 
     device: str = setting("auto", decides=False, fills_memory=True, sets_pace=True)
     """Where to train: auto, cpu, cuda, cuda:1, mps …"""
@@ -142,7 +142,7 @@ class DataSettings:
     """Probability that a picture is trained without its caption."""
 
     wildcards: bool = setting(False, task="image")
-    """Of a caption of several lines take one line at each visit, and of {a|b} one of the choices."""
+    """Of a caption of several lines take one line each time it is seen, and of {a|b} one of the choices."""
 
     tag_dropout: float = setting(0.0, task="image", minimum=0, maximum=1)
     """Probability that a part of a caption is left out in a step; *mood* parts are left out twice as often."""
@@ -230,7 +230,7 @@ class AdapterSettings:
 @dataclass(frozen=True)
 class OptimizationSettings:
     epochs: int = setting(10, minimum=1, maximum=100_000)
-    """How many times every picture is seen."""
+    """Passes over all pictures; in each of them a picture is seen as often as its repeats say."""
 
     max_train_steps: int | None = setting(None, minimum=1, maximum=100_000_000)
     """Stop after this many steps, whatever the number of epochs."""
@@ -357,7 +357,7 @@ class OutputSettings:
     """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
 
     merge_into_base: str | None = setting(None, decides=False, path="write")
-    """Also write a full checkpoint with the LoRA merged in, to this path."""
+    """Also write the base model with the LoRA merged in, to this path."""
 
     resume: str = setting("auto", decides=False, path="read", words=("auto", "never"))
     """auto continues an interrupted run with the same settings; never starts anew; a path continues from that

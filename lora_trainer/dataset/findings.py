@@ -60,9 +60,18 @@ class Report:
         lines.append(f"{self.images} pictures, {self.captions} with a caption of their own")
         for row in self.buckets:
             width, height = row["resolution"]
-            lines.append(f"  {width}×{height}: {row['images']} pictures, {row['count']} visits an epoch")
-        lines.append("A training would not start." if self.stops_training else "A training can start.")
+            lines.append(f"  {width}×{height}: {row['images']} pictures, seen {row['count']} times an epoch")
+        lines.append(verdict(self.findings, self.stops_training))
         return "\n".join(lines)
+
+
+def verdict(findings: Sequence[Finding], stops_training: bool) -> str:
+    """What the findings come to, in one sentence."""
+    if stops_training:
+        return "A training would not start."
+    if any(finding.severity == "error" for finding in findings):
+        return "A training can start, but leaves out or learns badly what the errors name."
+    return "A training can start."
 
 
 def enumerate_some(names: Sequence[str], limit: int = 5) -> str:

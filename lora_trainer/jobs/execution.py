@@ -198,7 +198,7 @@ def unexpected(error: BaseException, log_path: Path) -> Problem:
         return _no_room(log_path)
     return Problem(
         f"Something unexpected happened: {type(error).__name__}: {error}",
-        remedy=f"The job can be started again and goes on from its last state. Details are in {log_path}.",
+        remedy=f"It can be resumed, and goes on from its last state. Details are in {log_path}.",
     )
 
 

@@ -111,7 +111,7 @@ def name_taken(store: JobStore, host: Host, name: str) -> str | None:
     if lora is not None and is_taken(Path(lora), name):
         return f"There is a LoRA named {name} already."
     if any(job.name.casefold() == name.casefold() for job in store.jobs((*WAITING_TO_START, *ACTIVE))):
-        return f"Another job in the queue makes a LoRA named {name}."
+        return f"Another training in the queue makes a LoRA named {name}."
     return None
 
 

@@ -188,7 +188,7 @@ class JobManager:
     # -- what a person can ask for
 
     def submit(self, settings: Mapping[str, Any] | str, *, held: bool = False) -> Job:
-        """Check settings (a mapping or YAML) and append the job; ``held`` jobs wait for ``start``."""
+        """Check settings (a mapping or YAML) and append the job; ``held`` jobs are paused until ``start``."""
         with self._naming:
             job = submitting.add_job(self.store, self.folders, self.host, settings, held=held)
         self._wake.set()
@@ -207,8 +207,9 @@ class JobManager:
         return self.store.get(job_id)
 
     def pause(self, job_id: int) -> Job:
-        """Wait after this step, or hold a queued job back. A job that is paused keeps its place: whoever pauses wants
-        the device, so the next job does not take it. To let that one go first, save, stop, and resume later."""
+        """Wait after this step, or let others go before a queued job. A job that is paused keeps its place: whoever
+        pauses wants the device, so the next job does not take it. To let that one go first, save, stop, and resume
+        later."""
         return self._command(job_id, "pause", idle={"queued": "paused"})
 
     def resume(self, job_id: int) -> Job:

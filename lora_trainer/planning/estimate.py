@@ -25,9 +25,11 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
     """Pictures that would be used and refused, buckets, steps, minutes and memory.
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
-    ``steps_per_epoch``, ``steps``, ``base_model``, ``family``, ``resolution``, and what ``cost`` finds. ``captioner``
-    describes the pictures first, as they have no captions; None where none is needed, or can run. ``problems``
-    [``Problem``]: what would stop the run although its pictures can be counted.
+    ``visits_per_epoch``, ``repeats`` (None where the pictures differ in them, or others are seen as well), ``epochs``,
+    ``batch_size``, ``accumulation``, ``stops_at``, ``steps_per_epoch``, ``steps``, ``base_model``, ``family``,
+    ``resolution``, and what ``cost`` finds. ``captioner`` describes the pictures first, as they have no captions; None
+    where none is needed, or can run. ``problems`` [``Problem``]: what would stop the run although its pictures can be
+    counted.
 
     Raises:
         UserError: what would stop the run, naming the field.
@@ -53,6 +55,7 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
     steps = config.max_train_steps or steps_per_epoch * config.epochs
     visits = plan.visits_per_epoch * steps / steps_per_epoch
     regularization = sum(sample.is_regularization for sample in dataset.samples)
+    repeats = {sample.repeats for sample in dataset.samples}
     return {
         "pictures": len(dataset.samples) - regularization,
         "regularization_pictures": regularization,
@@ -65,6 +68,12 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         "captioner": captioner,
         "problems": problems,
         "buckets": plan.table(),
+        "visits_per_epoch": plan.visits_per_epoch,
+        "repeats": repeats.pop() if len(repeats) == 1 and not regularization else None,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "accumulation": config.gradient_accumulation_steps,
+        "stops_at": config.max_train_steps,
         "steps_per_epoch": steps_per_epoch,
         "steps": steps,
         "base_model": info.name,

@@ -42,7 +42,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "scene",
             "Scene",
-            "A place or a kind of background, in several lights and from several sides.",
+            "A place or a type of background, in several lights and from several sides.",
             {"lora_rank": 16, "epochs": 15, "batch_size": 4, "learning_rate": 2e-4, "gradient_accumulation_steps": 2},
         ),
         Preset(

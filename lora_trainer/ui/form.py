@@ -35,7 +35,8 @@ _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_pr
            "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
            "reg_data_dir": "Regularization folder", "merge_into_base": "Merge into base model",
            "block_lr_weights": "Block learning rate weights", "cache_dir": "Cache folder", "flip": "Mirror",
-           "multires_noise_iterations": "Multi-resolution noise iterations", "lora_rank": "Rank", "adapter": "Kind",
+           "multires_noise_iterations": "Multi-resolution noise iterations", "lora_rank": "Rank",
+           "adapter": "Network type",
            "multires_noise_discount": "Multi-resolution noise discount", "dora": "DoRA", "loss": "Loss function",
            "export_diffusers": "Export for diffusers", "output_name": "Name"}  # fmt: skip
 

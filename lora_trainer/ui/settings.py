@@ -46,7 +46,7 @@ OPTIONS = (
     SettingOption(
         WAIT_OPTION,
         False,
-        "A checkpoint chosen during a training is loaded when the training is over (instead of pausing it)",
+        "A base model chosen during a training is loaded when the training is over (instead of pausing it)",
     ),
     SettingOption(
         FOLDERS_OPTION,

@@ -103,7 +103,7 @@ def _start() -> Markup:
     return _card(
         "3",
         "Train",
-        "Everything is checked first; these numbers are what the run will do.",
+        "Everything is checked first; these numbers say what the training will do.",
         model,
         facts,
         tag("button", "Start training", type="button", id_="start", class_="button primary", data_action="start"),
@@ -112,14 +112,14 @@ def _start() -> Markup:
     )
 
 
-_BASE_HELP = "The checkpoint that learns from your pictures. The LoRA works with its relatives as well."
+_BASE_HELP = "The model that learns from your pictures. The LoRA works with its relatives as well."
 
 _FACTS = (
-    ("visits", "Pictures × visits", "How many pictures, and how often each is seen in all"),
+    ("sum", "What is seen", "In an epoch every picture is seen as often as its repeats say"),
     ("steps", "Steps", "One step learns from one batch of pictures"),
     ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
-    ("time", "Time", "As a training of this kind took here; before the first one, a forecast from a short trial"),
-    ("memory", "Memory", "As a training of this kind took here; before the first one, a forecast for the whole device"),
+    ("time", "Time", "As a similar training took here; before the first one, a forecast from a short trial"),
+    ("memory", "Memory", "As a similar training took here; before the first one, a forecast for the whole device"),
 )
 
 
@@ -193,7 +193,7 @@ def _live() -> Markup:
               class_="quiet", id_="log_box")  # fmt: skip
     job = tag("section", head, facts, tag("div", id_="job_message", class_="notice", role="status", hidden=True),
               buttons, tag("div", curve, previews, class_="panels"), log, id_="live", class_="card live",
-              hidden=True, tabindex=-1, aria_label="The training in hand")  # fmt: skip
+              hidden=True, tabindex=-1, aria_label="The current training")  # fmt: skip
     queue = tag("section", tag("h3", "Queue"), tag("ol", id_="queue_list"), id_="queue", class_="card", hidden=True)
     return Markup(job + queue)
 

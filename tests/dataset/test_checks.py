@@ -304,3 +304,12 @@ def test_the_place_of_the_trigger_word_counts_as_the_word(folder):
     for index in range(COUNT):
         caption(folder / f"clean{index}.jpg", f"**cat** called [trigger], scene {index}")
     assert "trigger-missing" not in kinds(folder).get("", set()) and "settings" not in kinds(folder).get("", set())
+
+
+def test_errors_that_do_not_stop_a_training_are_not_called_a_good_start(folder):
+    assert check_folder(folder).to_text().endswith("A training can start.")
+    photograph(9, (SIDE, SIDE // 4)).save(folder / "long.jpg")
+    caption(folder / "long.jpg")
+    report = check_folder(folder)
+    assert not report.stops_training and any(finding.severity == "error" for finding in report.findings)
+    assert report.to_text().endswith("A training can start, but leaves out or learns badly what the errors name.")

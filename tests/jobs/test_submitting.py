@@ -20,7 +20,7 @@ def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings,
     assert caught.value.field == "output_name"
     idle.submit({**settings, "overwrite": True})
     (host.root / "Lora" / "cat.safetensors").unlink()
-    with pytest.raises(UserError, match="Another job"):
+    with pytest.raises(UserError, match="Another training"):
         idle.submit({**settings, "output_name": "CAT"})
     assert len(idle.store.jobs()) == 1 and len(list(idle.folders.jobs.iterdir())) == 1
 

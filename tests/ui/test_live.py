@@ -44,6 +44,21 @@ def test_the_queue_waits_its_turn(page, files, train):
     page.wait_for_function("() => document.querySelectorAll('#lora_trainer_queue_list li').length === 1")
 
 
+def test_a_training_that_waits_is_paused_and_resumed_in_its_place(page, files, train, manager):
+    start(page, files)
+    for name in ("second", "third"):
+        page.fill("#lora_trainer_field_output_name", name)
+        page.click("#lora_trainer_start")
+        wait_for_text(page, "queue", name)
+    row = page.locator("#lora_trainer_queue_list li", has_text="second")
+    row.get_by_text("Pause", exact=True).click()
+    row.get_by_text("paused", exact=True).wait_for()
+    assert row.get_by_role("button").all_inner_texts() == ["Resume", "Remove"]
+    row.get_by_text("Resume", exact=True).click()
+    row.get_by_text("waiting for its turn").wait_for()
+    assert [job.name for job in manager.store.jobs(("queued",))] == ["second", "third"]
+
+
 def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     train.free, train.checkpoints = True, (5, 10)
     start(page, files)

@@ -24,7 +24,8 @@ def test_from_pictures_to_the_prompt(page, files, train, manager):
     estimated(page)
     assert page.input_value("#lora_trainer_field_trigger_word") == "zwxht"
     assert page.input_value("#lora_trainer_field_lora_rank") == "8", "what the kind suggests"
-    assert text(page, "fact_steps") == "240" and text(page, "fact_visits") == "12 × 80"
+    assert text(page, "fact_steps") == "240"
+    assert text(page, "fact_sum") == "12 pictures × 8 repeats × 10 epochs / batch 4"
     page.click("#lora_trainer_start")
     page.wait_for_selector("#lora_trainer_live:not([hidden])")
     train.allow(5)
@@ -52,10 +53,10 @@ def test_a_picture_can_be_left_out_and_taken_in_again(page, files, manager):
     page.hover(".lora_trainer_small_picture >> nth=2")
     page.click(".lora_trainer_take_out >> nth=2")
     wait_for_text(page, "pictures", "11 pictures are fine")
-    assert "1 left out" in text(page, "pictures") and page.locator("#lora_trainer_thumbnails img").count() == 11
+    assert "1 excluded" in text(page, "pictures") and page.locator("#lora_trainer_thumbnails img").count() == 11
     dataset = manager.folders.datasets / page.evaluate("loraTrainer.pictures.chosen")
     assert (dataset / "02.png").exists() and not page.is_visible("#lora_trainer_refused")
-    page.click("text=Take them in again")
+    page.click("text=Include them again")
     wait_for_text(page, "pictures", "12 pictures are fine")
 
 
@@ -84,9 +85,9 @@ def test_all_pictures_can_be_left_out_and_taken_in_again(page, files):
     for left in (1, 0):
         page.click("#lora_trainer_thumbnails button >> nth=0")
         page.wait_for_function(f"() => document.querySelectorAll('#lora_trainer_thumbnails img').length === {left}")
-    wait_for_text(page, "pictures", "0 pictures are fine · 2 left out")
+    wait_for_text(page, "pictures", "0 pictures are fine · 2 excluded")
     assert page.is_hidden("#lora_trainer_problem_train_data_dir")
-    page.click("text=Take them in again")
+    page.click("text=Include them again")
     wait_for_text(page, "pictures", "2 pictures are fine")
 
 

@@ -33,7 +33,7 @@ def runs(page, manager):
 def test_runs_are_searched_and_ordered_with_what_runs_now_first(runs, manager, train):
     runs.select_option("#lora_trainer_runs_order", "name")
     wait_for_list(runs, ["alpha", "beta", "gamma"])
-    runs.fill("#lora_trainer_runs_search", "CATS a b")
+    runs.fill("#lora_trainer_runs_search", "CATS bet")
     wait_for_list(runs, ["beta"])
     assert text(runs, "runs_count") == "1 of 1"
     runs.fill("#lora_trainer_runs_search", "")

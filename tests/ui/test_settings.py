@@ -100,7 +100,8 @@ def test_a_number_of_steps_decides_how_often_a_picture_is_seen(page, files):
         Object.entries(settings).forEach(([name, value]) => loraTrainer.form.set(name, value));
     }""")
     estimated(page)
-    assert (text(page, "fact_steps"), text(page, "fact_visits")) == ("24", "12 × 12")
+    steps = "12 pictures × 8 repeats = 16 steps an epoch; max_train_steps sets how many in all"
+    assert (text(page, "fact_steps"), text(page, "fact_sum")) == ("24", steps)
 
 
 def test_optimizer_arguments_are_what_they_look_like(page):

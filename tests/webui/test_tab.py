@@ -122,7 +122,7 @@ def test_pictures_go_from_the_gallery_to_the_trainer(page):
     assert captions == ["a red ellipse, 背景"] * 2
     page.hover(".lora_trainer_small_picture >> nth=0")
     page.click(".lora_trainer_take_out >> nth=0")
-    until(page, "document.querySelector('#lora_trainer_pictures').innerText.includes('1 left out')")
+    until(page, "document.querySelector('#lora_trainer_pictures').innerText.includes('1 excluded')")
 
 
 def beside(page, field, words):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.dataset.findings import Finding, Severity
+from lora_trainer.dataset.findings import Finding, Severity, verdict
 from lora_trainer.dataset.text.encoding import Encoder
 from lora_trainer.dataset.text.rows import Row, read_rows
 
@@ -46,7 +46,7 @@ class TextReport:
         lines = [f"{one.severity + ':':<9}{one.file}: {one.message} {one.remedy}" for one in self.findings]
         counted = "" if self.tokens is None else f", {self.tokens} tokens, {self.labelled} of them learned"
         lines.append(f"{self.rows} rows{counted}")
-        lines.append("A training would not start." if self.stops_training else "A training can start.")
+        lines.append(verdict(self.findings, self.stops_training))
         return "\n".join(lines)
 
 

@@ -1,0 +1,24 @@
+// How the number of steps comes about, so that a reader can do the sum.
+(function(app) {
+    "use strict";
+
+    const count = (n, one, many) => (n === 1 ? app.t(one) : app.t(many, {n}));
+
+    /** facts: what the estimate says. The steps themselves stand in the line below. */
+    app.sum = function(facts) {
+        const pictures = count(facts.pictures, "1 picture", "{n} pictures");
+        const epochs = count(facts.epochs, "1 epoch", "{n} epochs");
+        const even = facts.pictures * facts.repeats === facts.visits_per_epoch;
+        const seen = even ? [pictures, count(facts.repeats, "1 repeat", "{n} repeats")].join(" × ")
+            : app.t("{pictures}, seen {n} times an epoch", {pictures, n: facts.visits_per_epoch});
+        const batch = facts.batch_size * facts.accumulation;
+        const {stops_at: limit} = facts;
+        if (even && !limit && facts.visits_per_epoch * facts.epochs === facts.steps * batch) {
+            const accumulated = facts.accumulation > 1 ? " " + app.t("({batch} × {n} accumulated)", {batch: facts.batch_size, n: facts.accumulation}) : "";
+            return `${seen} × ${epochs} / ${app.t("batch {n}", {n: batch})}${accumulated}`;
+        }
+        // Batches hold pictures of one size, and the last one of each may not be full: only whole steps add up.
+        const steps = app.t("{seen} = {n} steps an epoch", {seen, n: facts.steps_per_epoch});
+        return limit ? app.t("{steps}; max_train_steps sets how many in all", {steps}) : `${steps} × ${epochs}`;
+    };
+})(loraTrainer);
