@@ -2,15 +2,13 @@
 (function(app) {
     "use strict";
 
-    const count = (n, one, many) => (n === 1 ? app.t(one) : app.t(many, {n}));
-
     /** facts: what the estimate says. The steps themselves stand in the line below. */
     app.sum = function(facts) {
-        const pictures = count(facts.pictures, "1 picture", "{n} pictures");
-        const epochs = count(facts.epochs, "1 epoch", "{n} epochs");
+        const pictures = app.t(facts.pictures === 1 ? "1 picture" : "{n} pictures", {n: facts.pictures});
+        const repeats = app.t(facts.repeats === 1 ? "1 repeat" : "{n} repeats", {n: facts.repeats});
+        const epochs = app.t(facts.epochs === 1 ? "1 epoch" : "{n} epochs", {n: facts.epochs});
         const even = facts.pictures * facts.repeats === facts.visits_per_epoch;
-        const seen = even ? [pictures, count(facts.repeats, "1 repeat", "{n} repeats")].join(" × ")
-            : app.t("{pictures}, seen {n} times an epoch", {pictures, n: facts.visits_per_epoch});
+        const seen = even ? `${pictures} × ${repeats}` : app.t("{pictures}, seen {n} times an epoch", {pictures, n: facts.visits_per_epoch});
         const batch = facts.batch_size * facts.accumulation;
         const {stops_at: limit} = facts;
         if (even && !limit && facts.visits_per_epoch * facts.epochs === facts.steps * batch) {
