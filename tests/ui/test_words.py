@@ -29,7 +29,7 @@ def test_no_two_settings_have_one_label():
 def test_words_that_say_another_thing_elsewhere_are_not_used():
     """A training that waits is paused and resumed, as one that runs is; a picture is seen, and excluded."""
     said = read_html(train_tab.create_ui(), dataset_tab.create_ui(), results_tab.create_ui()).words | words_of_scripts()
-    odd = [text for text in said if re.search(r"(?i)\bvisits?\b|\bjobs?\b|\bhold\b|\bheld\b(?!-out)", text)]
+    odd = [text for text in said if re.search(r"(?i)\bvisits?\b|\bjobs?\b|\bhold\b", text)]
     assert not odd and not {"Start", "Hold"} & said
     assert not [text for text in CHINESE if re.search(r"\bjob\b", text)]
 
