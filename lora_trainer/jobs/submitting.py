@@ -36,7 +36,19 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
         message = f"{config.merge_into_base} does not say in which folder."
         raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
-    return confine_config(config, host.folders().data, host.access(), known_models(host))
+    config = confine_config(config, host.folders().data, host.access(), known_models(host))
+    if _is_for_text(config):
+        message = "Language models are trained on the command line only."
+        raise UserError(message, field="base_model", remedy="Use python -m lora_trainer train --config run.yaml.")
+    return config
+
+
+def _is_for_text(config: TrainConfig) -> bool:
+    if config.task == "auto" and not os.path.isdir(config.base_model):
+        return False  # without torch, which is slow to import
+    from lora_trainer.run.workloads import task_of
+
+    return task_of(config) == "text"
 
 
 def check_beginning(config: TrainConfig) -> None:

@@ -50,6 +50,17 @@ def test_what_publishing_would_refuse_is_refused_before_the_training(idle, setti
         idle.submit(settings)
 
 
+@pytest.mark.parametrize("task", ["auto", "text"])
+def test_language_models_and_their_code_are_refused_here(idle, settings, tmp_path, task):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    given = {**settings, "base_model": str(tmp_path), "task": task}
+    with pytest.raises(UserError, match="command line"):
+        idle.submit(given)
+    with pytest.raises(UserError) as caught:
+        idle.submit({**given, "trust_remote_code": True})
+    assert caught.value.field == "trust_remote_code"
+
+
 def test_a_name_that_the_webui_never_finds_is_refused_before_the_training(idle, settings):
     with pytest.raises(UserError, match="keeps it for itself"):
         idle.submit({**settings, "output_name": "None"})
