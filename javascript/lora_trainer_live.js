@@ -170,7 +170,13 @@
     };
     live.state = (job) => app.t(STATES[job.status] || job.status);
 
-    const PHASES = {pictures: "Looking at the pictures", latents: "Encoding the pictures", captions: "Encoding the captions"};
+    const PHASES = {
+        starting: "Preparing …", captioning: "Describing the pictures", pictures: "Looking at the pictures",
+        model: "Preparing the model", latents: "Encoding the pictures", captions: "Encoding the captions",
+        previews: "Drawing the previews", hashing: "Computing the base model's hash", saving: "Saving",
+        merging: "Merging into the base model", publishing: "Putting it into your Lora tab",
+        verifying: "Loading it back and trying it",
+    };
 
     function showStrip(job) {
         const share = job.total_steps ? job.step / job.total_steps : 0;
@@ -185,8 +191,10 @@
     }
 
     function facts(job) {
-        if (PHASES[job.phase]) return [app.t(PHASES[job.phase]) + (job.phase_total ? ` ${job.phase_done}/${job.phase_total}` : "")];
-        if (!job.total_steps) return job.active ? [app.t("Preparing …")] : [];
+        const phase = job.active && PHASES[job.phase] && app.t(PHASES[job.phase]) + (job.phase_total ? ` ${job.phase_done}/${job.phase_total}` : "");
+        if (!job.total_steps) return job.active ? [phase || app.t("Preparing …")] : [];
+        if (phase && !job.step) return [phase];
+        if (phase) return [phase, app.t("step {step} of {total}", {step: job.step, total: job.total_steps})];
         const parts = [app.t("step {step} of {total}", {step: job.step, total: job.total_steps}), app.t("epoch {n}", {n: job.epoch})];
         if (job.active && job.speed) parts.push(app.speed(job.speed));
         if (job.active && job.seconds_left !== null && job.status === "running") parts.push(app.t("{time} left", {time: app.duration(job.seconds_left)}));

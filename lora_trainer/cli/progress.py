@@ -21,6 +21,8 @@ class ProgressBar(TrainCallbacks):
         self._loss: float | None = None
 
     def on_phase(self, name: str, done: int, total: int) -> None:
+        if name == "training" or not total:  # the steps have a bar of their own; what is not counted has none
+            return
         bar = self._show(name, total, "")
         bar.update(done - bar.n)
         if done >= total:

@@ -130,6 +130,7 @@ def _newest(
     def show(lora: Path, step: int) -> None:
         if lora.stem == config.output_name:
             return  # the last one, which comes with all that belongs to it when the run is over
+        reporter.on_phase("publishing", 0, 0)
         try:
             newest.show(lora, step, reporter.last_preview)
         except Exception as error:  # the host's code, or a full disk
@@ -162,7 +163,9 @@ def _publish(
     job = store.get(job.id)
     overwrite = submitting.stored_config(job).overwrite
     try:
-        facts = publish(host, job, config, lora, job.name, reporter.last_preview, overwrite=overwrite)
+        facts = publish(
+            host, job, config, lora, job.name, reporter.last_preview, overwrite=overwrite, on_phase=reporter.on_phase
+        )
     except UserError as error:
         remedy = f"{error.remedy or ''} The LoRA is safe in the job; publish it from there.".strip()
         reporter.warn(Problem(error.message, error.field, remedy))

@@ -69,8 +69,8 @@ def notes(job: Job, config: TrainConfig, pictures: int) -> str:
 
 
 def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, picture: Path | None, *,
-            overwrite: bool) -> dict[str, Any]:  # fmt: skip
-    """Hand the LoRA to the host and have it checked there.
+            overwrite: bool, on_phase: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:  # fmt: skip
+    """Hand the LoRA to the host and have it checked there. on_phase: is told "publishing", then "verifying".
 
     Returns what to remember: ``published`` (path), ``published_step`` and ``chosen_step`` (None: it is the last),
     ``verified`` and ``verdict``.
@@ -78,7 +78,9 @@ def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, pi
     Raises:
         UserError: the name is taken, the disk is full; the LoRA stays where it is.
     """
+    on_phase("publishing", 0, 0)
     path = _copied(host, lora, name, make_card(job, config, picture), overwrite=overwrite)
+    on_phase("verifying", 0, 0)
     verified = _verify(host, path, config.trigger_word or job.name)
     return {"published": str(path), "published_step": None, "chosen_step": None, **verified}
 

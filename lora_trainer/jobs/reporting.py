@@ -64,7 +64,10 @@ class JobReporter(TrainCallbacks):
         new = name != self._phase
         self._phase = name
         self._last_step = None
-        self._note(new or done == total, phase=name, phase_done=done, phase_total=total)
+        values: dict[str, Any] = {"phase": name, "phase_done": done, "phase_total": total}
+        if name == "training":
+            values |= {"step": done, "total_steps": total, "phase_done": 0, "phase_total": 0}
+        self._note(new or done == total, **values)
         if new:
             self._event("phase", name, {"total": total})
 
@@ -85,10 +88,9 @@ class JobReporter(TrainCallbacks):
         if report.loss is not None:
             values["loss"] = float(report.loss)
         first = self._phase != "training"
-        if first:
+        if first:  # after a wait, or a LoRA that was published
             self._phase = "training"
             values |= {"phase": "training", "phase_done": 0, "phase_total": 0}
-            self._event("phase", "training", {"total": report.total_steps})
         last = report.step >= report.total_steps or self._status(False) != "running"
         self._note(first or last, **values)
 

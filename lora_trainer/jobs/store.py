@@ -205,7 +205,8 @@ class JobStore:
         with self._transaction() as connection:
             ids = [row[0] for row in connection.execute("SELECT id FROM jobs WHERE active = 1 ORDER BY id")]
             for job_id in ids:
-                values = {"status": "interrupted", "active": False, "finished": time.time(), "seconds_left": None}
+                values = {"status": "interrupted", "active": False, "finished": time.time(), "seconds_left": None,
+                          "phase": ""}  # fmt: skip
                 self._update(connection, job_id, values)
                 _insert_event(connection, job_id, "status", "interrupted", {})
         return ids

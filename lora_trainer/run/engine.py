@@ -91,6 +91,7 @@ def train(
     turn = patient_turns(lender, callbacks, commands)
     commands.resting = lender.rest
 
+    callbacks.on_phase("model", 0, 0)  # a WebUI may have to load it first
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision, model.compute_dtype)
         run_key = _run_key(config, workload, model, precision.name, initial)
@@ -139,6 +140,7 @@ def train(
             outcome = Outcome("stopped", 0, work.source.total_steps, 0, None, 0.0, None)
         result = _result(config, workload, outputs, outcome)
         if outcome.status == "finished" and merge is not None:
+            callbacks.on_phase("merging", 0, 0)
             try:
                 result = dataclasses.replace(result, merged=merge())
             except UserError as error:  # the LoRA is there all the same

@@ -39,6 +39,7 @@ class LoraSaver:
         """Hash the base's file. That takes seconds: not before the first LoRA is there to be saved, and not in a turn,
         for which the WebUI would wait."""
         if self.facts.model_hash is None:
+            self.callbacks.on_phase("hashing", 0, 0)
             self.facts = replace(self.facts, model_hash=self.model_hash())
 
     def __call__(self, step: int, epoch: int, kind: str) -> Path:

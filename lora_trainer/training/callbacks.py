@@ -35,7 +35,11 @@ class TrainCallbacks:
     """Override what is of interest. Called in the training thread, so it must return quickly."""
 
     def on_phase(self, name: str, done: int, total: int) -> None:
-        """Progress of what comes before the steps: "latents", "captions" …"""
+        """What the run is doing, and how far it is; total 0 where that is not counted.
+
+        Before the steps: "captioning", "pictures", "model", "latents", "captions". Around them: "previews", "hashing",
+        "saving", and "training" (counted in steps) as the steps begin or go on. At the end: "merging".
+        """
 
     def on_step(self, report: StepReport) -> None:
         """After every optimizer step."""

@@ -136,6 +136,7 @@ class Trainer:
         self.measurements: list[Measurement] = []
         self.lora: Path | None = None
         self._said: tuple[str, int] | None = None  # the last verdict that was reported
+        self._phase = ""  # what the callbacks were told last
         self._state_saved_at = 0.0  # counted from the start of ``run``
 
     @property
@@ -162,6 +163,7 @@ class Trainer:
                 self._draw_previews()
             while self.step < self.total_steps:
                 epoch, position = divmod(self.step, self.steps_per_epoch)
+                self._phase = ""  # an epoch's pictures may be encoded first, which is a phase of its own
                 if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):
                     return self._stop()
                 with closing(self._steps(epoch, position)) as steps:
@@ -179,6 +181,8 @@ class Trainer:
 
     def _take_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """One optimizer step, its report, and what is due after it."""
+        if self._phase != "training":
+            self._enter("training", self.step, self.total_steps)
         started = time.monotonic()
         rates = learning_rates(self.train_step.optimizer)
         try:
@@ -193,6 +197,10 @@ class Trainer:
         self._guard(loss)
         self._measure_when_due()
         self._save_when_due()
+
+    def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
+        self._phase = phase
+        self.callbacks.on_phase(phase, done, total)
 
     def _report(self, loss: float | None, rates: dict[str, float], seconds: float, images: int) -> None:
         rate = next(iter(rates.values()))
@@ -294,6 +302,8 @@ class Trainer:
                 self._draw_previews()
             if not self.commands.paused or self.commands.stopping:
                 return
+            if self._phase != "training":
+                self._enter("training", self.step, self.total_steps)
             self.commands.wait_while_paused(PAUSE_POLL_SECONDS)
 
     def _save_when_due(self) -> None:
@@ -311,6 +321,7 @@ class Trainer:
 
     def _save_lora(self, kind: str) -> None:
         self.saver.prepare()
+        self._enter("saving")
         with self.turn(), self.train_step.averaged():
             self.lora = self.saver(self.step, self.epoch, kind)
         self.callbacks.on_saved(self.lora, self.step, "lora")
@@ -333,9 +344,11 @@ class Trainer:
 
     def _draw_previews(self) -> None:
         """Every preview prompt as a PNG; the same noise each time, so that the pictures show what training changed."""
-        if self.previewer is None:
+        prompts = self.config.preview_prompts
+        if self.previewer is None or not prompts:
             return
-        for index, prompt in enumerate(self.config.preview_prompts):
+        self._enter("previews", 0, len(prompts))
+        for index, prompt in enumerate(prompts):
             path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
             meant, seed = with_trigger(prompt, self.config.trigger_word), self.config.seed + index
             self.adapters.eval()
@@ -357,6 +370,7 @@ class Trainer:
                 self.callbacks.on_warning(f"No preview at step {self.step}: {problem}")
                 return
             self.callbacks.on_preview(path, self.step, prompt)
+            self._enter("previews", index + 1, len(prompts))
 
     # -- beginning and end ----------------------------------------------------------------------------------------
 

@@ -138,6 +138,7 @@ class FakeTrain:
         self.saves = 0
         self.measured: dict[int, tuple[float, float]] = {}  # step -> validation and training loss
         self.checkpoints: tuple[int, ...] = ()  # steps at which a LoRA is saved on the way, with a preview
+        self.phases: tuple[tuple[str, int, int], ...] = ()  # told before the first step
         self._permits = threading.Semaphore(0)
 
     def allow(self, steps: int = 1) -> None:
@@ -158,6 +159,8 @@ class FakeTrain:
         metrics.write_text("".join(old))
         callbacks.on_phase("latents", 0, 2)
         callbacks.on_phase("latents", 2, 2)
+        for phase in self.phases:
+            callbacks.on_phase(*phase)
         while step < self.total_steps:
             if not self._may_step(callbacks, commands):
                 return self._end(output, config, step, callbacks, commands)

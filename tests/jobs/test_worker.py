@@ -251,6 +251,24 @@ def test_the_host_checks_the_lora_and_what_is_wrong_is_told(manager, train, sett
     assert told == [] if verified else len(told) == 1 and str(verdict) in told[0]
 
 
+def test_publishing_and_the_check_in_the_webui_are_phases(manager, train, settings, host, monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow_verify(lora, prompt):
+        asked.set()
+        assert answer.wait(10)
+
+    monkeypatch.setattr(host, "verify", slow_verify)
+    train.free = True
+    job = manager.submit(settings)
+    assert asked.wait(10)
+    assert (manager.store.get(job.id).phase, status_of(manager, job)) == ("verifying", "running")
+    answer.set()
+    job = wait_status(manager, job, "finished")
+    phases = [event.text for event in manager.store.events(job.id) if event.kind == "phase"]
+    assert phases[-2:] == ["publishing", "verifying"] and job.phase == ""
+
+
 def test_commands_that_make_no_sense_say_so(manager, train, settings):
     train.free = True
     job = wait_status(manager, manager.submit(settings), "finished")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -253,6 +254,18 @@ def test_previews_without_a_webui(settings):
     listener = Listener()
     run(settings, listener, preview_prompts=["a red disc"], save_steps=3)
     assert listener.previews and all(path.stat().st_size > 100 for path in listener.previews)
+
+
+def test_each_phase_is_said_as_it_begins_and_with_its_own_count(settings):
+    """ "Encoding the captions 2/2" once stood there while the first preview was drawn."""
+    listener = Listener()
+    run(settings, listener, preview_prompts=["a red disc", "a blue one"], save_steps=2, max_train_steps=3)
+    names = [name for name, _ in itertools.groupby(listener.phases, key=lambda phase: phase[0])]
+    saved = ["hashing", "saving", "previews"]
+    assert names == ["pictures", "model", "latents", "captions", "previews", "training", *saved, "training", *saved[1:]]
+    drawn = [phase[1:] for phase in listener.phases if phase[0] == "previews"]
+    assert drawn == [(0, 2), (1, 2), (2, 2)] * 3
+    assert [phase[1:] for phase in listener.phases if phase[0] == "training"] == [(0, 3), (2, 3)]
 
 
 def test_previews_in_the_data_folder_are_no_pictures_to_train_on(settings):

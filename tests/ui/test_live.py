@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -30,6 +31,19 @@ def test_two_pages_agree(page, open_page, files, train):
     page.click("#lora_trainer_job_buttons >> text=Stop and save")
     for one in (page, other):
         wait_for_text(one, "job_state", "stopped")
+
+
+def test_what_goes_on_around_the_steps_is_said(page, files, train, manager, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(manager.host, "verify", lambda lora, prompt: answer.wait(20) and None)
+    train.phases = (("previews", 1, 2),)
+    start(page, files)
+    wait_for_text(page, "job_facts", "Drawing the previews 1/2")
+    train.allow(20)
+    wait_for_text(page, "job_facts", "Loading it back and trying it")
+    answer.set()
+    wait_for_text(page, "job_state", "finished")
+    assert "step 20 of 20" in text(page, "job_facts") and "Loading" not in text(page, "job_facts")
 
 
 def test_the_queue_waits_its_turn(page, files, train):
