@@ -11,6 +11,7 @@
     // inPicker: which weights the LoRA pickers were last told of, by job.
     const live = (app.live = {
         job: null, details: null, asked: false, points: [], lastEvent: 0, seenRunning: new Set(), ended: new Map(), looking: null, inPicker: new Map(),
+        interrupted: [],
     });
     let cursor = null;
     let timer = null;
@@ -79,6 +80,8 @@
         else if (live.job) live.forget(); // another page deleted it
         if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
         showQueue(answer.queue);
+        live.interrupted = answer.interrupted;
+        showInterrupted();
         for (const job of changed) {
             if (!job.finished) continue;
             if (live.seenRunning.delete(job.id)) over(job);
@@ -216,7 +219,7 @@
         const lines = [];
         if (job.status === "waiting") lines.push(app.said(job.phase));
         if (job.error) lines.push(app.sentence(job.error));
-        if (job.status === "interrupted") lines.push(app.t("The WebUI ended in the middle. Resume goes on from the last saved state."));
+        if (job.status === "interrupted") lines.push(howItWasCutOff(job));
         if (job.published) lines.push(whatIsThere(job));
         if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
@@ -291,6 +294,7 @@
         app.remember("closed", job.id);
         app.show(app.get("live"), false);
         app.strip.show(null);
+        showInterrupted();
     }
 
     /** A job that has not begun is paused and resumed in its place in the queue. */
@@ -314,6 +318,31 @@
         if (list.dataset.key === key) return;
         list.dataset.key = key;
         list.replaceChildren(...queue.map(row));
+    }
+
+    // -- what a server that ended has cut off
+
+    function howItWasCutOff(job) {
+        const values = {name: job.name, step: job.step, total: job.total_steps, saved: job.saved_step};
+        if (!job.step) return app.t("{name} was cut off, as the WebUI ended, before its first step.", values);
+        if (!job.saved_step) return app.t("{name} was cut off, as the WebUI ended, at step {step} of {total}. Nothing was saved before; it begins anew.", values);
+        return app.t("{name} was cut off, as the WebUI ended, at step {step} of {total}. It goes on from step {saved}.", values);
+    }
+
+    /** Offer what was cut off, but for the job that the panel shows with the same words. */
+    function showInterrupted() {
+        const shown = live.job && !app.get("live").hidden ? live.job.id : null;
+        const jobs = live.interrupted.filter((job) => job.id !== shown);
+        app.show(app.get("interrupted"), jobs.length);
+        const list = app.get("interrupted_list");
+        const key = JSON.stringify(jobs.map((job) => [job.id, job.attempt]));
+        if (list.dataset.key === key) return;
+        list.dataset.key = key;
+        list.replaceChildren(...jobs.map((job) => app.el("li", {},
+            app.el("span", {}, howItWasCutOff(job)),
+            app.el("span", {class: "row"},
+                app.button("Resume", () => live.command(job, "resume"), "primary"),
+                app.button("Leave it", () => live.command(job, "stop"), "link")))));
     }
 
     /** The job of the panel was deleted. */

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _INTERNAL = {"folder", "config", "effective_config", "result", "warnings", "error"}
 
+_RESUMED = ("interrupted", "stopped", "failed")
+
 Text = TypeVar("Text", str, "str | None")
 
 
@@ -59,6 +61,7 @@ class Context:
             "published": Path(published).stem if published else None,
             "published_step": job.result.get("published_step"),
             "verified": job.result.get("verified"),
+            "saved_step": self.manager.folders.saved_step(job) if job.status in _RESUMED else None,
         }
         if detailed:
             values |= {"config": self.plain(job.config), "effective_config": self.plain(job.effective_config)}

@@ -23,7 +23,7 @@ COMMANDS = {
     "pause": "Wait after this step, with the device free for pictures: jobs behind it wait too, until it is resumed or "
     "stopped. Or let others go before a queued job.",
     "resume": "Go on after a pause; an interrupted, stopped or failed job goes to the front of the queue.",
-    "stop": "End after this step; what was saved before stays.",
+    "stop": "End after this step; what was saved before stays. One that was interrupted is not offered any more.",
     "stop-and-save": "End after this step with the LoRA saved and published.",
     "save-now": "Save the LoRA and the state after this step.",
     "preview-now": "Draw the previews after this step.",
@@ -45,6 +45,7 @@ def routes(context: Context) -> APIRouter:
             "running": context.job(snapshot.running) if snapshot.running else None,
             "queue": [context.job(job) for job in snapshot.queue],
             "changed": [context.job(job) for job in snapshot.changed],
+            "interrupted": [context.job(job) for job in snapshot.interrupted],
             "metrics_job": snapshot.metrics_job,
             "points": points.points if points else [],
             "points_follow": points.complete if points else True,

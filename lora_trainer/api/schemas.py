@@ -24,7 +24,10 @@ class ErrorModel(ProblemModel):
 
 
 class JobModel(BaseModel):
-    """One job. Times are seconds since 1970; files are paths for ``/jobs/{id}/files/``."""
+    """One job. Times are seconds since 1970; files are paths for ``/jobs/{id}/files/``.
+
+    saved_step: where a job that did not come to its end goes on; 0: from its beginning.
+    """
 
     id: int
     name: str
@@ -58,6 +61,7 @@ class JobModel(BaseModel):
     published: str | None = None
     published_step: int | None = None
     verified: bool | None = None
+    saved_step: int | None = None
     revision: int
 
 
@@ -169,7 +173,8 @@ class MetricsModel(BaseModel):
 class StatusModel(BaseModel):
     """Everything a page shows. Send ``cursor`` back as ``since``; ``unchanged`` says that nothing differs.
 
-    running: the job in hand. queue: jobs that wait. changed: jobs over that changed since. points: new points of the
+    running: the job in hand. queue: jobs that wait. changed: jobs over that changed since. interrupted: jobs that were
+    cut off as the server ended, to be resumed or stopped. points: new points of the
     curve of ``metrics_job``; ``points_follow`` is false when the curve begins anew with them.
     """
 
@@ -178,6 +183,7 @@ class StatusModel(BaseModel):
     running: JobModel | None = None
     queue: list[JobModel] = []
     changed: list[JobModel] = []
+    interrupted: list[JobModel] = []
     metrics_job: int | None = None
     points: list[dict[str, Any]] = []
     points_follow: bool = True

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HOLD_OPTION = "lora_trainer_hold_model"
 WAIT_OPTION = "lora_trainer_switch_waits"
+RESUME_OPTION = "lora_trainer_resume"
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import Job
 
 _MARK = ".lora-trainer-job"
+_STATE = re.compile(r".*-step(\d+)\.state")
 
 
 class JobFolders:
@@ -64,6 +65,12 @@ class JobFolders:
 
     def metrics(self, job: Job) -> Path:
         return self.output(job) / "logs" / "metrics.jsonl"
+
+    def saved_step(self, job: Job) -> int:
+        """The step of the newest training state that the job left; 0 where there is none."""
+        folder = self.output(job) / "state"
+        names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+        return max((int(match[1]) for name in names if (match := _STATE.fullmatch(name))), default=0)
 
     def remove(self, job: Job) -> None:
         """Delete the job's own folder: never anything that a link leads to, never a folder without our mark."""

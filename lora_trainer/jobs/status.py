@@ -15,6 +15,7 @@ from lora_trainer.jobs.worker import JobManager
 _CURSOR = re.compile(r"([0-9a-z]{1,20})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})")
 _RECENT_CHANGES = 100
 _EVENTS = 100
+_OFFERS = 5
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Cursor:
 class Snapshot:
     """cursor: to be shown with the next request. unchanged: nothing below differs from the last answer (all empty).
     running: the job in hand, if any; queue: those that wait, in order; changed: jobs over that changed since.
+    interrupted: jobs that were cut off as a server ended, newest first; they wait for a person.
     metrics: new points of ``metrics_job``'s curve. events: since the last look. trouble: why nothing trains here.
     """
 
@@ -53,6 +55,7 @@ class Snapshot:
     running: Job | None = None
     queue: tuple[Job, ...] = ()
     changed: tuple[Job, ...] = ()
+    interrupted: tuple[Job, ...] = ()
     metrics: Points | None = None
     metrics_job: int | None = None
     events: tuple[Event, ...] = ()
@@ -100,6 +103,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
         running,
         tuple(job for job in here if not job.active),
         tuple(changed),
+        tuple(store.jobs(("interrupted",), limit=_OFFERS)),
         points,
         shown.id if shown else None,
         tuple(events),

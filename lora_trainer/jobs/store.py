@@ -123,6 +123,15 @@ class JobStore:
         )
         return _job(row) if row else None
 
+    def last_in_hand(self) -> Job | None:
+        """The job that was started last."""
+        row = (
+            self._connection()
+            .execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE started IS NOT NULL ORDER BY started DESC LIMIT 1")
+            .fetchone()
+        )
+        return _job(row) if row else None
+
     def revision(self) -> int:
         """Grows with every change; equal revisions mean that nothing changed."""
         return self._connection().execute("SELECT value FROM counters WHERE name = 'revision'").fetchone()[0]
@@ -203,13 +212,13 @@ class JobStore:
     def mark_interrupted(self) -> list[int]:
         """Every job that was in hand when its server vanished becomes ``interrupted``; returns their ids."""
         with self._transaction() as connection:
-            ids = [row[0] for row in connection.execute("SELECT id FROM jobs WHERE active = 1 ORDER BY id")]
-            for job_id in ids:
+            rows = connection.execute("SELECT id, status FROM jobs WHERE active = 1 ORDER BY id").fetchall()
+            for job_id, before in rows:
                 values = {"status": "interrupted", "active": False, "finished": time.time(), "seconds_left": None,
                           "phase": ""}  # fmt: skip
                 self._update(connection, job_id, values)
-                _insert_event(connection, job_id, "status", "interrupted", {})
-        return ids
+                _insert_event(connection, job_id, "status", "interrupted", {"from": before})
+        return [job_id for job_id, _ in rows]
 
     def reorder(self, job_ids: Sequence[int]) -> None:
         """Put these queued jobs first, in this order. Raises UnknownJobError, UserError for one not queued."""

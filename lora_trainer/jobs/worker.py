@@ -20,7 +20,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
-from lora_trainer.jobs.execution import execute, unexpected
+from lora_trainer.jobs.execution import RESUME_OPTION, execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, Job, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
@@ -114,6 +114,7 @@ class JobManager:
                     continue
                 if not recovered:
                     self.store.mark_interrupted()
+                    self._resume_by_itself()
                     recovered = True
                 job = self.store.next_queued()
                 job = self.store.claim(job.id) if job else None
@@ -127,6 +128,24 @@ class JobManager:
                     trouble = repr(error)
                     log.exception("The job queue has trouble; trying again")
                 self._wake.wait(_TAKE_OVER_SECONDS)
+
+    def _resume_by_itself(self) -> None:
+        """Put the job that was cut off as the last server ended in front, where the settings say so.
+
+        Not one that was paused, and not one that was cut off twice in a row without having saved anything: whatever
+        ends the server would do so again and again.
+        """
+        job = self.store.last_in_hand()
+        if job is None or job.status != "interrupted" or not self.host.option(RESUME_OPTION, False):
+            return
+        cuts = []
+        for event in reversed(self.store.events(job.id, limit=_MAX_EVENTS)):
+            if event.kind == "saved":
+                break
+            if (event.kind, event.text) == ("status", "interrupted"):
+                cuts.append(event)
+        if len(cuts) < 2 and all(event.data.get("from") != "paused" for event in cuts):
+            self.resume(job.id)
 
     def _own_queue(self) -> bool:
         try:
@@ -224,8 +243,9 @@ class JobManager:
         return self.store.get(job_id)
 
     def stop(self, job_id: int) -> Job:
-        """End after this step; what was saved before stays."""
-        return self._command(job_id, "stop", idle={"queued": "stopped", "paused": "stopped"})
+        """End after this step; what was saved before stays. One that was cut off is not offered any more."""
+        idle = dict.fromkeys(("queued", "paused", "interrupted"), "stopped")
+        return self._command(job_id, "stop", idle=idle)
 
     def stop_and_save(self, job_id: int) -> Job:
         """End after this step with the LoRA saved; it is published like a finished one."""

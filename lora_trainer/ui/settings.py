@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION
-from lora_trainer.jobs.execution import HOLD_OPTION, WAIT_OPTION
+from lora_trainer.jobs.execution import HOLD_OPTION, RESUME_OPTION, WAIT_OPTION
 from lora_trainer.planning.presets import PRESETS
 
 # These three are read by the page: javascript/lora_trainer_main.js, _form.js and _live.js.
@@ -47,6 +47,11 @@ OPTIONS = (
         WAIT_OPTION,
         False,
         "A base model chosen during a training is loaded when the training is over (instead of pausing it)",
+    ),
+    SettingOption(
+        RESUME_OPTION,
+        False,
+        "A training that was cut off, because the WebUI ended or crashed, goes on by itself when it starts again",
     ),
     SettingOption(
         FOLDERS_OPTION,

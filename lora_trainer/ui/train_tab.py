@@ -194,8 +194,10 @@ def _live() -> Markup:
     job = tag("section", head, facts, tag("div", id_="job_message", class_="notice", role="status", hidden=True),
               buttons, tag("div", curve, previews, class_="panels"), log, id_="live", class_="card live",
               hidden=True, tabindex=-1, aria_label="The current training")  # fmt: skip
+    cut_off = tag("section", tag("h3", "Cut off"), tag("ul", id_="interrupted_list"), id_="interrupted", class_="card",
+                  hidden=True)  # fmt: skip
     queue = tag("section", tag("h3", "Queue"), tag("ol", id_="queue_list"), id_="queue", class_="card", hidden=True)
-    return Markup(job + queue)
+    return Markup(cut_off + job + queue)
 
 
 _LOSS_HELP = (

@@ -138,6 +138,7 @@ class FakeTrain:
         self.saves = 0
         self.measured: dict[int, tuple[float, float]] = {}  # step -> validation and training loss
         self.checkpoints: tuple[int, ...] = ()  # steps at which a LoRA is saved on the way, with a preview
+        self.state_every = 1
         self.phases: tuple[tuple[str, int, int], ...] = ()  # told before the first step
         self._permits = threading.Semaphore(0)
 
@@ -151,8 +152,8 @@ class FakeTrain:
         self.configs.append(config)
         output = Path(config.output_dir)
         (output / "logs").mkdir(parents=True, exist_ok=True)
-        state = output / "state" / f"{config.output_name}.state"
-        step = int(state.read_text()) if state.exists() and config.resume == "auto" else 0
+        states = output / "state"
+        step = max((int(path.stem[-8:]) for path in states.glob("*.state")), default=0) if config.resume == "auto" else 0
         metrics = output / "logs" / "metrics.jsonl"
         lines = metrics.read_text().splitlines(True) if step else []
         old = [line for line in lines if json.loads(line)["step"] <= step]
@@ -180,8 +181,11 @@ class FakeTrain:
                 self._preview(output, config, step, callbacks)
             if step in self.checkpoints:
                 self._save(output / f"{config.output_name}-step{step}.safetensors", step, callbacks)
-            state.parent.mkdir(exist_ok=True)
-            state.write_text(str(step))
+            if step % self.state_every == 0:
+                states.mkdir(exist_ok=True)
+                path = states / f"{config.output_name}-00000000-step{step:08d}.state"
+                path.touch()
+                callbacks.on_saved(path, step, "state")
         return self._end(output, config, step, callbacks, commands)
 
     def _may_step(self, callbacks: Any, commands: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api")
 from lora_trainer.errors import UserError
+from lora_trainer.jobs.worker import JobManager
 from tests.ui.person import start, text, wait_for_text
 
 
@@ -44,6 +45,28 @@ def test_what_goes_on_around_the_steps_is_said(page, files, train, manager, monk
     answer.set()
     wait_for_text(page, "job_state", "finished")
     assert "step 20 of 20" in text(page, "job_facts") and "Loading" not in text(page, "job_facts")
+
+
+def test_what_a_server_that_ended_cut_off_is_offered(page, open_page, files, train, manager):
+    train.state_every = 8
+    start(page, files)
+    train.allow(11)
+    wait_for_text(page, "job_facts", "step 11 of 20")
+    manager.close()  # and a second job is there as the next server begins
+    again = JobManager(manager.host, train=train)
+    again.submit({"train_data_dir": again.store.jobs()[0].dataset, "output_name": "second"})
+    manager.__dict__.update(again.__dict__)  # the routes keep the manager they were made with
+    manager.start_worker()
+    for one in (page, open_page()):
+        wait_for_text(one, "job_name", "second")
+        wait_for_text(one, "interrupted", "hat_v1 was cut off, as the WebUI ended, at step 11 of 20. It goes on from step 8.")
+    page.click("#lora_trainer_interrupted >> text=Resume")
+    wait_for_text(page, "queue", "hat_v1")
+    page.wait_for_selector("#lora_trainer_interrupted", state="hidden")
+    train.free = True
+    wait_for_text(page, "job_name", "hat_v1")
+    wait_for_text(page, "job_state", "finished")
+    assert [config.output_name for config in train.configs] == ["hat_v1", "second", "hat_v1"]
 
 
 def test_the_queue_waits_its_turn(page, files, train):
