@@ -95,7 +95,8 @@
             const {continues} = app.form;
             const settings = app.form.settings();
             // Pictures and base model are looked at before anything starts, not when its turn comes.
-            const {problems} = await app.post("/estimate", {settings});
+            const shown = settings.base_model ? null : app.get("field_base_model").dataset.selected || null;
+            const {problems} = await app.post("/estimate", {settings, shown});
             if (problems.length && app.pictures.rows.length && !app.pictures.captioned()) {
                 throw new app.ServerError(0, {field: "trigger_word", message: app.t("Your pictures have no captions."), remedy: app.t("Give a trigger word that stands for what they show, or caption them in step 1.")});
             }
@@ -103,8 +104,8 @@
             app.form.started = settings.output_name; // before the answer: a page may be reloaded while it comes
             app.form.store();
             const job = continues
-                ? await app.post(`/jobs/${continues.id}/continue`, {changes: await changesOf(continues, settings)})
-                : await app.post("/jobs", {settings});
+                ? await app.post(`/jobs/${continues.id}/continue`, {changes: await changesOf(continues, settings), shown})
+                : await app.post("/jobs", {settings, shown});
             app.form.clearProblems();
             app.form.continues = null;
             app.form.set("overwrite", undefined);
@@ -113,6 +114,8 @@
             app.live.focus(job.id);
         } catch (error) {
             app.form.started = null;
+            app.form.told = (error.problems || []).find((problem) => problem.field === "base_model") || null;
+            app.live.look(); // the model that is selected may be another one than the page knows
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
             wrong = true;

@@ -46,6 +46,7 @@
             cursor = answer.cursor;
             if (live.job && !live.asked) loadDetails(live.job);
             if (answer.unchanged) return;
+            app.follow(answer.base).catch(live.complain);
             trouble = answer.trouble ? app.sentence(answer.trouble) : "";
             showTrouble();
             await take(answer);
@@ -186,6 +187,7 @@
         app.setText(app.get("job_name"), job.name);
         app.setText(app.get("job_state"), live.state(job));
         app.get("job_state").dataset.status = job.status;
+        app.setText(app.get("job_base"), job.base_model ? app.t("on {model}", {model: job.base_model}) : "");
         app.setText(app.get("job_percent"), job.total_steps ? Math.floor(share * 100) + " %" : "");
         app.get("bar_fill").style.width = share * 100 + "%";
         app.get("bar").setAttribute("aria-valuenow", Math.floor(share * 100));

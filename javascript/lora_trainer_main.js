@@ -22,20 +22,32 @@
 
     async function fillModels() {
         const {checkpoints, has_one: hasOne} = await app.fetchJson("/checkpoints");
-        const loaded = checkpoints.find((one) => one.loaded);
-        const own = hasOne ? app.t("the model that is loaded") : app.t(checkpoints.length ? "choose …" : "no base model found");
-        const text = loaded ? app.t("{name} (loaded)", {name: loaded.title}) : own;
+        const selected = checkpoints.find((one) => one.selected);
+        const own = hasOne ? app.t("the model that is selected") : app.t(checkpoints.length ? "choose …" : "no base model found");
+        const text = selected ? app.t(selected.loaded ? "{name} (loaded)" : "{name} (selected)", {name: selected.title}) : own;
         const list = app.get("field_base_model");
         const key = JSON.stringify(checkpoints);
         if (list.dataset.key === key) return;
         list.dataset.key = key;
+        list.dataset.selected = selected ? selected.title : "";
         list.replaceChildren(
             app.el("option", {value: ""}, text),
-            ...checkpoints.filter((one) => !one.loaded).map((one) => app.el("option", {value: one.title}, one.title)),
+            ...checkpoints.filter((one) => !one.selected).map((one) => app.el("option", {value: one.title}, one.title)),
         );
-        if (!hasOne && !loaded && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
+        if (!hasOne && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
         app.form.show("base_model");
     }
+
+    let known = null;
+
+    /** The host's selected model, as every look at the server says it: the page shows and counts with no other. */
+    app.follow = async function(base) {
+        const before = known;
+        known = base;
+        if (JSON.stringify(base) === JSON.stringify(before)) return;
+        await fillModels();
+        if (before && base && base.title !== before.title && !app.form.value("base_model")) app.estimate.soon();
+    };
 
     /** The words of the page as it comes from the server; see app.isOurs. */
     function translate(page) {
@@ -103,7 +115,7 @@
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
     }
 
-    /** The tab is opened: another model may have been loaded meanwhile. */
+    /** The tab is opened: another model may have been selected meanwhile, or its list read anew. */
     function opened() {
         const tab = typeof get_uiCurrentTabContent === "function" && get_uiCurrentTabContent();
         if (!app.begun || !tab || tab.id !== "tab_lora_trainer") return;
@@ -115,4 +127,6 @@
     if (typeof onUiLoaded === "function") onUiLoaded(whenReady);
     else document.addEventListener("DOMContentLoaded", whenReady);
     if (typeof onUiTabChange === "function") onUiTabChange(opened);
+    // Another checkpoint at the top is an option of the host's that changes.
+    if (typeof onOptionsChanged === "function") onOptionsChanged(() => app.begun && app.live.look());
 })(loraTrainer);

@@ -63,9 +63,8 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/checkpoints", response_model=schemas.CheckpointListModel)
     def list_checkpoints() -> dict[str, Any]:
-        """The host's base models; a job names one by its title in ``base_model``, or none for the loaded one."""
-        found = context.host.checkpoints()
-        rows = [{"title": context.plain(one.title), "loaded": one.loaded} for one in found]
+        """The host's base models; a job names one by its title in ``base_model``, or none for the selected one."""
+        rows = [context.checkpoint(one) for one in context.host.checkpoints()]
         return {"checkpoints": rows, "has_one": context.host.name != "standalone"}
 
     @router.get("/settings", response_model=schemas.SettingListModel)
@@ -96,7 +95,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/estimate", response_model=schemas.EstimateModel)
     def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:
         """Pictures accepted and refused, buckets, steps, minutes and memory of a run with these settings."""
-        facts = estimate_job(new.given(), context.host, context.manager.store)
+        facts = estimate_job(new.given(), context.host, context.manager.store, new.shown)
         facts["refused"] = [
             {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
         ]

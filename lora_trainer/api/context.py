@@ -13,7 +13,7 @@ from lora_trainer.workspace.paths import redact
 from lora_trainer.workspace.presets import OwnPresets
 
 if TYPE_CHECKING:
-    from lora_trainer.host.base import Host
+    from lora_trainer.host.base import Checkpoint, Host
     from lora_trainer.jobs.worker import JobManager
 
 _INTERNAL = {"folder", "config", "effective_config", "result", "warnings", "error"}
@@ -66,6 +66,9 @@ class Context:
         if detailed:
             values |= {"config": self.plain(job.config), "effective_config": self.plain(job.effective_config)}
         return values
+
+    def checkpoint(self, one: Checkpoint | None) -> dict[str, Any] | None:
+        return one and {"title": self.plain(one.title), "selected": one.selected, "loaded": one.loaded}
 
     def event(self, event: Event) -> dict[str, Any]:
         values = {field.name: getattr(event, field.name) for field in fields(event)}

@@ -45,6 +45,7 @@ def routes(context: Context) -> APIRouter:
             "running": context.job(snapshot.running) if snapshot.running else None,
             "queue": [context.job(job) for job in snapshot.queue],
             "changed": [context.job(job) for job in snapshot.changed],
+            "base": context.checkpoint(snapshot.base),
             "interrupted": [context.job(job) for job in snapshot.interrupted],
             "metrics_job": snapshot.metrics_job,
             "points": points.points if points else [],
@@ -101,7 +102,7 @@ def routes(context: Context) -> APIRouter:
     @router.post("/jobs", response_model=schemas.JobDetailModel, status_code=201)
     def submit(new: schemas.NewJobModel) -> dict[str, Any]:
         """Check the settings and append a job to the queue."""
-        return context.job(manager.submit(new.given(), held=new.held), detailed=True)
+        return context.job(manager.submit(new.given(), held=new.held, shown=new.shown), detailed=True)
 
     @router.post("/jobs/reorder", response_model=schemas.JobListModel)
     def reorder(order: schemas.OrderModel) -> dict[str, Any]:
@@ -122,12 +123,14 @@ def routes(context: Context) -> APIRouter:
     @router.post("/jobs/{job_id}/duplicate", response_model=schemas.JobDetailModel, status_code=201)
     def duplicate(changes: schemas.ChangesModel, job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
         """The same settings once more, with changes, under a name that is free."""
-        return context.job(manager.duplicate(job_id, changes.changes, held=changes.held), detailed=True)
+        job = manager.duplicate(job_id, changes.changes, held=changes.held, shown=changes.shown)
+        return context.job(job, detailed=True)
 
     @router.post("/jobs/{job_id}/continue", response_model=schemas.JobDetailModel, status_code=201)
     def continue_from(changes: schemas.ChangesModel, job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
         """A new job that starts from the LoRA that this one made."""
-        return context.job(manager.continue_from(job_id, changes.changes, held=changes.held), detailed=True)
+        job = manager.continue_from(job_id, changes.changes, held=changes.held, shown=changes.shown)
+        return context.job(job, detailed=True)
 
     @router.post("/jobs/{job_id}/publish", response_model=schemas.JobDetailModel)
     def publish(options: schemas.PublishModel, job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:

@@ -107,11 +107,15 @@ class DifferencesModel(BaseModel):
 
 
 class NewJobModel(BaseModel):
-    """Settings as a mapping, or as YAML text; exactly one of them. ``held`` jobs are paused until ``start``."""
+    """Settings as a mapping, or as YAML text; exactly one of them. ``held`` jobs are paused until ``start``.
+
+    shown: title of the base model that a person saw where the settings name none; another one is refused.
+    """
 
     settings: dict[str, Any] | None = None
     yaml: str | None = None
     held: bool = False
+    shown: str | None = None
 
     def given(self) -> dict[str, Any] | str:
         """Whichever was sent. Raises UserError for both or none."""
@@ -123,10 +127,11 @@ class NewJobModel(BaseModel):
 
 
 class ChangesModel(BaseModel):
-    """Settings that differ from the job's."""
+    """Settings that differ from the job's. ``shown``: as with a new job."""
 
     changes: dict[str, Any] = {}
     held: bool = False
+    shown: str | None = None
 
 
 class OrderModel(BaseModel):
@@ -170,12 +175,20 @@ class MetricsModel(BaseModel):
     follow: bool
 
 
+class CheckpointModel(BaseModel):
+    """selected: a job that names none trains on it. loaded: it is in memory now."""
+
+    title: str
+    selected: bool
+    loaded: bool
+
+
 class StatusModel(BaseModel):
     """Everything a page shows. Send ``cursor`` back as ``since``; ``unchanged`` says that nothing differs.
 
     running: the job in hand. queue: jobs that wait. changed: jobs over that changed since. interrupted: jobs that were
-    cut off as the server ended, to be resumed or stopped. points: new points of the
-    curve of ``metrics_job``; ``points_follow`` is false when the curve begins anew with them.
+    cut off as the server ended, to be resumed or stopped. base: the host's selected base model.
+    points: new points of the curve of ``metrics_job``; ``points_follow`` is false when the curve begins anew with them.
     """
 
     cursor: str
@@ -184,6 +197,7 @@ class StatusModel(BaseModel):
     queue: list[JobModel] = []
     changed: list[JobModel] = []
     interrupted: list[JobModel] = []
+    base: CheckpointModel | None = None
     metrics_job: int | None = None
     points: list[dict[str, Any]] = []
     points_follow: bool = True
@@ -310,11 +324,6 @@ class NewPresetModel(BaseModel):
 
 class NameModel(BaseModel):
     name: str
-
-
-class CheckpointModel(BaseModel):
-    title: str
-    loaded: bool
 
 
 class CheckpointListModel(BaseModel):

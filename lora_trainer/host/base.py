@@ -24,11 +24,13 @@ class Checkpoint:
     """One base model of the host's list.
 
     title: what the user sees and what ``Host.lender`` takes.
-    loaded: what "" means to ``Host.lender``; in a host that loads late, what it will load next.
+    selected: what "" means to ``Host.lender``, and what the host draws its next picture with.
+    loaded: it is in memory now. A host that loads late has another one there, or none, until the next picture.
     """
 
     title: str
     path: Path | None
+    selected: bool = False
     loaded: bool = False
 
 
@@ -131,8 +133,12 @@ class Host(Protocol):
         ...
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Every base model in the host's list, the loaded one marked."""
+        """Every base model in the host's list, the selected one and the loaded one marked."""
         ...
+
+    def selected(self) -> Checkpoint | None:
+        """The selected one of ``checkpoints``, if any. Cheap: it is asked for with every look of a page."""
+        return next((one for one in self.checkpoints() if one.selected), None)
 
     def device(self) -> torch.device:
         """Where lent models compute."""

@@ -61,16 +61,26 @@ class WebuiHost(Host):
         return main_dtype(self._weights())
 
     def checkpoints(self) -> list[Checkpoint]:
-        current = self._current()
+        selected = self._selected()
         return [
-            Checkpoint(info.title, Path(info.filename), info.filename == current)
+            self._listed(info, info is selected)
             for info in list(self._webui.sd_models.checkpoints_list.values())  # the WebUI may refresh it meanwhile
         ]
 
-    def _current(self) -> str | None:
-        """File of the checkpoint that a run without one is meant for."""
+    def selected(self) -> Checkpoint | None:
+        info = self._selected()
+        return None if info is None else self._listed(info, True)
+
+    def _listed(self, info: Any, selected: bool) -> Checkpoint:
         loaded = loaded_model(self._webui)
-        return None if loaded is None else loaded.sd_checkpoint_info.filename
+        there = loaded is not None and loaded.sd_checkpoint_info.filename == info.filename
+        return Checkpoint(info.title, Path(info.filename), selected, there)
+
+    def _selected(self) -> Any | None:
+        """As the WebUI's ``select_checkpoint``, which prints a line each time when the file is gone."""
+        sd_models = self._webui.sd_models
+        listed, name = sd_models.checkpoints_list, self._webui.shared.opts.data.get("sd_model_checkpoint")
+        return sd_models.checkpoint_aliases.get(name) or listed.get(name) or next(iter(listed.values()), None)
 
     # Lending and drawing ------------------------------------------------------------------------------------------
 
@@ -94,11 +104,7 @@ class WebuiHost(Host):
     def _checkpoint(self, name: str) -> Any:
         sd_models = self._webui.sd_models
         if not name:
-            try:
-                selected = sd_models.select_checkpoint()
-            except FileNotFoundError:
-                selected = None
-            if selected is None:
+            if (selected := self._selected()) is None:
                 raise UserError(
                     "The WebUI has no base model.", field="base_model",
                     remedy="Put a Stable Diffusion checkpoint into models/Stable-diffusion and refresh the list.",

@@ -9,7 +9,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.jobs.execution import lender_options
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.store import JobStore
-from lora_trainer.jobs.submitting import check_beginning, check_settings, name_taken, stored_config
+from lora_trainer.jobs.submitting import check_beginning, check_settings, check_shown, name_taken, stored_config
 from lora_trainer.planning.cost import PastRun
 from lora_trainer.planning.estimate import estimate
 from lora_trainer.workspace.captioners import captioner_sources
@@ -22,13 +22,18 @@ _MIN_STEPS = 5  # a shorter run says nothing about speed
 _TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
 
 
-def estimate_job(settings: Mapping[str, Any] | str, host: Host, store: JobStore) -> dict[str, Any]:
+def estimate_job(
+    settings: Mapping[str, Any] | str, host: Host, store: JobStore, shown: str | None = None
+) -> dict[str, Any]:
     """``planning.estimate`` of these settings, and ``name_taken``: why the LoRA cannot be called so, or None.
+
+    shown: see ``check_shown``.
 
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
     """
     config = check_settings(settings, host)
+    check_shown(config, host, shown)
     with concerning("base_model"):
         info = host.lender(config.base_model, lender_options(host, config)).describe()
     check_beginning(config)

@@ -68,8 +68,17 @@ def notes(job: Job, config: TrainConfig, pictures: int) -> str:
     return "\n".join(lines)
 
 
-def publish(host: Host, job: Job, config: TrainConfig, lora: Path, name: str, picture: Path | None, *,
-            overwrite: bool, on_phase: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:  # fmt: skip
+def publish(
+    host: Host,
+    job: Job,
+    config: TrainConfig,
+    lora: Path,
+    name: str,
+    picture: Path | None,
+    *,
+    overwrite: bool,
+    on_phase: Callable[[str, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Hand the LoRA to the host and have it checked there. on_phase: is told "publishing", then "verifying".
 
     Returns what to remember: ``published`` (path), ``published_step`` and ``chosen_step`` (None: it is the last),

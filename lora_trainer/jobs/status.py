@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from dataclasses import dataclass
 
 from lora_trainer.errors import Problem
+from lora_trainer.host.base import Checkpoint
 from lora_trainer.jobs.job import Event, Job, UnknownJobError
 from lora_trainer.jobs.metrics import Points, has_grown, read_points
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.worker import JobManager
 
-_CURSOR = re.compile(r"([0-9a-z]{1,20})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})")
+_CURSOR = re.compile(r"([0-9a-z]{1,20})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,18})")
 _RECENT_CHANGES = 100
 _EVENTS = 100
 _OFFERS = 5
@@ -20,7 +22,8 @@ _OFFERS = 5
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a page is: the server's process, revision of the queue, last event, and place in the running job's curve.
+    """Where a page is: the server's process, revision of the queue, last event, place in the running job's curve, and
+    the base model that it knows to be selected.
 
     A page shows it again with the next request and never looks inside.
     """
@@ -31,9 +34,11 @@ class Cursor:
     job: int = 0
     attempt: int = 0
     offset: int = 0
+    base: int = 0
 
     def __str__(self) -> str:
-        return f"{self.server}-{self.revision}-{self.event}-{self.job}-{self.attempt}-{self.offset}"
+        places = (self.revision, self.event, self.job, self.attempt, self.offset, self.base)
+        return "-".join([self.server, *map(str, places)])
 
     @classmethod
     def parse(cls, text: str | None) -> Cursor:
@@ -47,7 +52,8 @@ class Snapshot:
     """cursor: to be shown with the next request. unchanged: nothing below differs from the last answer (all empty).
     running: the job in hand, if any; queue: those that wait, in order; changed: jobs over that changed since.
     interrupted: jobs that were cut off as a server ended, newest first; they wait for a person.
-    metrics: new points of ``metrics_job``'s curve. events: since the last look. trouble: why nothing trains here.
+    base: the host's selected base model. metrics: new points of ``metrics_job``'s curve. events: since the last look.
+    trouble: why nothing trains here.
     """
 
     cursor: str
@@ -56,6 +62,7 @@ class Snapshot:
     queue: tuple[Job, ...] = ()
     changed: tuple[Job, ...] = ()
     interrupted: tuple[Job, ...] = ()
+    base: Checkpoint | None = None
     metrics: Points | None = None
     metrics_job: int | None = None
     events: tuple[Event, ...] = ()
@@ -72,7 +79,10 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
         last = Cursor(server)
     revision = store.revision()
     curve = manager.curve_of(last.job) if last.job else None
-    if since and revision == last.revision and (curve is None or not has_grown(curve, last.offset)):
+    base = manager.host.selected()
+    base_mark = zlib.crc32(repr(base).encode())
+    same = (revision, base_mark) == (last.revision, last.base)
+    if since and same and (curve is None or not has_grown(curve, last.offset)):
         return Snapshot(str(last), True)
     known = last.revision if last.revision <= revision else 0  # the database was replaced
     here = store.jobs(("running", "paused", "waiting", "stopping", "queued"))
@@ -83,9 +93,9 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
     points = None
     offset = 0
     if shown is not None:
-        same = (shown.id, shown.attempt) == (last.job, last.attempt)
-        points = read_points(manager.folders.metrics(shown), last.offset if same else 0)
-        if not same:
+        followed = (shown.id, shown.attempt) == (last.job, last.attempt)
+        points = read_points(manager.folders.metrics(shown), last.offset if followed else 0)
+        if not followed:
             points = Points(points.points, points.offset, False)
         offset = points.offset
     events = store.events(since=last.event if known else 0, limit=_EVENTS)
@@ -96,6 +106,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
         shown.id if shown else 0,
         shown.attempt if shown else 0,
         offset,
+        base_mark,
     )
     return Snapshot(
         str(cursor),
@@ -104,6 +115,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
         tuple(job for job in here if not job.active),
         tuple(changed),
         tuple(store.jobs(("interrupted",), limit=_OFFERS)),
+        base,
         points,
         shown.id if shown else None,
         tuple(events),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,24 @@ def _is_for_text(config: TrainConfig) -> bool:
     return task_of(config) == "text"
 
 
+def check_shown(config: TrainConfig, host: Host, shown: str | None) -> None:
+    """Raises UserError when a person was shown another base model (by its title) than the one that is selected, and
+    would be trained, now."""
+    now = host.selected()
+    if not shown or config.base_model or now is None or _unhashed(shown) == _unhashed(now.title):
+        return
+    raise UserError(
+        f"The WebUI's model is {now.title} now, and {shown} was shown.",
+        field="base_model",
+        remedy="Look at what a training on it takes, and start again; or choose the model by its name.",
+    )
+
+
+def _unhashed(title: str) -> str:
+    """A WebUI adds a file's hash to its title when it has computed it: "name.safetensors [12ab34cd56]"."""
+    return re.sub(r" \[[0-9a-f]+\]$", "", title)
+
+
 def check_beginning(config: TrainConfig) -> None:
     """What a run would refuse before anything else, without its model. Raises UserError."""
     from lora_trainer.run import check_files
@@ -72,10 +91,11 @@ def known_models(host: Host) -> set[str]:
 
 
 def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[str, Any] | str, *,
-            held: bool = False) -> Job:  # fmt: skip
-    """Append a checked job to the queue, with its folder. Raises UserError."""
+            held: bool = False, shown: str | None = None) -> Job:  # fmt: skip
+    """Append a checked job to the queue, with its folder. ``shown``: see ``check_shown``. Raises UserError."""
     values = read_settings(settings)
     config = check_settings(values, host)
+    check_shown(config, host, shown)
     given = config.output_name or _last_part(config.output_dir)
     if given:
         name = check_name(given, "output_name")
@@ -83,8 +103,9 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
             raise UserError(reason, field="output_name", remedy="Choose another name, or allow overwriting it.")
     else:
         name = free_name(store, host, _plain_stem(config.train_data_dir))
-    # The model that is loaded now is meant, whatever is loaded when the job's turn comes.
-    base_model = config.base_model or next((it.title for it in host.checkpoints() if it.loaded), "")
+    # The model that is selected now is meant, whatever is selected when the job's turn comes.
+    selected = host.selected()
+    base_model = config.base_model or (selected.title if selected else "")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
     def prepare(job_id: int) -> dict[str, Any]:

@@ -206,10 +206,13 @@ class JobManager:
 
     # -- what a person can ask for
 
-    def submit(self, settings: Mapping[str, Any] | str, *, held: bool = False) -> Job:
-        """Check settings (a mapping or YAML) and append the job; ``held`` jobs are paused until ``start``."""
+    def submit(self, settings: Mapping[str, Any] | str, *, held: bool = False, shown: str | None = None) -> Job:
+        """Check settings (a mapping or YAML) and append the job; ``held`` jobs are paused until ``start``.
+
+        shown: title of the base model that a person saw where the settings name none; another one is refused.
+        """
         with self._naming:
-            job = submitting.add_job(self.store, self.folders, self.host, settings, held=held)
+            job = submitting.add_job(self.store, self.folders, self.host, settings, held=held, shown=shown)
         self._wake.set()
         return job
 
@@ -262,18 +265,32 @@ class JobManager:
         self.store.reorder(job_ids)
         return self.store.jobs(("queued",))
 
-    def duplicate(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
+    def duplicate(
+        self,
+        job_id: int,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        held: bool = False,
+        shown: str | None = None,
+    ) -> Job:
         """The same settings again, with changes and a name that is free."""
         job = self.store.get(job_id)
         changes = dict(changes or {})
         with self._naming:
             changes.setdefault("output_name", submitting.free_name(self.store, self.host, job.name))
-            return self.submit(submitting.merged(job, changes), held=held)
+            return self.submit(submitting.merged(job, changes), held=held, shown=shown)
 
-    def continue_from(self, job_id: int, changes: Mapping[str, Any] | None = None, *, held: bool = False) -> Job:
+    def continue_from(
+        self,
+        job_id: int,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        held: bool = False,
+        shown: str | None = None,
+    ) -> Job:
         """A new job that starts from the LoRA this one made."""
-        lora = self.result_file(job_id, "lora")
-        return self.duplicate(job_id, {"init_lora": str(lora), "resume": "auto", **(changes or {})}, held=held)
+        changes = {"init_lora": str(self.result_file(job_id, "lora")), "resume": "auto", **(changes or {})}
+        return self.duplicate(job_id, changes, held=held, shown=shown)
 
     def delete(self, job_id: int, *, confirm: bool = False) -> None:
         """Forget a job and delete its own folder. The published LoRA and the pictures stay."""

@@ -181,7 +181,8 @@ def _presets() -> Markup:
 def _live() -> Markup:
     progress = tag("div", tag("div", id_="bar_fill", class_="bar_fill"), id_="bar", class_="bar", role="progressbar",
                    aria_valuemin=0, aria_valuemax=100, aria_label="Progress")  # fmt: skip
-    head = tag("div", tag("h3", id_="job_name"), tag("span", id_="job_state", class_="state"), progress,
+    head = tag("div", tag("h3", id_="job_name"), tag("span", id_="job_state", class_="state"),
+               tag("span", id_="job_base", class_="base"), progress,
                tag("span", id_="job_percent", class_="percent"), class_="strip")  # fmt: skip
     facts = tag("p", id_="job_facts", class_="status")  # which a screen reader would speak at every step
     buttons = tag("div", id_="job_buttons", class_="row")

@@ -220,7 +220,7 @@ def test_the_catalog(client, monkeypatch):
     presets = client.get("/presets", params={"pictures": 12, "family": "sdxl"}).json()["presets"]
     assert [one["kind"] for one in presets] == ["style", "character", "scene", "object"]
     assert presets[0]["settings"]["batch_size"] == 1
-    rows = [{"title": "tiny.safetensors [abc]", "loaded": True}]
+    rows = [{"title": "tiny.safetensors [abc]", "selected": True, "loaded": True}]
     assert client.get("/checkpoints").json() == {"checkpoints": rows, "has_one": False}
     rows = client.get("/settings").json()["settings"]
     assert all(row["explanation"] for row in rows) and {"lora_rank", "base_model"} <= {row["name"] for row in rows}

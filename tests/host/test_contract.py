@@ -33,6 +33,7 @@ def test_the_list_names_every_checkpoint_once(host, models):
     assert {checkpoint.path.stem for checkpoint in listed} == {"first", "second", "third"}
     assert len({checkpoint.title for checkpoint in listed}) == 3
     assert sum(checkpoint.loaded for checkpoint in listed) <= 1
+    assert [checkpoint for checkpoint in listed if checkpoint.selected] == [one for one in [host.selected()] if one]
 
 
 def test_a_checkpoint_is_found_by_title_path_and_stem(host, models):

@@ -67,8 +67,10 @@ class FakeHost(Host):
     publish_error: Exception | None = None
     verdict: str | Exception | None = None
     requests: list[Any] = field(default_factory=list)
+    models: dict[str, tuple[bool, bool]] = field(default_factory=dict)  # title -> (selected, loaded)
 
     def __post_init__(self) -> None:
+        self.models = self.models or {"tiny.safetensors [abc]": (True, True)}
         (self.root / "Lora").mkdir(parents=True, exist_ok=True)
 
     def folders(self) -> Folders:
@@ -81,7 +83,7 @@ class FakeHost(Host):
         return self.options.get(key, default)
 
     def checkpoints(self) -> list[Checkpoint]:
-        return [Checkpoint("tiny.safetensors [abc]", self.root / "tiny.safetensors", True)]
+        return [Checkpoint(title, self.root / title.split(" ")[0], *there) for title, there in self.models.items()]
 
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -153,7 +155,8 @@ class FakeTrain:
         output = Path(config.output_dir)
         (output / "logs").mkdir(parents=True, exist_ok=True)
         states = output / "state"
-        step = max((int(path.stem[-8:]) for path in states.glob("*.state")), default=0) if config.resume == "auto" else 0
+        saved = states.glob("*.state") if config.resume == "auto" else ()
+        step = max((int(path.stem[-8:]) for path in saved), default=0)
         metrics = output / "logs" / "metrics.jsonl"
         lines = metrics.read_text().splitlines(True) if step else []
         old = [line for line in lines if json.loads(line)["step"] <= step]

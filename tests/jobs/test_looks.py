@@ -94,6 +94,17 @@ def test_half_a_line_that_a_full_disk_left_is_no_news(manager, train, settings):
     assert [point["step"] for point in look(manager, cursor).metrics.points] == [5]
 
 
+def test_another_model_that_is_selected_is_news(idle):
+    host = idle.host
+    first = look(idle)
+    assert first.base.title == "tiny.safetensors [abc]" and look(idle, first.cursor).unchanged
+    host.models = {"tiny.safetensors [abc]": (False, True), "other.safetensors": (True, False)}
+    second = look(idle, first.cursor)
+    assert (second.base.title, second.base.loaded) == ("other.safetensors", False)
+    host.models = {"other.safetensors": (True, True)}
+    assert look(idle, second.cursor).base.loaded and not look(idle, second.cursor).changed
+
+
 def test_two_pages_agree(manager, train, settings):
     train.free = True
     job = manager.submit(settings)
@@ -105,10 +116,10 @@ def test_two_pages_agree(manager, train, settings):
     assert [one.id for one in look(manager, first.cursor).queue] == [held.id]
 
 
-@given(st.one_of(st.text(max_size=80), st.from_regex(r"[0-9a-z]+(-\d{1,20}){5}", fullmatch=True)))
+@given(st.one_of(st.text(max_size=80), st.from_regex(r"[0-9a-z]+(-\d{1,20}){6}", fullmatch=True)))
 def test_any_text_is_a_cursor(text):
     assert isinstance(Cursor.parse(text), Cursor)
-    assert Cursor.parse(str(Cursor("ab", 1, 2, 3, 4, 5))) == Cursor("ab", 1, 2, 3, 4, 5)
+    assert Cursor.parse(str(Cursor("ab", 1, 2, 3, 4, 5, 6))) == Cursor("ab", 1, 2, 3, 4, 5, 6)
 
 
 def test_an_idle_look_is_cheap_with_five_hundred_jobs(idle):

@@ -176,7 +176,7 @@ def test_an_offer_can_be_declined_for_good(host, two_jobs):
 
 @pytest.mark.parametrize("option, goes_on", [(True, True), (False, False)])
 def test_an_option_resumes_by_itself_what_was_cut_off(host, two_jobs, option, goes_on):
-    first, second = two_jobs
+    first, _ = two_jobs
     host.options[RESUME_OPTION] = option
     train = FakeTrain(20)
     manager = JobManager(host, train=train)
@@ -190,7 +190,7 @@ def test_an_option_resumes_by_itself_what_was_cut_off(host, two_jobs, option, go
 
 
 def test_what_was_paused_and_what_ends_every_server_waits_for_a_person(host, settings, two_jobs):
-    first, second = two_jobs
+    first, _ = two_jobs
     host.options[RESUME_OPTION] = True
 
     def restart():

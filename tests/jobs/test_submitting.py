@@ -10,6 +10,7 @@ import pytest
 
 from lora_trainer.config import from_mapping, parse_yaml
 from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.jobs.estimating import estimate_job
 from tests.jobs.fakes import wait_status
 
 
@@ -108,6 +109,22 @@ def test_the_lender_gets_the_runs_precision_and_the_hosts_options(manager, train
     wait_status(manager, manager.submit({**settings, "clip_skip": 2}), "finished")
     options = host.lender_options[0]
     assert options.hold and not options.wait_for_model and options.clip_skip == 2
+
+
+def test_another_model_than_was_shown_is_refused(idle, settings, host):
+    first, second = "tiny.safetensors [abc]", "other.safetensors"
+    host.models = {first: (False, True), second: (True, False)}
+    for send in (idle.submit, lambda values, **more: estimate_job(values, host, idle.store, **more)):
+        with pytest.raises(UserError, match=r"is other\.safetensors now, and tiny\.safetensors \[abc\]") as caught:
+            send(settings, shown=first)
+        assert caught.value.field == "base_model" and caught.value.remedy
+    assert not idle.store.jobs()
+    assert idle.submit(settings, shown=second).base_model == second
+    named = {**settings, "base_model": first, "output_name": "named"}
+    assert idle.submit(named, shown=first).base_model == first, "what is named is what is trained"
+    host.models = {first: (True, True)}
+    hashed_since = idle.submit({**settings, "output_name": "third"}, shown="tiny.safetensors")
+    assert hashed_since.base_model == first, "it has got its hash in between"
 
 
 def test_a_job_keeps_the_model_that_was_loaded_when_it_was_sent(idle, settings):

@@ -110,6 +110,55 @@ def test_what_a_run_said_of_a_setting_stays_beside_it_until_something_is_changed
     assert page.is_hidden("#lora_trainer_problem_resolution")
 
 
+MODELS = {"a.safetensors [1]": (True, True), "b.safetensors [2]": (False, False)}
+
+
+def until_shown(page, base):
+    wait = "(text) => loraTrainer.get('field_base_model').selectedOptions[0].innerText === text"
+    page.wait_for_function(wait, arg=base)
+
+
+def test_the_page_follows_the_model_that_is_selected_in_the_webui(page, files, manager, monkeypatch):
+    host, described = manager.host, []
+    lender = host.lender
+
+    def noting(name, options):
+        described.append(host.selected())
+        return lender(name, options)
+
+    monkeypatch.setattr(host, "lender", noting)
+    host.models = dict(MODELS)
+    until_shown(page, "a.safetensors [1] (loaded)")
+    add(page, files)
+    estimated(page)
+    host.models = {"a.safetensors [1]": (False, True), "b.safetensors [2]": (True, False)}  # with the tab open
+    until_shown(page, "b.safetensors [2] (selected)")
+    for _ in range(100):
+        if described[-1].title.startswith("b."):
+            break
+        page.wait_for_timeout(50)
+    assert described[-1].title == "b.safetensors [2]", "time and memory are asked for anew"
+
+
+def test_another_model_than_the_page_shows_is_not_trained(page, files, manager):
+    host = manager.host
+    host.models = dict(MODELS)
+    until_shown(page, "a.safetensors [1] (loaded)")
+    add(page, files)
+    page.fill("#lora_trainer_field_output_name", "hat_v1")
+    estimated(page)
+    page.evaluate("loraTrainer.live.look = async () => {}")  # no look at the server before Start
+    host.models = {"a.safetensors [1]": (False, True), "b.safetensors [2]": (True, False)}
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "problem_base_model", "model is b.safetensors [2] now, and a.safetensors [1] was shown.")
+    assert not manager.store.jobs()
+    page.reload()
+    until_shown(page, "b.safetensors [2] (selected)")
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "job_base", "on tiny-model")
+    assert "base_model: b.safetensors [2]" in manager.store.get(1).effective_config
+
+
 PROBLEMS = {
     "no captions": ("trigger_word", {"bare": True, "trigger_word": ""}, "Your pictures have no captions"),
     "no pictures": ("train_data_dir", {}, "No pictures are chosen"),

@@ -52,11 +52,3 @@ class ForgeHost(WebuiHost):
 
     def captioners(self) -> dict[str, HostCaptioner]:
         return forge_captioners(self._webui, self._turns)
-
-    def _current(self) -> str | None:
-        """What is selected: Forge loads it only for the next picture, and has the former one until then."""
-        try:
-            selected = self._webui.sd_models.select_checkpoint()
-        except FileNotFoundError:
-            return None
-        return None if selected is None else selected.filename

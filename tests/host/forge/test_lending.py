@@ -54,10 +54,16 @@ def test_a_model_is_loaded_when_there_is_none(lender, fake_forge):
         assert fake_forge.loads == ["first"]
 
 
-def test_what_is_selected_counts_as_loaded(forge, fake_forge):
+def test_what_is_selected_is_meant_and_only_what_is_loaded_is_called_so(forge, fake_forge):
+    def marked(mark):
+        return [one.path.stem for one in forge.checkpoints() if getattr(one, mark)]
+
+    assert (marked("selected"), marked("loaded")) == (["first"], []), "Forge loads none by itself"
     fake_forge.generate("a cat")
+    assert (marked("selected"), marked("loaded")) == (["first"], ["first"])
     fake_forge.select("second")  # which Forge loads for the next picture
-    assert [it.path.stem for it in forge.checkpoints() if it.loaded] == ["second"]
+    assert (marked("selected"), marked("loaded")) == (["second"], ["first"])
+    assert (forge.selected().path.stem, forge.selected().loaded) == ("second", False)
     assert forge.lender("", OPTIONS).describe().name == "second"
 
 
@@ -123,7 +129,7 @@ def test_a_checkpoint_selected_while_a_preview_is_drawn_stays_selected(forge, fa
 
     monkeypatch.setattr(fake_forge.processing, "process_images_inner", selecting)
     assert forge.draw(PreviewRequest("a cat", checkpoint="first", width=64, height=64)).tobytes() == plain.tobytes()
-    assert [it.path.stem for it in forge.checkpoints() if it.loaded] == ["second"]
+    assert [it.path.stem for it in forge.checkpoints() if it.selected] == ["second"]
 
 
 def test_a_preview_leaves_no_lora_behind(forge, fake_forge, lora):
