@@ -108,7 +108,7 @@ class FileLender(Lender):
 
     def _open(self) -> tuple[Tensors, ModelInfo]:
         tensors, architecture, hints = self._read()
-        get_family(architecture.family).check_complete(architecture, self.path)
+        get_family(architecture.family).check_complete(architecture, self.path.name)
         if self._described is None:
             self._described = self._info(tensors, architecture, hints)
         return tensors, self._described
@@ -126,7 +126,14 @@ class FileLender(Lender):
             if self._vae:
                 with concerning("vae"):
                     family.add_vae(tensors, Path(self._vae))
-        return tensors, detect(tensors.shapes, dtypes=tensors.dtypes, source=self.path, hints=hints), hints
+        architecture = detect(
+            tensors.shapes,
+            dtypes=tensors.dtypes,
+            source=self.path.name,
+            hints=hints,
+            metadata=source.metadata if source is not None else None,
+        )
+        return tensors, architecture, hints
 
     def _info(self, tensors: Tensors, architecture: Any, hints: Hints) -> ModelInfo:
         prediction = hints.prediction_type
@@ -156,4 +163,4 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints]:
             return found
     kind = read_json(folder / "model_index.json").get("_class_name")
     what = f"holds a {kind}, which cannot be trained here" if kind else "is not a diffusers model folder"
-    raise UserError(f"{folder} {what}.", field="base_model", remedy=choose())
+    raise UserError(f"{folder.name} {what}.", field="base_model", remedy=choose())

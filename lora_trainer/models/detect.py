@@ -10,7 +10,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.families import choose, claiming, families
 from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
-from lora_trainer.models.other_files import other_file, part_of_model
+from lora_trainer.models.other_files import GGUF_FAMILIES, USE_FP16, other_family, other_file, part_of_model, storage
 
 
 def detect(
@@ -19,30 +19,41 @@ def detect(
     dtypes: Mapping[str, str] | None = None,
     source: str | Path = "the model",
     hints: Hints | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Any:
     """The architecture of the model whose tensors have these (single-file) names and shapes.
 
     dtypes: the safetensors names of the number formats, where known; quantized files are recognized by them.
-    source: what to call the file in messages.
+    source: what to call the file in messages. metadata: what the file says of itself.
 
     Raises:
         UserError: it is of no family that can be trained; the message says what it is.
     """
     family = claiming(shapes)
     if family is None:
-        raise _refusal(shapes, dtypes or {}, source)
+        raise _refusal(shapes, dtypes or {}, source, metadata or {})
     return family.architecture(shapes, dtypes=dtypes or {}, source=source, hints=hints or Hints())
 
 
-def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path) -> UserError:
-    """What the file is, in a sentence."""
+def _refusal(
+    shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, metadata: Mapping[str, str]
+) -> UserError:
+    """What the file is, in a sentence: the family first, then how its weights are stored."""
     known = other_file(shapes)
     if known is not None:
         what, remedy = known
         return UserError(f"{source} {what}.", field="base_model", remedy=remedy or choose())
+    form = storage(shapes, dtypes)
+    stored = f", {form}" if form else ""
+    if (other := other_family(shapes)) is not None:
+        return UserError(f"{source} is {other}{stored}.", field="base_model", remedy=choose())
     for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
+    if (named := GGUF_FAMILIES.get(metadata.get("general.architecture", ""))) is not None:
+        trained = any(named == family.title for family in families().values())
+        remedy = USE_FP16 if trained else choose()
+        return UserError(f"{source} is {named}{stored}.", field="base_model", remedy=remedy)
     if (part := part_of_model(shapes)) is not None:
-        return UserError(f"{source} {part}.", field="base_model", remedy=choose())
+        return UserError(f"{source} {part}{stored}.", field="base_model", remedy=choose())
     return UserError(f"{source} is not a Stable Diffusion model.", field="base_model", remedy=choose())

@@ -47,7 +47,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 
 # What files of other kinds begin with.
 _MAGIC = (
-    (b"GGUF", "is a GGUF file (quantized weights)", "Use the model's original .safetensors file in fp16."),
+    (b"GGUF", "is a GGUF file (quantized weights)", "Choose a .safetensors file."),
     (b"PK\x03\x04", "is a PyTorch .ckpt with a changed file ending", "Rename it to .ckpt."),
     (b"\x80\x02", "is an old PyTorch .ckpt with a changed file ending", "Rename it to .ckpt."),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Fetch it with: git lfs pull"),
@@ -93,19 +93,19 @@ def read_header(path: Path) -> Header:
         with open(path, "rb") as handle:
             prefix = handle.read(32)
             if not size:
-                raise UserError(f"{path} is empty (0 bytes).", remedy=DOWNLOAD_AGAIN)
+                raise UserError(f"{path.name} is empty (0 bytes).", remedy=DOWNLOAD_AGAIN)
             for magic, what, remedy in _MAGIC:
                 if prefix.startswith(magic):
-                    raise UserError(f"{path} {what}.", remedy=remedy)
+                    raise UserError(f"{path.name} {what}.", remedy=remedy)
             length = struct.unpack("<Q", prefix[:8])[0] if size >= 8 else 0
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise _not_safetensors(path, "its first bytes give no sensible header length")
             if size < 8 + length:
-                raise UserError(f"{path} is truncated: it ends inside its header.", remedy=DOWNLOAD_AGAIN)
+                raise UserError(f"{path.name} is truncated: it ends inside its header.", remedy=DOWNLOAD_AGAIN)
             handle.seek(8)
             raw = handle.read(length)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{path.name} cannot be read: {error.strerror or error}.") from error
     try:
         table = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
     start = 8 + length
     entries = {name: _entry(path, name, value, start, size) for name, value in table.items()}
     if not entries:
-        raise UserError(f"{path} holds no tensors.", remedy="Choose a base model.")
+        raise UserError(f"{path.name} holds no tensors.", remedy="Choose a base model.")
     _check_layout(path, entries, start)
     return Header(entries, {str(key): str(value) for key, value in metadata.items()})
 
@@ -132,12 +132,12 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in integers) or not isinstance(dtype, str):
         raise _not_safetensors(path, f"its entry for {name[:80]!r} is malformed")
     if dtype not in _SIZES:
-        raise UserError(f"{path}: tensor {name[:80]!r} has the unknown number format {dtype[:20]!r}.")
+        raise UserError(f"{path.name}: tensor {name[:80]!r} has the unknown number format {dtype[:20]!r}.")
     if end - begin != math.prod(shape) * _SIZES[dtype]:
         raise _not_safetensors(path, f"the size of {name[:80]!r} does not fit its shape")
     if start + end > size:
         raise UserError(
-            f"{path} is truncated: it has {size:,} bytes, and {name[:80]!r} ends at {start + end:,}.",
+            f"{path.name} is truncated: it has {size:,} bytes, and {name[:80]!r} ends at {start + end:,}.",
             remedy=DOWNLOAD_AGAIN,
         )
     return Entry(tuple(shape), dtype, start + begin, start + end)
@@ -153,4 +153,4 @@ def _check_layout(path: Path, entries: dict[str, Entry], start: int) -> None:
 
 
 def _not_safetensors(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not a sound safetensors file: {why}.", remedy=DOWNLOAD_AGAIN)
+    return UserError(f"{path.name} is not a sound safetensors file: {why}.", remedy=DOWNLOAD_AGAIN)

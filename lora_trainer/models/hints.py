@@ -67,7 +67,7 @@ def file_hints(path: Path, names: Iterable[str], metadata: Mapping[str, str]) ->
 
 def _other_variant(path: Path, what: str) -> UserError:
     return UserError(
-        f"{path} is {what}; only models that predict noise (epsilon) or v can be trained here.",
+        f"{path.name} is {what}; only models that predict noise (epsilon) or v can be trained here.",
         field="base_model",
         remedy="Choose such a model.",
     )
@@ -119,9 +119,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        raise UserError(f"{path.name} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.")
+        raise UserError(f"{path.name} is not a JSON object.")
     return value
 
 
@@ -157,7 +157,7 @@ def _yaml_hints(path: Path) -> Hints:
     try:
         root = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}, which describes the checkpoint beside it, cannot be read: {error}.") from error
+        raise UserError(f"{path.name}, which describes the checkpoint beside it, cannot be read: {error}.") from error
     params = _dig(root, "model", "params")
     network = _dig(params, "unet_config", "params") or _dig(params, "network_config", "params")
     encoders = [_dig(params, "cond_stage_config"), *(_dig(params, "conditioner_config", "params", "emb_models") or [])]

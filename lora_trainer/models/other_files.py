@@ -1,9 +1,12 @@
-"""What a file is that is no base model to train on, by the names of its tensors."""
+"""What a file is that is no base model to train on, by the names and number formats of its tensors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from lora_trainer.models.gguf import PREFIX as GGUF
 
 USE_FP16 = "Use the fp16, bf16 or fp32 version of this model."
 
@@ -11,20 +14,55 @@ USE_FP16 = "Use the fp16, bf16 or fp32 version of this model."
 OTHER_FILES: tuple[tuple[str, str, str | None], ...] = (
     (r"lora_(up|down)\.weight$|\.lora[_.](A|B)\b|hada_w1|lokr_w1|\.lora\.(up|down)\.", "is a LoRA, not a base model",
      "Give it as init_lora to go on training it, and choose the base model that it was made for."),
-    (r"quant_state\.bitsandbytes|\.absmax$|\.quant_map$", "is quantized (bitsandbytes nf4 or int8)", USE_FP16),
-    (r"\.(scale_weight|weight_scale|scale_input)$|^scaled_fp8$", "is quantized (scaled fp8)", USE_FP16),
-    (r"(^|\.)joint_blocks\.\d", "is Stable Diffusion 3", None),
-    (r"(^|\.)(double_blocks|single_transformer_blocks)\.\d", "is a FLUX (or another double-stream) model", None),
-    (r"clip_txt_(pooled_)?mapper|(^|\.)clip_mapper\.", "is Stable Cascade", None),
     (r"(^|\.)control_model\.|input_hint_block|controlnet_|zero_convs\.", "is a ControlNet, not a base model", None),
     (r"motion_modules", "is an AnimateDiff motion module, not a base model", None),
-    (r"(^|\.)(time_stack|time_mixer|temporal_)", "is a video model", None),
     (r"^(emb_params|string_to_param|string_to_token|clip_[lg])$|^<.*>$", "is a textual inversion embedding", None),
     (r"^(image_proj|ip_adapter)\b", "is an IP-Adapter, not a base model", None),
     (r"^conditioner\.embedders\.0\.open_clip\.|^image_encoder\.", "is an image-conditioned model", None),
-    (r"(^|\.)(x_embedder|y_embedder|context_refiner|patch_embedding)\.", "is a diffusion transformer (DiT) model",
-     None),
 )  # fmt: skip
+
+# Families that cannot be trained here, by the names that Forge, ComfyUI and diffusers know them by. Those that have
+# others' names beside their own come before them: Chroma and the video models before FLUX.
+OTHER_FAMILIES: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)joint_blocks\.\d", "Stable Diffusion 3"),
+    (r"(^|\.)distilled_guidance_layer\.", "Chroma"),
+    (r"(^|\.)(individual_token_refiner|byt5_in)\b", "a Hunyuan model"),
+    (r"(^|\.)double_stream_modulation_img\.", "FLUX.2"),
+    (r"(^|\.)double_stream_blocks\.\d", "HiDream"),
+    (r"(^|\.)double_layers\.\d", "AuraFlow"),
+    (r"(^|\.)(txt_norm\.|transformer_blocks\.\d+\.img_mod\.)", "Qwen-Image"),
+    (r"(^|\.)(double_blocks|single_transformer_blocks)\.\d", "FLUX.1"),
+    (r"clip_txt_(pooled_)?mapper|(^|\.)clip_mapper\.", "Stable Cascade"),
+    (r"(^|\.)encoder_hid_proj\.", "Kolors"),
+    (r"(^|\.)(mlp_t5\.|pooler\.positional_embedding$)", "Hunyuan-DiT"),
+    (r"(^|\.)patchify_proj\.", "LTX-Video"),
+    (r"(^|\.)t5_yproj\.", "Mochi"),
+    (r"(^|\.)(head\.modulation$|blocks\.\d+\.cross_attn\.norm_k\.)", "Wan"),
+    (r"(^|\.)(t_block\.1\.|adaln_single\.)", "PixArt"),
+    (r"(^|\.)(noise_refiner|context_refiner)\.\d", "Lumina or Z-Image"),
+    (r"(^|\.)attention_y_norm\.", "Sana"),
+    (r"(^|\.)(time_stack|time_mixer|temporal_)", "a video model"),
+    (r"(^|\.)(x_embedder|y_embedder|patch_embedding)\.", "a diffusion transformer (DiT) model"),
+)
+
+# The same by what a GGUF file calls itself (general.architecture), for those that have their names from it alone.
+GGUF_FAMILIES = {
+    "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", "sd3": "Stable Diffusion 3",
+    "flux": "FLUX.1", "chroma": "Chroma", "aura": "AuraFlow", "hidream": "HiDream", "qwen_image": "Qwen-Image",
+    "lumina2": "Lumina or Z-Image", "ltxv": "LTX-Video", "hyvid": "a Hunyuan model", "wan": "Wan",
+    "cosmos": "a video model",
+}  # fmt: skip
+
+# Tensors that lie beside quantized weights.
+_QUANTIZED: tuple[tuple[str, str], ...] = (
+    (r"quant_state\.bitsandbytes__nf4", "bitsandbytes nf4"),
+    (r"quant_state\.bitsandbytes__fp4", "bitsandbytes fp4"),
+    (r"quant_state\.bitsandbytes|\.absmax$|\.quant_map$|\.SCB$", "bitsandbytes"),
+    (r"\.(scale_weight|weight_scale|scale_input)$|(^|\.)scaled_fp8$", "scaled fp8"),
+    (r"\.(wscales|smooth_factor)$", "SVDQuant"),
+    (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
+)
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 # Looked at only when there is no UNet in the file.
 PARTS: tuple[tuple[str, str], ...] = (
@@ -32,6 +70,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"^down_blocks\.\d+\.resnets", "is a diffusers UNet alone, without text encoders and VAE"),
     (r"^(input_blocks|output_blocks)\.\d", "is a UNet alone, without text encoders and VAE"),
     (r"text_model\.encoder\.layers|transformer\.resblocks|encoder\.block\.\d", "is a text encoder alone"),
+    (r"^(model\.layers|blk)\.\d+\.(self_attn|attn_)", "is a language model"),
     (r"^(params_ema|params|conv_first|model\.0)\b|RRDB", "is an upscaler"),
 )
 
@@ -50,9 +89,32 @@ def other_file(names: Iterable[str]) -> tuple[str, str | None] | None:
     return next(((what, remedy) for pattern, what, remedy in OTHER_FILES if _any_name(names, pattern)), None)
 
 
+def other_family(names: Iterable[str]) -> str | None:
+    """The family of a model that cannot be trained here; None where no name gives it away."""
+    return next((family for pattern, family in OTHER_FAMILIES if _any_name(names, pattern)), None)
+
+
 def part_of_model(names: Iterable[str]) -> str | None:
     """Which part of a model the file holds alone."""
     return next((what for pattern, what in PARTS if _any_name(names, pattern)), None)
+
+
+def storage(names: Iterable[str], dtypes: Mapping[str, str]) -> str | None:
+    """How weights are stored that cannot be trained on, for a sentence on their file; None for usual ones.
+
+    dtypes: number formats by name, as ``Source`` has them.
+    """
+    for pattern, what in _QUANTIZED:
+        if _any_name(names, pattern):
+            return f"quantized ({what})"
+    kinds = Counter(dtypes[name] for name in names if name.endswith(".weight") and name in dtypes)
+    coarse = {kind: count for kind, count in kinds.items() if kind.removeprefix(GGUF) not in _FLOATS}
+    if not coarse and not any(kind.startswith(GGUF) for kind in kinds):
+        return None
+    kind = max(coarse or kinds, key=lambda kind: kinds[kind])
+    if kind.startswith(GGUF):
+        return f"in a GGUF file ({kind.removeprefix(GGUF)} weights)"
+    return f"quantized ({'fp8' if kind.startswith('F8') else kind} weights)"
 
 
 def _any_name(names: Iterable[str], pattern: str) -> bool:

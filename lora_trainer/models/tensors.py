@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
+from lora_trainer.models.gguf import MAGIC, GgufSource
 from lora_trainer.models.header import DTYPES, read_header
 
 _RECENT = 4  # fused tensors are asked for once for each of their parts; no more than these are remembered
@@ -44,7 +45,8 @@ class SafetensorsSource:
         entry = self._header.entries[name]
         stored = DTYPES.get(entry.dtype)
         if stored is None:
-            raise UserError(f"{self.path}: {name} has the number format {entry.dtype}, which cannot be trained on.")
+            message = f"{self.path.name}: {name} has the number format {entry.dtype}, which cannot be trained on."
+            raise UserError(message)
         if not stored.is_floating_point:
             dtype = None
         if entry.start == entry.stop:
@@ -57,9 +59,9 @@ class SafetensorsSource:
             # Read instead of mapped: converting would keep the mapped pages in memory next to the converted copy.
             data = np.fromfile(self.path, np.uint8, entry.stop - entry.start, offset=entry.start)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+            raise UserError(f"{self.path.name} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if len(data) != entry.stop - entry.start:
-            raise UserError(f"{self.path} became shorter while it was read.")
+            raise UserError(f"{self.path.name} became shorter while it was read.")
         return torch.from_numpy(data).view(stored).reshape(entry.shape).to(device, dtype or stored)
 
 
@@ -84,7 +86,7 @@ class PickleSource:
     def _load(self) -> dict[str, Tensor]:
         if torch_version() < (2, 6):
             raise UserError(
-                f"{self.path} is not opened: with torch {torch.__version__} a file of this kind could run code.",
+                f"{self.path.name} is not opened: with torch {torch.__version__} a file of this kind could run code.",
                 remedy="Convert it to .safetensors, choose the .safetensors version of this model, or update torch to "
                 "2.6 or newer. A WebUI's loaded model can be trained whatever its file is.",
             )
@@ -94,33 +96,33 @@ class PickleSource:
                 str(self.path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
             )
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} does not exist.") from error
+            raise UserError(f"{self.path.name} does not exist.") from error
         except pickle.UnpicklingError as error:
             with open(self.path, "rb") as file:
                 is_checkpoint = zipfile.is_zipfile(self.path) or file.read(1) == pickle.PROTO
             if not is_checkpoint:
                 raise UserError(
-                    f"{self.path} is no PyTorch checkpoint, whatever its ending says.",
+                    f"{self.path.name} is no PyTorch checkpoint, whatever its ending says.",
                     remedy="Rename it if it is a .safetensors file, else download or copy it again.",
                 ) from error
             raise UserError(
-                f"{self.path} holds more than weights and is refused, because opening it could run code.",
+                f"{self.path.name} holds more than weights and is refused, because opening it could run code.",
                 remedy="Convert it to .safetensors, or choose the .safetensors version of this model.",
             ) from error
         except Exception as error:
             raise UserError(
-                f"{self.path} is damaged or is not a PyTorch checkpoint ({type(error).__name__}).",
+                f"{self.path.name} is damaged or is not a PyTorch checkpoint ({type(error).__name__}).",
                 remedy="Choose the .safetensors version of this model.",
             ) from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict):
-            raise UserError(f"{self.path} holds no table of tensors.", remedy="Choose a base model.")
+            raise UserError(f"{self.path.name} holds no table of tensors.", remedy="Choose a base model.")
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if not tensors:
             # Textual inversions keep their tensor inside a table of their own.
             raise UserError(
-                f"{self.path} is not a base model"
+                f"{self.path.name} is not a base model"
                 + (" but a textual inversion" if "string_to_param" in content else "")
                 + ".",
                 remedy="Choose a base model.",
@@ -188,7 +190,10 @@ def open_source(path: Path) -> Source:
     """The tensors of a file, by its ending. Raises ``UserError`` when it cannot be read."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file.", remedy="Check the path.")
+        raise UserError(f"{path.name} does not exist or is not a file.", remedy="Check the path.")
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         return PickleSource(path)
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:
+            return GgufSource(path)
     return SafetensorsSource(path)

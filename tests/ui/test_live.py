@@ -64,8 +64,9 @@ def test_what_a_server_that_ended_cut_off_is_offered(page, open_page, files, tra
     page.click("#lora_trainer_interrupted >> text=Resume")
     wait_for_text(page, "queue", "hat_v1")
     page.wait_for_selector("#lora_trainer_interrupted", state="hidden")
-    train.free = True
+    train.allow(20)
     wait_for_text(page, "job_name", "hat_v1")
+    train.allow(12)
     wait_for_text(page, "job_state", "finished")
     assert [config.output_name for config in train.configs] == ["hat_v1", "second", "hat_v1"]
 

@@ -24,7 +24,7 @@ from lora_trainer.models.families.unet.trial import trial
 from lora_trainer.models.families.unet.work import parts
 from lora_trainer.models.family import Family, LatentFormat, MetaModel, Shapes, Trial
 from lora_trainer.models.hints import Hints, file_hints
-from lora_trainer.models.other_files import other_file
+from lora_trainer.models.other_files import other_family, other_file
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
@@ -72,6 +72,7 @@ class UNetFamily(Family):
             and reading.input_channels(shapes) == self.latents.channels
             and self._resembles(shapes)
             and other_file(shapes) is None
+            and other_family(shapes) is None
         )
 
     def _resembles(self, shapes: Shapes) -> bool:
@@ -79,13 +80,12 @@ class UNetFamily(Family):
         raise NotImplementedError
 
     def refusal(self, shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, remedy: str) -> UserError | None:
-        return reading.refusal(shapes, dtypes, source, remedy)
+        return reading.refusal(shapes, source, remedy)
 
     def architecture(
         self, shapes: Shapes, *, dtypes: Mapping[str, str], source: str | Path, hints: Hints
     ) -> Architecture:
-        if (quantized := reading.quantized(dtypes, source)) is not None:
-            raise quantized
+        reading.refuse_storage(shapes, dtypes, self.title, source)
         return reading.read_architecture(
             shapes,
             self.name,

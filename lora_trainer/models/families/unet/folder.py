@@ -36,7 +36,7 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
         if kind is None:
             return None
         raise UserError(
-            f"{folder} is a {kind} folder without a UNet.",
+            f"{folder.name} is a {kind} folder without a UNet.",
             field="base_model",
             remedy="The folder is incomplete; download the model again.",
         )
@@ -82,7 +82,7 @@ def add_vae_file(tensors: Tensors, path: Path) -> None:
     for source in sources:
         _add_vae(tensors, source)
     if f"{VAE}decoder.conv_in.weight" not in tensors or f"{VAE}encoder.conv_in.weight" not in tensors:
-        raise UserError(f"{path} is not a VAE.", field="vae", remedy="Choose a VAE file for Stable Diffusion.")
+        raise UserError(f"{path.name} is not a VAE.", field="vae", remedy="Choose a VAE file for Stable Diffusion.")
 
 
 def _component(folder: Path) -> list[Source]:
@@ -95,11 +95,11 @@ def _component(folder: Path) -> list[Source]:
         if index.is_file():
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict):
-                raise UserError(f"{index} has no weight_map.")
+                raise UserError(f"{index.name} has no weight_map.")
             # Names only: an index must not lead out of its folder.
             return [open_source(folder / Path(str(name)).name) for name in sorted(set(files.values()))]
     raise UserError(
-        f"{folder} holds no weights.",
+        f"{folder.name} holds no weights.",
         field="base_model",
         remedy="The folder is incomplete; download the model again.",
     )

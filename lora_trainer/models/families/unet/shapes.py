@@ -11,13 +11,12 @@ from lora_trainer.models.families.unet.architecture import Architecture, TextSha
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
-from lora_trainer.models.other_files import INPUT_CHANNELS, USE_FP16
+from lora_trainer.models.other_files import INPUT_CHANNELS, USE_FP16, storage
 
 STEM = f"{UNET}input_blocks.0.0.weight"
 ADDED = f"{UNET}label_emb.0.0.weight"  # for a vector beside the text: SDXL, unCLIP
 CLASSES = f"{UNET}label_emb.weight"  # for a number: upscalers
 LATENT_CHANNELS = 4
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _CHOOSE = "Choose a complete, unmodified checkpoint (.safetensors)."
 
 
@@ -50,21 +49,20 @@ def linear_projections(shapes: Shapes) -> bool | None:
     return None if shape is None else len(shape) == 2
 
 
-def quantized(dtypes: Mapping[str, str], source: str | Path) -> UserError | None:
-    """The refusal of a UNet whose weights are quantized."""
-    for name, dtype in dtypes.items():
-        if name.startswith(UNET) and name.endswith(".weight") and dtype not in _FLOATS:
-            what = "fp8" if dtype.startswith("F8") else dtype
-            return UserError(f"{source} is quantized ({what} weights).", field="base_model", remedy=USE_FP16)
-    return None
+def refuse_storage(shapes: Shapes, dtypes: Mapping[str, str], title: str, source: str | Path) -> None:
+    """Raises UserError when the weights of the UNet are stored in a form that cannot be trained on.
+
+    title: of its family.
+    """
+    form = storage([name for name in shapes if name.startswith(UNET)], dtypes)
+    if form is not None:
+        raise UserError(f"{source} is {title}, {form}.", field="base_model", remedy=USE_FP16)
 
 
-def refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, remedy: str) -> UserError | None:
+def refusal(shapes: Shapes, source: str | Path, remedy: str) -> UserError | None:
     """What a file with a UNet is that no family claims; None for a file without one."""
     if not has_unet(shapes):
         return None
-    if (fault := quantized(dtypes, source)) is not None:
-        return fault
     channels = input_channels(shapes)
     if channels != LATENT_CHANNELS:
         what = INPUT_CHANNELS.get(channels, f"has a UNet with {channels} input channels instead of 4")
