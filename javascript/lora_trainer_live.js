@@ -266,12 +266,15 @@
                 tryIt && [tryIt[0], tryIt[1]],
             ].filter(Boolean);
         }
+        const again = () => app.runs.again(job, false);
         return [
             tryIt,
-            job.status !== "finished" && ["Resume", to("resume"), "primary"],
+            job.fails_again && ["Run again with changes", again, "primary"],
+            job.status !== "finished" && !job.fails_again && ["Resume", to("resume"), "primary"],
             (job.lora || job.published) && ["Compare checkpoints", () => compare(previews)],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
-            ["Run again with changes", () => app.runs.again(job, false)],
+            !job.fails_again && ["Run again with changes", again],
+            job.fails_again && ["Resume", to("resume")],
         ].filter(Boolean);
     };
 
@@ -307,16 +310,24 @@
         return node;
     }
 
+    /** Why a job of the queue will not start, or not yet. */
+    function why(job) {
+        if (job.error) return app.sentence(job.error);
+        const first = live.job && live.job.active && live.job.status === "paused" && live.job;
+        return first && job.status === "queued" ? app.t("until {name} goes on or is stopped", {name: first.name}) : "";
+    }
+
     function showQueue(queue) {
         app.show(app.get("queue"), queue.length);
         const row = (job, index) => app.el("li", {},
             app.el("span", {class: "name"}, job.name), app.el("span", {class: "state"}, live.state(job)),
+            app.el("span", {class: "why"}, why(job)),
             app.el("span", {class: "row"},
                 index > 0 && job.status === "queued" ? app.button("First", () => app.post("/jobs/reorder", {jobs: [job.id]}).then(live.look), "link") : null,
                 pausing(job),
                 app.button("Remove", () => live.command(job, "stop"), "link")));
         const list = app.get("queue_list");
-        const key = JSON.stringify(queue.map((job) => [job.id, job.status]));
+        const key = JSON.stringify(queue.map((job) => [job.id, job.status, why(job)]));
         if (list.dataset.key === key) return;
         list.dataset.key = key;
         list.replaceChildren(...queue.map(row));

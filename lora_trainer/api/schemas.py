@@ -26,7 +26,8 @@ class ErrorModel(ProblemModel):
 class JobModel(BaseModel):
     """One job. Times are seconds since 1970; files are paths for ``/jobs/{id}/files/``.
 
-    saved_step: where a job that did not come to its end goes on; 0: from its beginning.
+    error: why it failed, or, of a job in the queue, what would stop it. saved_step: where a job that did not come to
+    its end goes on; 0: from its beginning. fails_again: by its own settings, so resuming it does not help.
     """
 
     id: int
@@ -62,6 +63,7 @@ class JobModel(BaseModel):
     published_step: int | None = None
     verified: bool | None = None
     saved_step: int | None = None
+    fails_again: bool = False
     revision: int
 
 

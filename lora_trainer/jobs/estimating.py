@@ -11,11 +11,13 @@ from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import check_beginning, check_settings, check_shown, name_taken, stored_config
 from lora_trainer.planning.cost import PastRun
-from lora_trainer.planning.estimate import estimate
+from lora_trainer.planning.estimate import estimate, look_at_pictures
 from lora_trainer.workspace.captioners import captioner_sources
 
 if TYPE_CHECKING:
+    from lora_trainer.config import TrainConfig
     from lora_trainer.host.base import Host
+    from lora_trainer.models.base import ModelInfo
 
 _RECENT = 50  # jobs that are searched for comparable ones
 _MIN_STEPS = 5  # a shorter run says nothing about speed
@@ -34,13 +36,28 @@ def estimate_job(
     """
     config = check_settings(settings, host)
     check_shown(config, host, shown)
-    with concerning("base_model"):
-        info = host.lender(config.base_model, lender_options(host, config)).describe()
-    check_beginning(config)
+    info = check_base(config, host)
     return {
         **estimate(config, info, host, captioner_sources(host), QueuedRuns(store)),
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
     }
+
+
+def check_base(config: TrainConfig, host: Host) -> ModelInfo:
+    """The base model, without loading it. Raises UserError when it, or a file that the settings name, would stop the
+    run."""
+    with concerning("base_model"):
+        info = host.lender(config.base_model, lender_options(host, config)).describe()
+    check_beginning(config)
+    return info
+
+
+def check_run(config: TrainConfig, host: Host) -> None:
+    """Everything that can be known to stop a run before it begins. Raises UserError."""
+    check_base(config, host)
+    _, _, problems = look_at_pictures(config, captioner_sources(host))
+    for problem in problems:
+        raise UserError(problem.message, field=problem.field, remedy=problem.remedy)
 
 
 class QueuedRuns:

@@ -13,6 +13,9 @@ ACTIVE = ("running", "paused", "waiting", "stopping")
 OVER = ("finished", "stopped", "failed", "interrupted")
 STATUSES = (*WAITING_TO_START, *ACTIVE, *OVER)
 
+_PASSING = (None, "cache_dir", "device")
+"""What a problem concerns that may be gone at the next attempt, with the same settings."""
+
 
 class UnknownJobError(UserError):
     """There is no job of this number (any more)."""
@@ -79,6 +82,11 @@ class Job:
     @property
     def is_over(self) -> bool:
         return self.status in OVER
+
+    @property
+    def fails_again(self) -> bool:
+        """It failed by one of its own settings, which the next attempt would have again."""
+        return self.status == "failed" and self.error is not None and self.error.field not in _PASSING
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,10 @@ def known_models(host: Host) -> set[str]:
 
 
 def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[str, Any] | str, *,
-            held: bool = False, shown: str | None = None) -> Job:  # fmt: skip
-    """Append a checked job to the queue, with its folder. ``shown``: see ``check_shown``. Raises UserError."""
+            held: bool = False) -> Job:  # fmt: skip
+    """Append a checked job to the queue, with its folder. Raises UserError."""
     values = read_settings(settings)
     config = check_settings(values, host)
-    check_shown(config, host, shown)
     given = config.output_name or _last_part(config.output_dir)
     if given:
         name = check_name(given, "output_name")

@@ -20,6 +20,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
+from lora_trainer.jobs.estimating import check_base, check_run
 from lora_trainer.jobs.execution import RESUME_OPTION, execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, Job, UnknownJobError, full_disk
@@ -117,6 +118,8 @@ class JobManager:
                     self._resume_by_itself()
                     recovered = True
                 job = self.store.next_queued()
+                if job is not None:
+                    self._look_ahead(job.id)
                 job = self.store.claim(job.id) if job else None
                 if job is None:
                     self._wake.wait(_TAKE_OVER_SECONDS)  # a second server may have added one
@@ -145,7 +148,25 @@ class JobManager:
             if (event.kind, event.text) == ("status", "interrupted"):
                 cuts.append(event)
         if len(cuts) < 2 and all(event.data.get("from") != "paused" for event in cuts):
-            self.resume(job.id)
+            try:
+                self.resume(job.id)
+            except UserError as error:
+                self.store.update(job.id, error=Problem.of(error))
+
+    def _look_ahead(self, next_id: int) -> None:
+        """What would stop the jobs behind the next one is said in the queue, not only when their turn comes."""
+        for job in self.store.jobs(("queued",)):
+            if job.id == next_id:
+                continue
+            problem = None
+            try:
+                check_base(self.effective_config(job), self.host)
+            except UserError as error:
+                problem = Problem.of(error)
+            except Exception:  # the host's code; whatever it is, the job's own turn shows it
+                log.warning("Job %s could not be looked at ahead of its turn", job.id, exc_info=True)
+            if problem != job.error:
+                self.store.update(job.id, error=problem)
 
     def _own_queue(self) -> bool:
         try:
@@ -211,17 +232,26 @@ class JobManager:
 
         shown: title of the base model that a person saw where the settings name none; another one is refused.
         """
+        values = submitting.read_settings(settings)
+        config = submitting.check_settings(values, self.host)
+        submitting.check_shown(config, self.host, shown)
+        check_run(config, self.host)
         with self._naming:
-            job = submitting.add_job(self.store, self.folders, self.host, settings, held=held, shown=shown)
+            job = submitting.add_job(self.store, self.folders, self.host, values, held=held)
         self._wake.set()
         return job
 
     def start(self, job_id: int) -> Job:
-        """Put a job that waits, was stopped, failed or was interrupted into the queue; it goes on where it was."""
+        """Put a job that waits, was stopped, failed or was interrupted into the queue; it goes on where it was.
+
+        Raises:
+            UserError: what would stop it at once.
+        """
         job = self.store.get(job_id)
         if job.status == "finished":
             raise UserError(f"{job.name} is finished.", remedy="Run it again with changes, or continue from its LoRA.")
         if not job.active:
+            check_run(submitting.stored_config(job), self.host)
             self.store.set_status(job_id, "queued", unless=("queued", "running", "waiting", "stopping"), finished=None)
             self._wake.set()
         elif job.status == "paused":

@@ -12,6 +12,7 @@ from lora_trainer.planning.cost import PastRuns, cost
 
 if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
+    from lora_trainer.dataset.samples import Dataset
     from lora_trainer.host.base import Host
     from lora_trainer.models.base import ModelInfo
 
@@ -35,19 +36,9 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         UserError: what would stop the run, naming the field.
     """
     from lora_trainer.dataset.buckets import BatchPlan
-    from lora_trainer.dataset.folder import UncaptionedError, scan
     from lora_trainer.models.families import get_family
-    from lora_trainer.planning.measured import measure
-    from lora_trainer.run.captioning import training_captioner
 
-    captioner, problems = None, []
-    with _scanning:
-        try:
-            dataset = scan(config, measure=measure)
-        except UncaptionedError as error:
-            captioner = training_captioner(config, sources)
-            problems = [] if captioner else [Problem.of(error)]
-            dataset = scan(config, measure=measure, stand_in=_STAND_IN)
+    dataset, captioner, problems = look_at_pictures(config, sources)
     family = get_family(info.family)
     side = family.default_resolution(info)
     plan = BatchPlan.from_config(dataset, config, side, family.latents.multiple)
@@ -81,3 +72,23 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         "resolution": str(side) if config.resolution == "auto" else config.resolution,
         **cost(config, info, visits, host, past),
     }
+
+
+def look_at_pictures(config: TrainConfig, sources: Sources) -> tuple[Dataset, str | None, list[Problem]]:
+    """The pictures of a run, the captioner that describes them first, and what would stop the run although they can be
+    counted.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    from lora_trainer.dataset.folder import UncaptionedError, scan
+    from lora_trainer.planning.measured import measure
+    from lora_trainer.run.captioning import training_captioner
+
+    with _scanning:
+        try:
+            return scan(config, measure=measure), None, []
+        except UncaptionedError as error:
+            captioner = training_captioner(config, sources)
+            problems = [] if captioner else [Problem.of(error)]
+            return scan(config, measure=measure, stand_in=_STAND_IN), captioner, problems

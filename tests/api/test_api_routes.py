@@ -13,7 +13,7 @@ from PIL import Image
 from lora_trainer.api import PREFIX
 from lora_trainer.host.base import AccessPolicy
 from tests.config.foreign_presets import kohya_gui
-from tests.jobs.fakes import make_pictures, wait_for
+from tests.jobs.fakes import make_pictures, wait_for, weights_at
 from tests.workspace.evil import EVIL_PATHS
 
 
@@ -55,7 +55,7 @@ def test_from_pictures_to_a_published_lora(client, manager, host):
     assert job["dataset"] == "cats"
     done = wait_for(lambda: (one := client.get(f"/jobs/{job['id']}").json())["status"] == "finished" and one)
     assert done["published"] == "kitty" and (host.root / "Lora" / "kitty.safetensors").exists()
-    assert client.get(f"/jobs/{job['id']}/files/{done['lora']}").content == b"weights at step 4"
+    assert client.get(f"/jobs/{job['id']}/files/{done['lora']}").content == weights_at(4)
 
 
 def test_commands_reach_the_job(client, manager, train, settings):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions
@@ -29,6 +30,12 @@ def wait_for(condition: Callable[[], Any], what: str = "it") -> Any:
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.005)
     return value
+
+
+def weights_at(step: int) -> bytes:
+    """The LoRA file that a run saves at ``step``."""
+    layer = {"lora_unet_a.lora_up.weight": torch.ones(1, 1), "lora_unet_a.lora_down.weight": torch.full((1, 1), step)}
+    return save({name: weight.float() for name, weight in layer.items()})
 
 
 def make_pictures(folder: Path, count: int = 3, caption: str = "**red hat**, a cat") -> Path:
@@ -67,6 +74,7 @@ class FakeHost(Host):
     publish_error: Exception | None = None
     verdict: str | Exception | None = None
     requests: list[Any] = field(default_factory=list)
+    refused: UserError | None = None  # every base model, for this reason
     models: dict[str, tuple[bool, bool]] = field(default_factory=dict)  # title -> (selected, loaded)
 
     def __post_init__(self) -> None:
@@ -92,6 +100,8 @@ class FakeHost(Host):
         return nullcontext(True)
 
     def lender(self, checkpoint: str, options: LenderOptions) -> FakeLender:
+        if self.refused is not None:
+            raise self.refused
         if checkpoint == "missing":
             raise UserError("There is no such model.", field="base_model", remedy="Choose another.")
         self.lender_options.append(options)
@@ -212,7 +222,7 @@ class FakeTrain:
         return FakeResult("finished" if finished else "stopped", lora, None, step, self.total_steps, 0.5)
 
     def _save(self, lora: Path, step: int, callbacks: Any) -> None:
-        lora.write_bytes(b"weights at step %d" % step)
+        lora.write_bytes(weights_at(step))
         callbacks.on_saved(lora, step, "lora")
 
     def _preview(self, output: Path, config: Any, step: int, callbacks: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from lora_trainer.config import from_mapping, parse_yaml
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.jobs.estimating import estimate_job
-from tests.jobs.fakes import wait_status
+from tests.jobs.fakes import make_pictures, wait_status
 
 
 def test_names_that_are_taken_are_refused_before_anything_starts(idle, settings, host):
@@ -132,3 +132,31 @@ def test_a_job_keeps_the_model_that_was_loaded_when_it_was_sent(idle, settings):
     assert job.base_model == "tiny.safetensors [abc]"
     assert from_mapping(parse_yaml(job.effective_config)).base_model == "tiny.safetensors [abc]"
     assert "base_model" not in parse_yaml(job.config), "a copy of the job means what is loaded then"
+
+
+def test_what_would_stop_a_run_at_once_is_refused_as_the_page_does(idle, settings, host, tmp_path):
+    host.refused = UserError("base.safetensors is FLUX.1.", field="base_model", remedy="Choose another.")
+    for held in (False, True):
+        with pytest.raises(UserError, match=r"is FLUX\.1") as caught:
+            idle.submit(settings, held=held)
+        assert caught.value.field == "base_model"
+    host.refused = None
+    bare = tmp_path / "bare"
+    make_pictures(bare)
+    for caption in bare.glob("*.txt"):
+        caption.unlink()
+    (tmp_path / "empty").mkdir()
+    for changes, field in (
+        ({"train_data_dir": str(bare), "trigger_word": ""}, "train_data_dir"),
+        ({"train_data_dir": str(tmp_path / "empty")}, "train_data_dir"),
+        ({"init_lora": str(tmp_path / "no.safetensors")}, "init_lora"),
+        ({"resume": str(tmp_path / "no.state")}, "resume"),
+    ):
+        with pytest.raises(UserError) as caught:
+            idle.submit({**settings, **changes})
+        with pytest.raises(UserError) as on_the_page:
+            facts = estimate_job({**settings, **changes}, host, idle.store)
+            raise UserError(facts["problems"][0].message, field=facts["problems"][0].field)
+        assert (caught.value.message, caught.value.field) == (on_the_page.value.message, on_the_page.value.field)
+        assert caught.value.field == field
+    assert not idle.store.jobs()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_trainer.errors import UserError
-from tests.jobs.fakes import lines_of, status_of, wait_for, wait_status, wait_step
+from tests.jobs.fakes import lines_of, status_of, wait_for, wait_status, wait_step, weights_at
 
 
 def test_a_job_is_trained_and_published_with_a_complete_card(manager, train, settings, host):
@@ -23,7 +23,7 @@ def test_a_job_is_trained_and_published_with_a_complete_card(manager, train, set
     assert (job.step, job.total_steps, job.loss, job.active) == (4, 4, 0.25, False)
     assert (job.base_model, job.family, job.error, train.saves) == ("tiny-model", "sd1", None, 1)
     (name, card), path = host.published[0], host.root / "Lora" / "cat.safetensors"
-    assert name == "cat" and path.read_bytes() == b"weights at step 4"
+    assert name == "cat" and path.read_bytes() == weights_at(4)
     assert job.result["published"] == str(path)
     assert (card.activation_text, card.preferred_weight, card.sd_version) == ("zwx, red hat", 0.8, "SD1")
     assert card.description == "my cat" and "3 pictures" in card.notes and "rank 16" in card.notes
@@ -125,7 +125,7 @@ def test_stop_and_save_publishes(manager, train, settings, host):
     wait_step(manager, job, 2)
     manager.stop_and_save(job.id)
     job = wait_status(manager, job, "stopped")
-    assert (host.root / "Lora" / "cat.safetensors").read_bytes() == b"weights at step 2"
+    assert (host.root / "Lora" / "cat.safetensors").read_bytes() == weights_at(2)
 
 
 def test_jobs_run_one_after_the_other(manager, train, settings):
@@ -206,10 +206,40 @@ def test_out_of_memory_says_what_helps(manager, train, settings):
     assert job.error.field == "batch_size" and "gradient_checkpointing" in job.error.remedy
 
 
-def test_a_model_that_cannot_be_trained_fails_the_job_beside_its_field(manager, settings, host):
-    host.checkpoints = lambda: [type("C", (), {"title": "missing", "path": None})()]
-    job = wait_status(manager, manager.submit({**settings, "base_model": "missing"}), "failed")
-    assert job.error.field == "base_model"
+def test_a_model_that_cannot_be_trained_any_more_fails_the_job_beside_its_field(manager, train, settings, host):
+    running = manager.submit(settings)
+    job = manager.submit({**settings, "output_name": "later"})
+    host.refused = UserError("There is no such model.", field="base_model", remedy="Choose another.")
+    train.free = True
+    wait_status(manager, running, "finished")
+    job = wait_status(manager, job, "failed")
+    assert job.error.field == "base_model" and job.fails_again
+    with pytest.raises(UserError, match="no such model"):
+        manager.resume(job.id)
+    assert status_of(manager, job) == "failed"
+    host.refused = None
+    manager.resume(job.id)
+    assert wait_status(manager, job, "finished").error is None
+
+
+def test_the_queue_says_of_a_job_behind_what_would_stop_it(manager, train, settings, host):
+    first = manager.submit(settings)
+    behind = [manager.submit({**settings, "output_name": name}) for name in ("next", "b", "c")]
+    wait_status(manager, first, "running")
+    host.refused = UserError("It is FLUX.1.", field="base_model", remedy="Choose another.")
+    train.allow(4)
+    wait_status(manager, behind[0], "failed")
+    waiting = {job.name: job for job in manager.store.jobs(("queued",))}
+    assert all(job.error.message == "It is FLUX.1." for job in waiting.values())
+    assert waiting or status_of(manager, behind[2]) == "failed"
+
+
+def test_who_fails_by_what_may_pass_is_not_said_to_fail_again(manager, train, settings):
+    train.free = True
+    for index, field in enumerate((None, "device", "learning_rate")):
+        train.error = UserError("No.", field=field)
+        job = wait_status(manager, manager.submit({**settings, "output_name": f"n{index}"}), "failed")
+        assert job.fails_again == (field == "learning_rate")
 
 
 NOT_PUBLISHED = [UserError("full", field="output_name", remedy="Free some."), OSError(28, "full"), ValueError("?")]
@@ -220,7 +250,7 @@ def test_a_publishing_failure_is_a_warning_and_can_be_repeated(manager, train, s
     train.free, host.publish_error = True, error
     job = wait_status(manager, manager.submit(settings), "finished")
     assert len(job.warnings) == 1 and "publish it from" in job.warnings[0].remedy
-    assert manager.result_file(job.id, "lora").read_bytes() == b"weights at step 4"
+    assert manager.result_file(job.id, "lora").read_bytes() == weights_at(4)
     host.publish_error = None
     job = manager.publish(job.id, "another")
     assert job.result["published"] == str(host.root / "Lora" / "another.safetensors")
@@ -234,12 +264,12 @@ def test_an_earlier_checkpoint_can_be_published_instead(manager, train, settings
     job = wait_status(manager, manager.submit(settings), "finished")
     path = host.root / "Lora" / "cat.safetensors"
     chosen = manager.publish(job.id, step=2)
-    assert (path.read_bytes(), chosen.result["published_step"]) == (b"weights at step 2", 2)
+    assert (path.read_bytes(), chosen.result["published_step"]) == (weights_at(2), 2)
     assert host.published[-1][1].notes.splitlines()[1].startswith("2 steps")
     with pytest.raises(UserError, match="no LoRA of step 3"):
         manager.publish(job.id, step=3)
     last = manager.publish(job.id, step=4)
-    assert (path.read_bytes(), last.result["published_step"]) == (b"weights at step 4", None)
+    assert (path.read_bytes(), last.result["published_step"]) == (weights_at(4), None)
 
 
 @pytest.mark.parametrize("verdict, verified", [(None, True), ("It changed nothing.", False), (OSError("busy"), None)])

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.worker import JobManager
+from tests.jobs.fakes import weights_at
 from tests.ui.person import start, text, wait_for_text
 
 
@@ -108,14 +109,14 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     assert [one.locator("img").count() for one in shown.all()] == [1, 1, 0]
     shown.nth(0).get_by_text("Use this one").click()
     wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
-    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 5"
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == weights_at(5)
     assert "in your Lora tab" in shown.nth(0).inner_text()
     page.click("#lora_trainer_job_buttons >> text=Files")
     inside = page.locator(".lora_trainer_inside")
     inside.get_by_text("Compare checkpoints").click()
     inside.get_by_text("Use this one").nth(0).click()
     page.wait_for_function("() => loraTrainer.live.job.published_step === 10")
-    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step 10"
+    assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == weights_at(10)
 
 
 def written_under(checkpoints):
@@ -136,7 +137,7 @@ def test_what_was_saved_without_a_picture_can_be_chosen_as_well(page, files, tra
     for step, number in ((5, 0), (7, 1)):
         shown.nth(number).get_by_text("Use this one").click()
         shown.nth(number).get_by_text("in your Lora tab").wait_for()
-        assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == b"weights at step %d" % step
+        assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == weights_at(step)
     page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
     page.wait_for_selector("#lora_trainer_previews .lora_trainer_large img")
 
