@@ -79,6 +79,7 @@ var loraTrainer = window.loraTrainer || {};
     const TIPS = {
         "Pause": "Waits after this step and leaves the graphics card to you; Resume goes on from here.",
         "Save now": "Saves the LoRA as it is after this step, and the state to go on from.",
+        "Switch back": "Chooses again what was chosen when the training began, so that it goes on.",
         "Preview now": "Draws the preview prompts with the LoRA as it is now.",
         "Stop and save": "Ends after this step; the LoRA as it is comes into your Lora tab.",
         "Stop": "Ends after this step; only what was saved before stays, also in your Lora tab.",

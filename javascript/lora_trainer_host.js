@@ -13,6 +13,11 @@
         }
     };
 
+    /** Show a checkpoint as chosen at the top, where the host has a way to do so. */
+    host.showCheckpoint = function(title) {
+        if (typeof selectCheckpoint === "function" && root().querySelector("#change_checkpoint")) selectCheckpoint(title);
+    };
+
     host.openTab = function(id) {
         const tabs = Array.from(root().querySelectorAll("#tabs > .tabitem"));
         const buttons = root().querySelectorAll("#tabs > .tab-nav > button");

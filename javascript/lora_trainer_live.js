@@ -258,6 +258,7 @@
         const tryIt = job.published && app.host.hasPrompt() && ["Try it", () => app.host.tryIt(job), "primary"];
         if (job.active || job.status === "paused") {
             return [
+                job.status === "waiting" && job.switches_back && ["Switch back", () => switchBack(job), "primary"],
                 job.status === "paused" ? ["Resume", to("resume"), "primary"] : job.status !== "stopping" && ["Pause", to("pause")],
                 job.active && ["Save now", to("save-now")],
                 job.active && ["Preview now", to("preview-now")],
@@ -277,6 +278,12 @@
             job.fails_again && ["Resume", to("resume")],
         ].filter(Boolean);
     };
+
+    /** The host's own field of the checkpoint follows when the server has switched: see app.follow. */
+    function switchBack(job) {
+        live.switchesBack = true;
+        return live.command(job, "switch-back");
+    }
 
     function compare(previews) {
         previews.compare(!previews.comparing);

@@ -45,6 +45,10 @@
         const before = known;
         known = base;
         if (JSON.stringify(base) === JSON.stringify(before)) return;
+        if (app.live.switchesBack && base && before && base.title !== before.title) {
+            app.live.switchesBack = false;
+            app.host.showCheckpoint(base.title);
+        }
         await fillModels();
         if (before && base && base.title !== before.title && !app.form.value("base_model")) app.estimate.soon();
     };

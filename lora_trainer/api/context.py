@@ -61,6 +61,7 @@ class Context:
             "published": Path(published).stem if published else None,
             "published_step": job.result.get("published_step"),
             "verified": job.result.get("verified"),
+            "switches_back": self.manager.can_switch_back(job.id),
             "fails_again": job.fails_again,
             "saved_step": self.manager.folders.saved_step(job) if job.status in _RESUMED else None,
         }

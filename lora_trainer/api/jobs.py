@@ -27,6 +27,7 @@ COMMANDS = {
     "stop-and-save": "End after this step with the LoRA saved and published.",
     "save-now": "Save the LoRA and the state after this step.",
     "preview-now": "Draw the previews after this step.",
+    "switch-back": "Have the WebUI choose again what it had chosen when the job began, which waits for it.",
 }
 
 

@@ -28,6 +28,7 @@ class JobModel(BaseModel):
 
     error: why it failed, or, of a job in the queue, what would stop it. saved_step: where a job that did not come to
     its end goes on; 0: from its beginning. fails_again: by its own settings, so resuming it does not help.
+    switches_back: it waits for something in the host that the command switch-back ends.
     """
 
     id: int
@@ -64,6 +65,7 @@ class JobModel(BaseModel):
     verified: bool | None = None
     saved_step: int | None = None
     fails_again: bool = False
+    switches_back: bool = False
     revision: int
 
 

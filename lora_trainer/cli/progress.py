@@ -49,7 +49,7 @@ class ProgressBar(TrainCallbacks):
     def on_warning(self, text: str) -> None:
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def on_waiting(self, reason: str) -> None:
+    def on_waiting(self, reason: str, returns: bool = False) -> None:
         tqdm.write(f"waiting: {reason}", file=sys.stderr)
 
     def close(self) -> None:

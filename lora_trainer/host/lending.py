@@ -8,6 +8,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,9 @@ class WebuiLender(Lender):
     checkpoint: entry of the WebUI's list (a ``CheckpointInfo``), which need not be the loaded one.
     """
 
+    _choices: tuple[str, ...] = ()
+    """The WebUI's options that decide on the form in which the model is there."""
+
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         self._webui, self._turns, self._options = webui, turns, options
         self.checkpoint = checkpoint
@@ -75,7 +79,7 @@ class WebuiLender(Lender):
 
     def describe(self) -> ModelInfo:
         sd_model = self._loaded()
-        if sd_model is not None and self._is_ours(sd_model):
+        if sd_model is not None and self._is_ours(sd_model) and not self._is_outdated():
             self._refuse_unsuitable(sd_model)
             host = self._read(sd_model)
             return self._info(host, host.architecture(host.tensors(PARTS), host.hints()))
@@ -100,7 +104,8 @@ class WebuiLender(Lender):
         with self._turns.take():
             try:
                 self._make_ready()
-            except ModelAwayError:
+            except ModelAwayError as away:
+                away.returns = self._chosen() != self._chosen_first
                 self._step_aside()
                 raise
             try:
@@ -113,6 +118,12 @@ class WebuiLender(Lender):
 
     def rest(self) -> AbstractContextManager[None]:
         return self._turns.rest()  # the WebUI generates inside, though the run keeps it otherwise (``hold``)
+
+    def switch_back(self) -> None:
+        with self._turns.take():
+            data = self._webui.shared.opts.data
+            data.update({name: self._chosen_first[name] for name in self._choices})
+            self._select(self.checkpoint.title if self._follows_selection else self._selected().title)
 
     def device_turn(self) -> AbstractContextManager[None]:
         return self._turns.take()
@@ -148,6 +159,10 @@ class WebuiLender(Lender):
     @abstractmethod
     def _select(self, title: str) -> None:
         """Make this checkpoint the one that the next picture is drawn with."""
+
+    def _is_outdated(self) -> bool:
+        """Whether the loaded model is about to be replaced, because something else was chosen since."""
+        return False
 
     @abstractmethod
     def _settle(self) -> None:
@@ -195,6 +210,7 @@ class WebuiLender(Lender):
         self._waiting_switch: str | None = None
         self._hash_option = self._webui.shared.opts.data.get("sd_checkpoint_hash")
         self._follows_selection = self._selected() is self.checkpoint
+        self._chosen_first = self._chosen()
         sd_model = self._load_ours()
         self._refuse_unsuitable(sd_model)
         self._follow(sd_model)
@@ -270,6 +286,12 @@ class WebuiLender(Lender):
     def _selected(self) -> Any:
         """What the user chose: what the next generation will be drawn with."""
         return self._webui.sd_models.select_checkpoint()
+
+    def _chosen(self) -> dict[str, Any]:
+        """What a person has chosen of what the run depends on."""
+        data = self._webui.shared.opts.data
+        chosen = {name: copy(data.get(name)) for name in self._choices}
+        return chosen | {"checkpoint": self._selected().filename} if self._follows_selection else chosen
 
     def _refuse_when_switched(self) -> None:
         """Another checkpoint is loaded. One that only a single picture was drawn with may be replaced by ours again."""

@@ -56,6 +56,7 @@ class JobReporter(TrainCallbacks):
         self._pictures: float | None = None  # a second
         self.device: torch.device | None = None
         self.waiting = False
+        self.returns = False  # while it waits: switching back ends it
         self.last_preview: Path | None = None
         self.on_lora: Callable[[Path, int], None] | None = None
 
@@ -106,9 +107,9 @@ class JobReporter(TrainCallbacks):
     def on_warning(self, text: str) -> None:
         self.warn(Problem(text))
 
-    def on_waiting(self, reason: str) -> None:
+    def on_waiting(self, reason: str, returns: bool = False) -> None:
         """The model is away, for this reason or, when called again, for another one."""
-        self.waiting = True
+        self.waiting, self.returns = True, returns
         self._last_step = None
         self._phase = reason
         self._event("waiting", reason, {})

@@ -290,6 +290,20 @@ class JobManager:
     def preview_now(self, job_id: int) -> Job:
         return self._command(job_id, "preview_now", idle={})
 
+    def switch_back(self, job_id: int) -> Job:
+        """Have the host choose again what it had chosen when the job began, which waits for it."""
+        if not self.can_switch_back(job_id):
+            job = self.store.get(job_id)
+            message = f"{job.name} does not wait for something that can be switched back."
+            raise UserError(message, remedy="Reload the page.")
+        return self._command(job_id, "switch_back", idle={})
+
+    def can_switch_back(self, job_id: int) -> bool:
+        with self._lock:
+            running = self._running
+            reporter = running.reporter if running is not None and running.job_id == job_id else None
+            return reporter is not None and reporter.waiting and reporter.returns
+
     def reorder(self, job_ids: Sequence[int]) -> list[Job]:
         """Put these queued jobs first, in this order; returns the queue."""
         self.store.reorder(job_ids)

@@ -220,11 +220,14 @@ class LentModel(LentNetwork, Protocol):
 
 class ModelAwayError(Exception):
     """Raised on entering ``Lender.turn``: the lender cannot give the model right now (the user switched checkpoint,
-    say). ``reason`` is a sentence for the user; whoever asked waits and asks again."""
+    say). Whoever asked waits and asks again.
 
-    def __init__(self, reason: str):
+    reason: a sentence for the user, which also says what ends it. returns: ``Lender.switch_back`` ends it.
+    """
+
+    def __init__(self, reason: str, returns: bool = False):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.returns = reason, returns
 
 
 ModelT = TypeVar("ModelT", bound=LentNetwork, covariant=True)
@@ -255,6 +258,10 @@ class Lender(Protocol[ModelT]):
         """What a run waits in between two turns: a lender that keeps the device for the whole run gives it back
         inside."""
         return nullcontext()
+
+    def switch_back(self) -> None:
+        """Have the host choose again what it had chosen when the model was lent. Called between two turns."""
+        return None
 
     def device_turn(self) -> AbstractContextManager[Any]:
         """The device without the model, for what comes before ``borrow``, such as writing captions."""

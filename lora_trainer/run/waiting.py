@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+from lora_trainer.errors import UserError
 from lora_trainer.models.base import Lender, ModelAwayError
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 
@@ -30,11 +31,16 @@ def patient_turns(
                     stack.enter_context(lender.turn())
                     break
                 except ModelAwayError as away:
-                    if away.reason != reported:
-                        reported = away.reason
-                        callbacks.on_waiting(reported)
+                    if (away.reason, away.returns) != reported:
+                        reported = away.reason, away.returns
+                        callbacks.on_waiting(away.reason, away.returns)
                 if commands.stopping:
                     raise StoppedWhileWaiting
+                if commands.take_switch_back():
+                    try:
+                        lender.switch_back()
+                    except UserError as error:
+                        callbacks.on_warning(str(error))
                 with lender.rest():
                     time.sleep(_POLL_SECONDS)
             yield

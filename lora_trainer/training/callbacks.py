@@ -53,8 +53,11 @@ class TrainCallbacks:
     def on_measured(self, measurement: Measurement) -> None:
         """Held-out pictures were measured."""
 
-    def on_waiting(self, reason: str) -> None:
-        """The model is not available; the run continues by itself when it is back."""
+    def on_waiting(self, reason: str, returns: bool = False) -> None:
+        """The model is not available; the run continues by itself when it is back.
+
+        returns: ``TrainCommands.switch_back`` brings it back.
+        """
 
     def on_warning(self, text: str) -> None:
         """A message that a person should read; the run continues."""
@@ -75,6 +78,7 @@ class TrainCommands:
         self._save_before_stop = threading.Event()
         self._save = threading.Event()
         self._preview = threading.Event()
+        self._switch_back = threading.Event()
 
     def pause(self) -> None:
         """Wait after this step, with the device free, until ``resume`` or a stop."""
@@ -100,6 +104,10 @@ class TrainCommands:
     def preview_now(self) -> None:
         """Draw the previews after this step."""
         self._preview.set()
+
+    def switch_back(self) -> None:
+        """Where the model is away: have the host choose again what it had chosen when the run began."""
+        self._switch_back.set()
 
     # -- for the run
 
@@ -128,6 +136,10 @@ class TrainCommands:
     def take_preview(self) -> bool:
         """Whether previews were asked for since the last call."""
         return _take(self._preview)
+
+    def take_switch_back(self) -> bool:
+        """Whether switching back was asked for since the last call."""
+        return _take(self._switch_back)
 
 
 def _take(event: threading.Event) -> bool:

@@ -146,6 +146,7 @@ class FakeTrain:
         self.free = free
         self.error: BaseException | None = None
         self.away: str | None = None
+        self.returns = False  # switching back ends it
         self.configs: list[Any] = []
         self.saves = 0
         self.measured: dict[int, tuple[float, float]] = {}  # step -> validation and training loss
@@ -207,7 +208,9 @@ class FakeTrain:
             if self.away is not None:
                 if told != self.away:
                     told = self.away
-                    callbacks.on_waiting(told)
+                    callbacks.on_waiting(told, self.returns)
+                if commands.take_switch_back():
+                    self.away = None
             elif not commands.paused and (self.free or self._permits.acquire(blocking=False)):
                 return True
             time.sleep(0.005)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lora_trainer.api.context import Context
 from lora_trainer.errors import UserError
 from tests.jobs.fakes import lines_of, status_of, wait_for, wait_status, wait_step, weights_at
 
@@ -163,6 +164,23 @@ def test_the_model_is_away_and_comes_back(manager, train, settings):
     train.allow(3)
     wait_status(manager, job, "finished")
     assert [event.kind for event in manager.store.events(job.id)].count("waiting") == 2
+
+
+def test_a_job_that_waits_for_what_can_be_switched_back_says_so(manager, train, settings):
+    job = manager.submit(settings)
+    train.allow(1)
+    wait_step(manager, job, 1)
+    with pytest.raises(UserError, match="switched back"):
+        manager.switch_back(job.id)
+    train.away, train.returns = "Another checkpoint is selected.", True
+    wait_status(manager, job, "waiting")
+    shown = Context(manager).job(manager.store.get(job.id))
+    assert shown["switches_back"] and shown["phase"] == "Another checkpoint is selected."
+    manager.switch_back(job.id)
+    wait_status(manager, job, "running")
+    assert not Context(manager).job(manager.store.get(job.id))["switches_back"]
+    train.allow(3)
+    wait_status(manager, job, "finished")
 
 
 def test_a_user_error_stays_with_field_and_remedy(manager, train, settings):

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 class A1111Lender(WebuiLender):
     """See ``WebuiLender``."""
 
+    _choices = ("sd_unet", "fp8_storage", "cache_fp16_weight")
+
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         super().__init__(webui, turns, checkpoint, options)
         self._loras = A1111Loras(webui)
@@ -36,6 +38,7 @@ class A1111Lender(WebuiLender):
 
     def _begin(self) -> None:
         self._placed: Residence | None = None
+        self._other_file: tuple[int, int] | None = None  # time and size of one that did not bring the weights back
         self._merged: tuple[Any, list[Any]] | None = None  # model and layers that LoRAs were taken out of
         super()._begin()
         self._first_vae = self._webui.sd_vae.loaded_vae_file
@@ -80,6 +83,8 @@ class A1111Lender(WebuiLender):
     # Every turn ---------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
+        if self._webui.sd_unet.current_unet is not None:
+            self._webui.sd_unet.apply_unet()  # one that was switched off is used until the next picture
         layers = self._loras.unmerge(self._host.sd_model)
         if layers:
             self._merged = self._host.sd_model, layers
@@ -87,16 +92,26 @@ class A1111Lender(WebuiLender):
 
     def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
         if any(not name.startswith(VAE) for name in altered):
+            file = Path(self.checkpoint.filename).stat()
+            if (file.st_mtime_ns, file.st_size) == self._other_file:
+                raise self._is_another()
             log.info("%s was changed in the WebUI; loading it again", self.checkpoint.title)
             tensors = self._load_again()
             altered = self._snapshot.altered(tensors, self._snapshot.moved(tensors))
             if any(not name.startswith(VAE) for name in altered):
-                raise ModelAwayError(f"The weights of {self.checkpoint.title} are not what they were in the beginning.")
+                self._other_file = file.st_mtime_ns, file.st_size
+                raise self._is_another()
         if altered:
             log.info("The WebUI's VAE was changed; the run goes on with a copy of the one it began with")
             self._own_vae = self._vae_as_it_was(tensors)
             tensors = self._tensors()
         return tensors
+
+    def _is_another(self) -> ModelAwayError:
+        return ModelAwayError(
+            f"The file of {self.checkpoint.title} is not the one any more that the training began with. It goes on "
+            "when that file is back; to train on the new one, stop it and start another."
+        )
 
     def _bind(self, tensors: dict[str, Tensor]) -> None:
         # With --medvram what is not on the device is brought there later, by its owner.
@@ -131,6 +146,14 @@ class A1111Lender(WebuiLender):
         return {name: stored[name].to(device, dtype) for name in wanted}
 
     # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def switch_back(self) -> None:
+        super().switch_back()
+        with self._turns.take(), self._webui.sd_models.SkipWritingToConfig():
+            try:  # with the options as they are now
+                self._webui.sd_models.reload_model_weights(info=self.checkpoint, forced_reload=True)
+            except Exception as error:  # the host's loader raises whatever its libraries do
+                raise self._could_not_load(error) from error
 
     def _select(self, title: str) -> None:
         self._webui.shared.opts.data["sd_model_checkpoint"] = title

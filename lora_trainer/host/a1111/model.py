@@ -93,7 +93,7 @@ def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
             "With --lowvram the model never lies in video memory as a whole, so it cannot be trained.",
             remedy="Start the WebUI with --medvram instead.",
         )
-    if webui.sd_unet.current_unet is not None:
+    if webui.sd_unet.current_unet is not None and webui.sd_unet.get_unet_option() is not None:
         raise UserError(
             f"The WebUI draws with the accelerated UNet {webui.sd_unet.current_unet.option.label!r}, which cannot be "
             "trained.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from lora_trainer.devices import indexed
 from lora_trainer.host.forge.loras import holds_loras
 from lora_trainer.host.forge.memory import Residence
-from lora_trainer.host.forge.model import ForgeModel, patchers, refuse_storage, refuse_unsuitable
+from lora_trainer.host.forge.model import LOW_BITS, ForgeModel, patchers, refuse_storage, refuse_unsuitable
 from lora_trainer.host.lending import PARTS, WebuiLender
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.families import get_family
 from lora_trainer.models.families.unet.model import DiffusionModel
+from lora_trainer.models.other_files import USE_FP16
 
 _TRIES = 3
-
 
 class ForgeLender(WebuiLender):
     """See ``WebuiLender``.
@@ -27,13 +28,25 @@ class ForgeLender(WebuiLender):
     Nothing of it may be held then, so between turns whoever waits finds our aliases gone.
     """
 
+    _choices = ("forge_additional_modules", "forge_unet_storage_dtype")
+
     def describe(self) -> ModelInfo:
+        info = super().describe()  # what the model is comes before the form in which Forge would keep it
+        refuse_storage(self._low_bits() or torch.float32, "UNet", self._remedy("unet"))
+        return info
+
+    def _low_bits(self) -> Any:
+        """The format that "Diffusion in Low Bits" names; None for the file's own."""
         name = self._webui.shared.opts.forge_unet_storage_dtype
-        wanted, _ = self._webui.main_entry.forge_unet_storage_dtype_options.get(name, (None, False))
-        refuse_storage(wanted or torch.float32, "UNet", "--unet-in-fp8")
-        if str(self.checkpoint.filename).lower().endswith(".gguf"):
-            refuse_storage("gguf", "UNet", "--unet-in-fp8")
-        return super().describe()
+        return self._webui.main_entry.forge_unet_storage_dtype_options.get(name, (None, False))[0]
+
+    def _remedy(self, part: str) -> str:
+        """What to do about weights that are too coarse, by what made them so. part: as in Forge's options."""
+        if part == "unet" and self._low_bits() is not None:
+            return LOW_BITS
+        given = vars(getattr(self._webui.memory_management, "args", SimpleNamespace()))
+        flags = [name for name, value in given.items() if name.startswith(f"{part}_in_fp8") and value]
+        return f"Start Forge without --{flags[0].replace('_', '-')}." if flags else USE_FP16
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
@@ -47,7 +60,7 @@ class ForgeLender(WebuiLender):
         return ForgeModel(sd_model)
 
     def _refuse_unsuitable(self, sd_model: Any) -> None:
-        refuse_unsuitable(sd_model)
+        refuse_unsuitable(sd_model, self._remedy)
 
     def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
         device = indexed(self._webui.memory_management.get_torch_device())
@@ -65,6 +78,27 @@ class ForgeLender(WebuiLender):
         return model
 
     # Every turn ---------------------------------------------------------------------------------------------------
+
+    def _make_ready(self) -> None:
+        try:
+            super()._make_ready()
+        except ModelAwayError:
+            if not self._catches_up():
+                raise
+            super()._make_ready()
+
+    def _catches_up(self) -> bool:
+        """Load what was chosen since, as Forge would do for the next picture only. False where there is nothing new, and
+        where it is another checkpoint."""
+        if not self._is_outdated() or (self._follows_selection and self._selected() is not self.checkpoint):
+            return False
+        self._load_ours()
+        return True
+
+    def _is_outdated(self) -> bool:
+        data = self._webui.sd_models.model_data
+        ours = {**data.forge_loading_parameters, "checkpoint_info": self.checkpoint}
+        return bool(data.forge_loading_parameters) and data.forge_hash != str(ours)
 
     def _settle(self) -> None:
         parts = patchers(self._host.sd_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
@@ -19,6 +20,7 @@ from lora_trainer.models.hints import Hints, file_hints, merged
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 
 _FIELD = "base_model"
+LOW_BITS = 'Set "Diffusion in Low Bits" (shown with "UI: all", at the top) to Automatic.'
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = {
     ("clip_l",): ("cond_stage_model.",),
@@ -78,14 +80,20 @@ def patchers(sd_model: Any) -> dict[str, Any]:
     return {"unet": objects.unet, "vae": objects.vae.patcher, "text_encoders": objects.clip.patcher}
 
 
-def refuse_unsuitable(sd_model: Any) -> None:
-    """Raises UserError when this model, or the way in which Forge keeps it, does not let it be trained."""
+def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
+    """Raises UserError when this model, or the way in which Forge keeps it, does not let it be trained.
+
+    remedy: what to do about coarse weights of "unet" or "clip".
+    """
     name, objects = sd_model.sd_checkpoint_info.name_for_extra, sd_model.forge_objects_original
     encoders = tuple(sorted(encoder for encoder, _ in objects.clip.cond_stage_model.named_children()))
     if encoders == ("clip_g",):
         raise UserError(f"{name} is the SDXL refiner.", field=_FIELD, remedy="Choose the SDXL base model.")
     prediction = getattr(objects.unet.model.predictor, "prediction_type", None)
     if encoders not in _PREFIXES or prediction not in ("epsilon", "v_prediction"):
+        path = Path(sd_model.sd_checkpoint_info.filename)
+        if path.suffix.lower() in (".safetensors", ".gguf"):
+            FileLender(path).architecture()  # which says what it is
         raise UserError(
             f"{name} is no Stable Diffusion 1, 2 or XL.", field=_FIELD, remedy="Choose one of these models."
         )
@@ -95,12 +103,12 @@ def refuse_unsuitable(sd_model: Any) -> None:
             field=_FIELD,
             remedy="Choose the model that it was made from.",
         )
-    refuse_storage(objects.unet.model.storage_dtype, "UNet", "--unet-in-fp8")
+    refuse_storage(objects.unet.model.storage_dtype, "UNet", remedy("unet"))
     for weight in objects.clip.cond_stage_model.parameters():
-        refuse_storage(weight.dtype, "text encoder", "--clip-in-fp8")
+        refuse_storage(weight.dtype, "text encoder", remedy("clip"))
 
 
-def refuse_storage(dtype: Any, what: str, flag: str) -> None:
+def refuse_storage(dtype: Any, what: str, remedy: str) -> None:
     """Raises UserError when weights are kept in a format too coarse to train on.
 
     dtype: a torch.dtype, or Forge's name of a format that torch does not have ("nf4", "fp4", "gguf").
@@ -110,8 +118,7 @@ def refuse_storage(dtype: Any, what: str, flag: str) -> None:
     raise UserError(
         f"Forge keeps the {what} in {str(dtype).removeprefix('torch.')}, which is too coarse to train on.",
         field=_FIELD,
-        remedy='Set "Diffusion in Low Bits" (shown with "UI: all", at the top) to Automatic, start Forge without '
-        f"{flag}…, and choose the fp16, bf16 or fp32 version of the model.",
+        remedy=remedy,
     )
 
 

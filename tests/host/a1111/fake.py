@@ -162,7 +162,8 @@ class FakeA1111:
         lora_dir = folder / "models" / "Lora"
         lora_dir.mkdir(parents=True, exist_ok=True)
         options = {"lora_dir": str(lora_dir), "lowvram": False, "medvram": False, "no_prompt_history": False}
-        data = {"sd_model_checkpoint": infos[0].title, "sd_checkpoint_hash": None, "sd_lora": "None"}
+        data = {"sd_model_checkpoint": infos[0].title, "sd_checkpoint_hash": None, "sd_lora": "None",
+                "sd_unet": "Automatic", "fp8_storage": "Disable", "cache_fp16_weight": False}  # fmt: skip
         self.shared = SimpleNamespace(
             cmd_opts=SimpleNamespace(**options),
             opts=SimpleNamespace(data=data),
@@ -176,7 +177,9 @@ class FakeA1111:
             device=torch.device("cpu"), fp8=False, dtype_vae=torch.float32, torch_gc=lambda: None
         )
         self.lowvram = SimpleNamespace(module_in_gpu=None, send_everything_to_cpu=self._send_everything_to_cpu)
-        self.sd_unet = SimpleNamespace(current_unet=None)
+        self.sd_unet = SimpleNamespace(
+            current_unet=None, get_unet_option=self._get_unet_option, apply_unet=self._apply_unet
+        )
         self.sd_vae = SimpleNamespace(loaded_vae_file=None)
         self.processing = SimpleNamespace(
             opt_f=8,
@@ -200,6 +203,7 @@ class FakeA1111:
         def reload_model_weights(sd_model: Any = None, info: Any = None, forced_reload: bool = False) -> Any:
             info = info or host.select_checkpoint()
             current = host.sd_models.model_data.sd_model
+            host.devices.fp8 = data["fp8_storage"] == "Enable"
             if current is None or current.sd_checkpoint_info is not info or forced_reload:
                 if not SkipWritingToConfig.skip:
                     data["sd_model_checkpoint"] = info.title
@@ -218,6 +222,15 @@ class FakeA1111:
         )
         self._load(infos[0])
         self.shared.sd_model = self.sd_models.model_data.sd_model
+
+    def _get_unet_option(self) -> Any:
+        """Of the accelerated UNets, the one that the settings name; there is one at most."""
+        there = self.sd_unet.current_unet
+        return None if self.shared.opts.data["sd_unet"] == "None" or there is None else there.option
+
+    def _apply_unet(self) -> None:
+        if self._get_unet_option() is None:
+            self.sd_unet.current_unet = None
 
     def select_checkpoint(self) -> Info:
         return self.sd_models.checkpoints_list[self.shared.opts.data["sd_model_checkpoint"]]

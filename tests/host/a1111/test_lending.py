@@ -291,6 +291,43 @@ def test_a_setting_that_forbids_training_in_the_middle_makes_the_model_away(lend
             pass
 
 
+def test_an_accelerated_unet_that_was_switched_off_does_not_wait_for_a_picture(lender, webui):
+    with lender.borrow() as model:
+        expected = answer(model)
+        accelerated(webui)
+        with pytest.raises(ModelAwayError), lender.turn():
+            pass
+        webui.shared.opts.data["sd_unet"] = "None"
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+        assert webui.sd_unet.current_unet is None
+
+
+def choose_fp8(webui):
+    webui.shared.opts.data["fp8_storage"] = "Enable"
+    webui.sd_models.reload_model_weights()
+
+
+def choose_another(webui):
+    webui.shared.opts.data["sd_model_checkpoint"] = next(t for t in webui.sd_models.checkpoints_list if "second" in t)
+    webui.sd_models.reload_model_weights()
+
+
+@pytest.mark.parametrize("choice", [choose_fp8, choose_another])
+def test_what_was_chosen_instead_can_be_switched_back(lender, webui, choice):
+    with lender.borrow() as model:
+        expected, before = answer(model), dict(webui.shared.opts.data)
+        choice(webui)
+        for _ in range(2):
+            with pytest.raises(ModelAwayError) as away, lender.turn():
+                pass
+        assert away.value.returns
+        lender.switch_back()
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+        assert webui.shared.opts.data == before
+
+
 def test_fp8_with_the_hosts_own_fp16_copy_is_trained_on_that_copy(a1111, webui):
     webui.devices.fp8 = True
     for module in [*webui.model.model.modules(), *webui.model.cond_stage_model.modules()]:

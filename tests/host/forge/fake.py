@@ -142,6 +142,22 @@ class Engine(SimpleNamespace):
     __hash__ = object.__hash__
 
 
+class Options:
+    """The WebUI's options: attributes and ``data`` are the same."""
+
+    def __init__(self, data: dict[str, Any]):
+        self.__dict__["data"] = data
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.data[name] = value
+
+
 class FakeForge:
     """``import_webui()``'s namespace, and what a user can do."""
 
@@ -151,7 +167,8 @@ class FakeForge:
         infos = [Info(path) for path in checkpoints]
         lora_dir = folder / "models" / "Lora"
         lora_dir.mkdir(parents=True, exist_ok=True)
-        data = {"sd_model_checkpoint": infos[0].title, "sd_checkpoint_hash": None, "sd_lora": "None"}
+        data = {"sd_model_checkpoint": infos[0].title, "sd_checkpoint_hash": None, "sd_lora": "None",
+                "forge_unet_storage_dtype": "Automatic", "forge_additional_modules": []}  # fmt: skip
         state = {
             "interrupted": False,
             "skipped": False,
@@ -161,7 +178,7 @@ class FakeForge:
         }
         self.shared = SimpleNamespace(
             cmd_opts=SimpleNamespace(lora_dir=str(lora_dir), no_prompt_history=False),
-            opts=SimpleNamespace(data=data, forge_unet_storage_dtype="Automatic"),
+            opts=Options(data),
             state=SimpleNamespace(**state),
             sd_model=SimpleNamespace(),
         )
@@ -201,13 +218,14 @@ class FakeForge:
     def _refresh_model_loading_parameters(self) -> None:
         storage, _ = self.main_entry.forge_unet_storage_dtype_options[self.shared.opts.forge_unet_storage_dtype]
         self.sd_models.model_data.forge_loading_parameters = {
-            "checkpoint_info": self.sd_models.select_checkpoint(), "additional_modules": [],
+            "checkpoint_info": self.sd_models.select_checkpoint(),
+            "additional_modules": self.shared.opts.forge_additional_modules,
             "unet_storage_dtype": storage,
         }  # fmt: skip
 
     def _forge_model_reload(self) -> tuple[Any, bool]:
         data = self.sd_models.model_data
-        wanted = str({key: getattr(value, "filename", value) for key, value in data.forge_loading_parameters.items()})
+        wanted = str(data.forge_loading_parameters)
         if data.forge_hash == wanted:
             return data.sd_model, False
         data.sd_model = None
@@ -215,6 +233,10 @@ class FakeForge:
         info = data.forge_loading_parameters["checkpoint_info"]
         self.loads.append(info.name_for_extra)
         data.sd_model = self.shared.sd_model = self._build(info, data.forge_loading_parameters["unet_storage_dtype"])
+        if data.forge_loading_parameters["additional_modules"]:  # another VAE
+            with torch.inference_mode():
+                for weight in data.sd_model.forge_objects_original.vae.first_stage_model.parameters():
+                    weight.add_(1)
         data.forge_hash = wanted
         self.shared.opts.data["sd_checkpoint_hash"] = info.title
         return data.sd_model, True

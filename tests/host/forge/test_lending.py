@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_trainer.errors import UserError
 from lora_trainer.host import select
 from lora_trainer.host.base import Card, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
+from tests.host.a1111.fake import Info
 from tests.host.conftest import OPTIONS, make_lora, storages
 from tests.host.test_contract import answer
 
@@ -217,18 +219,100 @@ def test_low_bits_are_refused_with_the_option_to_change(forge, fake_forge):
     assert error.value.field == "base_model" and "Diffusion in Low Bits" in error.value.remedy
 
 
-def test_low_bits_chosen_in_the_middle_pause_the_run(lender, fake_forge):
+def choose(fake_forge, option, value):
+    """As the fields at the top do it: Forge loads for the next picture."""
+    fake_forge.shared.opts.data[option] = value
+    fake_forge._refresh_model_loading_parameters()
+
+
+CHOICES = [("forge_unet_storage_dtype", "bnb-nf4", "Automatic"), ("forge_additional_modules", ["/a/vae.pt"], [])]
+
+
+@pytest.mark.parametrize("option, other, first", CHOICES)
+def test_a_run_goes_on_without_a_picture_when_the_choice_is_as_before(lender, fake_forge, option, other, first):
     with lender.borrow() as model:
         expected = answer(model)
-        for choice, away in (("bnb-nf4", True), ("Automatic", False)):
-            fake_forge.shared.opts.forge_unet_storage_dtype = choice
-            fake_forge._refresh_model_loading_parameters()
-            fake_forge.generate("a cat")
-            if away:
-                with pytest.raises(ModelAwayError, match="Diffusion in Low Bits"), lender.turn():
-                    pass
+        choose(fake_forge, option, other)
+        fake_forge.generate("a cat")
+        for _ in range(2):
+            with pytest.raises(ModelAwayError, match="Diffusion in Low Bits") as away, lender.turn():
+                pass
+        assert away.value.returns
+        loads = len(fake_forge.loads)
+        choose(fake_forge, option, first)
         with lender.turn():
             assert torch.equal(answer(model), expected)
+        assert len(fake_forge.loads) == loads + 1
+
+
+@pytest.mark.parametrize("option, other, first", [*CHOICES, ("sd_model_checkpoint", "second.safetensors", None)])
+def test_what_was_chosen_instead_can_be_switched_back(lender, fake_forge, option, other, first):
+    with lender.borrow() as model:
+        expected = answer(model)
+        before = dict(fake_forge.shared.opts.data)
+        if option == "sd_model_checkpoint":
+            fake_forge.select("second")
+        else:
+            choose(fake_forge, option, other)
+        fake_forge.generate("a cat")
+        with pytest.raises(ModelAwayError) as away, lender.turn():
+            pass
+        assert away.value.returns
+        lender.switch_back()
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+        assert fake_forge.shared.opts.data[option] == before[option]
+
+
+def test_a_choice_that_forge_has_not_loaded_yet_counts_as_it_is_asked(forge, fake_forge):
+    choose(fake_forge, "forge_unet_storage_dtype", "bnb-nf4")
+    fake_forge.generate("a cat")
+    choose(fake_forge, "forge_unet_storage_dtype", "Automatic")
+    lender = forge.lender("first", OPTIONS)
+    assert lender.describe().name == "first"
+    with lender.borrow(), lender.turn():
+        assert fake_forge.model.forge_objects_original.unet.model.storage_dtype is torch.float32
+
+
+def test_the_family_is_told_before_the_format(forge, fake_forge, tmp_path):
+    path = tmp_path / "flux-nf4.safetensors"
+    name = "double_blocks.0.img_attn.qkv.weight"
+    state = {name: torch.zeros(4, 1).byte(), f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8)}
+    save_file(state, str(path))
+    fake_forge.sd_models.checkpoints_list["flux"] = Info(path)
+    fake_forge.shared.opts.forge_unet_storage_dtype = "bnb-nf4"
+    with pytest.raises(UserError) as error:
+        forge.lender("flux-nf4", OPTIONS).describe()
+    assert error.value.message == "flux-nf4.safetensors is FLUX.1, quantized (bitsandbytes nf4)."
+    assert "Low Bits" not in error.value.remedy and "fp16" not in error.value.remedy
+
+
+def test_what_is_loaded_is_called_what_its_file_is(forge, fake_forge, tmp_path):
+    fake_forge.generate("a cat")
+    path = tmp_path / "chroma.safetensors"
+    save_file({"distilled_guidance_layer.in_proj.weight": torch.zeros(4, 4)}, str(path))
+    info = Info(path)
+    fake_forge.sd_models.checkpoints_list["chroma"] = fake_forge.model.sd_checkpoint_info = info
+    fake_forge.model.forge_objects_original.unet.model.predictor.prediction_type = "const"
+    fake_forge.sd_models.model_data.forge_loading_parameters["checkpoint_info"] = info
+    fake_forge.sd_models.model_data.forge_hash = str(fake_forge.sd_models.model_data.forge_loading_parameters)
+    with pytest.raises(UserError, match=r"^base_model: chroma\.safetensors is Chroma\."):
+        forge.lender("chroma", OPTIONS).describe()
+
+
+@pytest.mark.parametrize("option, flags, remedy", [
+    ("bnb-nf4", {}, "Diffusion in Low Bits"),
+    ("Automatic", {"unet_in_fp8_e4m3fn": True, "always_cpu": True}, "without --unet-in-fp8-e4m3fn."),
+    ("Automatic", {"unet_in_fp8_e4m3fn": False}, "fp16, bf16 or fp32 version"),
+])  # fmt: skip
+def test_coarse_weights_are_refused_with_what_made_them_so(forge, fake_forge, option, flags, remedy):
+    fake_forge.generate("a cat")
+    fake_forge.memory_management.args = SimpleNamespace(**flags)
+    fake_forge.model.forge_objects_original.unet.model.storage_dtype = torch.float8_e4m3fn
+    fake_forge.shared.opts.forge_unet_storage_dtype = option
+    with pytest.raises(UserError, match="float8_e4m3fn") as error:
+        forge.lender("first", OPTIONS).describe()
+    assert remedy in error.value.remedy
 
 
 def test_whoever_waits_finds_our_aliases_gone(lender, fake_forge, monkeypatch):
