@@ -46,7 +46,7 @@
             cursor = answer.cursor;
             if (live.job && !live.asked) loadDetails(live.job);
             if (answer.unchanged) return;
-            app.follow(answer.base).catch(live.complain);
+            app.knowBase(answer.base).catch(live.complain);
             trouble = answer.trouble ? app.sentence(answer.trouble) : "";
             showTrouble();
             await take(answer);
@@ -279,7 +279,7 @@
         ].filter(Boolean);
     };
 
-    /** The host's own field of the checkpoint follows when the server has switched: see app.follow. */
+    /** The host's own field of the checkpoint follows when the server has switched: see app.knowBase. */
     function switchBack(job) {
         live.switchesBack = true;
         return live.command(job, "switch-back");

@@ -41,7 +41,7 @@
     let known = null;
 
     /** The host's selected model, as every look at the server says it: the page shows and counts with no other. */
-    app.follow = async function(base) {
+    app.knowBase = async function(base) {
         const before = known;
         known = base;
         if (JSON.stringify(base) === JSON.stringify(before)) return;

@@ -88,8 +88,8 @@ class ForgeLender(WebuiLender):
             super()._make_ready()
 
     def _catches_up(self) -> bool:
-        """Load what was chosen since, as Forge would do for the next picture only. False where there is nothing new, and
-        where it is another checkpoint."""
+        """Load what was chosen since, as Forge would do for the next picture only. False where there is nothing new,
+        and where it is another checkpoint."""
         if not self._is_outdated() or (self._follows_selection and self._selected() is not self.checkpoint):
             return False
         self._load_ours()
