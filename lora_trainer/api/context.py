@@ -70,7 +70,9 @@ class Context:
         return values
 
     def checkpoint(self, one: Checkpoint | None) -> dict[str, Any] | None:
-        return one and {"title": self.plain(one.title), "selected": one.selected, "loaded": one.loaded}
+        if one is None:
+            return None
+        return {"title": self.plain(one.title), "selected": one.selected, "loaded": one.loaded}
 
     def event(self, event: Event) -> dict[str, Any]:
         values = {field.name: getattr(event, field.name) for field in fields(event)}

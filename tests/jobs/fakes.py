@@ -169,7 +169,7 @@ class FakeTrain:
         saved = states.glob("*.state") if config.resume == "auto" else ()
         step = max((int(path.stem[-8:]) for path in saved), default=0)
         metrics = output / "logs" / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(True) if step else []
+        lines = metrics.read_text().splitlines(True) if step and metrics.exists() else []
         old = [line for line in lines if json.loads(line)["step"] <= step]
         metrics.write_text("".join(old))
         callbacks.on_phase("latents", 0, 2)
