@@ -8,7 +8,7 @@ import time
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from lora_trainer.errors import UserError
+from lora_trainer.errors import Problem, UserError
 from lora_trainer.jobs.worker import JobManager
 from tests.jobs.fakes import weights_at
 from tests.ui.person import start, text, wait_for_text
@@ -346,3 +346,42 @@ def test_held_out_pictures_have_a_curve_of_their_own(page, files, train):
     box = page.locator("#lora_trainer_curve svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 50)
     assert "held out 0.600, trained 0.500 (step 4)" in text(page, "curve_reading")
+
+
+def test_a_run_that_waits_for_another_choice_in_the_webui_is_switched_back_by_a_button(page, files, train):
+    start(page, files)
+    train.allow(2)
+    wait_for_text(page, "job_facts", "step 2 of 20")
+    assert not page.locator("#lora_trainer_job_buttons >> text=Switch back").count()
+    train.away, train.returns = "The WebUI was switched to b. Training goes on when a is selected again.", True
+    wait_for_text(page, "job_message", "goes on when a is selected again")
+    page.click("#lora_trainer_job_buttons >> text=Switch back")
+    wait_for_text(page, "job_state", "training")
+    train.allow(2)
+    wait_for_text(page, "job_facts", "step 4 of 20")
+
+
+def first_button(page):
+    return page.locator("#lora_trainer_job_buttons button").first.inner_text()
+
+
+def test_what_can_only_fail_again_does_not_offer_to_resume_it_first(page, files, train):
+    train.free, train.error = True, UserError("No finite loss.", field="learning_rate", remedy="Lower it.")
+    start(page, files)
+    wait_for_text(page, "job_state", "failed")
+    assert first_button(page) == "Run again with changes"
+    train.error = UserError("The disk is full.", remedy="Free some space.")
+    page.click("#lora_trainer_job_buttons >> text=Resume")
+    wait_for_text(page, "job_message", "The disk is full")
+    page.wait_for_function("() => document.querySelector('#lora_trainer_job_buttons button').innerText === 'Resume'")
+
+
+def test_the_queue_says_why_a_job_does_not_start(page, files, train, manager):
+    start(page, files)
+    page.fill("#lora_trainer_field_output_name", "second")
+    page.click("#lora_trainer_start")
+    wait_for_text(page, "queue", "second")
+    page.click("#lora_trainer_job_buttons >> text=Pause")
+    wait_for_text(page, "queue", "until hat_v1 goes on or is stopped")
+    manager.store.update(2, error=Problem("base.safetensors is FLUX.1.", "base_model", "Choose another."))
+    wait_for_text(page, "queue", "base.safetensors is FLUX.1. Choose another.")

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -98,9 +99,38 @@ def test_weights_in_low_bits_are_refused_with_the_option_to_change(webui, settin
     for choice in ("bnb-nf4", "float8-e4m3fn"):
         webui.post("/sdapi/v1/options", {"forge_unet_storage_dtype": choice})
         try:
-            done = webui.wait(webui.submit(**settings, output_name=choice))
-            assert (done["status"], done["error"]["field"]) == ("failed", "base_model")
-            assert "Diffusion in Low Bits" in done["error"]["remedy"]
+            with pytest.raises(RuntimeError, match="Diffusion in Low Bits"):
+                webui.submit(**settings, output_name=choice)
         finally:
             webui.post("/sdapi/v1/options", {"forge_unet_storage_dtype": "Automatic"})
     assert np.array_equal(webui.generate("a circle", **SMALL), picture)
+
+
+LOW_BITS = """
+from modules_forge import main_entry
+shared.opts.data["forge_unet_storage_dtype"] = {choice!r}
+main_entry.refresh_model_loading_parameters()
+result = None
+"""
+
+
+@pytest.mark.parametrize("way", ["chosen again", "switched back"])
+def test_a_run_that_waits_for_another_format_goes_on_without_a_picture(webui, settings, way):
+    job = webui.submit(**settings | {"max_train_steps": 400}, output_name=f"waits, {way}")
+    try:
+        webui.until(job, lambda job: job["step"] >= 2)
+        webui.probe(LOW_BITS.format(choice="float8-e4m3fn"))
+        webui.generate("a circle", **SMALL)
+        waiting = webui.until(job, lambda job: job["status"] == "waiting")
+        assert "Diffusion in Low Bits" in waiting["phase"] and waiting["switches_back"]
+        if way == "chosen again":
+            webui.probe(LOW_BITS.format(choice="Automatic"))
+        else:
+            webui.post(f"/lora-trainer/v1/jobs/{job}/switch-back")
+        going = webui.until(job, lambda one: one["status"] == "running" and one["step"] > waiting["step"])
+        assert not going["switches_back"]
+        assert webui.get("/sdapi/v1/options")["forge_unet_storage_dtype"] == "Automatic"
+    finally:
+        webui.probe(LOW_BITS.format(choice="Automatic"))
+        webui.command(job, "stop")
+        webui.wait(job)

@@ -33,6 +33,8 @@ def test_a_job_cut_off_is_offered_for_resuming_and_resumes_exactly(webui, settin
     assert webui.wait(queued)["status"] == "finished", "the queue goes on by itself"
     assert webui.job(held)["status"] == "paused"
     assert webui.job(job)["status"] == "interrupted", "and what was cut off waits for a person"
+    offered = {one["id"]: one["saved_step"] for one in webui.get("/lora-trainer/v1/status")["interrupted"]}
+    assert offered[job] >= 4
     webui.post(f"/lora-trainer/v1/jobs/{job}/resume")
     done = webui.wait(job)
     assert (done["status"], done["attempt"]) == ("finished", 2)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_trainer.host.a1111.loras import A1111Loras
-from lora_trainer.host.a1111.model import HostModel, refuse_unsuitable
+from lora_trainer.host.a1111.model import HostModel, refuse_lowvram, refuse_unsuitable
 from lora_trainer.host.a1111.residence import CPU, Residence
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.lending import WebuiLender, vae_file
@@ -33,6 +33,10 @@ class A1111Lender(WebuiLender):
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         super().__init__(webui, turns, checkpoint, options)
         self._loras = A1111Loras(webui)
+
+    def describe(self) -> ModelInfo:
+        refuse_lowvram(self._webui)  # whether a model is loaded or not
+        return super().describe()
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

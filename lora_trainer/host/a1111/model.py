@@ -85,14 +85,18 @@ class HostModel:
         return usual if torch.allclose(theirs.float().cpu(), usual, rtol=0, atol=1e-3) else theirs
 
 
-def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
-    """Raises UserError when this model, or the way in which the WebUI runs it, does not let it be trained."""
-    name = sd_model.sd_checkpoint_info.name_for_extra
+def refuse_lowvram(webui: Any) -> None:
     if webui.shared.cmd_opts.lowvram:
         raise UserError(
             "With --lowvram the model never lies in video memory as a whole, so it cannot be trained.",
             remedy="Start the WebUI with --medvram instead.",
         )
+
+
+def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
+    """Raises UserError when this model, or the way in which the WebUI runs it, does not let it be trained."""
+    name = sd_model.sd_checkpoint_info.name_for_extra
+    refuse_lowvram(webui)
     if webui.sd_unet.current_unet is not None and webui.sd_unet.get_unet_option() is not None:
         raise UserError(
             f"The WebUI draws with the accelerated UNet {webui.sd_unet.current_unet.option.label!r}, which cannot be "
