@@ -57,7 +57,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except OSError as error:
         in_use = _WINDOWS and isinstance(error, PermissionError)
         raise UserError(
-            f"{path} could not be written: {error.strerror or error}.",
+            f"{path.name} could not be written: {error.strerror or error}.",
             remedy="Close what has it open." if in_use else "Free some space or choose another folder.",
         ) from error
     finally:

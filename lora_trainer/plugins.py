@@ -175,7 +175,7 @@ def _load_path(path: Path) -> None:
         locations = [str(path)] if path.is_dir() else None
         spec = importlib.util.spec_from_file_location(name, start, submodule_search_locations=locations)
         if spec is None or spec.loader is None:
-            raise UserError(f"{path} is not a Python file.", field="plugins", remedy="Its name must end in .py.")
+            raise UserError(f"{path.name} is not a Python file.", field="plugins", remedy="Its name must end in .py.")
         module = importlib.util.module_from_spec(spec)
         with _importing(source, mark):
             for loaded in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:

@@ -32,7 +32,7 @@ def init_from(adapters: AdapterSet, lora: LoraFile) -> list[str]:
     matched, unmatched = lora.match(targets)
     if not matched:
         raise UserError(
-            f"{lora.path} holds no layer that this run trains.",
+            f"{lora.path.name} holds no layer that this run trains.",
             field="init_lora",
             remedy="Is it for another kind of model, or does target_modules leave its layers out?",
         )
@@ -42,13 +42,13 @@ def init_from(adapters: AdapterSet, lora: LoraFile) -> list[str]:
         if weights is None:
             continue
         if not weights.is_finite():
-            raise UserError(f"{lora.path}: {weights.name} holds values that are not numbers.", field="init_lora")
+            raise UserError(f"{lora.path.name}: {weights.name} holds values that are not numbers.", field="init_lora")
         try:
             reduced += _initialize(adapter, weights)
         except ValueError as error:
             base = lora.metadata.get("ss_base_model_version")
             raise UserError(
-                f"{lora.path} does not fit this model: {weights.name}: {error}.",
+                f"{lora.path.name} does not fit this model: {weights.name}: {error}.",
                 field="init_lora",
                 remedy=f"It was made for {base}." if base else "It was made for another model.",
             ) from error

@@ -170,7 +170,7 @@ def read_lora(path: str | Path) -> LoraFile:
             groups.setdefault(module, {})[_canonical(found["suffix"])] = tensor
     if not any(set(tensors) - {"alpha"} for tensors in groups.values()):
         what = "a whole checkpoint" if any(name.startswith("model.diffusion_model.") for name in names) else "no LoRA"
-        raise UserError(f"{path} is {what}: it holds no layers of a LoRA.", remedy="Choose a LoRA file.")
+        raise UserError(f"{path.name} is {what}: it holds no layers of a LoRA.", remedy="Choose a LoRA file.")
     _refuse_other_meanings(path, groups, unsupported)
     alphas = _peft_alphas(path, metadata)
     modules = {name: _module(path, name, tensors, alphas) for name, tensors in groups.items()}
@@ -185,7 +185,7 @@ def _refuse_other_meanings(path: Path, groups: dict[str, dict[str, Tensor]], uns
             stem = stem.rpartition(".")[0]
             if stem in groups and not _ADDED.search(name):
                 raise UserError(
-                    f"{path}: {name} changes what the other tensors of {stem} mean, and is not known here.",
+                    f"{path.name}: {name} changes what the other tensors of {stem} mean, and is not known here.",
                     remedy="Save the LoRA in kohya's layout, or merge it with the program that made it.",
                 )
 
@@ -197,7 +197,9 @@ def _lora_path(path: Path) -> Path:
                 return path / name
         raise UserError(f"The folder {path} holds no pytorch_lora_weights.safetensors.")
     if path.is_file() and path.suffix.lower() in {".pt", ".pth", ".ckpt", ".bin"}:
-        raise UserError(f"{path} is no .safetensors file.", remedy="Convert it first: such files can carry programs.")
+        raise UserError(
+            f"{path.name} is no .safetensors file.", remedy="Convert it first: such files can carry programs."
+        )
     return path
 
 
@@ -211,7 +213,9 @@ def _canonical(suffix: str) -> str:
 
 def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict[str, dict]) -> ModuleWeights:
     def problem(what: str) -> UserError:
-        return UserError(f"{path}: the tensors of {name} {what}.", remedy="The file is damaged or of an unknown kind.")
+        return UserError(
+            f"{path.name}: the tensors of {name} {what}.", remedy="The file is damaged or of an unknown kind."
+        )
 
     alpha_tensor = tensors.pop("alpha", None)
     if alpha_tensor is not None and alpha_tensor.numel() != 1:
@@ -298,7 +302,7 @@ def _peft_alphas(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
         if path.name == "adapter_model.safetensors" and source.is_file():
             return {"": _checked_peft(json.loads(source.read_text("utf-8")))}
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path}: PEFT's settings cannot be read ({error}).") from error
+        raise UserError(f"{path.name}: PEFT's settings cannot be read ({error}).") from error
     return {}
 
 

@@ -71,7 +71,8 @@ def merge(
         plan = {key: parts for key, parts in plan.items() if key in specs}
         if not plan:
             raise UserError(
-                f"{lora.path} holds no layer of {base}.", remedy="They are of different kinds of model, or not a base."
+                f"{lora.path.name} holds no layer of {base}.",
+                remedy="They are of different kinds of model, or not a base.",
             )
 
         def load(name: str) -> Tensor:
@@ -86,26 +87,28 @@ def merge(
 def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:
     """Raises UserError when a merge could not write ``output``; ``lora`` need not be there yet."""
     if base.is_dir() or (base.is_file() and base.suffix.lower() != ".safetensors"):
-        raise UserError(f"{base} is not a single .safetensors file.", remedy="Merge into such a file.")
+        raise UserError(f"{base.name} is not a single .safetensors file.", remedy="Merge into such a file.")
     if not base.is_file():
-        raise UserError(f"{base} does not exist.")
+        raise UserError(f"{base.name} does not exist.")
     check_output(output, (base, lora), overwrite)
 
 
 def check_output(output: Path, sources: Sequence[Path], overwrite: bool) -> None:
     """Raises UserError when ``output`` cannot be written as a .safetensors file beside what is read."""
     if output.suffix.lower() != ".safetensors":
-        raise UserError(f"{output} does not end in .safetensors.", remedy="Choose such a name.")
+        raise UserError(f"{output.name} does not end in .safetensors.", remedy="Choose such a name.")
     if output.is_dir():
-        raise UserError(f"{output} is a folder.", remedy="Choose another name.")
+        raise UserError(f"{output.name} is a folder.", remedy="Choose another name.")
     place = next(folder for folder in output.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{output} cannot be written: {place} is no folder to write to.", remedy="Choose another one.")
+        raise UserError(
+            f"{output.name} cannot be written: {place} is no folder to write to.", remedy="Choose another one."
+        )
     if any(output.resolve() == source.resolve() or _same_file(output, source) for source in sources):
-        raise UserError(f"{output} would replace what is read.", remedy="Choose another name.")
+        raise UserError(f"{output.name} would replace what is read.", remedy="Choose another name.")
     if output.exists() and not overwrite:
         remedy = "Choose another name or set overwrite."
-        raise UserError(f"{output} exists already.", field="overwrite", remedy=remedy)
+        raise UserError(f"{output.name} exists already.", field="overwrite", remedy=remedy)
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -146,13 +149,13 @@ def _changed(stored: Tensor, parts: list[_Part], weight: float, lora: Path) -> T
     result = stored.clone()
     for part in parts:
         if not part.weights.is_finite():
-            raise UserError(f"{lora}: {part.weights.name} holds values that are not numbers.")
+            raise UserError(f"{lora.name}: {part.weights.name} holds values that are not numbers.")
         rows = stored[part.rows].float()
         try:
             change = part.weights.change(rows.reshape(part.shape))
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"{lora} does not fit the base: {part.weights.name}: {error}.",
+                f"{lora.name} does not fit the base: {part.weights.name}: {error}.",
                 remedy="It was made for another kind of model.",
             ) from error
         merged = torch.add(rows, change.reshape(rows.shape), alpha=weight)

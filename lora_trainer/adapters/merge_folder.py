@@ -48,12 +48,12 @@ def merge_folder(base: Path, lora: Path | LoraFile, weight: float, output: Path)
                 shutil.copyfile(file, unfinished / file.name)
         if left:
             raise UserError(
-                f"{base} has no layer {sorted(left)[0].removesuffix('.weight')}, which the LoRA changes.",
+                f"{base.name} has no layer {sorted(left)[0].removesuffix('.weight')}, which the LoRA changes.",
                 remedy="They are of different models.",
             )
         os.rename(unfinished, output)
     except OSError as error:
-        raise UserError(f"{output} could not be written: {error.strerror or error}.") from error
+        raise UserError(f"{output.name} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return FolderMerge(output, len(changes))
@@ -71,11 +71,11 @@ def _merge_file(file: Path, lora: LoraFile, weight: float, output: Path) -> set[
             if weights is None:
                 return stored
             if not weights.is_finite():
-                raise UserError(f"{lora.path}: {weights.name} holds values that are not numbers.")
+                raise UserError(f"{lora.path.name}: {weights.name} holds values that are not numbers.")
             try:
                 merged = stored.float().add_(weights.change(stored.float()), alpha=weight)
             except (ValueError, RuntimeError) as error:
-                message = f"{lora.path} does not fit the base: {weights.name}: {error}."
+                message = f"{lora.path.name} does not fit the base: {weights.name}: {error}."
                 raise UserError(message, remedy="It was made for another model.") from error
             changed.add(name)
             return merged.to(stored.dtype)
@@ -88,9 +88,11 @@ def _merge_file(file: Path, lora: LoraFile, weight: float, output: Path) -> set[
 def check_folders(base: Path, output: Path) -> None:
     """Raises UserError when a merge could not write ``output``."""
     if not base.is_dir() or not any(file.suffix == _WEIGHTS for file in base.iterdir()):
-        raise UserError(f"{base} is no folder with .safetensors.", remedy="Merge into such a folder.")
+        raise UserError(f"{base.name} is no folder with .safetensors.", remedy="Merge into such a folder.")
     if output.exists():
-        raise UserError(f"{output} exists already.", remedy="Choose another name for the folder.")
+        raise UserError(f"{output.name} exists already.", remedy="Choose another name for the folder.")
     place = next(folder for folder in output.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{output} cannot be written: {place} is no folder to write to.", remedy="Choose another one.")
+        raise UserError(
+            f"{output.name} cannot be written: {place} is no folder to write to.", remedy="Choose another one."
+        )

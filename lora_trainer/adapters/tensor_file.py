@@ -57,16 +57,16 @@ class TensorSpec:
 def open_tensors(path: Path) -> Iterator[Any]:
     """``safe_open`` on the CPU. Raises UserError when ``path`` is missing, no safetensors file, or damaged."""
     if not Path(path).is_file():
-        raise UserError(f"{path} is not a file.")
+        raise UserError(f"{path.name} is not a file.")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is not a readable .safetensors file ({error}).", remedy="It may be cut off: copy it again."
+            f"{path.name} is not a readable .safetensors file ({error}).", remedy="It may be cut off: copy it again."
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{path.name} cannot be read: {error.strerror or error}.") from error
 
 
 def specs_of(handle: Any, path: Path) -> list[TensorSpec]:
@@ -75,7 +75,7 @@ def specs_of(handle: Any, path: Path) -> list[TensorSpec]:
     for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
         part = handle.get_slice(name)
         if part.get_dtype() not in _DTYPES:
-            raise UserError(f"{path}: {name} is stored as {part.get_dtype()}, which is not supported.")
+            raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}, which is not supported.")
         specs.append(TensorSpec(name, part.get_dtype(), tuple(part.get_shape())))
     return specs
 

@@ -33,7 +33,7 @@ class Tagger:
         batch, height, width, channels = source.shape
         if channels != 3 or not isinstance(height, int) or height != width:
             raise UserError(
-                f"{folder / 'model.onnx'} takes {source.shape}, not square RGB pictures.", field="weights",
+                f"model.onnx takes {source.shape}, not square RGB pictures.", field="weights",
                 remedy=f"Use a tagger such as {WEIGHTS.repository}.",
             )  # fmt: skip
         self._side = height
@@ -86,7 +86,7 @@ def read_tags(path: Path) -> list[tuple[str, str]]:
         return [(row["name"], CATEGORIES.get(row["category"].strip(), "general")) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path} is no list of tags (columns name and category).", field="weights",
+            f"{path.name} is no list of tags (columns name and category).", field="weights",
             remedy=f"Take selected_tags.csv from the tagger's repository, such as {WEIGHTS.repository}.",
         ) from error  # fmt: skip
 
@@ -108,6 +108,6 @@ def _open_session(path: Path, device: str) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's own exceptions have no common base that it exports
         raise UserError(
-            f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}", field="weights",
+            f"{path.name} cannot be loaded: {' '.join(str(error).split())[:300]}", field="weights",
             remedy="Fetch the file again; a download may have been cut off.",
         ) from error  # fmt: skip

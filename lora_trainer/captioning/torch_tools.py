@@ -24,6 +24,6 @@ def load_pretrained(kind: Any, folder: Path) -> Any:
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{folder} cannot be loaded as {kind.__name__}: {reason}", field="weights",
+            f"{folder.name} cannot be loaded as {kind.__name__}: {reason}", field="weights",
             remedy="Fetch its files again; a download may have been cut off.",
         ) from error  # fmt: skip

@@ -230,7 +230,7 @@ class EditSession:
         """A drive that is away for a moment leaves no folder, or an empty one: nobody's words end with that."""
         if self.unsaved and not any(path.is_file() for path in self.paths.values()):
             raise UserError(
-                f"{self.root} has none of its pictures any more; what is unsaved stays here.",
+                f"{self.root.name} has none of its pictures any more; what is unsaved stays here.",
                 remedy="Bring them back, or discard the changes.",
             )
 

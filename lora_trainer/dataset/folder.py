@@ -259,7 +259,7 @@ def _measure_all(
 
 def _nothing_found(listing: Listing, skipped: Sequence[Skipped], setting: str) -> UserError:
     if skipped:
-        reasons = some([f"{item.path}: {item.reason}" for item in skipped], "\n")
+        reasons = some([f"{item.path.name}: {item.reason}" for item in skipped], "\n")
         return UserError(f"No picture in {listing.root} can be used:\n{reasons}", field=setting)
     kinds = Counter(path.suffix.casefold() or "no ending" for path in listing.files.values())
     there = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common(_KINDS_SHOWN)) or "nothing"

@@ -87,9 +87,13 @@ def check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     short, long = sorted(size)
     if short < MIN_SIDE:
-        raise UserError(f"{path} is too small: {width}×{height} pixels; the shorter side needs {MIN_SIDE} or more.")
+        raise UserError(
+            f"{path.name} is too small: {width}×{height} pixels; the shorter side needs {MIN_SIDE} or more."
+        )
     if long > MAX_ASPECT * short:
-        raise UserError(f"{path} has too extreme an aspect ratio: {width}×{height} pixels, more than {MAX_ASPECT}:1.")
+        raise UserError(
+            f"{path.name} has too extreme an aspect ratio: {width}×{height} pixels, more than {MAX_ASPECT}:1."
+        )
 
 
 @contextmanager
@@ -200,12 +204,12 @@ def _read(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size == 0:
-            raise UserError(f"{path} is empty (0 bytes).")
+            raise UserError(f"{path.name} is empty (0 bytes).")
         if size > MAX_FILE_BYTES:
-            raise UserError(f"{path} is larger than 1 GiB; that is no picture to train on.")
+            raise UserError(f"{path.name} is larger than 1 GiB; that is no picture to train on.")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+        raise UserError(f"{path.name} cannot be read ({error.strerror or error}).") from error
 
 
 def _open(path: Path, data: bytes) -> Image.Image:
@@ -215,15 +219,15 @@ def _open(path: Path, data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         if data[4:12] in (b"ftypavif", b"ftypavis"):
             remedy = "install pillow 11.3 or pillow-avif-plugin"
-            message = f"{path} is an AVIF picture, which this Pillow cannot read; {remedy}."
+            message = f"{path.name} is an AVIF picture, which this Pillow cannot read; {remedy}."
         elif data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"):
-            message = f"{path} is a HEIC picture, which cannot be read; convert it to PNG or JPEG."
+            message = f"{path.name} is a HEIC picture, which cannot be read; convert it to PNG or JPEG."
         else:
-            message = f"{path} is no picture that can be read (damaged, or another kind of file)."
+            message = f"{path.name} is no picture that can be read (damaged, or another kind of file)."
         raise UserError(message) from None
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}×{image.height}"
-        raise UserError(f"{path} is too large: {size} pixels, more than {MAX_PIXELS // 10**6} million.")
+        raise UserError(f"{path.name} is too large: {size} pixels, more than {MAX_PIXELS // 10**6} million.")
     return image
 
 
@@ -244,11 +248,11 @@ def _decoding(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large: more than {MAX_PIXELS // 10**6} million pixels.") from error
+        raise UserError(f"{path.name} is too large: more than {MAX_PIXELS // 10**6} million pixels.") from error
     # Pillow's decoders answer damaged data with whatever goes wrong inside them (OSError, SyntaxError, struct.error,
     # IndexError, MemoryError …); for the user they all mean that this file cannot be used.
     except Exception as error:
-        raise UserError(f"{path} is damaged and cannot be decoded ({error or type(error).__name__}).") from error
+        raise UserError(f"{path.name} is damaged and cannot be decoded ({error or type(error).__name__}).") from error
 
 
 _truncation_lock = threading.Lock()

@@ -71,14 +71,14 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
     root = Path(root)
     if not root.is_dir():
         raise UserError(
-            f"There is no folder {root}." if not root.exists() else f"{root} is a file, not a folder.",
+            f"There is no folder {root}." if not root.exists() else f"{root.name} is a file, not a folder.",
             remedy="Name the folder that holds the pictures.",
         )
     real_root = os.path.realpath(root)
     if os.path.dirname(real_root) == real_root:
-        raise UserError(f"{root} is a whole disk.", remedy="Name the folder that holds the pictures.")
+        raise UserError("The folder is a whole disk.", remedy="Name the folder that holds the pictures.")
     if is_of_the_system(Path(real_root)):
-        raise UserError(f"{root} belongs to the system.", remedy="Name the folder that holds the pictures.")
+        raise UserError(f"The folder {root} belongs to the system.", remedy="Name the folder that holds the pictures.")
     excluded = {os.path.realpath(path) for path in exclude} - {real_root}
     followed: set[str] = set()
     files: dict[str, Path] = {}
@@ -94,13 +94,13 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
                 entries = list(itertools.islice(found, _MAX_ENTRIES + 1))
         except OSError as error:
             if folder == root:
-                raise UserError(f"{root} cannot be opened: {error.strerror or error}.") from error
-            notes.append(f"{folder} cannot be opened ({error.strerror or error}); it is left out.")
+                raise UserError(f"{root.name} cannot be opened: {error.strerror or error}.") from error
+            notes.append(f"{folder.name} cannot be opened ({error.strerror or error}); it is left out.")
             continue
         looked_at += len(entries)
         if looked_at > _MAX_ENTRIES:
             raise UserError(
-                f"{root} holds more than {_MAX_ENTRIES} files and folders.",
+                f"{root.name} holds more than {_MAX_ENTRIES} files and folders.",
                 remedy="Name the folder that holds the pictures, and nothing else.",
             )
         if time.monotonic() > end:
@@ -121,7 +121,7 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
                         away.append(path.relative_to(root).as_posix())
                         continue
                     if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
-                        notes.append(f"{path} links to {real}, which is read already; the link is left out.")
+                        notes.append(f"{path.name} links to {real}, which is read already; the link is left out.")
                         continue
                     followed.add(real)
                 pending.append(path)

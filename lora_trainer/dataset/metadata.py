@@ -36,7 +36,7 @@ class CaptionProblem:
     empty: bool = False
 
     def __str__(self) -> str:
-        place = f"{self.path}, line {self.line}" if self.line else f"{self.path}"
+        place = f"{self.path.name}, line {self.line}" if self.line else self.path.name
         return f"{place}: {self.message}"
 
 

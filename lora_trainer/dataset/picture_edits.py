@@ -90,7 +90,7 @@ def load_edits(root: Path) -> dict[str, PictureEdit]:
     path = Path(root) / EDITS_NAME
     content = _read(path)
     pictures = content.get("pictures", {})
-    damaged = UserError(f"{path} is damaged.", remedy="Put back an older copy of it, or remove it.")
+    damaged = UserError(f"{path.name} is damaged.", remedy="Put back an older copy of it, or remove it.")
     if not isinstance(pictures, dict):
         raise damaged
     edits = {}
@@ -134,10 +134,10 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}).", remedy="Put back an older copy of it, or remove it."
+            f"{path.name} cannot be read ({error}).", remedy="Put back an older copy of it, or remove it."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("version", _VERSION), int):
-        raise UserError(f"{path} is damaged.", remedy="Put back an older copy of it, or remove it.")
+        raise UserError(f"{path.name} is damaged.", remedy="Put back an older copy of it, or remove it.")
     if content.get("version", _VERSION) > _VERSION:
-        raise UserError(f"{path} was written by a newer version of the trainer.", remedy="Update the trainer.")
+        raise UserError(f"{path.name} was written by a newer version of the trainer.", remedy="Update the trainer.")
     return content

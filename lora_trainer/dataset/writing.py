@@ -104,7 +104,7 @@ class CaptionFolder:
         self.confined = confined
         if isinstance(output, Path):
             if output.suffix.casefold() not in REWRITERS:
-                raise UserError(f"{output} is neither a .csv nor a .jsonl file.", field="output",
+                raise UserError(f"{output.name} is neither a .csv nor a .jsonl file.", field="output",
                                 remedy="Name a file such as metadata.csv.")  # fmt: skip
             if output.is_file():
                 self.metadata_path = output

@@ -83,14 +83,15 @@ class JobFolders:
             marked = False
         if not marked:
             raise UserError(
-                f"{path} does not look like the folder of job {job.id}; nothing was deleted.",
+                f"{path.name} does not look like the folder of job {job.id}; nothing was deleted.",
                 remedy="Look into it, and delete it yourself if nothing in it is needed.",
             )
         try:
             shutil.rmtree(path)  # does not follow links
         except OSError as error:
             raise UserError(
-                f"{path} could not be deleted completely: {error.strerror}.", remedy="Close what uses it, try again."
+                f"{path.name} could not be deleted completely: {error.strerror}.",
+                remedy="Close what uses it, try again.",
             ) from error
 
 

@@ -80,7 +80,7 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[Seq
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > len(migrations):
             raise UserError(
-                f"{path} was written by a newer version of the LoRA trainer"
+                f"{path.name} was written by a newer version of the LoRA trainer"
                 f" (format {version}; this one knows {len(migrations)}).",
                 remedy="Update the extension, or start it with another --lora-trainer-dir.",
             )

@@ -35,7 +35,7 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     if not config.train_data_dir:
         raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
     if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
-        message = f"{config.merge_into_base} does not say in which folder."
+        message = f"The path {config.merge_into_base} does not say in which folder."
         raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
     config = confine_config(config, host.folders().data, host.access(), known_models(host))
     if _is_for_text(config):

@@ -48,7 +48,9 @@ def combine(
     for path, strength in loras:
         if not math.isfinite(strength) or strength == 0:
             raise UserError(
-                f"{path}: a strength of {strength} adds nothing.", field="loras", remedy="Use one such as 0.7."
+                f"{Path(path).name}: a strength of {strength} adds nothing.",
+                field="loras",
+                remedy="Use one such as 0.7.",
             )
     if rank is not None or share is not None:
         check_size(rank, share)

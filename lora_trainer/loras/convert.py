@@ -123,6 +123,8 @@ def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
 def _check_folder(output: Path, overwrite: bool) -> None:
     """Raises UserError when ``output`` is a file, or a folder with something in it and ``overwrite`` is not set."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file.", remedy="Name a folder for PEFT's layout.")
+        raise UserError(f"{output.name} is a file.", remedy="Name a folder for PEFT's layout.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"{output} is not empty.", field="overwrite", remedy="Choose another folder or set overwrite.")
+        raise UserError(
+            f"{output.name} is not empty.", field="overwrite", remedy="Choose another folder or set overwrite."
+        )

@@ -39,7 +39,9 @@ def edit_metadata(
     with open_tensors(lora) as handle:
         metadata = dict(handle.metadata() or {})
         if absent := [name for name in remove if name not in metadata]:
-            raise UserError(f"{lora} has no entry {absent[0]}.", field="metadata", remedy="`info --json` lists them.")
+            raise UserError(
+                f"{lora.name} has no entry {absent[0]}.", field="metadata", remedy="`info --json` lists them."
+            )
         tensors = {spec.name: handle.get_tensor(spec.name) for spec in specs_of(handle, lora)}
         entries = {**metadata, **wanted}
         entries = {name: value for name, value in entries.items() if name not in (*remove, *_HASHES)}

@@ -66,7 +66,9 @@ def extract(
     check_output(output, (base, tuned), overwrite)
     architectures = [FileLender(path).architecture() for path in (base, tuned)]
     if architectures[0].family != architectures[1].family:
-        raise UserError(f"{base} is {architectures[0].family} and {tuned} is {architectures[1].family}.", field="tuned")
+        raise UserError(
+            f"{base.name} is {architectures[0].family} and {tuned} is {architectures[1].family}.", field="tuned"
+        )
     before, after = (single_file(open_source(path)) for path in (base, tuned))
     targets = targets_of(architectures[0])
     places = stored_places(targets)
@@ -101,7 +103,7 @@ def extract(
         kept += float((down.norm(dim=1).double() * up.norm(dim=0)).square().sum())
     on_progress(len(targets), len(targets))
     if not found:
-        raise UserError(f"{base} and {tuned} do not differ in any layer of a LoRA.", remedy="Choose another pair.")
+        raise UserError(f"{base.name} and {tuned} do not differ in any layer of a LoRA.", remedy="Choose another pair.")
     ranks = [factors.rank for factors in found.values()]
     prediction = FileLender(tuned).describe().prediction_type if architectures[1].vae is not None else "epsilon"
     metadata = {**get_family(architectures[0].family).lora_metadata(prediction), "ss_sd_model_name": base.name}

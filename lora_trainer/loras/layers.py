@@ -79,16 +79,16 @@ class Layers:
         path = self.file.path
         if weights.dora_scale is not None:
             raise UserError(
-                f"{path} is a DoRA: what it adds depends on the base's weights.",
+                f"{path.name} is a DoRA: what it adds depends on the base's weights.",
                 remedy="Merge it into its base, then extract a LoRA from the two checkpoints.",
             )
         if not weights.is_finite():
-            raise UserError(f"{path}: {weights.name} holds values that are not numbers.")
+            raise UserError(f"{path.name}: {weights.name} holds values that are not numbers.")
         try:
             return factors_of(weights, shape)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"{path}: {weights.name} does not fit the layers of a usual {self.family} model ({error}).",
+                f"{path.name}: {weights.name} does not fit the layers of a usual {self.family} model ({error}).",
                 remedy=GIVE_BASE,
             ) from error
 
@@ -132,6 +132,7 @@ def open_layers(path: str | Path, base: str | Path | None = None) -> Layers:
     if not best.matched:
         of_what = f"{base}" if base is not None else " or ".join(candidates)
         raise UserError(
-            f"{path} holds no layer of {of_what}.", remedy="It is for another kind of model." if base else GIVE_BASE
+            f"{Path(path).name} holds no layer of {of_what}.",
+            remedy="It is for another kind of model." if base else GIVE_BASE,
         )
     return best

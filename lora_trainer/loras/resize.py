@@ -51,7 +51,7 @@ def resize(
         before += factors.squared_norm()
         after += small[name].squared_norm()
     if before == 0:
-        raise UserError(f"{lora} changes nothing: all its layers are zero.", remedy="Choose another LoRA.")
+        raise UserError(f"{Path(lora).name} changes nothing: all its layers are zero.", remedy="Choose another LoRA.")
     ranks = [factors.rank for factors in small.values()]
     wanted = [f"rank {rank}"] if rank is not None else []
     wanted += [f"{share:.6g} of each layer's change"] if share is not None else []

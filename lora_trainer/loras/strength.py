@@ -37,7 +37,7 @@ def strength_by_block(lora: str | Path, base: str | Path | None = None) -> dict[
                     square = float(weights.delta(shape).double().square().sum())
             except (ValueError, RuntimeError) as error:
                 raise UserError(
-                    f"{lora}: {weights.name} does not fit its layer ({error}).", remedy=GIVE_BASE
+                    f"{Path(lora).name}: {weights.name} does not fit its layer ({error}).", remedy=GIVE_BASE
                 ) from error
             name = block_name(target)
             squares[name] = squares.get(name, 0.0) + square

@@ -86,7 +86,7 @@ class Outputs:
         for path in () if self.overwrite else (self.lora, self.best, *self._named_as_checkpoints()):
             if path.exists() and not self._is_ours(path) and (continued is None or run_of(path) != continued):
                 raise UserError(
-                    f"{path} exists and was not made by this run.",
+                    f"{path.name} exists and was not made by this run.",
                     field="output_name",
                     remedy="Choose another output_name or output_dir, or set overwrite: true.",
                 )

@@ -336,7 +336,7 @@ class BatchSource:
         tensors = self.cache.get(key)
         if tensors is None:
             raise UserError(
-                f"{self.cache.path(key)} was damaged or removed while the training was going on.",
+                f"{self.cache.path(key).name} was damaged or removed while the training was going on.",
                 field="cache_dir",
                 remedy="Start the run again: it makes the file anew and goes on from its last state.",
             )

@@ -109,7 +109,7 @@ def named_state(resume: str) -> TrainingState:
     try:
         return read_state(Path(resume))
     except DamagedState as error:
-        message = f"{resume} cannot be continued: {error}."
+        message = f"{Path(resume).name} cannot be continued: {error}."
         raise UserError(message, field="resume", remedy="Use auto, never or another file.") from error
 
 
@@ -204,7 +204,7 @@ class StateStore:
                 try:
                     return read_state(path)
                 except DamagedState as error:
-                    self._on_warning(f"{path} is damaged: {error}. The state before it is used.")
+                    self._on_warning(f"{path.name} is damaged: {error}. The state before it is used.")
         return None
 
     def other_settings(self) -> list[str]:
@@ -247,7 +247,9 @@ class StateStore:
             return state
         state = named_state(resume)
         if names := differences(state.run_key, self.run_key):
-            self._on_warning(f"{resume} was trained with other settings: {', '.join(names)}. The new ones count.")
+            self._on_warning(
+                f"{Path(resume).name} was trained with other settings: {', '.join(names)}. The new ones count."
+            )
         return state
 
     def _listing(self) -> list[tuple[str, int, Path]]:

@@ -221,7 +221,7 @@ class DatasetLibrary:
                         temporary.write_bytes(data)
                         measure(temporary)
                 except UserError as error:
-                    message = error.message.replace(str(temporary), file).replace(str(target), file)
+                    message = error.message.replace(temporary.name, file).replace(target.name, file)
                     raise UserError(message, field="pictures", remedy=error.remedy) from error.__cause__
         self.add_captions(name, {target.name: caption})
         return target.name

@@ -177,9 +177,10 @@ def test_a_job_that_waits_for_what_can_be_switched_back_says_so(manager, train, 
     shown = Context(manager).job(manager.store.get(job.id))
     assert shown["switches_back"] and shown["phase"] == "Another checkpoint is selected."
     manager.switch_back(job.id)
+    train.allow(1)
     wait_status(manager, job, "running")
     assert not Context(manager).job(manager.store.get(job.id))["switches_back"]
-    train.allow(3)
+    train.allow(2)
     wait_status(manager, job, "finished")
 
 

@@ -65,12 +65,12 @@ def text_files(path: Path) -> list[Path]:
     """The files with rows: ``path`` itself, or those in the folder. Raises UserError when there are none."""
     if path.is_file():
         if path.suffix.lower() not in ENDINGS:
-            message = f"{path} is neither .jsonl nor .json."
+            message = f"{path.name} is neither .jsonl nor .json."
             raise UserError(message, field="train_data_dir", remedy="Rename it if it is.")
         return [path]
     found = sorted(one for one in path.glob("*") if one.suffix.lower() in ENDINGS) if path.is_dir() else []
     if not found:
-        what = f"{path} holds no .jsonl or .json file" if path.is_dir() else f"There is no {path}"
+        what = f"{path.name} holds no .jsonl or .json file" if path.is_dir() else f"There is no {path}"
         remedy = 'Give a file with lines such as {"prompt": "…", "response": "…"}.'
         raise UserError(f"{what}.", field="train_data_dir", remedy=remedy)
     return found

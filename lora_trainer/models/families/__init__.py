@@ -66,4 +66,6 @@ def refuse_other_family(metadata: Mapping[str, str], lora: str | Path, family: s
     """Raises UserError when a LoRA says that it was made for another family than that of the base."""
     made_for = family_of_lora(metadata)
     if made_for not in (None, family):
-        raise UserError(f"{lora} was made for {made_for}, the base is {family}.", remedy="Choose a LoRA for it.")
+        raise UserError(
+            f"{Path(lora).name} was made for {made_for}, the base is {family}.", remedy="Choose a LoRA for it."
+        )

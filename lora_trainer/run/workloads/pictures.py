@@ -89,7 +89,7 @@ class Pictures:
             return None
         dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
         for skipped in dataset.skipped:
-            callbacks.on_warning(f"{skipped.path} is left out: {skipped.reason}")
+            callbacks.on_warning(f"{skipped.path.name} is left out: {skipped.reason}")
         for warning in dataset.warnings:
             callbacks.on_warning(warning)
         split = None

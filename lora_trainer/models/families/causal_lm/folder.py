@@ -32,7 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Raises UserError when the folder is not that of a language model."""
     if not is_language_model(folder):
         raise UserError(
-            f"{folder} is no folder of a language model: its config.json names none.",
+            f"{folder.name} is no folder of a language model: its config.json names none.",
             field="base_model",
             remedy="Give a folder as transformers saves it, with config.json, tokenizer and .safetensors.",
         )
@@ -45,11 +45,11 @@ def weight_files(folder: Path) -> list[Path]:
         if (index := folder / f"{name}.index.json").is_file():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
-                raise UserError(f"{index} names no files.", field="base_model", remedy="Copy the folder again.")
+                raise UserError(f"{index.name} names no files.", field="base_model", remedy="Copy the folder again.")
             return [folder / shard for shard in sorted({Path(str(shard)).name for shard in shards.values()})]
         if (folder / name).is_file():
             return [folder / name]
-    raise UserError(f"{folder} holds no {_WEIGHTS[0]}.", field="base_model", remedy="Copy the whole folder.")
+    raise UserError(f"{folder.name} holds no {_WEIGHTS[0]}.", field="base_model", remedy="Copy the whole folder.")
 
 
 def open_weights(folder: Path) -> Tensors:

@@ -58,7 +58,7 @@ def _unet_targets(
     def add(path: str, group: str) -> None:
         name = rename(path, table)
         if name is None:
-            raise RuntimeError(f"{path} has no name in the table")
+            raise RuntimeError(f"no name in the table: {path}")
         targets.append(
             LoraTarget(
                 kohya_name="lora_unet_" + (name if names_of_file else path).replace(".", "_"),
