@@ -93,7 +93,7 @@ def test_two_states_are_kept_and_the_damaged_newest_is_passed_over(tmp_path):
     assert sorted(path.name[-6 - 8 : -6] for path in tmp_path.iterdir()) == ["00000002", "00000003"]
     path = store.path(3)
     path.write_bytes(path.read_bytes()[:-1])
-    assert store.newest().step == 2 and str(path) in warnings[0]
+    assert store.newest().step == 2 and warnings[0].startswith(f"{path.name} is damaged")
     store.path(2).write_bytes(b"")
     assert store.newest() is None and store.find("auto") is None
 
