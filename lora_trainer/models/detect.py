@@ -35,9 +35,7 @@ def detect(
     return family.architecture(shapes, dtypes=dtypes or {}, source=source, hints=hints or Hints())
 
 
-def _refusal(
-    shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, metadata: Mapping[str, str]
-) -> UserError:
+def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, metadata: Mapping[str, str]) -> UserError:
     """What the file is, in a sentence: the family first, then how its weights are stored."""
     known = other_file(shapes)
     if known is not None:
@@ -46,14 +44,18 @@ def _refusal(
     form = storage(shapes, dtypes)
     stored = f", {form}" if form else ""
     if (other := other_family(shapes)) is not None:
-        return UserError(f"{source} is {other}{stored}.", field="base_model", remedy=choose())
+        return UserError(
+            f"{source} is {other}{stored}, which cannot be trained here.", field="base_model", remedy=choose()
+        )
     for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
     if (named := GGUF_FAMILIES.get(metadata.get("general.architecture", ""))) is not None:
         trained = any(named == family.title for family in families().values())
         remedy = USE_FP16 if trained else choose()
-        return UserError(f"{source} is {named}{stored}.", field="base_model", remedy=remedy)
+        return UserError(
+            f"{source} is {named}{stored}, which cannot be trained here.", field="base_model", remedy=remedy
+        )
     if (part := part_of_model(shapes)) is not None:
         return UserError(f"{source} {part}{stored}.", field="base_model", remedy=choose())
     return UserError(f"{source} is not a Stable Diffusion model.", field="base_model", remedy=choose())

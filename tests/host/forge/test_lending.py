@@ -283,7 +283,7 @@ def test_the_family_is_told_before_the_format(forge, fake_forge, tmp_path):
     fake_forge.shared.opts.forge_unet_storage_dtype = "bnb-nf4"
     with pytest.raises(UserError) as error:
         forge.lender("flux-nf4", OPTIONS).describe()
-    assert error.value.message == "flux-nf4.safetensors is FLUX.1, quantized (bitsandbytes nf4)."
+    assert error.value.message.startswith("flux-nf4.safetensors is FLUX.1, quantized (bitsandbytes nf4), which")
     assert "Low Bits" not in error.value.remedy and "fp16" not in error.value.remedy
 
 
@@ -296,7 +296,7 @@ def test_what_is_loaded_is_called_what_its_file_is(forge, fake_forge, tmp_path):
     fake_forge.model.forge_objects_original.unet.model.predictor.prediction_type = "const"
     fake_forge.sd_models.model_data.forge_loading_parameters["checkpoint_info"] = info
     fake_forge.sd_models.model_data.forge_hash = str(fake_forge.sd_models.model_data.forge_loading_parameters)
-    with pytest.raises(UserError, match=r"^base_model: chroma\.safetensors is Chroma\."):
+    with pytest.raises(UserError, match=r"^base_model: chroma\.safetensors is Chroma, which"):
         forge.lender("chroma", OPTIONS).describe()
 
 

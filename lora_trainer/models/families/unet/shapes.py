@@ -56,7 +56,9 @@ def refuse_storage(shapes: Shapes, dtypes: Mapping[str, str], title: str, source
     """
     form = storage([name for name in shapes if name.startswith(UNET)], dtypes)
     if form is not None:
-        raise UserError(f"{source} is {title}, {form}.", field="base_model", remedy=USE_FP16)
+        raise UserError(
+            f"{source} is {title}, {form}, which cannot be trained on.", field="base_model", remedy=USE_FP16
+        )
 
 
 def refusal(shapes: Shapes, source: str | Path, remedy: str) -> UserError | None:
