@@ -34,7 +34,7 @@
             app.el("option", {value: ""}, text),
             ...checkpoints.filter((one) => !one.selected).map((one) => app.el("option", {value: one.title}, one.title)),
         );
-        if (!hasOne && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
+        if (!hasOne && !selected && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
         app.form.show("base_model");
     }
 
