@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.other_files import USE_FP16
 
 _TRIES = 3
+_FORM = "'additional_modules'"
+"""What follows it in Forge's loading parameters as a text, which is its mark of what is loaded, is all but the entry of
+the list of checkpoints. Entries are told by their addresses there, and are made anew when the list is read again."""
 
 class ForgeLender(WebuiLender):
     """See ``WebuiLender``.
@@ -90,15 +94,16 @@ class ForgeLender(WebuiLender):
     def _catches_up(self) -> bool:
         """Load what was chosen since, as Forge would do for the next picture only. False where there is nothing new,
         and where it is another checkpoint."""
-        if not self._is_outdated() or (self._follows_selection and self._selected() is not self.checkpoint):
+        selected = Path(self._selected().filename)  # entries of the list are made anew when it is read again
+        if not self._is_outdated() or (self._follows_selection and selected != Path(self.checkpoint.filename)):
             return False
         self._load_ours()
         return True
 
     def _is_outdated(self) -> bool:
         data = self._webui.sd_models.model_data
-        ours = {**data.forge_loading_parameters, "checkpoint_info": self.checkpoint}
-        return bool(data.forge_loading_parameters) and data.forge_hash != str(ours)
+        chosen, loaded = str(data.forge_loading_parameters), data.forge_hash
+        return bool(data.forge_loading_parameters) and chosen[chosen.find(_FORM) :] != loaded[loaded.find(_FORM) :]
 
     def _settle(self) -> None:
         parts = patchers(self._host.sd_model)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,6 +263,18 @@ def test_what_was_chosen_instead_can_be_switched_back(lender, fake_forge, option
         with lender.turn():
             assert torch.equal(answer(model), expected)
         assert fake_forge.shared.opts.data[option] == before[option]
+
+
+def test_a_list_of_checkpoints_that_is_read_again_changes_nothing(lender, fake_forge):
+    with lender.borrow() as model:
+        expected = answer(model)
+        choose(fake_forge, "forge_unet_storage_dtype", "bnb-nf4")
+        fake_forge.generate("a cat")
+        entries = fake_forge.sd_models.checkpoints_list
+        entries.update({title: Info(Path(entry.filename)) for title, entry in entries.items()})
+        choose(fake_forge, "forge_unet_storage_dtype", "Automatic")
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
 
 
 def test_a_choice_that_forge_has_not_loaded_yet_counts_as_it_is_asked(forge, fake_forge):
