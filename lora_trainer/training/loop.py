@@ -261,6 +261,7 @@ class Trainer:
         """Add a measurement; keep the LoRA where it is the best one so far, and say what the measurements mean."""
         if self.validator is None:
             return
+        self._enter("measuring")
         try:
             with self.train_step.averaged():
                 measured = self.validator.measure(self.step, self.epoch, self.turn)
