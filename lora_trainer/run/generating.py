@@ -59,7 +59,9 @@ def attached(model: LanguageModel, lora: LoraFile, config: TrainConfig) -> Adapt
     targets = model.lora_targets()
     matched, unmatched = lora.match(targets)
     if unmatched or not matched:
-        raise UserError(f"{lora.path} does not fit {config.base_model}.", remedy="Choose the base it was made for.")
+        raise UserError(
+            f"{lora.path.name} does not fit {config.base_model}.", remedy="Choose the base it was made for."
+        )
     ranks = {weights.rank for weights in matched.values()}
     layers = [target for target in targets if target.kohya_name in matched]
     settings = TrainConfig(lora_rank=max(rank or 1 for rank in ranks), target_modules=["attention", "feed_forward"])

@@ -150,7 +150,7 @@ class DatasetLibrary:
                 try:
                     shutil.rmtree(entry.path)  # does not follow links
                 except OSError as error:
-                    message = f"{entry.path} could not be deleted completely: {error.strerror}."
+                    message = f"{entry.name} could not be deleted completely: {error.strerror}."
                     raise UserError(message, remedy="Close what uses it, and delete it yourself.") from error
 
     def pictures(self, name: str) -> list[Picture]:
