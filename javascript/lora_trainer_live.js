@@ -11,7 +11,6 @@
     // inPicker: which weights the LoRA pickers were last told of, by job.
     const live = (app.live = {
         job: null, details: null, asked: false, points: [], lastEvent: 0, seenRunning: new Set(), ended: new Map(), looking: null, inPicker: new Map(),
-        interrupted: [],
     });
     let cursor = null;
     let timer = null;
@@ -80,9 +79,7 @@
         if (answer.metrics_job !== null) takePoints(answer);
         else if (live.job) live.forget(); // another page deleted it
         if (shown && (running || shown.id !== app.recall("closed"))) await show(shown);
-        showQueue(answer.queue);
-        live.interrupted = answer.interrupted;
-        showInterrupted();
+        app.queue.show(answer.queue, answer.interrupted);
         for (const job of changed) {
             if (!job.finished) continue;
             if (live.seenRunning.delete(job.id)) over(job);
@@ -221,7 +218,7 @@
         const lines = [];
         if (job.status === "waiting") lines.push(app.said(job.phase));
         if (job.error) lines.push(app.sentence(job.error));
-        if (job.status === "interrupted") lines.push(howItWasCutOff(job));
+        if (job.status === "interrupted") lines.push(app.queue.howItWasCutOff(job));
         if (job.published) lines.push(whatIsThere(job));
         if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
@@ -306,63 +303,7 @@
         app.remember("closed", job.id);
         app.show(app.get("live"), false);
         app.strip.show(null);
-        showInterrupted();
-    }
-
-    /** A job that has not begun is paused and resumed in its place in the queue. */
-    function pausing(job) {
-        const paused = job.status === "paused";
-        const node = app.button(paused ? "Resume" : "Pause", () => live.command(job, paused ? "start" : "pause"), "link");
-        node.title = paused ? app.t("Takes its place in the queue again.") : app.t("Lets the others go first, until you resume it.");
-        return node;
-    }
-
-    /** Why a job of the queue will not start, or not yet. */
-    function why(job) {
-        if (job.error) return app.sentence(job.error);
-        const first = live.job && live.job.active && live.job.status === "paused" && live.job;
-        return first && job.status === "queued" ? app.t("until {name} goes on or is stopped", {name: first.name}) : "";
-    }
-
-    function showQueue(queue) {
-        app.show(app.get("queue"), queue.length);
-        const row = (job, index) => app.el("li", {},
-            app.el("span", {class: "name"}, job.name), app.el("span", {class: "state"}, live.state(job)),
-            app.el("span", {class: "why"}, why(job)),
-            app.el("span", {class: "row"},
-                index > 0 && job.status === "queued" ? app.button("First", () => app.post("/jobs/reorder", {jobs: [job.id]}).then(live.look), "link") : null,
-                pausing(job),
-                app.button("Remove", () => live.command(job, "stop"), "link")));
-        const list = app.get("queue_list");
-        const key = JSON.stringify(queue.map((job) => [job.id, job.status, why(job)]));
-        if (list.dataset.key === key) return;
-        list.dataset.key = key;
-        list.replaceChildren(...queue.map(row));
-    }
-
-    // -- what a server that ended has cut off
-
-    function howItWasCutOff(job) {
-        const values = {name: job.name, step: job.step, total: job.total_steps, saved: job.saved_step};
-        if (!job.step) return app.t("{name} was cut off, as the WebUI ended, before its first step.", values);
-        if (!job.saved_step) return app.t("{name} was cut off, as the WebUI ended, at step {step} of {total}. Nothing was saved before; it begins anew.", values);
-        return app.t("{name} was cut off, as the WebUI ended, at step {step} of {total}. It goes on from step {saved}.", values);
-    }
-
-    /** Offer what was cut off, but for the job that the panel shows with the same words. */
-    function showInterrupted() {
-        const shown = live.job && !app.get("live").hidden ? live.job.id : null;
-        const jobs = live.interrupted.filter((job) => job.id !== shown);
-        app.show(app.get("interrupted"), jobs.length);
-        const list = app.get("interrupted_list");
-        const key = JSON.stringify(jobs.map((job) => [job.id, job.attempt]));
-        if (list.dataset.key === key) return;
-        list.dataset.key = key;
-        list.replaceChildren(...jobs.map((job) => app.el("li", {},
-            app.el("span", {}, howItWasCutOff(job)),
-            app.el("span", {class: "row"},
-                app.button("Resume", () => live.command(job, "resume"), "primary"),
-                app.button("Leave it", () => live.command(job, "stop"), "link")))));
+        app.queue.showInterrupted();
     }
 
     /** The job of the panel was deleted. */

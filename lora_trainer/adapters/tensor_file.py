@@ -57,7 +57,7 @@ class TensorSpec:
 def open_tensors(path: Path) -> Iterator[Any]:
     """``safe_open`` on the CPU. Raises UserError when ``path`` is missing, no safetensors file, or damaged."""
     if not Path(path).is_file():
-        raise UserError(f"{path.name} is not a file.")
+        raise UserError(f"There is no file {path}.")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as handle:
             yield handle

@@ -356,8 +356,8 @@ def test_a_run_that_waits_for_another_choice_in_the_webui_is_switched_back_by_a_
     train.away, train.returns = "The WebUI was switched to b. Training goes on when a is selected again.", True
     wait_for_text(page, "job_message", "goes on when a is selected again")
     page.click("#lora_trainer_job_buttons >> text=Switch back")
-    wait_for_text(page, "job_state", "training")
     train.allow(2)
+    wait_for_text(page, "job_state", "training")
     wait_for_text(page, "job_facts", "step 4 of 20")
 
 
