@@ -345,11 +345,11 @@ def test_a_new_name_publishes_the_checkpoint_that_was_chosen(manager, settings, 
         return (manager.host.root / "Lora" / f"{name}.safetensors").read_bytes()
 
     manager.publish(job.id, "last")
-    assert weights("last") == b"weights at step 4"
+    assert weights("last") == weights_at(4)
     manager.publish(job.id, step=1)
-    assert manager.publish(job.id, "chosen").result["published_step"] == 1 and weights("chosen") == b"weights at step 1"
+    assert manager.publish(job.id, "chosen").result["published_step"] == 1 and weights("chosen") == weights_at(1)
     manager.publish(job.id, "other", step=2)
     manager.publish(job.id, "finished", step=4)
     manager.publish(job.id, "again")
     assert (weights("other"), weights("finished"), weights("again")) == (
-        b"weights at step 2", b"weights at step 4", b"weights at step 4")  # fmt: skip
+        weights_at(2), weights_at(4), weights_at(4))  # fmt: skip

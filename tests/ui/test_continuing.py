@@ -10,6 +10,7 @@ pytest.importorskip("playwright.sync_api")
 from PIL import Image
 
 from lora_trainer.errors import UserError
+from tests.jobs.fakes import weights_at
 from tests.ui.person import add, estimated, start, text, wait_for_text
 
 
@@ -186,5 +187,5 @@ def test_publishing_under_a_new_name_takes_the_chosen_checkpoint(page, files, tr
     inside.locator("input[type=text]").fill("chosen")
     inside.get_by_text("Publish again").click()
     page.wait_for_function("() => loraTrainer.runs.jobs[0].published === 'chosen'")
-    assert (manager.host.root / "Lora" / "chosen.safetensors").read_bytes() == b"weights at step 5"
+    assert (manager.host.root / "Lora" / "chosen.safetensors").read_bytes() == weights_at(5)
     inside.get_by_text("chosen as it was at step 5").wait_for()
