@@ -195,6 +195,17 @@ var loraTrainer = window.loraTrainer || {};
         return app.t("about {n} h", {n: (minutes / 60).toFixed(1)});
     };
 
+    /** Minutes of which only the least and the most are known. */
+    app.between = function(low, high) {
+        if (high < 1) return app.about(high);
+        const inHours = high >= 90;
+        const least = inHours ? Math.floor(low / 6) / 10 : Math.floor(low);
+        const most = inHours ? Math.ceil(high / 6) / 10 : Math.ceil(high);
+        if (least === most) return app.about(high);
+        if (inHours) return app.t("{low}–{high} h", {low: least, high: most});
+        return least < 1 ? app.t("up to {n} min", {n: most}) : app.t("{low}–{high} min", {low: least, high: most});
+    };
+
     app.bytes = function(count) {
         if (count === null || count === undefined) return "–";
         if (count < 1 << 20) return Math.max(1, Math.round(count / 1024)) + " KB";

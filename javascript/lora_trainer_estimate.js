@@ -54,12 +54,32 @@
         app.setText(app.get("fact_buckets"), sizes(facts.buckets));
         const said = (text, basis) => (basis === null ? app.t("{what} (forecast)", {what: text}) : text);
         const later = app.t("known after the first steps");
-        app.setText(app.get("fact_time"), facts.minutes === null ? later : said(app.about(facts.minutes), facts.basis));
+        showTime(facts, later);
         app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory), facts.memory_basis));
         estimate.resolution = facts.resolution;
         app.pictures.judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());
+    }
+
+    const PARTS = {
+        training: "training", previews: "previews", encoding: "encoding pictures and captions", loading: "loading",
+        saving: "saving", ending: "publishing",
+    };
+
+    /** From when to when, what that rests on, and what would shorten it where it is long. */
+    function showTime(facts, later) {
+        const place = app.get("fact_time");
+        app.show(app.get("shorter"), facts.shorter.length);
+        place.removeAttribute("title");
+        if (facts.minutes === null) return app.setText(place, later);
+        const time = app.between(facts.minutes_low, facts.minutes_high);
+        app.setText(place, facts.basis === null ? app.t("{what} (forecast)", {what: time}) : app.t("{time}, as {name} took", {time, name: facts.basis_name}));
+        const parts = Object.entries(facts.parts).filter(([name]) => name in PARTS).sort((one, other) => other[1] - one[1]);
+        place.title = parts.map(([name, minutes]) => `${app.t(PARTS[name])}: ${app.about(minutes)}`).join("\n");
+        if (!facts.shorter.length) return;
+        const ways = facts.shorter.map(({name, value, minutes}) => app.t("{name} {value} ({time})", {name: app.form.label(name), value, time: app.about(minutes)}));
+        app.setText(app.get("shorter"), app.t("A processor is slow with pictures of this size. It would be shorter with {ways}, or on a graphics card.", {ways: ways.join(app.t(" or "))}));
     }
 
     /** A run is saved and drawn four times, so that the best moment can be chosen by its pictures. */
@@ -80,6 +100,7 @@
 
     function showNothing() {
         ["sum", "steps", "buckets", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
+        app.show(app.get("shorter"), false);
     }
 
     /** Start: the server checks everything once more and says what is wrong, beside the field. */

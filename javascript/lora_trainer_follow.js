@@ -42,8 +42,7 @@
                 place = app.el("p", {class: "help", id: "follows_" + name});
                 app.get("problem_" + name).before(place);
             }
-            const label = app.form.control(leader).closest("[data-field]").querySelector("label > span");
-            app.setText(place, follows ? app.t("Follows {name} until you change it.", {name: label.textContent.trim()}) : "");
+            app.setText(place, follows ? app.t("Follows {name} until you change it.", {name: app.form.label(leader)}) : "");
             app.show(place, follows);
         }
     };

@@ -16,6 +16,8 @@
 
     form.controls = () => document.querySelectorAll("#lora_trainer [data-setting]");
     form.control = (name) => app.get("field_" + name);
+    /** What a setting is called on the page. */
+    form.label = (name) => form.control(name).closest("[data-field]").querySelector("label > span").textContent.trim();
     form.kind = () => (document.querySelector("input[name=lora_trainer_kind]:checked") || {}).value || "character";
 
     /** A control's text as the value that the API takes; null for an empty one. */

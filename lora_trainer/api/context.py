@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Checkpoint, Host
     from lora_trainer.jobs.worker import JobManager
 
-_INTERNAL = {"folder", "config", "effective_config", "result", "warnings", "error"}
+_INTERNAL = {"folder", "config", "effective_config", "result", "timings", "warnings", "error"}
 
 _RESUMED = ("interrupted", "stopped", "failed")
 

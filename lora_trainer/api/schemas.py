@@ -364,8 +364,10 @@ class RefusedPictureModel(BaseModel):
 
 
 class EstimateModel(BaseModel):
-    """minutes and memory (bytes): as the jobs ``basis`` and ``memory_basis`` took them, or a forecast where that is
-    null; null while the device is too busy for one. captioner: will describe the pictures first, as they have no
+    """minutes (between minutes_low and minutes_high) and memory (bytes): as the jobs ``basis`` (called ``basis_name``)
+    and ``memory_basis`` took them, or a forecast where that is null; null while the device is too busy for one. parts:
+    minutes of training, previews, encoding, loading, saving and ending. shorter: minutes with other settings.
+    captioner: will describe the pictures first, as they have no
     captions. problems: would stop the run."""
 
     pictures: int
@@ -388,6 +390,11 @@ class EstimateModel(BaseModel):
     name_taken: str | None = None
     resolution: str
     minutes: float | None = None
+    minutes_low: float | None = None
+    minutes_high: float | None = None
+    parts: dict[str, float] = {}
+    shorter: list[dict[str, Any]] = []
     memory: int | None = None
     basis: int | None = None
+    basis_name: str | None = None
     memory_basis: int | None = None

@@ -77,4 +77,5 @@ class QueuedRuns:
                 config = stored_config(self._store.get(job.id))
             except UserError:
                 continue  # deleted in between, or written by an older release with settings that are gone
-            yield PastRun(job.id, config, job.pictures_per_second, job.memory)
+            timings = {name: (seconds, count) for name, (seconds, count) in job.timings.items()}
+            yield PastRun(job.id, job.name, config, job.pictures_per_second, job.memory, timings)

@@ -66,7 +66,7 @@ def execute(
         ending["result"] = _files(result, reporter, folders.of(job), store.get(job.id))
         if result.lora is not None and (result.status == "finished" or commands.saves_before_stop):
             ending["result"] |= _publish(current_host(), store, job, config, Path(result.lora), reporter)
-        return ending
+        return {**ending, "timings": reporter.timings()}
 
 
 def _train(

@@ -41,7 +41,9 @@ class Job:
     folder: name of its folder under ``<data>/jobs``. result: ``lora``, ``diffusers`` and ``thumbnail`` (paths inside
     that folder), ``published`` (path in the host's LoRA folder), ``published_step`` (when that is no finished LoRA but
     what the run saved at this step) and ``verified`` (bool), as far as they exist.
-    architecture: fingerprint of how the base model is built. speed: optimizer steps per second. memory: peak bytes on
+    architecture: fingerprint of how the base model is built. speed: optimizer steps per second. timings: of each part
+    of the run (training, previews, encoding, loading, saving, ending) its seconds, without what other programs took of
+    the processor, and the number of pictures or files that they were for. memory: peak bytes on
     the device. revision: grows with every change of any job.
     """
 
@@ -71,6 +73,7 @@ class Job:
     loss: float | None
     speed: float | None
     pictures_per_second: float | None
+    timings: dict[str, list]
     seconds_left: float | None
     memory: int | None
     seconds: float

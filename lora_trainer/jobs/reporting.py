@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.errors import Problem
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.planning.memory import memory_in_use
+from lora_trainer.processor import Stopwatch
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 MIN_INTERVAL = 0.25
 """Seconds between two writes of a job's progress: four a second are more than an eye follows."""
+
+_PARTS = {
+    "captioning": "captioning", "latents": "encoding", "captions": "encoding", "previews": "previews",
+    "hashing": "saving", "saving": "saving", "merging": "ending", "publishing": "ending", "verifying": "ending",
+}  # fmt: skip
+"""Which part of a run the time of a phase belongs to; that of the others is loading."""
 
 _SMOOTHING = 0.1  # weight of the newest step in the speed
 
@@ -54,6 +61,10 @@ class JobReporter(TrainCallbacks):
         self._last_step: float | None = None
         self._speed: float | None = None
         self._pictures: float | None = None  # a second
+        self._watch = Stopwatch()
+        self._part = "loading"
+        self._stepped = False
+        self._timings: dict[str, list[float]] = {"loading": [0.0, 1]}
         self.device: torch.device | None = None
         self.waiting = False
         self.returns = False  # while it waits: switching back ends it
@@ -63,6 +74,10 @@ class JobReporter(TrainCallbacks):
     def on_phase(self, name: str, done: int, total: int) -> None:
         self._proceed()
         new = name != self._phase
+        self._add(self._part, self._watch.lap())
+        self._part = "" if name == "training" else _PARTS.get(name, "loading")
+        if new and self._part == "encoding":
+            self._add("encoding", count=total - done)
         self._phase = name
         self._last_step = None
         values: dict[str, Any] = {"phase": name, "phase_done": done, "phase_total": total}
@@ -78,13 +93,19 @@ class JobReporter(TrainCallbacks):
         # The time between two steps counts, not the step's own: it holds the turns that others took.
         seconds = report.seconds if self._last_step is None else now - self._last_step
         self._last_step = now
+        self._watch.lap()
+        if self._stepped:
+            self._add("training", report.working, report.images)
+        else:  # the first one also chooses kernels and fills memory
+            self._add("loading", report.working)
+        self._part, self._stepped = "", True
         if seconds > 0:
             self._speed = _smoothed(self._speed, 1 / seconds)
             self._pictures = _smoothed(self._pictures, report.images / seconds)
         left = (report.total_steps - report.step) / self._speed if self._speed else None
         values: dict[str, Any] = {
             "step": report.step, "total_steps": report.total_steps, "epoch": report.epoch, "speed": self._speed,
-            "pictures_per_second": self._pictures, "seconds_left": left,
+            "pictures_per_second": self._pictures, "timings": {**self._timings}, "seconds_left": left,
         }  # fmt: skip
         if report.loss is not None:
             values["loss"] = float(report.loss)
@@ -96,11 +117,14 @@ class JobReporter(TrainCallbacks):
         self._note(first or last, **values)
 
     def on_saved(self, path: Path, step: int, kind: str) -> None:
+        self._add("saving", self._watch.lap(), int(kind == "lora"))
         self._event("saved", Path(path).name, {"step": step, "kind": kind, "path": self._inside(path)})
         if kind == "lora" and self.on_lora is not None:
             self.on_lora(Path(path), step)
+            self._add("saving", self._watch.lap())
 
     def on_preview(self, path: Path, step: int, prompt: str) -> None:
+        self._add("previews", self._watch.lap(), 1)
         self.last_preview = Path(path)
         self._event("preview", prompt, {"step": step, "path": self._inside(path)})
 
@@ -129,6 +153,16 @@ class JobReporter(TrainCallbacks):
         if self._values:
             self._note(True)
 
+    def timings(self) -> dict[str, list[float]]:
+        """Seconds and counts of the parts of the run, up to now."""
+        self._add(self._part, self._watch.lap(), int(self._part == "ending"))
+        return self._timings
+
+    def _add(self, part: str, seconds: float = 0.0, count: float = 0) -> None:
+        if part and (seconds or count):
+            before = self._timings.setdefault(part, [0.0, 0])
+            self._timings[part] = [before[0] + seconds, before[1] + count]
+
     def refresh_status(self) -> None:
         """Somebody paused, resumed or stopped the run: the next step is timed anew. May be called from any thread."""
         self._last_step = None
@@ -137,6 +171,7 @@ class JobReporter(TrainCallbacks):
     def _proceed(self) -> None:
         if self.waiting:
             self.waiting = False
+            self._watch.lap()  # the model was away: no time of the run's
             self._event("waiting", "The model is back.", {})
             self._phase = ""
             self._note(True, status=self._status(False))

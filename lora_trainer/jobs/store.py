@@ -19,7 +19,7 @@ from lora_trainer.jobs.migrations import MIGRATIONS, migrate
 
 _COLUMNS = tuple(field.name for field in fields(Job))
 _EVENT_COLUMNS = tuple(field.name for field in fields(Event))
-_JSON = {"error", "warnings", "result"}
+_JSON = {"error", "warnings", "result", "timings"}
 ORDERS = {
     "newest": "id DESC",
     "oldest": "id",
@@ -204,7 +204,8 @@ class JobStore:
                 connection,
                 job_id,
                 {"status": "running", "active": True, "attempt": row[1] + 1, "started": time.time(), "finished": None,
-                 "error": None, "phase": "starting", "speed": None, "pictures_per_second": None, "seconds_left": None},
+                 "error": None, "phase": "starting", "speed": None, "pictures_per_second": None, "timings": {},
+                 "seconds_left": None},
             )  # fmt: skip
             _insert_event(connection, job_id, "status", "running", {"from": "queued"})
         return self.get(job_id)
@@ -329,6 +330,7 @@ def _job(row: Sequence[Any]) -> Job:
     values["error"] = Problem(**json.loads(values["error"])) if values["error"] else None
     values["warnings"] = tuple(Problem(**warning) for warning in json.loads(values["warnings"]))
     values["result"] = json.loads(values["result"])
+    values["timings"] = json.loads(values["timings"])
     return Job(**values)
 
 

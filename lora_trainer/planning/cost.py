@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_trainer.config import TrainConfig, parse_resolution, settings_where
+from lora_trainer.planning.duration import (
+    TRIED,
+    Length,
+    Span,
+    Timings,
+    forecast_parts,
+    measured_parts,
+    total,
+    training_factor,
+)
 from lora_trainer.planning.memory import kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
@@ -30,6 +41,11 @@ _CPU_SIDE = 512
 """A CPU works no faster on larger pictures, and trying it on them would take long."""
 _TRIAL_AGE = 600.0  # seconds after which a device is tried again: it may have been slowed down by others
 _MAX_KNOWN = 8
+_COMPARED = 3
+"""So many earlier runs give the range of the next one."""
+_LONG_MINUTES = 5.0  # from which on it is said what would shorten a run on a CPU
+_SMALL_SIDE = 256
+_TIMES = ("minutes", "minutes_low", "minutes_high")
 
 _models: dict[ModelArchitecture, MetaModel] = {}
 _trials: dict[Any, _Trial] = {}
@@ -39,12 +55,21 @@ _trying = threading.Lock()
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run that was measured. id: of its job. memory: peak bytes on the device; None is what was not measured."""
+    """A run that was measured. id, name: of its job. memory: peak bytes on the device. timings: seconds and counts of
+    its parts, without what other programs took of the processor. None, or missing, is what was not measured."""
 
     id: int
+    name: str
     config: TrainConfig
     pictures_per_second: float | None
     memory: int | None
+    timings: Timings = field(default_factory=dict)
+
+    @property
+    def pace(self) -> float | None:
+        """Pictures that it trained on in a second."""
+        seconds, pictures = self.timings.get("training", (0.0, 0))
+        return pictures / seconds if seconds > 0 and pictures else self.pictures_per_second
 
 
 class PastRuns(Protocol):
@@ -70,10 +95,10 @@ def precision_of(config: TrainConfig, host: Host) -> Precision:
     return resolve(device, config.mixed_precision, host.weight_dtype())
 
 
-def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: PastRuns) -> dict[str, Any]:
-    """``minutes`` and ``memory`` (bytes), with ``basis`` and ``memory_basis``, the jobs that they are taken from.
-
-    visits: pictures that the run shows the model, all repetitions counted.
+def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past: PastRuns) -> dict[str, Any]:
+    """``minutes`` (expected), ``minutes_low``, ``minutes_high``, their ``parts`` and ``memory`` (bytes), with ``basis``
+    and ``memory_basis``, the jobs that they are taken from, and ``basis_name``. ``shorter``: what a run on a CPU would
+    take with other settings.
 
     The newest run on a model that is built alike counts, one that may still run: its minutes with other settings as
     well, by the work that they make, its memory only with the same ones. Else it is a forecast, for which a piece of
@@ -83,10 +108,12 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
     Raises:
         UserError: no layer of the model would learn.
     """
-    from lora_trainer.adapters.inject import choose
-    from lora_trainer.training.forecast import memory_needed, work_on_batch
+    from lora_trainer.adapters.inject import choose, parameter_count
+    from lora_trainer.training.forecast import memory_needed, number_bytes
+    from lora_trainer.training.throughput import Speed
 
-    found: dict[str, Any] = dict.fromkeys(("minutes", "memory", "basis", "memory_basis"))
+    found: dict[str, Any] = dict.fromkeys((*_TIMES, "memory", "basis", "basis_name", "memory_basis"))
+    found |= {"parts": {}, "shorter": []}
     if info.architecture is None:
         return found
     size, precision, busy = _size(config, info), precision_of(config, host), past.busy()
@@ -95,24 +122,77 @@ def cost(config: TrainConfig, info: ModelInfo, visits: float, host: Host, past: 
     model = _model(info.architecture, host, busy)
     if model is not None:
         choose(model.targets, config)  # which finds what selects no layer
-    for run in past.on(host.name, architecture_mark(info.architecture)):
-        before = run.config
-        if _values(before, _PACE) != _values(config, _PACE):
-            continue
-        if found["basis"] is None and run.pictures_per_second:
-            work = _work_on_picture(config, info, size) / _work_on_picture(before, info, _size(before, info))
-            found |= {"minutes": visits / run.pictures_per_second * work / 60, "basis": run.id}
-        alike = _values(before, _MEMORY) == _values(config, _MEMORY) and _size(before, info) == size
-        if found["memory_basis"] is None and alike and run.memory:
+    alike = [
+        run
+        for run in past.on(host.name, architecture_mark(info.architecture))
+        if _values(run.config, _PACE) == _values(config, _PACE)
+    ]
+    timed = [run for run in alike if run.pace][:_COMPARED]
+    speed: Speed | None
+    if timed:
+        speed = Speed((timed[0].pace or 1.0) * _work_on_picture(timed[0].config, info))
+    else:
+        speed = _speed(info.architecture, precision, size, host, busy)
+    training = _training(config, info, length, timed, speed)
+    if training is not None:
+        learns = 0 if model is None else parameter_count(model.targets, config)
+        weights = 0 if model is None else model.weights * number_bytes(precision.weight_dtype)
+        to_load = max(0, weights - host.model_bytes())
+        parts = forecast_parts(info.architecture, config, size, length, speed, to_load, learns)
+        for run in reversed(timed):  # the newest has the last word
+            parts |= measured_parts(run.timings, (run.config, _size(run.config, info)), (config, size), length)
+        parts["training"] = training
+        found |= _minutes(parts)
+        if timed:
+            found |= {"basis": timed[0].id, "basis_name": timed[0].name}
+        if precision.device.type == "cpu":
+            found["shorter"] = _shorter(config, info, size, found["parts"])
+    for run in alike:
+        same = _values(run.config, _MEMORY) == _values(config, _MEMORY) and _size(run.config, info) == size
+        if found["memory_basis"] is None and same and run.memory:
             found |= {"memory": run.memory, "memory_basis": run.id}
-        if None not in found.values():
-            return found
-    if found["minutes"] is None and (speed := _speed(info.architecture, precision, size, host, busy)) is not None:
-        each = speed.seconds(work_on_batch(info.architecture, size, config))
-        found["minutes"] = visits / config.batch_size * each / 60
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None:
         found["memory"] = in_use + memory_needed(model, size, config, precision, weights_there=host.model_bytes())
+    return found
+
+
+def _training(
+    config: TrainConfig, info: ModelInfo, length: Length, timed: Sequence[PastRun], speed: Speed | None
+) -> Span | None:
+    """Seconds in the steps: as the runs in ``timed`` took them, the newest first, or by the device's speed."""
+    from lora_trainer.training.forecast import work_on_batch
+
+    if not timed:
+        if speed is None:
+            return None
+        each = speed.seconds(work_on_batch(info.architecture, _size(config, info), config))
+        return Span.within(length.visits / config.batch_size * each, TRIED)
+    spans = []
+    for run in timed:
+        work = _work_on_picture(config, info) / _work_on_picture(run.config, info)
+        spans.append(Span.within(length.visits / (run.pace or 1.0) * work, training_factor(work)))
+    return Span(spans[0].expected, min(one.least for one in spans), max(one.most for one in spans))
+
+
+def _minutes(parts: Mapping[str, Span]) -> dict[str, Any]:
+    whole = total(parts)
+    minutes = {name: seconds / 60 for name, seconds in zip(_TIMES, (whole.expected, whole.least, whole.most))}
+    return {**minutes, "parts": {name: part.expected / 60 for name, part in parts.items()}}
+
+
+def _shorter(config: TrainConfig, info: ModelInfo, size: tuple[int, int], parts: Mapping[str, float]) -> list[Any]:
+    """What would take less time on a CPU with large pictures: {name, value, minutes} of settings."""
+    rest = sum(parts.values()) - parts["training"]
+    if min(size) < _CPU_SIDE or sum(parts.values()) < _LONG_MINUTES:
+        return []
+    small = dataclasses.replace(config, resolution=str(_SMALL_SIDE))
+    work = _work_on_picture(small, info) / _work_on_picture(config, info)
+    found = [{"name": "resolution", "value": str(_SMALL_SIDE), "minutes": work * sum(parts.values())}]
+    if config.max_train_steps is None and config.epochs > 1:
+        half = config.epochs // 2
+        minutes = rest + parts["training"] * half / config.epochs
+        found.append({"name": "epochs", "value": half, "minutes": minutes})
     return found
 
 
@@ -174,11 +254,11 @@ def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
 
 
-def _work_on_picture(config: TrainConfig, info: ModelInfo, size: tuple[int, int]) -> float:
+def _work_on_picture(config: TrainConfig, info: ModelInfo) -> float:
     """Operations of training on one picture."""
     from lora_trainer.training.forecast import work_on_batch
 
-    return work_on_batch(info.architecture, size, config).operations / config.batch_size
+    return work_on_batch(info.architecture, _size(config, info), config).operations / config.batch_size
 
 
 def _values(config: TrainConfig, names: tuple[str, ...]) -> list[Any]:

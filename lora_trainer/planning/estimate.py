@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_trainer.config import TrainConfig, never_reached, without_effect
 from lora_trainer.errors import Problem
 from lora_trainer.planning.cost import PastRuns, cost
+from lora_trainer.planning.duration import Length
 
 if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
@@ -70,7 +71,7 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
         "base_model": info.name,
         "family": info.family,
         "resolution": str(side) if config.resolution == "auto" else config.resolution,
-        **cost(config, info, visits, host, past),
+        **cost(config, info, Length(visits, len(dataset.samples), steps, steps_per_epoch), host, past),
     }
 
 

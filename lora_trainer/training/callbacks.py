@@ -19,6 +19,7 @@ class StepReport:
 
     loss: mean over the step's batches; None when the step was skipped because something was not finite.
     lr: of the first parameter group (Prodigy: times its own estimate). seconds: of this step. images: in this step.
+    working: seconds of it without waiting for the model, and without what other programs took of the processor.
     """
 
     step: int
@@ -29,6 +30,7 @@ class StepReport:
     lr: float
     seconds: float
     images: int
+    working: float = 0.0
 
 
 class TrainCallbacks:

@@ -63,21 +63,22 @@ def memory_needed(
         UserError: no layer of the model would learn.
     """
     family = get_family(model.architecture.family)
-    encoding = family.encoding_numbers(model.architecture, resolution) * _bytes(torch.float32)
+    encoding = family.encoding_numbers(model.architecture, resolution) * number_bytes(torch.float32)
     step = _learning_bytes(model, config) + step_bytes(model, resolution, config, precision)
-    weights = max(0, model.weights * _bytes(precision.weight_dtype) - weights_there)
+    weights = max(0, model.weights * number_bytes(precision.weight_dtype) - weights_there)
     return int(weights + max(encoding, step))
 
 
 def step_bytes(model: MetaModel, resolution: tuple[int, int], config: TrainConfig, precision: Precision) -> float:
     """Bytes that come and go within a step."""
     kept = work_on_batch(model.architecture, resolution, config).kept
-    kept *= _bytes(precision.compute_dtype)
+    kept *= number_bytes(precision.compute_dtype)
     largest = max(math.prod(weight_shape(target.module)) for target, _, _ in choose(model.targets, config))
-    return kept + _WEIGHT_COPIES[config.adapter] * largest * _bytes(torch.float32)
+    return kept + _WEIGHT_COPIES[config.adapter] * largest * number_bytes(torch.float32)
 
 
-def _bytes(dtype: torch.dtype) -> int:
+def number_bytes(dtype: torch.dtype) -> int:
+    """Of a number in this format."""
     return torch.empty((), dtype=dtype).element_size()  # torch 2.0 has no dtype.itemsize
 
 

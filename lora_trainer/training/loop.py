@@ -20,6 +20,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentNetwork
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
+from lora_trainer.processor import Stopwatch
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
 from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
 from lora_trainer.training.metrics import MetricsLog, StepMetrics
@@ -187,13 +188,15 @@ class Trainer:
         rates = learning_rates(self.train_step.optimizer)
         try:
             with self.turn():
+                watch = Stopwatch()
                 loss = self.train_step(self.step, micro_batches)
+                working = watch.lap(computing=self.model.device.type == "cpu")
         except OutOfMemoryError as error:
             self._give_up_for_memory(error)
         seconds = time.monotonic() - started
         self.step += 1
         self.seconds += seconds
-        self._report(loss, rates, seconds, sum(map(len, micro_batches)))
+        self._report(loss, rates, seconds, working, sum(map(len, micro_batches)))
         self._guard(loss)
         self._measure_when_due()
         self._save_when_due()
@@ -202,12 +205,14 @@ class Trainer:
         self._phase = phase
         self.callbacks.on_phase(phase, done, total)
 
-    def _report(self, loss: float | None, rates: dict[str, float], seconds: float, images: int) -> None:
+    def _report(
+        self, loss: float | None, rates: dict[str, float], seconds: float, working: float, images: int
+    ) -> None:
         rate = next(iter(rates.values()))
         metrics = StepMetrics(self.step, self.epoch, loss, rate, seconds, images)
         self.metrics.write(metrics, rates)
         epochs = -(-self.total_steps // self.steps_per_epoch)
-        report = StepReport(self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images)
+        report = StepReport(self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images, working)
         self.callbacks.on_step(report)
 
     def _guard(self, loss: float | None) -> None:

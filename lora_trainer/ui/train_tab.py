@@ -106,6 +106,7 @@ def _start() -> Markup:
         "Everything is checked first; these numbers say what the training will do.",
         model,
         facts,
+        tag("p", id_="shorter", class_="help", hidden=True),
         tag("button", "Start training", type="button", id_="start", class_="button primary", data_action="start"),
         tag("p", id_="problem_", class_="problem", role="alert", hidden=True),
         tag("p", "You can keep generating while it trains, and close this page.", class_="help"),
@@ -118,7 +119,8 @@ _FACTS = (
     ("sum", "What is seen", "In an epoch every picture is seen as often as its repeats say"),
     ("steps", "Steps", "One step learns from one batch of pictures"),
     ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
-    ("time", "Time", "As a similar training took here; before the first one, a forecast from a short trial"),
+    ("time", "Time", "As similar trainings took here when nothing else ran, with all that belongs to it; before the first"
+     " one, a forecast from a short trial"),
     ("memory", "Memory", "As a similar training took here; before the first one, a forecast for the whole device"),
 )
 

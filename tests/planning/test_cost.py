@@ -22,6 +22,7 @@ from tests.jobs.fakes import wait_for, wait_status
 from tests.tiny import SD1, sd1_shapes
 
 SPEED, IN_USE = 2e9, 7 << 30
+TIMINGS = {"training": [3.0, 6], "loading": [6.0, 1], "encoding": [2.0, 4], "saving": [4.0, 2], "ending": [5.0, 1]}
 
 
 @pytest.fixture
@@ -52,14 +53,14 @@ def trained(manager, train, settings, known):
     job = manager.submit({**settings, "output_name": "before"})
     wait_for(lambda: manager.store.get(job.id).status == "finished")
     assert manager.store.get(job.id).pictures_per_second == manager.store.get(job.id).speed, "one picture a step"
-    manager.store.update(job.id, pictures_per_second=2.0, memory=5_000)
+    manager.store.update(job.id, pictures_per_second=2.0, memory=5_000, timings=TIMINGS)
     return job.id
 
 
 def test_minutes_and_memory_are_those_of_a_job_like_it(manager, settings, host, known, trained):
     facts = estimate_job({**settings, "max_train_steps": 240}, host, manager.store)
-    assert (facts["minutes"], facts["memory"]) == (2.0, 5_000) and not known[1]
-    assert facts["basis"] == facts["memory_basis"] == trained
+    assert (facts["parts"]["training"], facts["memory"]) == (2.0, 5_000) and not known[1]
+    assert facts["basis"] == facts["memory_basis"] == trained and facts["basis_name"] == "before"
 
 
 def test_other_settings_take_more_minutes_than_the_job_and_memory_of_their_own(manager, settings, host, known, trained):
@@ -70,7 +71,8 @@ def test_other_settings_take_more_minutes_than_the_job_and_memory_of_their_own(m
         work_on_batch(known[0], (512, 512), config).operations / config.batch_size
         for config in (TrainConfig(batch_size=2, gradient_checkpointing=True, lora_rank=64), TrainConfig(batch_size=1))
     ]
-    assert facts["minutes"] == pytest.approx(pictures / 2 * works[0] / works[1] / 60) and works[0] > 1.2 * works[1]
+    training = pictures / 2 * works[0] / works[1] / 60
+    assert facts["parts"]["training"] == pytest.approx(training) and works[0] > 1.2 * works[1]
     assert facts["memory"] > IN_USE and (facts["basis"], facts["memory_basis"]) == (trained, None)
 
 
@@ -90,7 +92,7 @@ def test_a_job_on_another_model_or_in_another_precision_says_nothing(
 def test_minutes_count_pictures_not_places_in_a_batch(idle, host, settings, known, changes):
     """Three pictures never fill a batch of 16."""
     one, many = (estimate_job({**settings, "epochs": 10, **more}, host, idle.store) for more in ({}, changes))
-    assert one["steps"] > many["steps"] and many["minutes"] == pytest.approx(one["minutes"])
+    assert one["steps"] > many["steps"] and many["parts"]["training"] == pytest.approx(one["parts"]["training"])
 
 
 def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
@@ -100,7 +102,7 @@ def test_before_the_first_job_they_are_forecast(idle, host, settings, known):
     facts = estimate_job(wanted, host, idle.store)
     pictures = 90 / facts["steps_per_epoch"] * facts["pictures"]
     operations = pictures / 2 * work_on_batch(architecture, (256, 256), config).operations
-    assert facts["minutes"] == pytest.approx(operations / SPEED / 60)
+    assert facts["parts"]["training"] == pytest.approx(operations / SPEED / 60)
     assert (facts["basis"], facts["memory_basis"]) == (None, None)
     assert facts["memory"] == IN_USE + memory_needed(meta_model(architecture), (256, 256), config, precision)
     host.model_bytes = lambda: 1_000_000
@@ -165,3 +167,61 @@ def test_layers_that_the_model_lacks_are_named_before_the_start(idle, host, sett
     with pytest.raises(UserError) as caught:
         estimate_job({**settings, "target_modules": ["no_such_layer"]}, host, idle.store)
     assert caught.value.field == "target_modules"
+
+
+def test_all_that_belongs_to_a_run_is_in_its_minutes(manager, settings, host, known, trained):
+    """A save of 2 s, an end of 5 s, loading of 6 s, and half a second for each picture and caption."""
+    facts = estimate_job({**settings, "max_train_steps": 240, "save_steps": 100}, host, manager.store)
+    seconds = {name: 60 * minutes for name, minutes in facts["parts"].items()}
+    encoding = 2 * facts["pictures"] * 0.5
+    assert seconds == pytest.approx(
+        {"training": 120, "loading": 6, "saving": 6, "ending": 5, "encoding": encoding, "previews": 0}
+    )
+    assert facts["minutes"] == pytest.approx(sum(seconds.values()) / 60)
+    assert facts["minutes_low"] < facts["minutes"] < facts["minutes_high"]
+
+
+def test_previews_are_counted_as_they_were_drawn(manager, settings, host, known, trained):
+    past = manager.store.get(trained)
+    wanted = {**settings, "max_train_steps": 100, "preview_steps": 30, "preview_prompts": ["a dog", "a cow --s 5"]}
+    config = past.effective_config.replace("preview_prompts: []", "preview_prompts: [a cat --s 10]")
+    timings = {**TIMINGS, "previews": [8.0, 2]}
+    manager.store.update(trained, effective_config=config, timings=timings)
+    facts = estimate_job(wanted, host, manager.store)
+    assert 60 * facts["parts"]["previews"] == pytest.approx(5 * (20 + 5) / 10 * 4), "at 0, 30, 60, 90 and the end"
+    before = estimate_job({**wanted, "preview_prompts": []}, host, manager.store)
+    assert before["parts"]["previews"] == 0 and before["minutes_high"] < facts["minutes_high"]
+
+
+def test_the_range_holds_all_comparable_runs(
+    manager, settings, host, known, trained
+):
+    wanted = {**settings, "max_train_steps": 240}
+    one = estimate_job(wanted, host, manager.store)
+    assert one["minutes_high"] < 1.6 * one["minutes_low"]
+    second = manager.submit({**settings, "output_name": "second"})
+    wait_for(lambda: manager.store.get(second.id).status == "finished")
+    manager.store.update(second.id, timings={**TIMINGS, "training": [6.0, 6]})
+    two = estimate_job(wanted, host, manager.store)
+    assert two["basis_name"] == "second" and two["parts"]["training"] == pytest.approx(4.0)
+    assert two["minutes_low"] < one["minutes"] < two["minutes"] < two["minutes_high"]
+    larger = estimate_job({**wanted, "resolution": "1024"}, host, manager.store)
+    assert larger["minutes_high"] / larger["minutes_low"] > two["minutes_high"] / two["minutes_low"]
+
+
+def test_a_forecast_has_a_wide_range_with_previews_loading_and_saving(idle, host, settings, known):
+    wanted = {**settings, "max_train_steps": 50, "save_steps": 10, "preview_prompts": ["a cat", "a dog"]}
+    facts = estimate_job(wanted, host, idle.store)
+    assert facts["basis"] is None and facts["minutes_high"] > 3 * facts["minutes_low"] > 0
+    assert set(facts["parts"]) == {"training", "previews", "encoding", "loading", "saving", "ending"}
+    fewer = estimate_job({**wanted, "save_steps": None}, host, idle.store)
+    assert fewer["parts"]["previews"] == pytest.approx(facts["parts"]["previews"] * 2 / 6)
+
+
+def test_what_would_shorten_a_long_run_on_a_processor_is_said(idle, host, settings, known):
+    wanted = {**settings, "epochs": 3000, "resolution": "512"}
+    facts = estimate_job(wanted, host, idle.store)
+    assert [(one["name"], one["value"]) for one in facts["shorter"]] == [("resolution", "256"), ("epochs", 1500)]
+    assert all(one["minutes"] < facts["minutes"] for one in facts["shorter"])
+    assert not estimate_job({**wanted, "resolution": "256"}, host, idle.store)["shorter"]
+    assert not estimate_job({**wanted, "epochs": 1}, host, idle.store)["shorter"]

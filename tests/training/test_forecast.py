@@ -146,13 +146,30 @@ def test_selecting_no_layer_is_an_error():
 
 def test_the_speed_is_that_of_the_piece(monkeypatch):
     architecture, latents = detect(sd1_shapes(**SD1)), get_family("sd1").latents
+    laps = iter([3.0, 2.0, 5.0, 0.0])
+    monkeypatch.setattr(throughput_module.Stopwatch, "lap", lambda self, computing: next(laps))
     ticks = iter(range(100))  # a clock on which each look takes a second
     monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(throughput_module, "_SECONDS", 3.5)
+    monkeypatch.setattr(throughput_module, "_SECONDS", 2.5)
     speed = throughput_module.throughput(architecture, resolve("cpu", "no"), (64, 64))
     operations = piece_operations(architecture.unet, latents, (64, 64), 1)
-    assert speed == throughput_module.Speed(pytest.approx(3 * operations / 4))
+    assert speed == throughput_module.Speed(pytest.approx(operations / 2))
     assert speed.seconds(Work(operations, 0)) == pytest.approx(operations / speed.operations)
+
+
+def test_on_a_processor_what_comes_with_each_kernel_is_added(monkeypatch):
+    """A pass takes 8 ms whatever the number of pictures, and 2 ms for each."""
+    architecture = detect(sd1_shapes(**SD1))
+    trial = dataclasses.replace(
+        get_family("sd1").trial(architecture, (64, 64), torch.device("cpu"), torch.float32), pieces=19
+    )
+    monkeypatch.setattr(type(get_family("sd1")), "trial", lambda *_: trial)
+    monkeypatch.setattr(throughput_module, "_seconds", lambda _, pictures: 0.008 + 0.002 * pictures)
+    speed = throughput_module.throughput(architecture, resolve("cpu", "no"), (64, 64))
+    assert speed.operations == pytest.approx(trial.operations / 0.002)
+    launching = 2 * 19 * 0.008
+    assert speed.seconds(Work(trial.operations, 0)) == pytest.approx(launching + 0.002)
+    assert speed.seconds(Work(100 * trial.operations, 0)) == pytest.approx(launching + 0.2)
 
 
 def test_a_fast_device_is_tried_with_more_pictures_until_it_computes_longer_than_it_launches(monkeypatch):

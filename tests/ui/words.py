@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _STRING = r'"((?:[^"\\\n]|\\.)*)"'
-_TABLE = re.compile(r"const (?:STATES|PHASES|TIPS) = \{(.*?)\};", re.DOTALL)
+_TABLE = re.compile(r"const (?:STATES|PHASES|TIPS|PARTS) = \{(.*?)\};", re.DOTALL)
 
 
 class _Reader(HTMLParser):

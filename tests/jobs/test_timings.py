@@ -1,0 +1,78 @@
+"""What is remembered of a run's pace: its parts, without waiting, and whatever else the computer did meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_trainer.jobs.reporting import JobReporter
+from lora_trainer.jobs.worker import JobManager
+from lora_trainer.training.callbacks import StepReport
+from tests.jobs.test_real_run import finish, host, settings
+
+__all__ = ["host", "settings"]
+
+
+class Clock:
+    """Stands for the stopwatch: each lap is as long as the test says."""
+
+    def __init__(self):
+        self.since = 0.0
+
+    def lap(self, *, computing=False):
+        seconds, self.since = self.since, 0.0
+        return seconds
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    from lora_trainer.jobs.store import JobStore
+
+    store = JobStore(tmp_path / "jobs.db")
+    job = store.add("cat", "")
+    reporter = JobReporter(store, job.id, tmp_path / "output", lambda waiting: "waiting" if waiting else "running")
+    reporter._watch = Clock()
+    yield reporter
+    store.close()
+
+
+def test_each_part_gets_its_seconds_and_counts(reporter, tmp_path):
+    def after(seconds):
+        reporter._watch.since += seconds
+        return reporter
+
+    def step(number, working):
+        reporter.on_step(StepReport(number, 4, 1, 1, 0.1, 1e-4, 50.0, 3, working))
+
+    after(5).on_phase("pictures", 0, 6)
+    after(1).on_phase("latents", 2, 6)
+    after(8).on_phase("latents", 6, 6)
+    after(0).on_phase("captions", 0, 6)
+    after(2).on_phase("captions", 6, 6)
+    after(7).on_preview(tmp_path / "a.png", 0, "x")
+    after(9)
+    step(1, 4.0)
+    after(60)  # the WebUI drew pictures in between
+    step(2, 1.0)
+    after(2).on_saved(tmp_path / "a.safetensors", 2, "lora")
+    after(1).on_saved(tmp_path / "a.state", 2, "state")
+    after(100).on_waiting("The model is away.")
+    after(500)
+    step(3, 1.5)
+    after(6).on_preview(tmp_path / "b.png", 3, "x")
+    after(1).on_phase("publishing", 0, 0)
+    after(3)
+    assert reporter.timings() == {
+        "loading": [10.0, 1], "encoding": [10.0, 10], "previews": [13.0, 2], "training": [2.5, 6],
+        "saving": [3.0, 1], "ending": [3.0, 1],
+    }  # fmt: skip
+
+
+def test_a_real_run_remembers_its_pace(host, settings):
+    manager = JobManager(host)
+    manager.start_worker()
+    job = finish(manager, manager.submit({**settings, "preview_prompts": ["a disc"]}))
+    manager.close()
+    assert {"training", "loading", "encoding", "saving"} <= set(job.timings)
+    assert job.timings["training"][1] == 3 * 4 - 1, "all pictures but those of the first step"
+    assert job.timings["encoding"][1] > 4 and job.timings["saving"][1] >= 6
+    assert 0 < job.timings["training"][0] < job.finished - job.started
