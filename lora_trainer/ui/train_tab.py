@@ -119,8 +119,8 @@ _FACTS = (
     ("sum", "What is seen", "In an epoch every picture is seen as often as its repeats say"),
     ("steps", "Steps", "One step learns from one batch of pictures"),
     ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
-    ("time", "Time", "As similar trainings took here when nothing else ran, with all that belongs to it; before the first"
-     " one, a forecast from a short trial"),
+    ("time", "Time", "As similar trainings took here when nothing else ran, with all that belongs to it; before the"
+     " first one, a forecast from a short trial"),
     ("memory", "Memory", "As a similar training took here; before the first one, a forecast for the whole device"),
 )
 
