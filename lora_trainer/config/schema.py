@@ -363,16 +363,16 @@ class OutputSettings:
     """auto continues an interrupted run with the same settings; never starts anew; a path continues from that
     state."""
 
-    validation_share: float = setting(0.0, task="image", minimum=0, maximum=0.5)
+    validation_share: float = setting(0.0, minimum=0, maximum=0.5)
     """Share of your pictures that is not trained, at least two of them, to measure what is learned; 0 trains all."""
 
-    validation_steps: int | None = setting(None, task="image", minimum=1, decides=False)
+    validation_steps: int | None = setting(None, minimum=1, decides=False)
     """Measure every so many steps; empty measures as often as takes about 5 % of the time."""
 
-    early_stopping: Literal["off", "advise", "stop"] = setting("advise", task="image", decides=False)
+    early_stopping: Literal["off", "advise", "stop"] = setting("advise", decides=False)
     """What to do when the held-out pictures are learned no better any more: nothing, say so, or stop and save."""
 
-    early_stopping_patience: int = setting(3, task="image", minimum=1, maximum=1000, decides=False)
+    early_stopping_patience: int = setting(3, minimum=1, maximum=1000, decides=False)
     """So many measurements in a row without a better one mean that it gets no better."""
 
     preview_prompts: list[str] = setting([], task="image", decides=False, separator="\n")  # a prompt has commas

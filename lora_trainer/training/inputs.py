@@ -82,6 +82,8 @@ class BatchSource:
     device.
     """
 
+    sample, size_setting = "picture", "resolution"
+
     def __init__(
         self,
         config: TrainConfig,

@@ -245,9 +245,9 @@ class Trainer:
         if self.step and not self.train_step.updating:
             self._save_state()
         raise UserError(
-            f"The GPU's memory does not suffice for step {self.step + 1}, with one picture at a time and gradient"
-            " checkpointing.",
-            field="resolution",
+            f"The GPU's memory does not suffice for step {self.step + 1}, with one {self.source.sample} at a time and"
+            " gradient checkpointing.",
+            field=self.source.size_setting,
             remedy="Lower it, or lora_rank, or close other programs that use the GPU.",
         ) from error
 
@@ -287,7 +287,7 @@ class Trainer:
         self._judge()
 
     def _judge(self) -> None:
-        found = verdict(self.measurements, self.config.early_stopping_patience)
+        found = verdict(self.measurements, self.config.early_stopping_patience, f"{self.source.sample}s")
         if found is None or found.kind not in ("memorising", "too fast") or self.config.early_stopping == "off":
             return
         if (found.kind, found.best) != self._said:
@@ -433,7 +433,7 @@ class Trainer:
     def _outcome(self, status: str) -> Outcome:
         losses = self.recent_losses
         loss = sum(losses) / len(losses) if losses else None
-        found = verdict(self.measurements, self.config.early_stopping_patience)
+        found = verdict(self.measurements, self.config.early_stopping_patience, f"{self.source.sample}s")
         return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora, found)
 
 

@@ -21,6 +21,9 @@ class Source(Protocol):
     Must be a pure function of (settings, data, epoch, position), so that a resumed run sees the same data.
     """
 
+    sample: str  # what one is called in messages: "picture" or "row"
+    size_setting: str  # what to lower where memory does not suffice for one of them
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""

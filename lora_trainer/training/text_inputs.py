@@ -19,6 +19,8 @@ from lora_trainer.training.source import Turn
 class RowSource:
     """See ``Source``."""
 
+    sample, size_setting = "row", "max_length"
+
     def __init__(self, config: TrainConfig, rows: Sequence[EncodedRow]):
         self._rows = rows
         self._plan = RowPlan.from_config([len(row) for row in rows], config)

@@ -150,10 +150,11 @@ class Verdict:
     sentence: str
 
 
-def verdict(measurements: Sequence[Measurement], patience: int) -> Verdict | None:
+def verdict(measurements: Sequence[Measurement], patience: int, samples: str = "pictures") -> Verdict | None:
     """What the measurements of a run say; None before there are two.
 
     patience: so many measurements in a row without a new lowest validation loss mean that it will not fall any more.
+    samples: what they are called (``Source.sample``, in the plural).
     """
     if len(measurements) < 2:
         return None
@@ -164,18 +165,18 @@ def verdict(measurements: Sequence[Measurement], patience: int) -> Verdict | Non
         memorises = last.training < best.training
         rise = f"from {best.validation:.4g} to {last.validation:.4g}"
         why = (
-            f"while that of trained pictures fell from {best.training:.4g} to {last.training:.4g}: it memorises them."
+            f"while that of trained {samples} fell from {best.training:.4g} to {last.training:.4g}: it memorises them."
             if memorises
-            else "and that of trained pictures does not fall either: the learning rate is too high."
+            else f"and that of trained {samples} does not fall either: the learning rate is too high."
         )
         remedy = f"Step {best.step} is recommended." if best.step else "No step was better than the base model."
-        sentence = f"The loss of held-out pictures has risen since step {best.step}, {rise}, {why} {remedy}"
+        sentence = f"The loss of held-out {samples} has risen since step {best.step}, {rise}, {why} {remedy}"
         return Verdict("memorising" if memorises else "too fast", best.step, sentence)
     if len(measurements) > patience and abs(last.validation / first.validation - 1) < _NOTICEABLE:
         return Verdict(
             "barely",
             best.step,
-            f"The loss of held-out pictures has hardly changed in {last.step} steps: train longer, or raise the rank "
+            f"The loss of held-out {samples} has hardly changed in {last.step} steps: train longer, or raise the rank "
             "or the learning rate.",
         )
     return Verdict("learning", best.step, f"It is still learning at step {last.step}.")

@@ -241,6 +241,28 @@ def test_what_cannot_be_trained_is_refused_with_its_setting(settings, changes, f
     assert caught.value.field == field
 
 
+def test_held_out_rows_are_measured_and_end_the_run_when_they_get_worse(settings, tmp_path):
+    """Answers that have nothing to do with their prompts are learned by heart; held-out ones only get less likely."""
+    words = ["cat", "dog", "mat", "who", "far", "ran", "sat", "the"]
+    rows = [
+        {"prompt": f"who {one}", "response": f"{other} {one * 3}"}
+        for one in words
+        for other in [words[-1 - words.index(one)]]
+    ]
+    rows += [rows[0]]
+    listener = Listener()
+    changes = {"validation_share": 0.25, "validation_steps": 5, "early_stopping": "stop", "early_stopping_patience": 2,
+               "epochs": 200, "batch_size": 4, "learning_rate": 3e-2, "lora_rank": 8}  # fmt: skip
+    result = run({**settings, "train_data_dir": str(write_rows(tmp_path / "r.jsonl", rows))}, listener, **changes)
+    assert any(text.startswith("Not trained, but measured: r.jsonl:") for text in listener.warnings)
+    assert result.step < 200, "it stopped early"
+    (said,) = [text for text in listener.warnings if "held-out rows has risen" in text]
+    assert "that of trained rows fell" in said and "it memorises them" in said
+    with pytest.raises(UserError) as caught:
+        run({**settings, "train_data_dir": str(write_rows(tmp_path / "few.jsonl", rows[:3]))}, validation_share=0.5)
+    assert caught.value.field == "validation_share"
+
+
 def test_another_runs_folder_is_not_written_over(settings):
     result = run(settings)
     with pytest.raises(UserError) as caught:

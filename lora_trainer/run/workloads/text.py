@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.merge_folder import check_folders, merge_folder
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, without_effect
+from lora_trainer.dataset.findings import enumerate_some
 from lora_trainer.dataset.text.encoding import EncodedRow, Encoder
+from lora_trainer.dataset.text.held_out import RowSplit, hold_out_rows
 from lora_trainer.dataset.text.rows import read_rows
 from lora_trainer.dataset.text.templates import choose_template
 from lora_trainer.errors import UserError, concerning
@@ -28,6 +31,7 @@ from lora_trainer.training.objectives.causal_lm import CausalLmObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn
 from lora_trainer.training.text_inputs import RowSource
+from lora_trainer.training.validation import ValidationData, Validator
 
 _NAMED = 5
 """So many rows are named in a message; of further ones the number is said."""
@@ -37,8 +41,8 @@ _VLLM_RANK = 16
 class Texts:
     """The ``Workload`` of rows of text. ``open`` makes it."""
 
-    def __init__(self, config: TrainConfig, rows: Sequence[EncodedRow]):
-        self._config, self._rows = config, rows
+    def __init__(self, config: TrainConfig, rows: Sequence[EncodedRow], split: RowSplit | None = None):
+        self._config, self._rows, self._split = config, rows, split
 
     @staticmethod
     def file_lender(config: TrainConfig, precision: Precision) -> LanguageModelLender:
@@ -87,7 +91,12 @@ class Texts:
                 field="train_data_dir",
                 remedy="python -m lora_trainer check says what is wrong with each row.",
             )
-        return cls(config, usable)
+        if not config.validation_share:
+            return cls(config, usable)
+        split = hold_out_rows(usable, config.validation_share, config.seed)
+        names = [row.row.where for row in split.held_out]
+        callbacks.on_warning(f"Not trained, but measured: {enumerate_some(names, _NAMED)}.")
+        return cls(config, split.trained, split)
 
     def run_key(self, model: LanguageModel) -> dict[str, Any]:
         return {
@@ -96,7 +105,7 @@ class Texts:
         }
 
     def work(self, model: LanguageModel, precision: Precision, *, keep_model_parts: bool) -> Work:
-        config = self._config
+        config, objective = self._config, CausalLmObjective(model)
 
         def targets() -> list[LoraTarget]:
             return model.lora_targets()
@@ -104,7 +113,19 @@ class Texts:
         def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> AdapterSaver:
             return AdapterSaver(config, outputs, adapters, [target.diffusers_name for target in targets()])
 
-        return Work(RowSource(config, self._rows), CausalLmObjective(model), targets, saver)
+        def validator(adapters: AdapterSet) -> Validator:
+            assert self._split is not None
+            return Validator(objective, adapters, self._validation(self._split), config.seed)
+
+        split = self._split
+        return Work(RowSource(config, self._rows), objective, targets, saver, None if split is None else validator)
+
+    def _validation(self, split: RowSplit) -> ValidationData:
+        """Sources that show each row once, alone. What the model makes of the prompts should not move."""
+        config = replace(self._config, batch_size=1, gradient_accumulation_steps=1, repeats=1)
+        prompts = [replace(row, learned=(False, *(not one for one in row.learned[1:]))) for row in split.held_out]
+        held_out, seen = RowSource(config, split.held_out), RowSource(config, split.seen)
+        return ValidationData(held_out, seen, untriggered=RowSource(config, prompts))
 
     def previewer(self, model: LanguageModel, turn: Turn, precision: Precision) -> Previewer | None:
         return None
@@ -157,5 +178,4 @@ def refuse_other_adapters(config: TrainConfig) -> None:
 
 def _warn(callbacks: TrainCallbacks, what: str, rows: Sequence[str]) -> None:
     if rows:
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-        callbacks.on_warning(f"{len(rows)} rows {what}: {', '.join(rows[:_NAMED])}{more}.")
+        callbacks.on_warning(f"{len(rows)} rows {what}: {enumerate_some(rows, _NAMED)}.")

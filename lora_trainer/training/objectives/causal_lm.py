@@ -67,6 +67,14 @@ class CausalLmObjective:
         hidden = self._model.hidden_states(inputs.tokens).flatten(0, 1)  # (B·L, D)
         return cross_entropy(hidden.index_select(0, inputs.places), self._model.head, inputs.targets)
 
+    def fixed_draws(self, micro_batch: TokenBatch, place: float, generator: torch.Generator) -> TokenBatch:
+        """For a measurement; there are no noise levels."""
+        return micro_batch
+
+    def predict(self, inputs: Inputs) -> Tensor:
+        """The hidden states (N, D) from which the labelled tokens are predicted, fp32."""
+        return self._model.hidden_states(inputs.tokens).flatten(0, 1).index_select(0, inputs.places).float()
+
     def addresses(self) -> tuple[int, ...]:
         return self._model.addresses()
 
