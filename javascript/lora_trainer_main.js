@@ -102,6 +102,7 @@
         app.live.begin();
         app.host.addSendButton();
         const remembered = app.recall("form");
+        app.presets.chosen = (remembered && remembered.preset) || null;
         app.form.restore(remembered || {});
         app.form.changed();
         // The host fetches its options after its page is there. A kind that is set anew there counts once.
@@ -114,7 +115,7 @@
                 app.form.changed();
             });
         }
-        await app.presets.begin(remembered && remembered.preset);
+        app.presets.begin().catch((error) => app.live.complain(error));
         await fillModels();
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
     }

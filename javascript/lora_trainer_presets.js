@@ -7,10 +7,10 @@
     const address = (name) => "/presets/own/" + encodeURIComponent(name);
     const typed = () => app.get("preset_name").value.trim();
 
-    presets.begin = async function(remembered) {
+    presets.begin = async function() {
         app.get("preset").addEventListener("change", (event) => apply(event.target.value || null));
         await load();
-        if (presets.rows.some((one) => one.name === remembered)) presets.choose(remembered);
+        presets.choose(presets.rows.some((one) => one.name === presets.chosen) ? presets.chosen : null);
     };
 
     async function load() {

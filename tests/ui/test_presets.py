@@ -54,7 +54,10 @@ def test_a_preset_is_saved_chosen_renamed_and_deleted(advanced, files, manager):
     assert value(page, "epochs") == "10" and page.is_checked("input[value=style]"), "the rest is the kind's"
     assert value(page, "reg_data_dir") == str(files[0].parent), "what belongs to the pictures stays"
     page.reload()
-    page.wait_for_function("() => loraTrainer.presets && loraTrainer.presets.chosen === 'my style'")
+    page.wait_for_function("() => loraTrainer.begun && loraTrainer.presets.rows.length")
+    page.reload()  # twice: what is remembered is not forgotten by looking at it
+    page.wait_for_function("() => loraTrainer.begun && loraTrainer.presets.rows.length")
+    assert page.input_value("#lora_trainer_preset") == "my style"
     page.evaluate("document.querySelectorAll('#lora_trainer_advanced, #lora_trainer_advanced details').forEach((one) => (one.open = true))")  # noqa: E501
     page.fill("#lora_trainer_preset_name", "yours")
     page.click("#lora_trainer_preset_chosen >> text=Rename it")
