@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import guarded, while_asked
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, read_text, to_mapping, to_yaml
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
@@ -93,9 +93,10 @@ def routes(context: Context) -> APIRouter:
         }
 
     @router.post("/estimate", response_model=schemas.EstimateModel)
-    def estimate_run(new: schemas.NewJobModel) -> dict[str, Any]:
+    async def estimate_run(new: schemas.NewJobModel, request: Request) -> dict[str, Any]:
         """Pictures accepted and refused, buckets, steps, minutes and memory of a run with these settings."""
-        facts = estimate_job(new.given(), context.host, context.manager.store, new.shown)
+        host, store = context.host, context.manager.store
+        facts = await while_asked(request, lambda gone: estimate_job(new.given(), host, store, new.shown, gone))
         facts["refused"] = [
             {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
         ]

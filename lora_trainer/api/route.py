@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request, Response
@@ -22,6 +24,7 @@ from lora_trainer.api.context import Context
 from lora_trainer.errors import ConfigError, Problem, UserError, has_half_characters, problems_of
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs.job import UnknownJobError, full_disk
+from lora_trainer.planning.estimate import NobodyWaitsError
 from lora_trainer.workspace.sessions import UnknownSessionError
 
 MAX_BODY = 4 << 20
@@ -37,6 +40,8 @@ _ALL_READ = "lora_trainer.all_read"
 _PERHAPS_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:
@@ -106,10 +111,30 @@ async def _read(request: Request, limit: int) -> Request:
     if _PERHAPS_HALF.search(body) and await run_in_threadpool(_has_half_characters, bytes(body)):
         raise RefusedError(400, "The text holds halves of characters.", "Send valid Unicode.")
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
+    whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+    async def receive() -> Any:
+        return whole.pop() if whole else await request.receive()  # then, that the caller has gone
 
     return Request(request.scope, receive)
+
+
+async def while_asked(request: Request, work: Callable[[Callable[[], bool]], Answer]) -> Answer:
+    """``work`` in a thread; what it is given says whether the caller has gone meanwhile."""
+    gone = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await run_in_threadpool(work, gone.is_set)
+    except NobodyWaitsError:
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError, concerning
@@ -25,8 +25,9 @@ _TRAINED = ("running", "paused", "finished", "stopped", "failed", "interrupted")
 
 
 def estimate_job(
-    settings: Mapping[str, Any] | str, host: Host, store: JobStore, shown: str | None = None
-) -> dict[str, Any]:
+    settings: Mapping[str, Any] | str, host: Host, store: JobStore, shown: str | None = None,
+    gone: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
     """``planning.estimate`` of these settings, and ``name_taken``: why the LoRA cannot be called so, or None.
 
     shown: see ``check_shown``.
@@ -38,7 +39,7 @@ def estimate_job(
     check_shown(config, host, shown)
     info = check_base(config, host)
     return {
-        **estimate(config, info, host, captioner_sources(host), QueuedRuns(store)),
+        **estimate(config, info, host, captioner_sources(host), QueuedRuns(store), gone),
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
     }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, never_reached, without_effect
@@ -23,7 +25,14 @@ _STAND_IN = "a picture"  # for captions that are not there yet; what they say ch
 _scanning = threading.Lock()
 
 
-def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources, past: PastRuns) -> dict[str, Any]:
+class NobodyWaitsError(Exception):
+    """Who asked has gone, or asks for something else by now."""
+
+
+def estimate(
+    config: TrainConfig, info: ModelInfo, host: Host, sources: Sources, past: PastRuns,
+    gone: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:  # fmt: skip
     """Pictures that would be used and refused, buckets, steps, minutes and memory.
 
     Keys: ``pictures``, ``regularization_pictures``, ``refused`` [{file, reason}], ``warnings``, ``buckets``,
@@ -33,13 +42,16 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
     where none is needed, or can run. ``problems`` [``Problem``]: what would stop the run although its pictures can be
     counted.
 
+    gone: whether nobody waits for the answer any more; looking at the pictures of a large folder ends then.
+
     Raises:
         UserError: what would stop the run, naming the field.
+        NobodyWaitsError: see ``gone``.
     """
     from lora_trainer.dataset.buckets import BatchPlan
     from lora_trainer.models.families import get_family
 
-    dataset, captioner, problems = look_at_pictures(config, sources)
+    dataset, captioner, problems = look_at_pictures(config, sources, gone)
     family = get_family(info.family)
     side = family.default_resolution(info)
     plan = BatchPlan.from_config(dataset, config, side, family.latents.multiple)
@@ -75,21 +87,39 @@ def estimate(config: TrainConfig, info: ModelInfo, host: Host, sources: Sources,
     }
 
 
-def look_at_pictures(config: TrainConfig, sources: Sources) -> tuple[Dataset, str | None, list[Problem]]:
+def look_at_pictures(
+    config: TrainConfig, sources: Sources, gone: Callable[[], bool] = lambda: False
+) -> tuple[Dataset, str | None, list[Problem]]:
     """The pictures of a run, the captioner that describes them first, and what would stop the run although they can be
     counted.
 
     Raises:
         UserError: there is nothing to train on.
+        NobodyWaitsError: ``gone`` says so.
     """
     from lora_trainer.dataset.folder import UncaptionedError, scan
     from lora_trainer.planning.measured import measure
     from lora_trainer.run.captioning import training_captioner
 
-    with _scanning:
+    def progress(done: int, total: int) -> None:
+        if gone():
+            raise NobodyWaitsError
+
+    with _alone(progress):
         try:
-            return scan(config, measure=measure), None, []
+            return scan(config, progress, measure), None, []
         except UncaptionedError as error:
             captioner = training_captioner(config, sources)
             problems = [] if captioner else [Problem.of(error)]
-            return scan(config, measure=measure, stand_in=_STAND_IN), captioner, problems
+            return scan(config, progress, measure, _STAND_IN), captioner, problems
+
+
+@contextmanager
+def _alone(look: Callable[[int, int], None]) -> Iterator[None]:
+    """Inside nobody else scans. ``look`` is called while it waits for that."""
+    while not _scanning.acquire(timeout=0.2):
+        look(0, 0)
+    try:
+        yield
+    finally:
+        _scanning.release()

@@ -18,7 +18,7 @@ from lora_trainer.host.base import AccessPolicy
 from lora_trainer.patterns import SECONDS
 from tests.api.conftest import basic
 from tests.api.test_api_access import cookie, every_route
-from tests.jobs.fakes import make_pictures
+from tests.jobs.fakes import make_pictures, wait_for
 from tests.ui.browser import served
 
 HALVES = ["x\ud800", "\udfffx", "\ud83d", "\ude00\ud83d"]
@@ -337,3 +337,29 @@ def test_who_asks_before_sending_is_told_at_once(address):
         connection.sendall(f"POST {PREFIX}/jobs HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
                            f"Content-Length: {64 << 20}\r\nExpect: 100-continue\r\n\r\n".encode())  # fmt: skip
         assert b" 413 " in connection.recv(200).split(b"\r\n", 1)[0]
+
+
+def test_a_large_folder_is_looked_at_only_as_long_as_somebody_waits(address, tmp_path, monkeypatch):
+    looked = []
+
+    def slowly(path):
+        looked.append(path)
+        time.sleep(0.2)
+        return (64, 64), path.name
+
+    large, small = make_pictures(tmp_path / "large", 400), make_pictures(tmp_path / "small", 2)
+    monkeypatch.setattr("lora_trainer.planning.measured.measure", slowly)
+
+    def ask(folder):
+        body = json.dumps({"settings": {"train_data_dir": str(folder), "output_name": "x"}})
+        connection = http.client.HTTPConnection(address, timeout=60)
+        connection.request("POST", f"{PREFIX}/estimate", body, JSON)
+        return connection
+
+    first = ask(large)
+    wait_for(lambda: looked)
+    first.close()
+    begun = time.monotonic()
+    answer = ask(small).getresponse()
+    assert answer.status == 200 and json.loads(answer.read())["pictures"] == 2
+    assert time.monotonic() - begun < 8 and len(looked) < 200
