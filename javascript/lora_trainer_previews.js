@@ -88,8 +88,8 @@
         /** Also of what was saved without a picture: "Stop and save" draws none. */
         buildComparison(order) {
             const under = (step) => {
-                if (step === this.taking) return app.el("span", {class: "help", role: "status"}, app.t("on its way to your Lora tab …"));
                 if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
+                if (step === this.taking) return app.el("span", {class: "help", role: "status"}, app.t("on its way to your Lora tab …"));
                 if (!this.saved.has(step)) return false;
                 const button = app.button("Use this one", () => this.takeNow(step));
                 button.disabled = Boolean(this.taking); // one after the other: the last click counts
