@@ -182,7 +182,7 @@
         }
     };
 
-    /** What became of another trainer's settings; nothing where they were ours. */
+    /** What became of the settings that were given, in which format they were read. */
     function tellTranslation(told) {
         const place = app.get("translation");
         app.show(place, told);

@@ -11,13 +11,21 @@ from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded, while_asked
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, read_text, to_mapping, to_yaml
+from lora_trainer.config.foreign import own_settings
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.job import ACTIVE
+from lora_trainer.jobs.submitting import last_part
 from lora_trainer.planning.memory import free_memory
 from lora_trainer.planning.presets import PRESETS, preset
+
+_ELSEWHERE = {
+    "output_dir": "a training here has a folder of its own; the last part becomes the name, where none is given",
+    "cache_dir": "the trainings here share one",
+}
+"""Settings that the page does not take from a file."""
 
 
 def routes(context: Context) -> APIRouter:
@@ -85,9 +93,15 @@ def routes(context: Context) -> APIRouter:
         settings = new.given()
         given, translation = read_text(settings) if isinstance(settings, str) else (settings, None)
         config = from_mapping(given)
+        if translation is None and isinstance(settings, str):
+            translation = own_settings(given, settings, _ELSEWHERE)
+        names = [ALIASES.get(name, name) for name in given]
+        if not config.output_name and (name := last_part(config.output_dir)):
+            config = dataclasses.replace(config, output_name=name)
+            names.append("output_name")
         return {
             "settings": to_mapping(config),
-            "given": [ALIASES.get(name, name) for name in given],
+            "given": names,
             "yaml": to_yaml(config),
             "translation": translation and translation.to_json(),
         }

@@ -13,7 +13,7 @@ import yaml
 
 from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, read_text, to_yaml
 from lora_trainer.config.names import ALIASES
-from lora_trainer.errors import UserError
+from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import atomic_write, safe_name_problem
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, WAITING_TO_START, Job
@@ -32,12 +32,19 @@ def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
 def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:
     """A configuration that may run on this host. Raises ConfigError with every problem, each naming its field."""
     config = from_mapping(read_settings(settings))
+    problems: list[UserError] = []
     if not config.train_data_dir:
-        raise UserError("No pictures are chosen.", field="train_data_dir", remedy="Add pictures or choose a folder.")
+        remedy = "Add pictures or choose a folder."
+        problems.append(UserError("No pictures are chosen.", field="train_data_dir", remedy=remedy))
     if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
         message = f"The path {config.merge_into_base} does not say in which folder."
-        raise UserError(message, field="merge_into_base", remedy="Give the whole path.")
-    config = confine_config(config, host.folders().data, host.access(), known_models(host))
+        problems.append(UserError(message, field="merge_into_base", remedy="Give the whole path."))
+    try:
+        config = confine_config(config, host.folders().data, host.access(), known_models(host))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     if _is_for_text(config):
         message = "Language models are trained on the command line only."
         raise UserError(message, field="base_model", remedy="Use python -m lora_trainer train --config run.yaml.")
@@ -95,7 +102,7 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
     """Append a checked job to the queue, with its folder. Raises UserError."""
     values = read_settings(settings)
     config = check_settings(values, host)
-    given = config.output_name or _last_part(config.output_dir)
+    given = config.output_name or last_part(config.output_dir)
     if given:
         name = check_name(given, "output_name")
         if not config.overwrite and (reason := name_taken(store, host, name)):
@@ -185,7 +192,7 @@ def merged(job: Job, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **changes}
 
 
-def _last_part(output_dir: str) -> str:
+def last_part(output_dir: str) -> str:
     """The LoRA's name where only output_dir says it, as on the command line ("./output/my_style_lora")."""
     name = Path(output_dir.replace("\\", "/")).name
     return "" if output_dir == TrainConfig().output_dir else name

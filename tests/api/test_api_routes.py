@@ -226,7 +226,8 @@ def test_the_catalog(client, monkeypatch):
     assert all(row["explanation"] for row in rows) and {"lora_rank", "base_model"} <= {row["name"] for row in rows}
     checked = client.post("/settings/check", json={"yaml": "rank: 4\nlearning_rate: 2e-4"}).json()
     assert checked["settings"]["lora_rank"] == 4 and "lora_rank: 4" in checked["yaml"]
-    assert checked["given"] == ["lora_rank", "learning_rate"] and checked["translation"] is None
+    assert checked["given"] == ["lora_rank", "learning_rate"]
+    assert checked["translation"]["tool"] == "this program (YAML)"
 
 
 def test_another_trainers_settings_are_understood_where_they_are_pasted(client):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.foreign import ai_toolkit, kohya, kohya_gui, onetrainer, sd_scripts
-from lora_trainer.config.foreign.formats import is_toml, parse_any
-from lora_trainer.config.foreign.report import Translation
+from lora_trainer.config.foreign.formats import form_of, is_toml, parse_any
+from lora_trainer.config.foreign.report import Taken, Translation, Unmet
 from lora_trainer.config.names import ALIASES, types
+from lora_trainer.config.schema import TrainConfig
 
-__all__ = ["Translation", "read_text", "translate"]
+__all__ = ["Translation", "own_settings", "read_text", "translate"]
 
 _OF_SD_SCRIPTS = {*kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya.OF_OTHER_FAMILIES,
                   *sd_scripts.NAMES}  # fmt: skip
@@ -33,7 +34,24 @@ def read_text(text: str, source: str = "The configuration", *, folder: Path | No
     """
     values = parse_any(text, source)
     translation = translate(values, folder, toml=is_toml(text.removeprefix("\ufeff")))
-    return (values, None) if translation is None else (translation.settings, translation)
+    if translation is None:
+        return values, None
+    translation.form = form_of(text)
+    return translation.settings, translation
+
+
+def own_settings(values: Mapping[str, Any], text: str, elsewhere: Mapping[str, str]) -> Translation:
+    """The same report for settings of this program, of those that are not at their defaults. elsewhere: those that are
+    not taken, each with the reason."""
+    defaults = TrainConfig()
+    told = Translation("this program", dict(values), form=form_of(text))
+    for name, value in values.items():
+        ours = ALIASES.get(name, name)
+        if ours in elsewhere:
+            told.unmet.append(Unmet(name, value, elsewhere[ours]))
+        elif value != getattr(defaults, ours, None):
+            told.taken.append(Taken(name, ours, value))
+    return told
 
 
 def translate(values: Mapping[str, Any], folder: Path | None = None, *, toml: bool = False) -> Translation | None:

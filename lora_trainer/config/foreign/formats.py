@@ -30,6 +30,12 @@ def parse_any(text: str, source: str = "The configuration") -> dict[str, Any]:
     return parse_yaml(text, source)
 
 
+def form_of(text: str) -> str:
+    """JSON, TOML or YAML: what ``parse_any`` reads the text as first."""
+    text = text.removeprefix("\ufeff")
+    return "JSON" if text.lstrip().startswith("{") else "TOML" if is_toml(text) else "YAML"
+
+
 def is_toml(text: str) -> bool:
     """Whether the first line that says anything is TOML's (``name = value`` or ``[section]``) and not YAML's."""
     for line in text.splitlines():

@@ -33,7 +33,8 @@ class Unmet:
 class Translation:
     """Another tool's settings as ours.
 
-    tool: whose they are. settings: by our names. taken, ignored, unmet: what became of each of the other tool's
+    tool: whose they are. form: "YAML", "TOML" or "JSON". settings: by our names. taken, ignored, unmet: what became of
+    each of the other tool's
     settings. notes: what else a person should know.
     """
 
@@ -43,6 +44,7 @@ class Translation:
     ignored: list[str] = field(default_factory=list)
     unmet: list[Unmet] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    form: str = "YAML"
 
     def to_text(self, source: str = "The settings") -> str:
         """For a terminal, and for the comment above a converted file."""
@@ -60,7 +62,7 @@ class Translation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "tool": self.tool,
+            "tool": f"{self.tool} ({self.form})",
             "taken": [{"theirs": one.theirs, "ours": one.ours, "value": _shown(one.value)} for one in self.taken],
             "ignored": sorted(self.ignored),
             "unmet": [{"theirs": one.theirs, "value": _shown(one.value), "reason": one.reason} for one in self.unmet],
