@@ -87,9 +87,9 @@ def write_base(folder: Path, work: Work) -> Path:
     return path
 
 
-def batch_of(work: Work, unet: nn.Module) -> Batch:
+def batch_of(work: Work, unet: nn.Module, seed: int = 0) -> Batch:
     """Random latents and captions for diffusers' UNet of this configuration."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     side, count = work.resolution // 8, work.batch_size
     moments = torch.randn(count, 8, side, side, generator=generator)
     prompts = torch.randn(count, 77, unet.config.cross_attention_dim, generator=generator)

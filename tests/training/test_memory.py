@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import is_out_of_memory, with_room
-from lora_trainer.training.memory import move_optimizer_to_cpu, on_cpu, parameters_on_cpu
+from lora_trainer.training.memory import (
+    MemoryMeasures,
+    MemoryRecovery,
+    move_optimizer_to_cpu,
+    on_cpu,
+    parameters_on_cpu,
+)
+from lora_trainer.training.optim import computes_on_cpu, create_optimizer
+from tests.devices import pretended_gpu
 from tests.training.fakes import FakeModel, Run, configuration, draw_pictures, same
 
 ERRORS = [
@@ -408,3 +418,43 @@ def test_a_copy_on_the_cpu_shares_nothing():
     copied = on_cpu({"a": [tensor, (1, tensor)], "b": None})
     tensor.zero_()
     assert copied["a"][0].sum() == 2 and copied["a"][1][1].sum() == 2 and copied["b"] is None
+
+
+# -- the optimizer's move from a card to the CPU ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_the_optimizers_state_leaves_the_card(optimizer):
+    with pretended_gpu() as gpu:
+        parameter = torch.nn.Parameter(torch.ones(6, 4).to(gpu.device))
+        config = TrainConfig(optimizer=optimizer, learning_rate=1e-2)
+        made = create_optimizer(config, [{"params": [parameter], "lr": 1e-2, "name": "unet"}])
+        parameter.grad = torch.ones_like(parameter)
+        made.step()
+        before = gpu.allocated
+        move_optimizer_to_cpu(made)
+        kept = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        assert kept and {value.device.type for value in kept} == {"cpu"} and gpu.allocated < before
+        assert parameter.device == gpu.device
+
+
+@pytest.mark.parametrize("optimizer, moves", [("adamw", True), ("adamw8bit", False), ("lion", True), ("mine", False)])
+def test_an_optimizer_that_may_not_compute_on_the_cpu_stays(tmp_path, optimizer, moves):
+    """bitsandbytes' kernels are for cards, and of a plug-in nothing is known."""
+    warnings = []
+    recovery = MemoryRecovery(
+        MemoryMeasures(part_size=1, gradient_checkpointing=True), checkpointing=True,
+        may_move_optimizer=computes_on_cpu(TrainConfig(optimizer=optimizer)),
+        set_gradient_checkpointing=lambda on: None, make_room=lambda: None, on_warning=warnings.append,
+    )  # fmt: skip
+    assert recovery.take(1, 1, False), "memory is freed first, whatever the optimizer"
+    assert recovery.take(1, 1, False) == moves == recovery.measures.optimizer_on_cpu
+
+
+def test_who_keeps_his_state_on_the_card_is_told_of_one_who_need_not(tmp_path):
+    run, _ = prepared(small(tmp_path))
+    for optimizer, told in (("adamw8bit", True), ("adamw", False)):
+        run.trainer.config = replace(run.trainer.config, optimizer=optimizer)
+        with pytest.raises(UserError) as error:
+            run.trainer._give_up_for_memory(ERRORS[0])
+        assert ("optimizer: adamw" in error.value.remedy) == told
