@@ -325,9 +325,9 @@ def test_captions_of_links_are_neither_told_nor_written(client, manager, host, t
         assert answer.status_code == 400 and secret.read_text() == "a secret of mine"
 
 
-def test_two_jobs_are_compared(client, settings):
+def test_two_jobs_are_compared(client, manager, settings):
     first = client.post("/jobs", json={"settings": settings, "held": True}).json()["id"]
-    client.post("/datasets", json={"name": "cats"})
+    make_pictures(manager.folders.datasets / "cats")
     changes = {"lora_rank": 4, "train_data_dir": "cats", "preview_prompts": ["a", "b"], "output_name": "other"}
     second = client.post(f"/jobs/{first}/duplicate", json={"changes": changes, "held": True}).json()["id"]
     rows = client.get(f"/jobs/{first}/differences/{second}").json()["differences"]
