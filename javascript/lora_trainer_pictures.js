@@ -308,7 +308,7 @@
         const before = included().filter((row) => earlier && earlier.has(row.file));
         if (!before.length) return [];
         return [app.el("br"), app.t("{n} new, added to {before} that were here.", {n: added, before: before.length}), " ",
-            app.button("Leave the earlier ones out", () => exclude(before, true), "link")];
+            app.button("Exclude the earlier ones", () => exclude(before, true), "link")];
     }
 
     pictures.notJudged = () => showSummary(null);

@@ -134,8 +134,8 @@ def test_pictures_that_join_earlier_ones_say_so(page, files, more, manager, monk
     assert "added to" not in text(page, "pictures")
     add(page, more)
     wait_for_text(page, "pictures", "3 new, added to 12 that were here.")
-    page.click("#lora_trainer_pictures >> text=Leave the earlier ones out")
-    wait_for_text(page, "pictures", "12 left out")
+    page.click("#lora_trainer_pictures >> text=Exclude the earlier ones")
+    wait_for_text(page, "pictures", "12 excluded")
     assert "3 pictures" in text(page, "pictures") and "added to" not in text(page, "pictures")
     dataset = manager.folders.datasets / page.evaluate("loraTrainer.pictures.chosen")
     assert len(list(dataset.glob("*.png"))) == 15, "no file is deleted"
