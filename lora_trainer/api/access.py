@@ -49,7 +49,9 @@ def check_host(request: Request, policy: AccessPolicy) -> None:
 def _host_name(host: str) -> str:
     """The name or address in a Host header, without the port."""
     try:
-        return (urlsplit(f"//{host.strip()}").hostname or "").rstrip(".")
+        parts = urlsplit(f"//{host.strip()}")
+        _ = parts.port  # raises where what follows the colon is no port
+        return (parts.hostname or "").rstrip(".")
     except ValueError:
         return ""
 

@@ -244,13 +244,17 @@ class Trainer:
         self.train_step.optimizer.zero_grad(set_to_none=True)
         if self.step and not self.train_step.updating:
             self._save_state()
-        # What is known not to compute on the CPU, and what nothing is known of, keeps its state on the GPU.
-        other = "" if computes_on_cpu(self.config) else ", or set optimizer: adamw, whose state can lie in main memory"
+        remedy = "Lower it, or lora_rank, or close other programs that use the GPU."
+        if not computes_on_cpu(self.config):  # its state stays on the GPU
+            remedy = (
+                "Lower it, or lora_rank, or set optimizer: adamw, whose state can lie in main memory, or close other "
+                "programs that use the GPU."
+            )
         raise UserError(
             f"The GPU's memory does not suffice for step {self.step + 1}, with one {self.source.sample} at a time and"
             " gradient checkpointing.",
             field=self.source.size_setting,
-            remedy=f"Lower it, or lora_rank{other}, or close other programs that use the GPU.",
+            remedy=remedy,
         ) from error
 
     # -- validation -----------------------------------------------------------------------------------------------
