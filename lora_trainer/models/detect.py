@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.errors import UserError
-from lora_trainer.models.families import choose, claiming, families
+from lora_trainer.models.families import choose, claiming, families, find_family
 from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.other_files import GGUF_FAMILIES, USE_FP16, other_family, other_file, part_of_model, storage
@@ -50,8 +50,9 @@ def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, meta
     for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
-    if (named := GGUF_FAMILIES.get(metadata.get("general.architecture", ""))) is not None:
-        trained = any(named == family.title for family in families().values())
+    name = metadata.get("general.architecture", "")
+    trained = find_family(name)
+    if (named := trained.title if trained else GGUF_FAMILIES.get(name)) is not None:
         remedy = USE_FP16 if trained else choose()
         return UserError(
             f"{source} is {named}{stored}, which cannot be trained here.", field="base_model", remedy=remedy

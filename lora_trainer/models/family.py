@@ -57,8 +57,9 @@ class MetaModel:
 class Trial:
     """A piece of the model with random weights, on which a device's speed is measured.
 
-    forward: input -> output. input: requires a gradient. operations: floating-point operations of one forward and
-    backward pass, as ``Family.parts`` counts them. pieces: how many such pieces have as many layers as the model.
+    forward: input -> output, of any number of pictures. input: of one picture; requires a gradient. operations:
+    floating-point operations of one forward and backward pass on it, as ``Family.parts`` counts them. pieces: how many
+    such pieces have as many layers as the model.
     """
 
     forward: Callable[[Tensor], Tensor]

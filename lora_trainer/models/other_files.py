@@ -45,12 +45,11 @@ OTHER_FAMILIES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(x_embedder|y_embedder|patch_embedding)\.", "a diffusion transformer (DiT) model"),
 )
 
-# The same by what a GGUF file calls itself (general.architecture), for those that have their names from it alone.
+# The same by what a GGUF file calls itself (general.architecture), beside the names of the families trained here.
 GGUF_FAMILIES = {
-    "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", "sd3": "Stable Diffusion 3",
-    "flux": "FLUX.1", "chroma": "Chroma", "aura": "AuraFlow", "hidream": "HiDream", "qwen_image": "Qwen-Image",
-    "lumina2": "Lumina or Z-Image", "ltxv": "LTX-Video", "hyvid": "a Hunyuan model", "wan": "Wan",
-    "cosmos": "a video model",
+    "sd3": "Stable Diffusion 3", "flux": "FLUX.1", "chroma": "Chroma", "aura": "AuraFlow", "hidream": "HiDream",
+    "qwen_image": "Qwen-Image", "lumina2": "Lumina or Z-Image", "ltxv": "LTX-Video", "hyvid": "a Hunyuan model",
+    "wan": "Wan", "cosmos": "a video model",
 }  # fmt: skip
 
 # Tensors that lie beside quantized weights.

@@ -256,7 +256,7 @@ REFUSED = {
     "strength": (["combine", "{lora}:nan", "{lora}", "--base", "{base}"], "strength"),
     "two families": (["combine", "{lora}", "{xl}"], "different kinds"),
     "shape": (["resize", "{lora}", "--rank", "2"], "--base"),
-    "not there": (["resize", "{folder}/no.safetensors", "--rank", "2"], "not a file"),
+    "not there": (["resize", "{folder}/no.safetensors", "--rank", "2"], "There is no file"),
     "same checkpoint": (["extract", "--base", "{base}", "--tuned", "{copy}"], "do not differ"),
     "other kind": (["extract", "--base", "{base}", "--tuned", "{lora}"], "LoRA"),
     "nothing to edit": (["edit", "{lora}"], "Nothing"),

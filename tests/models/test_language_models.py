@@ -123,7 +123,7 @@ def test_a_damaged_folder_is_refused_with_a_sentence(base, tmp_path, broken):
     config = from_mapping(settings)
     with pytest.raises(UserError) as caught:
         train(config, file_lender(config))
-    assert str(folder) in str(caught.value) or folder.name in str(caught.value)
+    assert folder.name in str(caught.value) or "model-00002" in str(caught.value)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(base):

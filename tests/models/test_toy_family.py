@@ -209,7 +209,11 @@ class Toy(Family):
         block = Block(architecture.width).requires_grad_(False).to(device, dtype)
         text, mask = torch.randn(1, 1, architecture.width), torch.ones(1, 1, dtype=torch.bool)
         picture = torch.randn(1, 16, architecture.width, requires_grad=True)
-        return Trial(lambda x: block(x, text, mask), picture, 16 * 4 * 4 * architecture.width**2, architecture.blocks)
+
+        def forward(x):
+            return block(x, text.expand(len(x), -1, -1), mask.expand(len(x), -1))
+
+        return Trial(forward, picture, 16 * 4 * 4 * architecture.width**2, architecture.blocks)
 
 
 @pytest.fixture()
