@@ -71,7 +71,7 @@
     async function shown() {
         if (editor.state) return void lookOutside();
         await editor.act(async() => {
-            await app.sets.load();
+            await app.sets.load(true);
             if (app.pictures.chosen && !editor.other) await editor.open(app.pictures.chosen);
         });
     }

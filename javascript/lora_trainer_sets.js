@@ -5,8 +5,10 @@
     const sets = (app.sets = {});
     const address = (name) => "/datasets/" + encodeURIComponent(name);
 
-    sets.load = async function() {
+    /** The list anew; gently: not while somebody is at one of its lines. */
+    sets.load = async function(gently = false) {
         const {datasets} = await app.fetchJson("/datasets");
+        if (gently && app.get("sets").contains(document.activeElement)) return;
         app.get("sets").replaceChildren(...datasets.map(line));
         app.show(app.get("sets_empty"), !datasets.length);
     };
@@ -49,7 +51,7 @@
         const field = app.el("input", {type: "text", value: set.name, "aria-label": app.t("New name")});
         const message = title.closest("li").querySelector("[role=alert]");
         const go = () => change(set, message, () => app.post(address(set.name) + "/rename", {name: field.value.trim()}), field.value.trim());
-        const form = app.el("span", {class: "inline"}, field, app.button("Rename it", go, "primary"), app.button("Cancel", sets.load));
+        const form = app.el("span", {class: "inline"}, field, app.button("Rename it", go, "primary"), app.button("Cancel", () => sets.load()));
         field.addEventListener("keydown", (event) => {
             if (event.key === "Enter") go();
             if (event.key === "Escape") form.replaceWith(title);

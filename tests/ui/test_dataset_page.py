@@ -286,7 +286,7 @@ def test_a_task_is_followed_again_when_the_server_was_away(page, monkeypatch):
     monkeypatch.setattr("lora_trainer.dataset.checks.check_folder", slow)
     page.click("#lora_trainer_editor_opens_check")
     page.click("text=Check now")
-    until(page, "task_text", "1 / 10")
+    until(page, "task_count", "1 / 10")
     page.context.set_offline(True)
     until(page, "problem", "does not answer")
     goes_on.set()
@@ -297,6 +297,6 @@ def test_a_task_is_followed_again_when_the_server_was_away(page, monkeypatch):
 def test_what_is_being_typed_counts_before_the_folder_is_left(page):
     page.keyboard.press("Enter")
     page.keyboard.type(", on its way")
-    page.click("text=Other pictures")
+    page.click("button:has-text('Other pictures')")
     until(page, "message", "1 change is not saved")
     assert page.is_visible("#lora_trainer_editor")
