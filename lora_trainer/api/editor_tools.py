@@ -79,9 +79,6 @@ def routes(context: Context) -> APIRouter:
         editor = sessions.get(session)
         if not 1 <= wish.batch_size <= 256:
             raise UserError("Use 1 to 256 pictures at once.", field="batch_size", remedy="8 is usual.")
-        sources = captioner_sources(context.host)
-        name = choose(wish.captioner, sources)
-        check_available(name, sources)
         options = CaptionOptions(
             wish.template,
             wish.trigger_word,
@@ -91,6 +88,10 @@ def routes(context: Context) -> APIRouter:
             dict(wish.replacements),
             wish.max_tags,
         )
+        options.check()
+        sources = captioner_sources(context.host)
+        name = choose(wish.captioner, sources)
+        check_available(name, sources)
         device = str(context.host.device())
         settings = Settings(device, wish.threshold, wish.character_threshold)
         sessions.caption(

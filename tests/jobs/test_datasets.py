@@ -50,7 +50,7 @@ def test_a_job_that_was_stopped_goes_on_with_a_data_set_that_was_renamed(manager
 def test_jobs_that_wait_follow_in_every_setting(idle):
     datasets = stored(idle)
     root = idle.folders.datasets
-    (root / "cats" / "masks").mkdir()
+    make_pictures(root / "cats" / "masks")
     settings = {
         "train_data_dir": str(root / "cats"), "reg_data_dir": str(root / "cats" / "masks"), "output_name": "cat",
         "more_folders": [f"2_cat={root / 'cats'}", str(root / "cats-not")], "description": "cats",
