@@ -38,7 +38,8 @@ def test_the_page_its_scripts_and_its_routes_are_served(tmp_path):
     from fastapi.testclient import TestClient
 
     (tmp_path / "models").mkdir()
-    client = TestClient(create_app(options("--data", str(tmp_path / "data"), "--models", str(tmp_path / "models"))))
+    app = create_app(options("--data", str(tmp_path / "data"), "--models", str(tmp_path / "models")))
+    client = TestClient(app, base_url="http://127.0.0.1:7861")
     page = client.get("/").text
     for script in sorted(Path(ROOT / "javascript").glob("*.js")):
         assert script.name in page
