@@ -18,6 +18,12 @@ def low_rank_delta(down: Tensor, up: Tensor) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
 
 
+def low_rank_squared_norm(down: Tensor, up: Tensor) -> Tensor:
+    """‖up · down‖² (Frobenius) as the sum over a product of two r × r matrices: the change itself is not formed."""
+    down, up = down.flatten(1), up.flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0)
+
+
 def tucker_delta(down: Tensor, mid: Tensor, up: Tensor) -> Tensor:
     """LoCon with a core: down (r, in, 1, 1), mid (r, r, kh, kw), up (out, r, 1, 1) -> (out, in, kh, kw)."""
     return torch.einsum("n m k l, i n, m j -> i j k l", mid, up.flatten(1), down.flatten(1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_trainer.adapters.algebra import changed_norm_squared, column_norm, low_rank_delta
+from lora_trainer.adapters.algebra import changed_norm_squared, column_norm, low_rank_delta, low_rank_squared_norm
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
 from lora_trainer.devices import without_autocast
@@ -63,9 +63,7 @@ class LoraAdapter(Adapter):
         return self.scale * low_rank_delta(self.lora_down, self.lora_up)
 
     def delta_norm(self) -> Tensor:
-        # ‖up·down‖² is the sum over the product of two r × r matrices: the change itself need not be formed.
-        down, up = self.lora_down.flatten(1), self.lora_up.flatten(1)
-        return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
+        return self.scale * low_rank_squared_norm(self.lora_down, self.lora_up).sqrt()
 
     def factors(self) -> dict[str, Tensor]:
         return {"lora_down.weight": self.lora_down, "lora_up.weight": self.lora_up}

@@ -99,16 +99,21 @@ def check_output(output: Path, sources: Sequence[Path], overwrite: bool) -> None
         raise UserError(f"{output.name} does not end in .safetensors.", remedy="Choose such a name.")
     if output.is_dir():
         raise UserError(f"{output.name} is a folder.", remedy="Choose another name.")
-    place = next(folder for folder in output.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            f"{output.name} cannot be written: {place} is no folder to write to.", remedy="Choose another one."
-        )
+    check_place(output)
     if any(output.resolve() == source.resolve() or _same_file(output, source) for source in sources):
         raise UserError(f"{output.name} would replace what is read.", remedy="Choose another name.")
     if output.exists() and not overwrite:
         remedy = "Choose another name or set overwrite."
         raise UserError(f"{output.name} exists already.", field="overwrite", remedy=remedy)
+
+
+def check_place(output: Path) -> None:
+    """Raises UserError when the folder that ``output`` is to lie in cannot be written."""
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            f"{output.name} cannot be written: {place} is no folder to write to.", remedy="Choose another one."
+        )
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_trainer.adapters.lora_file import LoraFile, read_lora
+from lora_trainer.adapters.merge import check_place
 from lora_trainer.adapters.tensor_file import open_tensors, specs_of, write_tensors
 from lora_trainer.errors import UserError
 
@@ -91,8 +92,4 @@ def check_folders(base: Path, output: Path) -> None:
         raise UserError(f"{base.name} is no folder with .safetensors.", remedy="Merge into such a folder.")
     if output.exists():
         raise UserError(f"{output.name} exists already.", remedy="Choose another name for the folder.")
-    place = next(folder for folder in output.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            f"{output.name} cannot be written: {place} is no folder to write to.", remedy="Choose another one."
-        )
+    check_place(output)

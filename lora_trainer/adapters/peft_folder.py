@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lora_trainer.adapters.export import write_peft_tensors
 from lora_trainer.adapters.inject import AdapterSet
@@ -31,28 +34,46 @@ def save_peft(
     Raises:
         UserError: a weight is not finite in that number format, or the folder cannot be written.
     """
-    tensors, ranks = {}, set()
+    factors, ranks = {}, set()
     for target, adapter in adapters.items():
-        factors = adapter.factors()
-        stem = f"base_model.model.{target.diffusers_name}"
-        tensors[f"{stem}.lora_A.weight"] = factors["lora_down.weight"]
-        tensors[f"{stem}.lora_B.weight"] = factors["lora_up.weight"]
+        named = adapter.factors()
+        factors[target.diffusers_name] = named["lora_down.weight"], named["lora_up.weight"]
         ranks.add((adapter.rank, adapter.alpha))
     ((rank, alpha),) = ranks
     settings = {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
         "target_modules": _target_modules([target.diffusers_name for target in adapters.targets], layers),
+    }
+    return write_folder(folder, factors, settings, metadata, dtype)
+
+
+def write_folder(
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    settings: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    dtype: str,
+) -> Path:
+    """Write one PEFT folder; returns the path of its weights, which are written last.
+
+    factors: down and up by the layer's name in the model. settings: of adapter_config.json, without those that are
+    the same for every LoRA. Raises UserError as ``save_peft``.
+    """
+    tensors = {}
+    for name, (down, up) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    always = {
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
     }
-    atomic_write(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    atomic_write(folder / SETTINGS, json.dumps({"peft_type": "LORA", **settings, **always}, indent=2) + "\n")
     write_peft_tensors(tensors, folder / WEIGHTS, metadata, dtype)
     return folder / WEIGHTS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lora_trainer.dataset.samples import Dataset, Sample
@@ -34,21 +34,31 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Split:
     """
     training = [sample for sample in dataset.samples if not sample.is_regularization]
     contents = sorted({sample.digest for sample in training}, key=lambda digest: _mark(seed, digest))
-    if len(contents) < 2 * FEWEST:
-        raise UserError(
-            f"{len(contents)} different pictures are too few to hold some of them out.",
-            field="validation_share",
-            remedy=f"Add pictures, at least {2 * FEWEST} in all, or set validation_share: 0.",
-        )
-    count = min(max(FEWEST, round(share * len(contents))), len(contents) // 2)
-    out, measured = set(contents[:count]), set(contents[count : 2 * count])
+    out, measured = map(set, first_shares(contents, share, "different pictures", "pictures"))
+    kept = tuple(one for one in dataset.samples if one.is_regularization or one.digest not in out)
     return Split(
-        trained=replace(
-            dataset, samples=tuple(one for one in dataset.samples if one not in training or one.digest not in out)
-        ),
+        trained=replace(dataset, samples=kept),
         held_out=_once(dataset, (one for one in training if one.digest in out)),
         seen=_once(dataset, (one for one in training if one.digest in measured)),
     )
+
+
+def first_shares(marks: Sequence[str], share: float, what: str, more: str) -> tuple[Sequence[str], Sequence[str]]:
+    """The first marks, which are held out, and as many after them, which are measured as trained ones.
+
+    what: the things that the marks stand for, and more: what to add of, in messages.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if len(marks) < 2 * FEWEST:
+        raise UserError(
+            f"{len(marks)} {what} are too few to hold some of them out.",
+            field="validation_share",
+            remedy=f"Add {more}, at least {2 * FEWEST} in all, or set validation_share: 0.",
+        )
+    count = min(max(FEWEST, round(share * len(marks))), len(marks) // 2)
+    return marks[:count], marks[count : 2 * count]
 
 
 def _once(dataset: Dataset, samples: Iterable[Sample]) -> Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from lora_trainer.adapters.export import diffusers_tensors, save_lora, write_peft_tensors
 from lora_trainer.adapters.merge import check_output
+from lora_trainer.adapters.peft_folder import write_folder
 from lora_trainer.errors import UserError
-from lora_trainer.files import atomic_write
 from lora_trainer.loras.layers import Factors, Layers, open_layers
 from lora_trainer.loras.writing import check_precision, precision_of
 from lora_trainer.run.outputs import RUN_ENTRY
@@ -93,13 +92,7 @@ def _write_peft(layers: Layers, output: Path, precision: str) -> None:
     for part, modules in parts.items():
         rank = max(one.rank for one in modules.values())
         lower = {path: one.rank for path, one in modules.items() if one.rank != rank}
-        tensors = {}
-        for path, one in modules.items():
-            down, up = _pair(one)
-            tensors[f"base_model.model.{path}.lora_A.weight"] = down
-            tensors[f"base_model.model.{path}.lora_B.weight"] = up
         settings = {
-            "peft_type": "LORA",
             "base_model_name_or_path": layers.file.metadata.get("ss_sd_model_name"),
             "r": rank,
             "lora_alpha": rank,  # alpha / rank is in lora_B
@@ -107,13 +100,9 @@ def _write_peft(layers: Layers, output: Path, precision: str) -> None:
             "alpha_pattern": lower,
             "target_modules": sorted(modules),
             "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "modules_to_save": None,
         }
-        write_peft_tensors(tensors, output / part / "adapter_model.safetensors", _kept(layers), precision)
-        atomic_write(output / part / "adapter_config.json", json.dumps(settings, indent=2))
+        pairs = {path: _pair(one) for path, one in modules.items()}
+        write_folder(output / part, pairs, settings, _kept(layers), precision)
 
 
 def _pair(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_trainer.adapters.algebra import truncated_factors
+from lora_trainer.adapters.algebra import low_rank_squared_norm, truncated_factors
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.lora_file import LoraFile, ModuleWeights, read_lora
 from lora_trainer.errors import UserError
@@ -35,9 +35,8 @@ class Factors:
         return len(self.down)
 
     def squared_norm(self) -> float:
-        """‖ΔW‖² (Frobenius), from two r × r matrices."""
-        down, up = self.down.flatten(1).double(), self.up.flatten(1).double()
-        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
+        """‖ΔW‖² (Frobenius)."""
+        return float(low_rank_squared_norm(self.down.double(), self.up.double()))
 
     @classmethod
     def of_matrices(cls, down: Tensor, up: Tensor, shape: Sequence[int]) -> Factors:

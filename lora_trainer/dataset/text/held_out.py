@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_trainer.dataset.held_out import FEWEST
+from lora_trainer.dataset.held_out import first_shares
 from lora_trainer.dataset.text.encoding import EncodedRow
-from lora_trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,10 @@ def hold_out_rows(rows: Sequence[EncodedRow], share: float, seed: int) -> RowSpl
         prompt = [token for token, learned in zip(row.tokens, row.learned) if not learned]
         by_prompt.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest(), []).append(row)
     marks = sorted(by_prompt)
-    if len(marks) < 2 * FEWEST:
-        raise UserError(
-            f"{len(marks)} rows with different prompts are too few to hold some of them out.",
-            field="validation_share",
-            remedy=f"Add rows, at least {2 * FEWEST} in all, or set validation_share: 0.",
-        )
-    count = min(max(FEWEST, round(share * len(marks))), len(marks) // 2)
-    out = set(marks[:count])
+    out, measured = first_shares(marks, share, "rows with different prompts", "rows")
+    held = set(out)
     return RowSplit(
-        trained=tuple(row for mark, alike in by_prompt.items() if mark not in out for row in alike),
-        held_out=tuple(by_prompt[mark][0] for mark in marks[:count]),
-        seen=tuple(by_prompt[mark][0] for mark in marks[count : 2 * count]),
+        trained=tuple(row for mark, alike in by_prompt.items() if mark not in held for row in alike),
+        held_out=tuple(by_prompt[mark][0] for mark in out),
+        seen=tuple(by_prompt[mark][0] for mark in measured),
     )
