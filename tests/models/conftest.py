@@ -18,3 +18,8 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(params=sorted(MAKERS))
 def family(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "file.safetensors"
