@@ -88,8 +88,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
     here = store.jobs(("running", "paused", "waiting", "stopping", "queued"))
     running = next((job for job in here if job.active), None)
     changed = store.jobs(("finished", "stopped", "failed", "interrupted"), since=known, limit=_RECENT_CHANGES)
-    # The first look shows the newest job that is over, so that a page opened late has its curve.
-    shown = running or (_shown(store, last.job) if last.job else next(iter(changed), None))
+    shown = running or _over(store, last.job, changed)
     points = None
     offset = 0
     if shown is not None:
@@ -129,8 +128,14 @@ def _server(trouble: Problem | None) -> str:
     return f"{os.getpid():x}{'x' if trouble else ''}"
 
 
-def _shown(store: JobStore, job_id: int) -> Job | None:
+def _over(store: JobStore, job_id: int, changed: list[Job]) -> Job | None:
+    """The job that the curve belongs to while none runs: the last one shown, or one that ended after it did, as a job
+    that begins and fails between two looks. The first look shows the newest, so that a page opened late has its curve.
+    """
+    if not job_id:
+        return next(iter(changed), None)
     try:
-        return store.get(job_id)
+        before = store.get(job_id)
     except UnknownJobError:
         return None
+    return max([before, *changed], key=lambda job: job.finished or job.started or 0)

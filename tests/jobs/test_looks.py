@@ -76,6 +76,19 @@ def test_a_page_follows_a_job_without_missing_or_repeating_a_point(manager, trai
     assert len(fresh.metrics.points) == 4 and fresh.metrics_job == job.id
 
 
+def test_a_job_that_began_and_ended_between_two_looks_is_the_one_shown(manager, train, settings):
+    train.free = True
+    jobs = [manager.submit({**settings, "output_name": name}) for name in ("a", "b")]
+    wait_for(lambda: manager.store.get(jobs[1].id).is_over)
+    cursor = look(manager).cursor
+    newer = manager.submit({**settings, "output_name": "c"})
+    wait_for(lambda: manager.store.get(newer.id).is_over)
+    seen = look(manager, cursor)
+    assert seen.metrics_job == newer.id and not seen.metrics.complete and seen.metrics.points
+    manager.store.update(jobs[0].id, step=1)  # what happens to an older one does not bring it back
+    assert look(manager, seen.cursor).metrics_job == newer.id
+
+
 def _curve(manager, job):
     path = manager.folders.metrics(manager.store.get(job.id))
     return len(path.read_text().splitlines()) if path.exists() else 0

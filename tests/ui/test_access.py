@@ -104,11 +104,14 @@ def test_every_text_can_be_read(page, themed, files, train, theme):
     assert not [one for one in everything if one[0] < 4.5]
 
 
+IN_VIEW = """(name) => {
+    const box = document.getElementById("lora_trainer_" + name).getBoundingClientRect();
+    return box.height > 0 && box.top >= 0 && box.bottom <= window.innerHeight + 1;
+}"""
+
+
 def in_view(page, name):
-    return page.evaluate("""(name) => {
-        const box = document.getElementById("lora_trainer_" + name).getBoundingClientRect();
-        return box.height > 0 && box.top >= 0 && box.bottom <= window.innerHeight + 1;
-    }""", name)  # fmt: skip
+    return page.evaluate(IN_VIEW, name)
 
 
 def test_progress_and_time_left_stay_in_view(page, files, train):
@@ -128,7 +131,8 @@ def test_progress_and_time_left_stay_in_view(page, files, train):
         assert in_view(page, "strip")
     page.click("#lora_trainer_strip >> text=Show it")
     page.wait_for_selector("#lora_trainer_strip", state="hidden")
-    assert in_view(page, "job_name") and page.is_visible("#lora_trainer_tab_train")
+    page.wait_for_function(IN_VIEW, arg="job_name")  # it scrolls there
+    assert page.is_visible("#lora_trainer_tab_train")
     page.evaluate("() => window.scrollTo(0, document.body.scrollHeight)")
     page.wait_for_selector("#lora_trainer_strip:not([hidden])")
     train.allow(20)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 pytest.importorskip("playwright.sync_api")
+from tests.jobs.fakes import wait_for
 from tests.ui.person import add, estimated, text, wait_for_text
 from tests.ui.words import ROOT
 
@@ -78,8 +79,7 @@ def test_a_name_that_is_taken_is_replaced_when_asked(advanced, manager):
     page.click("text=Save as preset")
     wait_for_text(page, "preset_message", "There is a preset mine already.")
     page.click("#lora_trainer_preset_message >> text=Replace it")
-    page.wait_for_selector("#lora_trainer_preset_message", state="hidden")
-    assert "epochs: 4" in (manager.folders.data / "presets" / "mine.yaml").read_text()
+    wait_for(lambda: "epochs: 4" in (manager.folders.data / "presets" / "mine.yaml").read_text())
     page.fill("#lora_trainer_preset_name", "a/b")
     page.click("text=Save as preset")
     wait_for_text(page, "preset_message", "cannot be a name")
