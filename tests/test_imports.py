@@ -34,8 +34,10 @@ MAY_IMPORT = {
     "host": LEAVES | {"models", "adapters", "captioning", "training", "run"},
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
     "planning": LEAVES | {"dataset", "captioning", "adapters", "models", "training", "run", "host"},
+    "comparison": LEAVES | {"models", "host"},
     "workspace": LEAVES | {"dataset", "captioning", "run", "host", "planning"},
-    "jobs": LEAVES | {"dataset", "adapters", "models", "training", "run", "host", "planning", "workspace"},
+    "jobs": LEAVES
+    | {"dataset", "adapters", "models", "training", "run", "host", "planning", "comparison", "workspace"},
 }
 # cli, api and ui are the outside: they may know everything but each other.
 OUTSIDE = {"cli", "api", "ui"}

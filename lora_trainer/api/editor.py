@@ -16,7 +16,8 @@ from lora_trainer.api.route import guarded
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.gallery import Filter
 from lora_trainer.workspace.paths import confined
-from lora_trainer.workspace.sessions import EditorSession, EditorSessions, Task
+from lora_trainer.workspace.sessions import EditorSession, EditorSessions
+from lora_trainer.workspace.tasks import Task
 
 PAGE = 200
 """Pictures that an answer holds at most."""

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,23 +62,24 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
 
     commands = TrainCommands()
     progress = ProgressBar()
-    with closing(progress), _interruptible(commands) as interrupted:  # a message is not to end on the bar's line
+    stopping = interruptible(commands.stop_and_save, "Stopping after this step; the state is saved.")
+    with closing(progress), stopping as interrupted:  # a message is not to end on the bar's line
         result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
     print(engine.summary(result, config.resume))
     return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 
 
 @contextmanager
-def _interruptible(commands: Any) -> Iterator[list[float]]:
-    """The first Ctrl-C asks the training to save its state and stop; a second one within the wait ends it at once."""
+def interruptible(stop: Callable[[], object], sentence: str) -> Iterator[list[float]]:
+    """The first Ctrl-C calls ``stop``, and says so; a second one ends everything at once. Yields the times of both."""
     presses: list[float] = []
 
     def on_interrupt(signum: int, frame: Any) -> None:
         if presses:
             raise KeyboardInterrupt
         presses.append(time.monotonic())
-        print("\nStopping after this step; the state is saved. Press Ctrl-C again to end at once.", file=sys.stderr)
-        commands.stop_and_save()
+        print(f"\n{sentence} Press Ctrl-C again to end at once.", file=sys.stderr)
+        stop()
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:

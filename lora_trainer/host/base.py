@@ -6,7 +6,7 @@ logic; nothing here names one host's habits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +179,16 @@ class Host(Protocol):
         Raises UserError when the checkpoint is not in the list, or somebody interrupted the drawing.
         """
         ...
+
+    def draw_all(
+        self, requests: Sequence[PreviewRequest], options: LenderOptions | None = None
+    ) -> Generator[Image.Image, None, None]:
+        """Pictures of one base model, in the order of ``requests``; it is loaded once, where it is not loaded. Others
+        have their turns in between. Close the iterator early and what was loaded before comes back as well.
+
+        options: for a host that has no sampler of its own.
+        """
+        yield from map(self.draw, requests)
 
     def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
         """Copy a finished LoRA into the host's LoRA folder with its card, and make the picker show it.

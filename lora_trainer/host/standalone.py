@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,20 @@ class StandaloneHost(Host):
                 self._describing.release()
 
     def draw(self, request: PreviewRequest) -> Image.Image:
-        lender = self.lender(request.checkpoint, LenderOptions(compute_dtype=self._precision.weight_dtype))
-        with lender.borrow() as model, lender.turn():
-            if request.lora is None:
-                return _picture(model, request)
-            with _merged(model, request.lora, request.lora_weight):
-                return _picture(model, request)
+        with closing(self.draw_all([request])) as pictures:
+            return next(pictures)
+
+    def draw_all(
+        self, requests: Sequence[PreviewRequest], options: LenderOptions | None = None
+    ) -> Generator[Image.Image, None, None]:
+        options = options or LenderOptions(compute_dtype=self._precision.weight_dtype)
+        lender = self.lender(requests[0].checkpoint, options)
+        with lender.borrow() as model:
+            for request in requests:
+                lora = request.lora
+                with lender.turn(), nullcontext() if lora is None else _merged(model, lora, request.lora_weight):
+                    picture = _picture(model, request)
+                yield picture
 
     def publish(self, lora: Path, name: str, card: Card, *, overwrite: bool = False) -> Path:
         if self._folders.lora is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,21 @@ class WebuiHost(Host):
         with self._turns.take(), self._loaded(info):
             return drawing.draw(self._webui, self._loras, request)
 
+    def draw_all(
+        self, requests: Sequence[PreviewRequest], options: LenderOptions | None = None
+    ) -> Generator[Image.Image, None, None]:
+        """Each picture has a turn of its own; on a base model that had to be loaded first, until somebody waits."""
+        waiting = list(requests)
+        info = self._checkpoint(waiting[0].checkpoint)
+        while waiting:
+            with self._turns.take(), self._loaded(info) as was_there:
+                while True:
+                    picture = drawing.draw(self._webui, self._loras, waiting.pop(0))
+                    if was_there or not waiting or self._turns.somebody_waits:
+                        break
+                    yield picture
+            yield picture
+
     def _checkpoint(self, name: str) -> Any:
         sd_models = self._webui.sd_models
         if not name:
@@ -181,9 +196,9 @@ class WebuiHost(Host):
         return next((info for info in infos if Path(info.filename).name == name), None)
 
     @contextmanager
-    def _loaded(self, info: Any | None) -> Iterator[None]:
+    def _loaded(self, info: Any | None) -> Iterator[bool]:
         """Inside a turn: pictures come from this checkpoint, and afterwards what was loaded before is. None: whichever
-        is loaded, or selected."""
+        is loaded, or selected. Yields whether it was loaded before."""
         loaded = loaded_model(self._webui)
         if loaded is None:
             info = info or self._checkpoint("")
@@ -191,7 +206,7 @@ class WebuiHost(Host):
             info is None or Path(loaded.sd_checkpoint_info.filename) == Path(info.filename)
         )
         with nullcontext() if is_there else self._lender(info, LenderOptions()).borrow(), self._model_kept():
-            yield
+            yield is_there
 
     @abstractmethod
     def _model_kept(self) -> AbstractContextManager[None]:

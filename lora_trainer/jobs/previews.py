@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.config import TrainConfig, parse_prompt, parse_resolution
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,31 +34,15 @@ class HostPreviewer:
             UserError: it could not be drawn, whatever the reason; the training need not end for that.
         """
         from lora_trainer.adapters.export import save_lora
-        from lora_trainer.host.base import PreviewRequest
-        from lora_trainer.models.families import get_family
+        from lora_trainer.host.requests import preview_request
 
-        size = parse_resolution(self._config.resolution)
-        side = get_family(self._info.family).default_resolution(self._info)
-        width, height = size if isinstance(size, tuple) else (side, side)
-        wanted = parse_prompt(prompt)
+        request = preview_request(prompt, self._config, self._info, seed)
         try:
             with tempfile.TemporaryDirectory(prefix=".preview-", dir=self._folder) as folder:
                 lora = Path(folder) / f"step{step:08d}.safetensors"
                 with self._lender.turn():
                     save_lora(adapters, lora, self._metadata())
-                base = str(self._info.path or "")
-                request = PreviewRequest(
-                    wanted.text,
-                    base,
-                    wanted.negative,
-                    seed=seed if wanted.seed is None else wanted.seed,
-                    width=wanted.width or width,
-                    height=wanted.height or height,
-                    lora=lora,
-                )
-                given: dict[str, Any] = {"steps": wanted.steps, "cfg_scale": wanted.cfg}
-                said = {name: value for name, value in given.items() if value is not None}
-                return self._host.draw(dataclasses.replace(request, **said))
+                return self._host.draw(dataclasses.replace(request, lora=lora))
         except UserError:
             raise
         except Exception as error:  # the host's code, or its user took the model away in between

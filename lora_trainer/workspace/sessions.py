@@ -6,16 +6,16 @@ The job manager holds them, so that a page that is loaded again, and "Reload UI"
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import Problem, UserError
+from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
 from lora_trainer.workspace.gallery import Gallery
 from lora_trainer.workspace.paths import allowed
+from lora_trainer.workspace.tasks import Task
 
 if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
@@ -25,72 +25,9 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Host
     from lora_trainer.run.captioning import CaptionJob
 
-log = logging.getLogger(__name__)
-
-_MAX_WARNINGS = 50
-
-
 class UnknownSessionError(UserError):
     def __init__(self) -> None:
         super().__init__("This folder is not open any more.", remedy="Open it again.")
-
-
-class CancelledError(Exception):
-    """Somebody cancelled the task."""
-
-
-class Task:
-    """Something that runs in the background for one folder. status: running, finished, cancelled or failed."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-        self.status = "running"
-        self.done = self.total = 0
-        self.error: Problem | None = None
-        self.warnings: list[str] = []
-        self.result: dict[str, Any] = {}
-        self._cancel = threading.Event()
-        self.over = threading.Event()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancel.is_set()
-
-    def cancel(self) -> None:
-        """Ask it to end; what it has written stays."""
-        self._cancel.set()
-
-    def progress(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
-        if self.cancelled and self.kind == "check":
-            raise CancelledError
-
-    def warn(self, text: str) -> None:
-        if len(self.warnings) < _MAX_WARNINGS:
-            self.warnings.append(text)
-
-    def run(self, work: Callable[[Task], Mapping[str, Any]], after: Callable[[], None]) -> None:
-        status = "finished"
-        try:
-            self.result = dict(work(self))
-            if self.result.get("cancelled"):
-                status = "cancelled"
-        except CancelledError:
-            status = "cancelled"
-        except UserError as error:
-            self.error, status = Problem.of(error), "failed"
-        except Exception as error:
-            # Whatever goes wrong stays with the task, in words: nobody reads a thread's traceback.
-            log.exception("%s failed", self.kind)
-            problem = Problem(f"Something unexpected happened: {type(error).__name__}: {error}",
-                              remedy="The WebUI's console has the details.")  # fmt: skip
-            self.error, status = problem, "failed"
-        finally:
-            try:
-                after()
-            finally:
-                self.status = status
-                self.over.set()
 
 
 class EditorSession:
@@ -116,7 +53,7 @@ class EditorSession:
         with self._lock:
             if self.busy:
                 raise UserError("Something runs for this folder already.", remedy="Wait for it, or cancel it.")
-            task = self.task = Task(kind)
+            task = self.task = Task(kind, raises=kind == "check")
         name = f"lora-trainer-{kind}"
         threading.Thread(target=task.run, args=(work, self._after), name=name, daemon=True).start()
         return task

@@ -59,6 +59,23 @@ def test_describing_says_what_is_lent(host, models, name, family):
     assert lender.model_hash() == FileLender(models / f"{name}.safetensors").model_hash()
 
 
+def test_several_pictures_are_those_that_are_drawn_one_by_one(host, models, tmp_path):
+    lora = make_lora(models / "second.safetensors", tmp_path / "cat.safetensors", 0.1)
+    requests = [dataclasses.replace(REQUEST, checkpoint="second", lora=one) for one in (None, lora)]
+    host.draw(REQUEST)  # a WebUI has the first one loaded now, or loads it again
+    before = host.selected(), [one.loaded for one in host.checkpoints()]
+    together = [np.asarray(picture) for picture in host.draw_all(requests)]
+    alone = [np.asarray(host.draw(request)) for request in requests]
+    assert [one.tobytes() for one in together] == [one.tobytes() for one in alone]
+    assert together[0].tobytes() != together[1].tobytes()
+    pictures = host.draw_all(requests)
+    next(pictures)
+    pictures.close()  # stopped after the first: what was loaded is loaded again, and nobody waits for us
+    assert (host.selected(), [one.loaded for one in host.checkpoints()]) == before
+    with host.spare_turn() as ours:
+        assert ours
+
+
 def test_a_spare_turn_is_had_only_while_nobody_computes(host):
     with host.spare_turn() as ours:
         assert ours
