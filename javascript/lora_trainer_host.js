@@ -41,8 +41,8 @@
         if (!field) return;
         const {settings} = await app.post("/settings/check", {yaml: job.effective_config || (await app.fetchJson("/jobs/" + job.id)).effective_config});
         const name = job.published || job.name;
-        const weight = typeof opts !== "undefined" && opts.extra_networks_default_multiplier < 1 ? opts.extra_networks_default_multiplier : 0.8;
-        const call = `<lora:${name}:${weight}>`;
+        const usual = typeof opts !== "undefined" && opts.extra_networks_default_multiplier < 1 ? opts.extra_networks_default_multiplier : 0.8;
+        const call = `<lora:${name}:${job.chosen_weight || usual}>`;
         const earlier = field.value.replace(new RegExp(`\\s*<lora:${escaped(name)}:[^>]*>`, "g"), "").trim();
         const trigger = settings.trigger_word;
         const words = trigger && !earlier.includes(trigger) ? [trigger, earlier] : [earlier];

@@ -222,6 +222,7 @@
         if (job.published) lines.push(whatIsThere(job));
         if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
+        if (job.advice && !job.warnings.some((one) => one.message === job.advice)) lines.push(app.said(job.advice));
         const box = app.get("job_message");
         const text = lines.join("\n");
         if (box.dataset.text !== text) {
@@ -242,6 +243,7 @@
         if (!app.host.hasPrompt()) return app.t("It is in the folder of LoRAs as {name}.", what);
         if (job.published_step === null) return app.t("It is in your Lora tab as {name}.", what);
         if (job.active) return app.t("{name} can be tried in txt2img already, as it was at step {step}; each save renews it.", what);
+        if (job.published_step === job.recommended_step) return app.t("{name} is in your Lora tab as it was at the recommended step {step}.", what);
         return app.t("Your Lora tab keeps {name} as it was at step {step}.", what);
     }
 

@@ -136,7 +136,8 @@ def routes(context: Context) -> APIRouter:
     @router.post("/jobs/{job_id}/publish", response_model=schemas.JobDetailModel)
     def publish(options: schemas.PublishModel, job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
         """Copy the job's LoRA into the host's LoRA folder, with its card."""
-        job = manager.publish(job_id, options.name, step=options.step, overwrite=options.overwrite)
+        step, weight, overwrite = options.step, options.weight, options.overwrite
+        job = manager.publish(job_id, options.name, step=step, weight=weight, overwrite=overwrite)
         return context.job(job, detailed=True)
 
     for command, explanation in COMMANDS.items():

@@ -28,7 +28,8 @@ class JobModel(BaseModel):
 
     error: why it failed, or, of a job in the queue, what would stop it. saved_step: where a job that did not come to
     its end goes on; 0: from its beginning. fails_again: by its own settings, so resuming it does not help.
-    switches_back: it waits for something in the host that the command switch-back ends.
+    switches_back: it waits for something in the host that the command switch-back ends. recommended_step: which of its
+    LoRAs is better than the last one. advice: what held-out pictures say of the run.
     """
 
     id: int
@@ -62,6 +63,9 @@ class JobModel(BaseModel):
     thumbnail: str | None = None
     published: str | None = None
     published_step: int | None = None
+    chosen_weight: float | None = None
+    recommended_step: int | None = None
+    advice: str = ""
     verified: bool | None = None
     saved_step: int | None = None
     fails_again: bool = False
@@ -149,11 +153,12 @@ class ConfirmModel(BaseModel):
 
 
 class PublishModel(BaseModel):
-    """``name``: another name than the job's, where that is taken. ``step``: what was saved at it; without it, what was
-    chosen so before, or the last."""
+    """``name``: another name than the job's, where that is taken. ``step``: what was saved at it; ``weight``: which
+    its card prefers. Without them, what was chosen so before, or the last and the usual weight."""
 
     name: str | None = None
     step: int | None = Field(None, ge=1)
+    weight: float | None = None
     overwrite: bool = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lora_trainer.jobs.job import Job, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
+from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.out_of_memory import is_out_of_memory
 from lora_trainer.planning.cost import architecture_mark, precision_of
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 HOLD_OPTION = "lora_trainer_hold_model"
 WAIT_OPTION = "lora_trainer_switch_waits"
 RESUME_OPTION = "lora_trainer_resume"
+RECOMMENDED_OPTION = "lora_trainer_publish_recommended"
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +66,12 @@ def execute(
             return _failed(reporter, unexpected(error, log_path))
         reporter.flush()
         ending = {"status": result.status, "error": None}
-        ending["result"] = _files(result, reporter, folders.of(job), store.get(job.id))
+        made = _files(result, reporter, folders.of(job), store.get(job.id))
+        made |= {"recommended_step": result.recommended, "advice": result.verdict}
+        ending["result"] = made
         if result.lora is not None and (result.status == "finished" or commands.saves_before_stop):
-            ending["result"] |= _publish(current_host(), store, job, config, Path(result.lora), reporter)
+            judged = replace(store.get(job.id), result=made)
+            ending["result"] |= _publish(current_host(), judged, config, result, reporter, folders, store)
         return {**ending, "timings": reporter.timings()}
 
 
@@ -156,17 +162,27 @@ def _files(result: Any, reporter: JobReporter, folder: Path, job: Job) -> dict[s
 
 
 def _publish(
-    host: Host, store: JobStore, job: Job, config: TrainConfig, lora: Path, reporter: JobReporter
+    host: Host,
+    job: Job,
+    config: TrainConfig,
+    result: Any,
+    reporter: JobReporter,
+    folders: JobFolders,
+    store: JobStore,
 ) -> dict[str, Any]:
-    """Publish the LoRA if the host has a place for it. A failure is a warning: what was trained is not lost."""
+    """Publish the LoRA if the host has a place for it: the recommended one, where the settings do not say otherwise. A
+    failure is a warning: what was trained is not lost."""
     if host.folders().lora is None:
         return {}
-    job = store.get(job.id)
+    lora, picture, step = Path(result.lora), reporter.last_preview, None
+    if result.recommended is not None and host.option(RECOMMENDED_OPTION, True):
+        step = result.recommended
+        lora, picture = Path(result.best), JobResults(store, folders).picture(job, step)
+        job = replace(job, step=step, loss=None)
     overwrite = submitting.stored_config(job).overwrite
     try:
-        facts = publish(
-            host, job, config, lora, job.name, reporter.last_preview, overwrite=overwrite, on_phase=reporter.on_phase
-        )
+        facts = publish(host, job, config, lora, job.name, picture, overwrite=overwrite, on_phase=reporter.on_phase)
+        facts |= {"published_step": step, "chosen_step": step}
     except UserError as error:
         remedy = f"{error.remedy or ''} The LoRA is safe in the job; publish it from there.".strip()
         reporter.warn(Problem(error.message, error.field, remedy))

@@ -40,7 +40,9 @@ class Job:
     config: YAML as it was submitted; effective_config: YAML as it ran, every setting named.
     folder: name of its folder under ``<data>/jobs``. result: ``lora``, ``diffusers`` and ``thumbnail`` (paths inside
     that folder), ``published`` (path in the host's LoRA folder), ``published_step`` (when that is no finished LoRA but
-    what the run saved at this step) and ``verified`` (bool), as far as they exist.
+    what the run saved at this step), ``chosen_step`` and ``chosen_weight`` (by a person, or the recommended step),
+    ``recommended_step``, ``advice`` (what held-out pictures say of the run) and ``verified`` (bool), as far as they
+    exist.
     architecture: fingerprint of how the base model is built. speed: optimizer steps per second. timings: of each part
     of the run (training, previews, encoding, loading, saving, ending) its seconds, without what other programs took of
     the processor, and the number of pictures or files that they were for. memory: peak bytes on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
     from lora_trainer.jobs.store import JobStore
 
 PREFERRED_WEIGHT = 0.8
+HIGHEST_WEIGHT = 10.0
 THUMBNAIL_SIDE = 512
 _MAX_CORE_TEXTS = 8
 
 log = logging.getLogger(__name__)
 
 
-def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
-    """The card of a finished job. ``picture``: the last preview; without one the first training picture is shown."""
+def check_weight(weight: float) -> float:
+    """A weight that a card may prefer. Raises UserError."""
+    if not math.isfinite(weight) or not 0 < abs(weight) <= HIGHEST_WEIGHT:
+        raise UserError(f"{weight:g} is no weight for a LoRA.", field="weight", remedy="Use one such as 0.8.")
+    return weight
+
+
+def make_card(job: Job, config: TrainConfig, picture: Path | None, weight: float = PREFERRED_WEIGHT) -> Card:
+    """The card of a finished job. ``picture``: a preview; without one the first training picture is shown."""
     from lora_trainer.host.base import Card
     from lora_trainer.models.families import find_family
 
@@ -35,7 +44,7 @@ def make_card(job: Job, config: TrainConfig, picture: Path | None) -> Card:
     captions, first = _captions(config)
     return Card(
         activation_text=activation_text(config.trigger_word, captions),
-        preferred_weight=PREFERRED_WEIGHT,
+        preferred_weight=weight,
         description=config.description,
         notes=notes(job, config, len(captions)),
         sd_version=family.card_version if family else "",
@@ -63,6 +72,9 @@ def notes(job: Job, config: TrainConfig, pictures: int) -> str:
         f"{job.step} steps, batch {batch}, {config.adapter}, {rank}.",
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler}, seed {config.seed}.",
     ]
+    if advice := job.result.get("advice"):
+        recommended = job.step == job.result.get("recommended_step")
+        lines.append(f"These are the weights that are recommended. {advice}" if recommended else advice)
     if job.loss is not None:
         lines.append(f"Last loss {job.loss:.4f}.")
     return "\n".join(lines)
@@ -76,6 +88,7 @@ def publish(
     name: str,
     picture: Path | None,
     *,
+    weight: float = PREFERRED_WEIGHT,
     overwrite: bool,
     on_phase: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -88,7 +101,7 @@ def publish(
         UserError: the name is taken, the disk is full; the LoRA stays where it is.
     """
     on_phase("publishing", 0, 0)
-    path = _copied(host, lora, name, make_card(job, config, picture), overwrite=overwrite)
+    path = _copied(host, lora, name, make_card(job, config, picture, weight), overwrite=overwrite)
     on_phase("verifying", 0, 0)
     verified = _verify(host, path, config.trigger_word or job.name)
     return {"published": str(path), "published_step": None, "chosen_step": None, **verified}

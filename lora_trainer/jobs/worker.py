@@ -25,8 +25,9 @@ from lora_trainer.jobs.execution import RESUME_OPTION, execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import ACTIVE, Job, UnknownJobError, full_disk
 from lora_trainer.jobs.lease import WorkerLease
-from lora_trainer.jobs.publishing import publish
+from lora_trainer.jobs.publishing import PREFERRED_WEIGHT, check_weight, publish
 from lora_trainer.jobs.reporting import JobReporter
+from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.workspace.paths import check_name
@@ -69,6 +70,7 @@ class JobManager:
         self.host = host
         self.folders = JobFolders(Path(data_dir or host.folders().data))
         self.store = JobStore(self.folders.data / "jobs.sqlite")
+        self.results = JobResults(self.store, self.folders)
         self.lease = WorkerLease(self.folders.data / "worker.lock")
         self.sessions = EditorSessions(self.folders.data, lambda: self.host)
         self._train = train
@@ -358,24 +360,33 @@ class JobManager:
         self.store.delete(job_id)
 
     def publish(
-        self, job_id: int, name: str | None = None, *, step: int | None = None, overwrite: bool = False
+        self,
+        job_id: int,
+        name: str | None = None,
+        *,
+        step: int | None = None,
+        weight: float | None = None,
+        overwrite: bool = False,
     ) -> Job:
         """Copy a job's LoRA into the host's LoRA folder, under another name if need be.
 
-        ``step``: the one that was saved at this step. Without it, the one that was chosen so before, or the last.
+        ``step``: the one that was saved at this step. ``weight``: which its card prefers. Without them, those that were
+        chosen so before, or the last and the usual weight.
         """
         job = self.store.get(job_id)
         name = check_name(name or job.name, "output_name")
         step = step or job.result.get("chosen_step")
         if step == job.step and job.result.get("lora"):
             step = None
-        if step is None:
-            lora, picture = self.result_file(job_id, "lora"), self._picture(job)
-        else:
-            lora, picture = self._checkpoint(job, step)
+        lora = self.results.file(job, "lora") if step is None else self.results.lora_of(job, step)
+        picture = self.results.picture(job, step)
+        weight = job.result.get("chosen_weight") if weight is None else check_weight(weight)
         published = job if step is None else replace(job, step=step, loss=None)
-        facts = publish(self.host, published, self.effective_config(job), lora, name, picture, overwrite=overwrite)
-        self.store.update(job_id, result={**job.result, **facts, "published_step": step, "chosen_step": step})
+        config = self.effective_config(job)
+        prefers = PREFERRED_WEIGHT if weight is None else weight
+        facts = publish(self.host, published, config, lora, name, picture, weight=prefers, overwrite=overwrite)
+        facts |= {"published_step": step, "chosen_step": step, "chosen_weight": weight}
+        self.store.update(job_id, result={**job.result, **facts})
         self.store.add_event(job_id, "published", name, {})
         return self.store.get(job_id)
 
@@ -383,12 +394,7 @@ class JobManager:
 
     def result_file(self, job_id: int, kind: str) -> Path:
         """A file that the job made (``lora``, ``diffusers``). Raises UserError when there is none."""
-        job = self.store.get(job_id)
-        inside = job.result.get(kind)
-        path = self.folders.of(job) / inside if inside else None
-        if path is None or not path.is_file():
-            raise UserError(f"{job.name} has not made a LoRA yet.", remedy="Let it finish, or choose stop and save.")
-        return path
+        return self.results.file(self.store.get(job_id), kind)
 
     def curve_of(self, job_id: int) -> Path | None:
         """The job's metrics file, without a look into the database after the first time."""
@@ -402,22 +408,6 @@ class JobManager:
         if not job.effective_config:
             job = self.store.get(job.id)  # lists leave the configuration out
         return submitting.stored_config(job)
-
-    def _checkpoint(self, job: Job, step: int) -> tuple[Path, Path | None]:
-        """The LoRA that was saved at ``step``, and the picture that was drawn with it."""
-        folder, made = self.folders.of(job), {}
-        for event in self.store.events(job.id, limit=_MAX_EVENTS):
-            if event.data.get("step") == step and event.data.get("path"):
-                made[event.data.get("kind", event.kind)] = folder / event.data["path"]
-        if "lora" not in made or not made["lora"].is_file():
-            raise UserError(
-                f"{job.name} has no LoRA of step {step}.", field="step", remedy="Choose a step at which it was saved."
-            )
-        return made["lora"], made.get("preview")
-
-    def _picture(self, job: Job) -> Path | None:
-        inside = job.result.get("thumbnail")
-        return self.folders.of(job) / inside if inside else None
 
     def _command(self, job_id: int, name: str, idle: Mapping[str, str]) -> Job:
         """Pass a command to the job in hand, or change the status of one that is not (``idle``: from -> to)."""

@@ -36,7 +36,7 @@ class Result:
     status: "finished" or "stopped". lora, diffusers, merged: the files that are there; None for those that are not.
     loss: mean over the last steps. seconds: of the training, resumed parts included. usage: what to do with the files,
     in sentences. best: the LoRA whose loss on held-out pictures was the lowest, if that is another one. verdict: what
-    these pictures say, a sentence.
+    these pictures say, a sentence. recommended: the step of ``best``, where the verdict is that it is the better one.
     """
 
     status: str
@@ -52,6 +52,7 @@ class Result:
     usage: tuple[str, ...] = ()
     best: Path | None = None
     verdict: str = ""
+    recommended: int | None = None
 
 
 def file_lender(config: TrainConfig) -> Lender:
@@ -241,5 +242,6 @@ def _result(config: TrainConfig, workload: Workload, outputs: Outputs, outcome: 
         trigger_word=config.trigger_word,
         best=outputs.best if earlier else None,
         verdict="" if found is None else found.sentence,
+        recommended=found.best if found is not None and earlier and found.stops else None,
         usage=() if outcome.lora is None else workload.usage(outcome.lora),
     )

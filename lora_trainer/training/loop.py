@@ -294,7 +294,7 @@ class Trainer:
 
     def _judge(self) -> None:
         found = verdict(self.measurements, self.config.early_stopping_patience, f"{self.source.sample}s")
-        if found is None or found.kind not in ("memorising", "too fast") or self.config.early_stopping == "off":
+        if found is None or not found.stops or self.config.early_stopping == "off":
             return
         if (found.kind, found.best) != self._said:
             self._said = found.kind, found.best

@@ -149,6 +149,11 @@ class Verdict:
     best: int
     sentence: str
 
+    @property
+    def stops(self) -> bool:
+        """Whether going on would make it worse."""
+        return self.kind in ("memorising", "too fast")
+
 
 def verdict(measurements: Sequence[Measurement], patience: int, samples: str = "pictures") -> Verdict | None:
     """What the measurements of a run say; None before there are two.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION
-from lora_trainer.jobs.execution import HOLD_OPTION, RESUME_OPTION, WAIT_OPTION
+from lora_trainer.jobs.execution import HOLD_OPTION, RECOMMENDED_OPTION, RESUME_OPTION, WAIT_OPTION
 from lora_trainer.planning.presets import PRESETS
 
 # These three are read by the page: javascript/lora_trainer_main.js, _form.js and _live.js.
@@ -52,6 +52,11 @@ OPTIONS = (
         RESUME_OPTION,
         False,
         "A training that was cut off, because the WebUI ended or crashed, goes on by itself when it starts again",
+    ),
+    SettingOption(
+        RECOMMENDED_OPTION,
+        True,
+        "Of a training with held-out pictures, the recommended step comes into the Lora tab (instead of the last)",
     ),
     SettingOption(
         FOLDERS_OPTION,

@@ -35,7 +35,7 @@ def wait_for(condition: Callable[[], Any], what: str = "it") -> Any:
 def weights_at(step: int) -> bytes:
     """The LoRA file that a run saves at ``step``."""
     layer = {"lora_unet_a.lora_up.weight": torch.ones(1, 1), "lora_unet_a.lora_down.weight": torch.full((1, 1), step)}
-    return save({name: weight.float() for name, weight in layer.items()})
+    return save({name: weight.float() for name, weight in layer.items()}, {"ss_steps": str(step)})
 
 
 def make_pictures(folder: Path, count: int = 3, caption: str = "**red hat**, a cat") -> Path:
@@ -136,6 +136,9 @@ class FakeResult:
     step: int
     total_steps: int
     loss: float | None
+    best: Path | None = None
+    verdict: str = ""
+    recommended: int | None = None
 
 
 class FakeTrain:
@@ -151,6 +154,7 @@ class FakeTrain:
         self.saves = 0
         self.measured: dict[int, tuple[float, float]] = {}  # step -> validation and training loss
         self.checkpoints: tuple[int, ...] = ()  # steps at which a LoRA is saved on the way, with a preview
+        self.best: int | None = None  # step of which a LoRA is kept as the best one, and recommended
         self.state_every = 1
         self.phases: tuple[tuple[str, int, int], ...] = ()  # told before the first step
         self._permits = threading.Semaphore(0)
@@ -195,6 +199,8 @@ class FakeTrain:
                 self._preview(output, config, step, callbacks)
             if step in self.checkpoints:
                 self._save(output / f"{config.output_name}-step{step}.safetensors", step, callbacks)
+            if step == self.best:
+                self._save(output / f"{config.output_name}-best.safetensors", step, callbacks)
             if step % self.state_every == 0:
                 states.mkdir(exist_ok=True)
                 path = states / f"{config.output_name}-00000000-step{step:08d}.state"
@@ -222,7 +228,11 @@ class FakeTrain:
         if finished or commands.saves_before_stop:
             lora = output / f"{config.output_name}.safetensors"
             self._save(lora, step, callbacks)
-        return FakeResult("finished" if finished else "stopped", lora, None, step, self.total_steps, 0.5)
+        ending = "finished" if finished else "stopped", lora, None, step, self.total_steps, 0.5
+        if self.best is None or self.best >= step:
+            return FakeResult(*ending)
+        best = output / f"{config.output_name}-best.safetensors"
+        return FakeResult(*ending, best, f"It memorises. Step {self.best} is recommended.", self.best)
 
     def _save(self, lora: Path, step: int, callbacks: Any) -> None:
         lora.write_bytes(weights_at(step))

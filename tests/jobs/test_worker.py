@@ -10,6 +10,7 @@ import pytest
 
 from lora_trainer.api.context import Context
 from lora_trainer.errors import UserError
+from lora_trainer.jobs.execution import RECOMMENDED_OPTION
 from tests.jobs.fakes import lines_of, status_of, wait_for, wait_status, wait_step, weights_at
 
 
@@ -289,6 +290,43 @@ def test_an_earlier_checkpoint_can_be_published_instead(manager, train, settings
         manager.publish(job.id, step=3)
     last = manager.publish(job.id, step=4)
     assert (path.read_bytes(), last.result["published_step"]) == (weights_at(4), None)
+
+
+def test_the_recommended_step_is_what_is_published_and_its_card_says_so(manager, train, settings, host):
+    train.free, train.best = True, 2
+    job = wait_status(manager, manager.submit(settings), "finished")
+    path = host.root / "Lora" / "cat.safetensors"
+    assert (path.read_bytes(), job.result["published_step"]) == (weights_at(2), 2)
+    notes = host.published[-1][1].notes
+    assert "2 steps" in notes and "recommended. It memorises." in notes and "Last loss" not in notes
+    last = manager.publish(job.id, step=4)
+    assert (path.read_bytes(), last.result["published_step"]) == (weights_at(4), None)
+    assert "are recommended" not in host.published[-1][1].notes
+    again = manager.publish(job.id, step=2, weight=0.5)
+    assert path.read_bytes() == weights_at(2) and host.published[-1][1].preferred_weight == 0.5
+    assert manager.publish(again.id, "other").result["chosen_weight"] == 0.5
+    assert host.published[-1][1].preferred_weight == 0.5
+    with pytest.raises(UserError, match="no weight") as error:
+        manager.publish(job.id, weight=0)
+    assert error.value.field == "weight"
+
+
+def test_the_last_step_is_published_where_the_settings_say_so(manager, train, settings, host):
+    train.free, train.best = True, 2
+    host.options[RECOMMENDED_OPTION] = False
+    job = wait_status(manager, manager.submit(settings), "finished")
+    assert (host.root / "Lora" / "cat.safetensors").read_bytes() == weights_at(4)
+    assert (job.result["published_step"], job.result["recommended_step"]) == (None, 2)
+
+
+def test_a_step_whose_file_was_replaced_is_not_offered_any_more(manager, train, settings, host):
+    """The best LoRA has one file: a better one takes the place of the former one."""
+    train.free, train.total_steps, train.best = True, 6, 4
+    job = wait_status(manager, manager.submit(settings), "finished")
+    manager.store.add_event(job.id, "saved", "", {"step": 2, "kind": "lora", "path": "output/cat-best.safetensors"})
+    with pytest.raises(UserError, match="no LoRA of step 2"):
+        manager.publish(job.id, step=2)
+    assert list(manager.results.loras(job)) == [4, 6]
 
 
 @pytest.mark.parametrize("verdict, verified", [(None, True), ("It changed nothing.", False), (OSError("busy"), None)])

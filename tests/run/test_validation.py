@@ -7,9 +7,13 @@ import re
 
 import pytest
 
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
-from lora_trainer.run import summary
+from lora_trainer.run import engine, summary
+from lora_trainer.run.outputs import Outputs
 from lora_trainer.training.callbacks import TrainCommands
+from lora_trainer.training.loop import Outcome
+from lora_trainer.training.validation import Verdict
 from tests.pictures import draw_dataset
 from tests.run.test_engine import Listener, assert_same_weights, run
 
@@ -111,3 +115,14 @@ def test_too_few_pictures_are_refused(settings, tmp_path):
     with pytest.raises(UserError, match="too few") as error:
         run(settings, train_data_dir=str(few))
     assert error.value.field == "validation_share"
+
+
+@pytest.mark.parametrize(("kind", "best", "expected"), [("memorising", 4, 4), ("too fast", 4, 4), ("learning", 4, None),
+                                                        ("memorising", 8, None), ("memorising", 0, None)])  # fmt: skip
+def test_a_step_is_recommended_where_going_on_made_it_worse(tmp_path, kind, best, expected):
+    config = TrainConfig(output_dir=str(tmp_path), output_name="disc")
+    outputs = Outputs.of(config, "digest")
+    if best:
+        outputs.best.touch()
+    outcome = Outcome("finished", 8, 8, 2, None, 1.0, None, Verdict(kind, best, "A sentence."))
+    assert engine._result(config, None, outputs, outcome).recommended == expected
