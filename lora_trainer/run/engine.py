@@ -27,6 +27,7 @@ from lora_trainer.training.objectives.base import drawn_for_comparison
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.state import StateStore, named_state, run_digest
+from lora_trainer.training.trial import try_one_step
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,13 @@ def train(
                 make_room=lender.make_room,
             )
             _save_configuration(config, outputs)
-            if validator is not None and not validator.prepare(turn, callbacks, commands):
-                raise StoppedWhileWaiting
-            if not work.source.prepare(turn, callbacks, commands):
-                raise StoppedWhileWaiting
             with adapters:
+                if not try_one_step(trainer, adapters):
+                    raise StoppedWhileWaiting
+                if validator is not None and not validator.prepare(turn, callbacks, commands):
+                    raise StoppedWhileWaiting
+                if not work.source.prepare(turn, callbacks, commands):
+                    raise StoppedWhileWaiting
                 outcome = trainer.run()
         except StoppedWhileWaiting:
             outcome = Outcome("stopped", 0, work.source.total_steps, 0, None, 0.0, None)

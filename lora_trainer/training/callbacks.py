@@ -39,7 +39,7 @@ class TrainCallbacks:
     def on_phase(self, name: str, done: int, total: int) -> None:
         """What the run is doing, and how far it is; total 0 where that is not counted.
 
-        Before the steps: "captioning", "pictures", "model", "latents", "captions". Around them: "measuring",
+        Before the steps: "captioning", "pictures", "model", "trying", "latents", "captions". Around them: "measuring",
         "previews", "hashing", "saving", and "training" (counted in steps) as the steps begin or go on. At the end:
         "merging".
         """

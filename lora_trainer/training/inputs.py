@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -138,7 +139,8 @@ class BatchSource:
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            if not self._encode_captions(turn, callbacks, commands):
+            texts = [self._text(index, None) for index in range(len(self.dataset.samples))]
+            if not self._encode_captions(texts, turn, callbacks, commands):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
@@ -218,8 +220,11 @@ class BatchSource:
                 remedy="Lower it, or close other programs that use the GPU.",
             ) from error
 
-    def _encode_captions(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
-        captions = sorted({"", *(self._text(index, None) for index in range(len(self.dataset.samples)))})
+    def _encode_captions(
+        self, texts: Sequence[str], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
+    ) -> bool:
+        """These and the empty one, which fills shorter ones up."""
+        captions = sorted({"", *texts})
         missing = [caption for caption in captions if self._prompt_key(caption) not in self.cache]
         done = len(captions) - len(missing)
         callbacks.on_phase("captions", done, len(captions))
@@ -254,6 +259,24 @@ class BatchSource:
         ``rows``: those that are encoded; they are padded to the length of the longest of all ``captions``.
         """
         return self.model.encode_prompts(captions, self.config.max_token_length, self.config.weighted_captions, rows)
+
+    def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> Batch | None:
+        """See ``Source``. What it encodes is found again by ``prepare``."""
+        batches = self._epoch_batches(0)
+
+        def size(place: int) -> int:
+            return len(batches[place]) * math.prod(batches[place][0].bucket)
+
+        order = sorted(range(len(batches)), key=size, reverse=True)
+        if number >= len(order):
+            return None
+        views, silent = batches[order[number]], TrainCallbacks()
+        if not self._encode_latents(views, turn, silent, commands):
+            return None
+        texts = [self._text(view.sample, None) for view in views]
+        if self.caches_prompts and not self._encode_captions(texts, turn, silent, commands):
+            return None
+        return self._batch(views, 0, sum(map(len, batches[: order[number]])))
 
     # -- reading --------------------------------------------------------------------------------------------------
 

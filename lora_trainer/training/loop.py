@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from PIL import Image
@@ -154,7 +154,7 @@ class Trainer:
         self._state_saved_at = time.monotonic()
         self._warn_about_settings()
         self._resume()
-        self.recovery.apply()
+        self.recovery.apply(resumed=self.step > 0)
         self.adapters.train()
         logs = self.output_dir / "logs"
         log = MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning, self.recent_losses)
@@ -192,7 +192,7 @@ class Trainer:
                 loss = self.train_step(self.step, micro_batches)
                 working = watch.lap(computing=self.model.device.type == "cpu")
         except OutOfMemoryError as error:
-            self._give_up_for_memory(error)
+            self.give_up_for_memory(error)
         seconds = time.monotonic() - started
         self.step += 1
         self.seconds += seconds
@@ -240,7 +240,8 @@ class Trainer:
                 remedy=f"Lower it (now {self.config.learning_rate:g}){other}.",
             )
 
-    def _give_up_for_memory(self, error: Exception) -> None:
+    def give_up_for_memory(self, error: Exception) -> NoReturn:
+        """Raises UserError; the state is saved where there is one that is whole."""
         self.train_step.optimizer.zero_grad(set_to_none=True)
         if self.step and not self.train_step.updating:
             self._save_state()

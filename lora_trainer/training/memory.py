@@ -69,12 +69,16 @@ class MemoryRecovery:
         self._make_room, self._on_warning = make_room, on_warning
         self._made_room = False
 
-    def apply(self) -> None:
-        """Begin with what the settings say and what the state of an interrupted run brought."""
+    def apply(self, resumed: bool = False) -> None:
+        """Begin with what the settings say and what was found before. resumed: in an interrupted run, by its state."""
         measures = self.measures
         self._set_gradient_checkpointing(self._checkpointing or measures.gradient_checkpointing)
-        if said := str(measures):
+        if resumed and (said := str(measures)):
             self._on_warning(f"Memory was short before, so this run continues with {said}.")
+
+    def begin_again(self) -> None:
+        """What is encoded next may fill the memory that was freed: it can be freed once more."""
+        self._made_room = False
 
     def take(self, step: int, largest: int, in_update: bool) -> bool:
         """Take the next measure. False when none is left.

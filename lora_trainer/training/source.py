@@ -42,6 +42,11 @@ class Source(Protocol):
         """Encode what this epoch reads in addition (epochs count from 0). Returns False when it was stopped."""
         ...
 
+    def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> MicroBatch | None:
+        """A micro-batch of the first epoch, encoded: 0 is that of the most memory, the others follow. None where there
+        are not so many, or when it was stopped."""
+        ...
+
     def micro_batches(self, epoch: int, position: int) -> Sequence[MicroBatch]:
         """The micro-batches of one optimizer step; ``position``: steps before it in the epoch. Called in a thread, so
         it must not use the device."""

@@ -196,6 +196,13 @@ class StateStore:
             old.unlink(missing_ok=True)
         return path
 
+    def has_one(self, resume: str) -> bool:
+        """Whether ``find`` will look into a state of this very run, or into the file that ``resume`` names."""
+        if resume in ("auto", "never"):
+            ours = run_digest(self.run_key)
+            return resume == "auto" and any(mark == ours for mark, _, _ in self._listing())
+        return True
+
     def newest(self) -> TrainingState | None:
         """The newest whole state of a run with this key. Damaged ones are passed over with a warning."""
         ours = run_digest(self.run_key)

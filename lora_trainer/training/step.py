@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lora_trainer import plugins
 from lora_trainer.adapters.copies import WorkingCopies
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.ema import ExponentialMovingAverage
-from lora_trainer.training.graphs import MicroBatchGraphs
+from lora_trainer.training.graphs import Compute, MicroBatchGraphs
 from lora_trainer.training.memory import (
     MemoryMeasures,
     MemoryRecovery,
@@ -34,6 +35,8 @@ from lora_trainer.training.optim import (
     step_scheduler,
 )
 from lora_trainer.training.precision import Precision
+
+Loss = TypeVar("Loss", float, "float | None")
 
 
 class TrainingStep:
@@ -100,9 +103,23 @@ class TrainingStep:
             self.objective.draw(micro_batch, generator_for(seed, "step", step, micro_step))
             for micro_step, micro_batch in enumerate(micro_batches)
         ]
+        return self._until_it_fits(step, drawn, self._attempt)
+
+    def try_out(self, micro_batch: MicroBatch, number: int) -> float:
+        """The loss of a micro-batch, finite or not; its gradients are added to the parameters'. Nothing is updated.
+
+        number: the random numbers depend on it and on the seed. Raises OutOfMemoryError.
+        """
+        drawn = [self.objective.draw(micro_batch, generator_for(self.config.seed, "trial", number))]
+        return self._until_it_fits(0, drawn, self._gradients)
+
+    def _until_it_fits(
+        self, step: int, drawn: Sequence[Drawn], compute: Callable[[int, Sequence[Drawn]], Loss]
+    ) -> Loss:
+        """``compute(step, drawn)``, again with one measure more for as long as memory is short."""
         while True:
             try:
-                return self._attempt(step, drawn)
+                return compute(step, drawn)
             except Exception as error:  # each library has an exception of its own for memory
                 if self.recovery is None or not is_out_of_memory(error):
                     raise
@@ -117,25 +134,36 @@ class TrainingStep:
                 move_optimizer_to_cpu(self.optimizer)
 
     def _attempt(self, step: int, drawn: Sequence[Drawn]) -> float | None:
-        device = self.precision.device
-        count = torch.full((), float(sum(part.count for part in drawn)), device=device)
-        losses = []
         with self.graphs.step(), self.copies.computing():
-            for micro_step, micro_batch in enumerate(drawn):
-                for part in self.measures.parts(len(micro_batch)):
-                    self.adapters.begin_step(step, micro_step, part)
-                    computed = micro_batch if part is None else micro_batch[part.start : part.stop]
-                    losses.append(self.graphs(self.objective.inputs(computed), count))
-            if self.regularisers:
-                penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
-                (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
-                losses.append(penalty.detach())
-            return self._update(functools.reduce(torch.add, losses))
+            return self._update(self._backward(step, drawn, self.graphs))
+
+    def _gradients(self, step: int, drawn: Sequence[Drawn]) -> float:
+        with self.copies.computing():
+            return float(self._backward(step, drawn, self._forward_backward))
+
+    def _backward(self, step: int, drawn: Sequence[Drawn], compute: Compute) -> Tensor:
+        """The step's loss, detached; its gradients are added up. ``compute``: what does that for a micro-batch."""
+        count = torch.full((), float(sum(part.count for part in drawn)), device=self.precision.device)
+        losses = []
+        for micro_step, micro_batch in enumerate(drawn):
+            for part in self.measures.parts(len(micro_batch)):
+                self.adapters.begin_step(step, micro_step, part)
+                computed = micro_batch if part is None else micro_batch[part.start : part.stop]
+                losses.append(compute(self.objective.inputs(computed), count))
+        if self.regularisers:
+            penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
+            (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
+            losses.append(penalty.detach())
+        return functools.reduce(torch.add, losses)
 
     def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:
         """A micro-batch's share of the step's loss, detached; its gradients are added to the parameters'."""
         # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
         loss = self.objective.loss(inputs) / count
+        if not loss.requires_grad:
+            raise UserError(
+                "The loss depends on no layer that learns.", field="target_modules", remedy="Choose other layers."
+            )
         try:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         except BaseException:

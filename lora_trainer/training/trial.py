@@ -1,0 +1,119 @@
+"""One batch forward and backward, before anything is encoded for long: what cannot work fails here, in seconds.
+
+Nothing of it stays in the result: no weight, no state of the optimizer and no random state changes. What it encodes is
+found in the cache again, and a measure against too little memory that it takes is one that the steps need as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lora_trainer import plugins
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UserError
+from lora_trainer.out_of_memory import OutOfMemoryError, first_line
+from lora_trainer.training.loop import Trainer
+
+ATTEMPTS = 2
+"""Batches that are tried until one has a finite loss: a single one without may be left out of a training."""
+_NAMED = 3
+
+
+def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
+    """Try the largest batch of the first epoch with the adapters attached. A run that is resumed has done its steps
+    before, so nothing is tried. Returns False when it was stopped.
+
+    Raises:
+        UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
+    """
+    if trainer.states.has_one(trainer.config.resume):
+        return True
+    trainer.callbacks.on_phase("trying", 0, 0)
+    trainer.recovery.apply()
+    adapters.train()
+    losses: list[float] = []
+    silent: list[str] = []
+    for number in range(ATTEMPTS):
+        micro_batch = trainer.source.trial_batch(number, trainer.turn, trainer.commands)
+        if micro_batch is None:
+            break
+        try:
+            with _own_random_state(trainer.model.device), trainer.turn():
+                losses.append(trainer.train_step.try_out(micro_batch, number))
+                silent = without_gradient(adapters)
+        except OutOfMemoryError as error:
+            trainer.give_up_for_memory(error)
+        except Exception as error:
+            blamed = _plugin_in_doubt(trainer.config, error)
+            if blamed is None:
+                raise
+            raise blamed from error
+        finally:
+            trainer.train_step.optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(losses[-1]):
+            break
+    trainer.recovery.begin_again()
+    if trainer.commands.stopping:
+        return False
+    if losses:
+        _judge(trainer, adapters, losses, silent)
+    return True
+
+
+def without_gradient(adapters: AdapterSet) -> list[str]:
+    """Names of the layers that learn, but got no gradient in the last backward pass."""
+    silent = []
+    for target, adapter in adapters.items():
+        learning = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+        if learning and not any(one.grad is not None and bool(one.grad.any()) for one in learning):
+            silent.append(target.diffusers_name)
+    return silent
+
+
+def _judge(trainer: Trainer, adapters: AdapterSet, losses: Sequence[float], silent: Sequence[str]) -> None:
+    config = trainer.config
+    if not math.isfinite(losses[-1]):
+        precision = trainer.train_step.precision.name
+        other = "" if precision == "no" else f", or set mixed_precision to {'bf16' if precision == 'fp16' else 'no'}"
+        raise UserError(
+            f"{len(losses)} batches were tried, and none of them gave a finite loss (NaN).",
+            field="base_model",
+            remedy=f"The model or its VAE is damaged: choose another base_model or vae{other}.",
+        )
+    if not silent or losses[-1] == 0:  # of pictures that do not count nothing is learned, and that is no fault
+        return
+    learning = sum(any(one.requires_grad for one in adapter.parameters()) for _, adapter in adapters.items())
+    if len(silent) == learning and config.module_dropout == 0:
+        raise UserError(
+            "One step was tried, and no layer got a gradient: nothing would be learned.",
+            field="target_modules",
+            remedy="Choose other layers; those that were chosen do not take part in what the model computes.",
+        )
+    if config.module_dropout == 0:
+        names = ", ".join(silent[:_NAMED]) + (" …" if len(silent) > _NAMED else "")
+        trainer.callbacks.on_warning(f"{len(silent)} of {learning} layers get no gradient and learn nothing: {names}.")
+
+
+def _own_random_state(device: torch.device) -> torch.random.fork_rng:
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _plugin_in_doubt(config: TrainConfig, error: Exception) -> UserError | None:
+    """``error`` as a sentence, where code of a plug-in took part in the step."""
+    if isinstance(error, UserError):
+        return None
+    if plugins.fingerprint("loss", config.loss) is not None:
+        field, name = "loss", config.loss
+    elif config.regularisers:
+        field, name = "regularisers", ", ".join(config.regularisers)
+    else:
+        return None
+    return UserError(
+        f"One step was tried, and it failed with {name}: {type(error).__name__}: {first_line(error)}.",
+        field=field,
+        remedy="Correct the plug-in's file, or choose another.",
+    )
