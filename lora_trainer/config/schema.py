@@ -367,7 +367,8 @@ class OutputSettings:
     """Share of your pictures that is not trained, at least two of them, to measure what is learned; 0 trains all."""
 
     validation_steps: int | None = setting(None, minimum=1, decides=False)
-    """Measure every so many steps; empty measures as often as takes about 5 % of the time."""
+    """Measure every so many steps; empty measures as often as takes at most 5 % of the time, first and last in any
+    case."""
 
     early_stopping: Literal["off", "advise", "stop"] = setting("advise", decides=False)
     """What to do when the held-out pictures are learned no better any more: nothing, say so, or stop and save."""

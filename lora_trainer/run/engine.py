@@ -22,10 +22,11 @@ from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
 from lora_trainer.run.workloads import task_of, workload_of
 from lora_trainer.run.workloads.base import Workload, digest
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.loop import Outcome, Previewer, Trainer
+from lora_trainer.training.loop import Outcome, Trainer
 from lora_trainer.training.objectives.base import drawn_for_comparison
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
+from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.state import StateStore, named_state, run_digest
 from lora_trainer.training.trial import try_one_step
 

@@ -8,14 +8,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
-from PIL import Image
 from torch import nn
 
 import lora_trainer
-from lora_trainer.config import TrainConfig, never_reached, with_trigger
+from lora_trainer.config import TrainConfig, never_reached, to_yaml, with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentNetwork
@@ -27,6 +26,7 @@ from lora_trainer.training.metrics import MetricsLog, StepMetrics
 from lora_trainer.training.objectives.base import MicroBatch, Objective
 from lora_trainer.training.optim import computes_on_cpu, learning_rates
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
 from lora_trainer.training.step import TrainingStep
@@ -41,25 +41,6 @@ STATE_SECONDS = 600
 AVERAGED_STEPS = 100
 """The loss that is reported at the end is the mean over this many last steps, as single ones vary too much."""
 PAUSE_POLL_SECONDS = 0.5
-
-
-class Saver(Protocol):
-    """Writes the LoRA as the adapters are now and returns its path. Called inside a turn.
-
-    prepare: does what takes long and needs no model; called outside of turns, before each save.
-    epoch: counted from 1. kind: "step" on the way, "best" when the validation loss was never lower, "stopped" when the
-    run was ended early, "final" at the end.
-    """
-
-    def prepare(self) -> None: ...
-
-    def __call__(self, step: int, epoch: int, kind: str) -> Path: ...
-
-
-class Previewer(Protocol):
-    """Draws one picture with the adapters as they are now. Called outside a turn; takes one itself."""
-
-    def draw(self, prompt: str, seed: int, step: int, adapters: nn.Module) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -159,6 +140,7 @@ class Trainer:
         logs = self.output_dir / "logs"
         log = MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning, self.recent_losses)
         with log as self.metrics:
+            self.metrics.write_text("settings", to_yaml(self.config))
             if self.step == 0:  # the base, for all that follows to be compared with
                 self._measure()
                 self._draw_previews()
@@ -209,7 +191,7 @@ class Trainer:
         self, loss: float | None, rates: dict[str, float], seconds: float, working: float, images: int
     ) -> None:
         rate = next(iter(rates.values()))
-        metrics = StepMetrics(self.step, self.epoch, loss, rate, seconds, images)
+        metrics = StepMetrics(self.step, self.epoch, loss, rate, seconds, images, self.train_step.grad_norm)
         self.metrics.write(metrics, rates)
         epochs = -(-self.total_steps // self.steps_per_epoch)
         report = StepReport(self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images, working)
@@ -264,8 +246,8 @@ class Trainer:
         if self.validator is None:
             return
         config = self.config
-        pictures = config.batch_size * config.gradient_accumulation_steps
-        interval = config.validation_steps or self.validator.interval(pictures)
+        sizes = config.batch_size, config.gradient_accumulation_steps
+        interval = config.validation_steps or self.validator.interval(self.total_steps, *sizes)
         if _every(self.step, interval) or self.step >= self.total_steps:
             self._measure()
 
@@ -382,6 +364,7 @@ class Trainer:
                 release_memory()
                 self.callbacks.on_warning(f"No preview at step {self.step}: {problem}")
                 return
+            self.metrics.write_preview(self.step, prompt, image)
             self.callbacks.on_preview(path, self.step, prompt)
             self._enter("previews", index + 1, len(prompts))
 

@@ -12,10 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import numpy as np
+from PIL import Image
+
 from lora_trainer.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION = "validation"
+_TITLES = {"validation": "held_out", "training": "trained"}
+_LONGEST_TITLE = 80
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class StepMetrics:
 
     step: counted from 1; epoch: counted from 1. loss: mean over the step's batches, null for a skipped step.
     lr: of the first parameter group. seconds: wall time of the step. images: how many pictures this step saw.
+    grad_norm: of all gradients together, before clipping; null where it is not finite.
     """
 
     step: int
@@ -32,6 +38,7 @@ class StepMetrics:
     lr: float
     seconds: float
     images: int
+    grad_norm: float | None = None
 
 
 class MetricsLog:
@@ -84,6 +91,8 @@ class MetricsLog:
         if self._writer is not None:
             if metrics.loss is not None:
                 self._writer.add_scalar("train/loss", metrics.loss, metrics.step)
+            if metrics.grad_norm is not None:
+                self._writer.add_scalar("train/gradient_norm", metrics.grad_norm, metrics.step)
             for name, value in learning_rates.items():
                 self._writer.add_scalar(f"lr/{name}", value, metrics.step)
 
@@ -95,7 +104,18 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in values.items():
                 if name not in ("step", "epoch"):
-                    self._writer.add_scalar(f"validation/{name}", value, values["step"])
+                    self._writer.add_scalar(f"validation/{_TITLES.get(name, name)}", value, values["step"])
+
+    def write_preview(self, step: int, prompt: str, picture: Image.Image) -> None:
+        """Add a preview, for TensorBoard: each prompt has its row of steps."""
+        if self._writer is not None:
+            title = prompt[:_LONGEST_TITLE].replace("/", " ")  # a slash would open another group
+            self._writer.add_image(f"previews/{title}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a text for TensorBoard, at the start of a run, as it is: Markdown leaves indented lines alone."""
+        if self._writer is not None and self._step == 0:
+            self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), 0)
 
     def _are_ours(self, lines: Sequence[Mapping[str, Any]]) -> bool:
         lines = [line for line in lines if "kind" not in line]

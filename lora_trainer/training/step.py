@@ -46,6 +46,7 @@ class TrainingStep:
         ``working_copies(dtype)``.
     total_steps: length of the learning-rate schedule.
     recovery: says what to change when memory is short; without it the step fails.
+    grad_norm: of the last step, before it was clipped; None where it was not finite.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     """
 
@@ -79,6 +80,7 @@ class TrainingStep:
         self.recovery = recovery
         self.measures = MemoryMeasures() if recovery is None else recovery.measures
         self.updating = False
+        self.grad_norm: float | None = None
         self._in_update = False
         self._fits = False  # an update was done with the memory that there is
         self._before: dict[str, Any] | None = None  # what the update in hand changes, until one was seen to fit
@@ -180,6 +182,7 @@ class TrainingStep:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         loss, norm = torch.stack([total, norm]).tolist()  # the one place where the CPU waits for the GPU
         finite = math.isfinite(loss) and math.isfinite(norm)
+        self.grad_norm = norm if math.isfinite(norm) else None
         self._before = None if self._fits or self.recovery is None else self._snapshot()
         self.updating = True
         if finite:

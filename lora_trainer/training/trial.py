@@ -106,12 +106,11 @@ def _plugin_in_doubt(config: TrainConfig, error: Exception) -> UserError | None:
     """``error`` as a sentence, where code of a plug-in took part in the step."""
     if isinstance(error, UserError):
         return None
-    if plugins.fingerprint("loss", config.loss) is not None:
-        field, name = "loss", config.loss
-    elif config.regularisers:
-        field, name = "regularisers", ", ".join(config.regularisers)
-    else:
+    used = [("loss", "loss", config.loss), *(("regularisers", "regulariser", name) for name in config.regularisers)]
+    found = [(field, name) for field, kind, name in used if plugins.fingerprint(kind, name) is not None]
+    if not found:
         return None
+    field, name = found[0][0], ", ".join(name for _, name in found)
     return UserError(
         f"One step was tried, and it failed with {name}: {type(error).__name__}: {first_line(error)}.",
         field=field,

@@ -22,7 +22,10 @@ MOST = 16
 DRIFT_PAIRS = 4
 COST = 0.05
 """Share of a run's time that measuring may take where the interval is chosen by the program."""
-_FORWARD = 1 / 3  # of a training step on the same picture: no backward pass
+_FORWARD = 0.2, 0.3
+"""Time of a forward pass on one picture, as a share of a training step on a batch of b: the first number, plus the
+second one divided by b. Measured on the demo's base by tests/benchmarks/validation_cost.py; where larger models keep a
+device busy, it is less."""
 _NOTICEABLE = 0.002  # relative: a smaller change of the validation loss is none
 
 
@@ -93,10 +96,16 @@ class Validator:
     def pairs(self) -> int:
         return min(MOST, max(PLACES, self.data.held_out.steps_per_epoch))
 
-    def interval(self, pictures_per_step: int) -> int:
-        """Optimizer steps between two measurements, so that they take about ``COST`` of the time."""
-        pictures = _FORWARD * (2 * self.pairs + DRIFT_PAIRS)
-        return max(1, math.ceil(pictures / COST / pictures_per_step))
+    def interval(self, total_steps: int, batch_size: int, accumulation: int) -> int:
+        """Optimizer steps between two measurements, so that all of a run together take at most ``COST`` of its time.
+
+        One at the start and one at the end there are always, which is more than that in a very short run. A function
+        of the settings alone: a resumed run, or another machine, measures at the same steps.
+        """
+        fixed, shared = _FORWARD
+        forwards = COST * total_steps * accumulation / (fixed + shared / batch_size)
+        count = int((forwards - DRIFT_PAIRS) / (2 * self.pairs + DRIFT_PAIRS))  # the base is predicted with once more
+        return max(1, math.ceil(total_steps / max(1, count - 1)))
 
     def measure(self, step: int, epoch: int, turn: Turn) -> Measurement:
         """The adapters as they are now, in eval mode. Each picture is computed in a turn of its own."""

@@ -115,6 +115,24 @@ def test_killed_while_the_state_or_the_final_lora_is_written(tmp_path, monkeypat
             assert same(resumed.final, whole.final) and metrics(resumed) == metrics(whole)
 
 
+@pytest.mark.parametrize("maximum", [0.0, 1e-3])
+def test_the_norm_of_the_gradient_is_written_as_it_was_before_clipping(tmp_path, maximum):
+    run = Run(configuration(tmp_path, max_grad_norm=maximum, epochs=1))
+    found = []
+
+    def look(*arguments):
+        grads = [parameter.grad for parameter in run.adapters.parameters() if parameter.grad is not None]
+        found.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+
+    run.trainer.train_step.optimizer.register_step_pre_hook(look)
+    run.trainer.run()
+    written = [line["grad_norm"] for line in metrics(run)]
+    if maximum:
+        assert found == pytest.approx([maximum] * len(written), rel=1e-3) and min(written) > maximum
+    else:
+        assert written == pytest.approx(found, rel=1e-5)
+
+
 def test_every_picture_is_seen_in_every_epoch(tmp_path):
     run = Run(configuration(tmp_path, batch_size=2, gradient_accumulation_steps=3, epochs=3))
     run.trainer.run()

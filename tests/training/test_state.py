@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from lora_trainer.errors import UserError
 from lora_trainer.training.metrics import MetricsLog, StepMetrics, read_metrics
@@ -128,7 +130,7 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
         log.write(line(3, None), {"unet": 1e-4})
     rows = read_metrics(log.path)
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["loss"] is None
-    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "seconds", "images"}
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "seconds", "images", "grad_norm"}
     assert all(json.loads(text) for text in log.path.read_text().splitlines())
 
 
@@ -139,16 +141,30 @@ def test_the_curves_of_an_earlier_run_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics-1.jsonl", "metrics-2.jsonl", "metrics.jsonl"]
 
 
-def test_tensorboard_gets_loss_and_every_learning_rate(tmp_path):
+def test_tensorboard_gets_all_there_is(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsLog(tmp_path, 0, True, print) as log:
         log.write(line(1), {"unet": 1e-4, "text_encoder": 5e-5})
         log.write(line(2, None), {"unet": 1e-4, "text_encoder": 5e-5})
+        log.write(dataclasses.replace(line(3), grad_norm=2.5), {"unet": 1e-4, "text_encoder": 5e-5})
+        log.write_measurement({"step": 3, "epoch": 1, "validation": 0.4, "training": 0.2, "drift": 0.1})
+        log.write_preview(3, "a red/blue 圆盘", Image.new("RGB", (8, 8), "red"))
+        log.write_text("settings", "lora_rank: 4\nepochs: 2")
+    with MetricsLog(tmp_path, 3, True, print) as resumed:
+        resumed.write_text("settings", "lora_rank: 4\nepochs: 2")
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1]
-    assert len(events.Scalars("lr/text_encoder")) == 2
+    tags = events.Tags()
+    assert {tag for tag in tags["scalars"] if not tag.startswith("lr/")} == {
+        "train/loss", "train/gradient_norm", "validation/held_out", "validation/trained", "validation/drift",
+    }  # fmt: skip
+    assert events.Scalars("train/gradient_norm")[0].value == 2.5 and events.Scalars("validation/trained")[0].step == 3
+    assert [tag.replace("_", " ") for tag in tags["images"]] == ["previews/a red blue 圆盘"], "older: no spaces"
+    (text,) = events.Tensors(next(tag for tag in tags["tensors"] if tag.startswith("settings")))
+    assert text.tensor_proto.string_val == [b"    lora_rank: 4\n    epochs: 2"]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 3]
+    assert len(events.Scalars("lr/text_encoder")) == 3
 
 
 def test_without_tensorboard_there_is_one_warning(tmp_path, monkeypatch):

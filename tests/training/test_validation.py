@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -103,10 +104,15 @@ def test_drift_is_how_far_the_predictions_moved(run):
 
 def test_the_interval_keeps_measuring_within_its_share_of_the_time(run):
     validator = validator_of(run)
-    for pictures in (1, 4, 32):
-        steps = validator.interval(pictures)
-        forwards = 2 * validator.pairs + DRIFT_PAIRS
-        assert forwards / 3 <= COST * steps * pictures < forwards / 3 + COST * pictures
+    for total, batch, accumulation in itertools.product((1_000, 3_001, 20_000), (1, 4, 16), (1, 2)):
+        interval = validator.interval(total, batch, accumulation)
+        measurements = 1 + -(-total // interval)  # the first one, and the last
+        forwards = measurements * (2 * validator.pairs + DRIFT_PAIRS) + DRIFT_PAIRS
+        # A forward pass on one picture took 0.47 of a step on one and 0.26 of a step on four.
+        seconds = forwards * {1: 0.47, 4: 0.26, 16: 0.21}[batch]
+        assert seconds <= COST * total * accumulation and measurements >= 2
+        assert validator.interval(10, batch, accumulation) == 10, "at the start and at the end"
+    assert validator.interval(20_000, 1, 1) < 1_000
 
 
 def series(*losses):

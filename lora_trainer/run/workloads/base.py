@@ -14,9 +14,9 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import LoraTarget
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.training.callbacks import TrainCallbacks
-from lora_trainer.training.loop import Previewer, Saver
 from lora_trainer.training.objectives.base import Objective
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.source import Source, Turn
 from lora_trainer.training.validation import Validator
 

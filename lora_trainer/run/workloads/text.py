@@ -26,9 +26,9 @@ from lora_trainer.run.outputs import AdapterFolders, Outputs
 from lora_trainer.run.saving import AdapterSaver
 from lora_trainer.run.workloads.base import Work, digest
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.loop import Previewer
 from lora_trainer.training.objectives.causal_lm import CausalLmObjective
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.source import Turn
 from lora_trainer.training.text_inputs import RowSource
 from lora_trainer.training.validation import ValidationData, Validator
