@@ -162,6 +162,32 @@ class PublishModel(BaseModel):
     overwrite: bool = False
 
 
+class CompareModel(BaseModel):
+    """What a grid shows; what is left out is as usual: every saved step (eight of more than that), three weights, and
+    the preview prompts."""
+
+    steps: list[int] | None = None
+    weights: list[float] | None = None
+    prompts: list[str] | None = None
+
+
+class ComparisonsModel(BaseModel):
+    """status: of the grid that was asked for last: "" for none, waiting, running, finished, cancelled or failed, with
+    done of total pictures. waits_for: name of the training in hand. steps: of the LoRAs that are there. weights,
+    prompts: the usual ones. comparisons: those that were drawn, newest first; files are below ``folder``, which is a
+    path for ``/jobs/{id}/files/``."""
+
+    status: str
+    done: int
+    total: int
+    error: ProblemModel | None = None
+    waits_for: str | None = None
+    steps: list[int]
+    weights: list[float]
+    prompts: list[str]
+    comparisons: list[dict[str, Any]]
+
+
 class EventModel(BaseModel):
     id: int
     job_id: int

@@ -74,7 +74,8 @@ def make_plan(
         raise UserError(f"{config.output_name} has no LoRA yet.", remedy="Let it finish, or choose stop and save.")
     steps = _few(tuple(loras), recommended) if wish.steps is None else _steps(wish.steps, loras)
     weights = WEIGHTS if wish.weights is None else _weights(wish.weights)
-    prompts = _prompts(config) if wish.prompts is None else tuple(text for one in wish.prompts if (text := one.strip()))
+    given = usual_prompts(config) if wish.prompts is None else wish.prompts
+    prompts = tuple(text for one in given if (text := one.strip()))
     if not prompts:
         raise UserError("There is no prompt to draw.", field="prompts", remedy="Give at least one.")
     count = len(prompts) * (1 + len(steps) * len(weights))
@@ -97,7 +98,7 @@ def make_plan(
     return Plan(config.output_name, steps, weights, prompts, tuple(cells))
 
 
-def _prompts(config: TrainConfig) -> tuple[str, ...]:
+def usual_prompts(config: TrainConfig) -> tuple[str, ...]:
     """The run's own; without any, the word that it taught."""
     return tuple(config.preview_prompts) or (config.trigger_word.strip() or config.output_name,)
 

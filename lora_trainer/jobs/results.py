@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import Job
+from lora_trainer.jobs.job import Job, UnknownJobError
 from lora_trainer.jobs.store import JobStore
 
 _MAX_EVENTS = 100_000  # of one job; the oldest preview of a long run is among them
@@ -17,6 +18,10 @@ class JobResults:
 
     def __init__(self, store: JobStore, folders: JobFolders):
         self._store, self._folders = store, folders
+        self._curves: dict[int, Path] = {}
+
+    def output(self, job: Job) -> Path:
+        return self._folders.output(job)
 
     def file(self, job: Job, kind: str) -> Path:
         """A file that the job made (``lora``, ``diffusers``). Raises UserError when there is none."""
@@ -24,6 +29,14 @@ class JobResults:
         path = self._folders.of(job) / inside if inside else None
         if path is None or not path.is_file():
             raise UserError(f"{job.name} has not made a LoRA yet.", remedy="Let it finish, or choose stop and save.")
+        return path
+
+    def curve(self, job_id: int) -> Path | None:
+        """The job's metrics file, without a look into the database after the first time."""
+        path = self._curves.get(job_id)
+        if path is None:
+            with suppress(UnknownJobError):
+                path = self._curves[job_id] = self._folders.metrics(self._store.get(job_id))
         return path
 
     def loras(self, job: Job) -> dict[int, Path]:

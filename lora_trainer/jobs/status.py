@@ -78,7 +78,7 @@ def look(manager: JobManager, since: str | None = None) -> Snapshot:
     if last.server != server:
         last = Cursor(server)
     revision = store.revision()
-    curve = manager.curve_of(last.job) if last.job else None
+    curve = manager.results.curve(last.job) if last.job else None
     base = manager.host.selected()
     base_mark = zlib.crc32(repr(base).encode())
     same = (revision, base_mark) == (last.revision, last.base)

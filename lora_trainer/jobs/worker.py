@@ -23,7 +23,8 @@ from lora_trainer.jobs import submitting
 from lora_trainer.jobs.estimating import check_base, check_run
 from lora_trainer.jobs.execution import RESUME_OPTION, execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
-from lora_trainer.jobs.job import ACTIVE, Job, UnknownJobError, full_disk
+from lora_trainer.jobs.grids import Grids
+from lora_trainer.jobs.job import ACTIVE, Job, full_disk
 from lora_trainer.jobs.lease import WorkerLease
 from lora_trainer.jobs.publishing import PREFERRED_WEIGHT, check_weight, publish
 from lora_trainer.jobs.reporting import JobReporter
@@ -34,6 +35,7 @@ from lora_trainer.workspace.paths import check_name
 from lora_trainer.workspace.sessions import EditorSessions
 
 if TYPE_CHECKING:
+    from lora_trainer.comparison.plan import Wish
     from lora_trainer.host.base import Host
 
 Train = Callable[..., Any]
@@ -71,6 +73,7 @@ class JobManager:
         self.folders = JobFolders(Path(data_dir or host.folders().data))
         self.store = JobStore(self.folders.data / "jobs.sqlite")
         self.results = JobResults(self.store, self.folders)
+        self.grids = Grids(lambda: self.host, self.store, self.results, self.effective_config)
         self.lease = WorkerLease(self.folders.data / "worker.lock")
         self.sessions = EditorSessions(self.folders.data, lambda: self.host)
         self._train = train
@@ -80,7 +83,6 @@ class JobManager:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._running: _Running | None = None
-        self._curves: dict[int, Path] = {}
         self.trouble: Problem | None = None  # why nothing can be trained here, for the tab
 
     # -- the worker
@@ -96,6 +98,7 @@ class JobManager:
     def close(self, timeout: float = 30.0) -> None:
         """End after this step, its state saved, and let go of the queue; the job in hand can be resumed later."""
         self._closing.set()
+        self.grids.close()
         with self._lock:
             if self._running is not None:
                 self._running.commands.save_now()
@@ -119,6 +122,8 @@ class JobManager:
                     self.store.mark_interrupted()
                     self._resume_by_itself()
                     recovered = True
+                if self.grids.draw_next():
+                    continue
                 job = self.store.next_queued()
                 if job is not None:
                     self._look_ahead(job.id)
@@ -348,6 +353,7 @@ class JobManager:
             )
         if job.active:
             raise UserError(f"{job.name} is being trained.", remedy="Stop it first.")
+        self.grids.refuse_if_active(job)
         # From here on no worker can take it.
         if not self.store.set_status(job_id, "stopped", unless=("running", "waiting", "stopping")):
             raise UserError(f"{job.name} has just been started.", remedy="Stop it first.")
@@ -358,6 +364,13 @@ class JobManager:
                 self.store.set_status(job_id, job.status)  # it is still there, and what it was
             raise
         self.store.delete(job_id)
+
+    def compare(self, job_id: int, wish: Wish) -> None:
+        """Have a job's LoRAs drawn in a grid, when no training is in hand. Raises UserError when that cannot be."""
+        if self._thread is not None and not self.lease.held and self.trouble is not None:
+            raise UserError(self.trouble.message, remedy=self.trouble.remedy)
+        self.grids.ask(self.store.get(job_id), wish)
+        self._wake.set()
 
     def publish(
         self,
@@ -395,14 +408,6 @@ class JobManager:
     def result_file(self, job_id: int, kind: str) -> Path:
         """A file that the job made (``lora``, ``diffusers``). Raises UserError when there is none."""
         return self.results.file(self.store.get(job_id), kind)
-
-    def curve_of(self, job_id: int) -> Path | None:
-        """The job's metrics file, without a look into the database after the first time."""
-        path = self._curves.get(job_id)
-        if path is None:
-            with contextlib.suppress(UnknownJobError):
-                path = self._curves[job_id] = self.folders.metrics(self.store.get(job_id))
-        return path
 
     def effective_config(self, job: Job) -> TrainConfig:
         if not job.effective_config:
