@@ -112,10 +112,11 @@ def routes(context: Context) -> APIRouter:
         host, store = context.host, context.manager.store
         facts = await while_asked(request, lambda gone: estimate_job(new.given(), host, store, new.shown, gone))
         facts["refused"] = [
-            {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])} for one in facts["refused"]
+            {"file": context.plain(one["file"]), "reason": context.plain(one["reason"])}
+            for one in facts.get("refused", [])
         ]
         facts["warnings"] = [context.plain(text) for text in facts["warnings"]]
-        facts["problems"] = [context.problem(problem) for problem in facts["problems"]]
+        facts["problems"] = [context.problem(problem) for problem in facts.get("problems", [])]
         return facts
 
     return router

@@ -40,7 +40,8 @@ class Context:
         if text is None:
             return None
         if self.host.access().hide_paths:
-            text = redact(text, self.manager.folders.data, self.host.folders().lora)
+            folders = self.host.folders()
+            text = redact(text, self.manager.folders.data, folders.lora, folders.language_models)
         return text.encode("utf-8", "replace").decode("utf-8")
 
     def problem(self, problem: Problem | None) -> dict[str, Any] | None:

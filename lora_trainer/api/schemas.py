@@ -398,16 +398,24 @@ class EstimateModel(BaseModel):
     """minutes (between minutes_low and minutes_high) and memory (bytes): as the jobs ``basis`` (called ``basis_name``)
     and ``memory_basis`` took them, or a forecast where that is null; null while the device is too busy for one. parts:
     minutes of training, previews, encoding, loading, saving and ending. shorter: minutes with other settings.
-    captioner: will describe the pictures first, as they have no
-    captions. problems: would stop the run."""
+    captioner: will describe the pictures first, as they have no captions. problems: would stop the run.
 
-    pictures: int
-    regularization_pictures: int
-    refused: list[RefusedPictureModel]
+    task: "image" or "text". For a language model there are rows instead of pictures: those that are learned from,
+    held_out ones among them; tokens, learned and longest are counts of tokens of the rows that are trained."""
+
+    task: str = "image"
+    rows: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    pictures: int = 0
+    regularization_pictures: int = 0
+    refused: list[RefusedPictureModel] = []
     warnings: list[str]
     captioner: str | None = None
     problems: list[ProblemModel] = []
-    buckets: list[dict[str, Any]]
+    buckets: list[dict[str, Any]] = []
     visits_per_epoch: int
     repeats: int | None = None
     epochs: int
@@ -419,7 +427,7 @@ class EstimateModel(BaseModel):
     base_model: str
     family: str
     name_taken: str | None = None
-    resolution: str
+    resolution: str = ""
     minutes: float | None = None
     minutes_low: float | None = None
     minutes_high: float | None = None

@@ -17,6 +17,8 @@ from PIL import Image
 
 from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.models.base import Lender
+from lora_trainer.models.families.causal_lm.folder import language_models_in
+from lora_trainer.models.families.causal_lm.lender import LanguageModelLender
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Folders:
 
     data: the trainer's own folder (datasets, jobs, states, logs); never under ``lora``.
     lora: where the host looks for LoRAs; None when it has no such folder.
+    language_models: where ``Host.language_models`` are looked for.
     """
 
     data: Path
     lora: Path | None
+    language_models: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,14 @@ class Host(Protocol):
         Raises UserError naming ``base_model`` when there is none or it cannot be trained.
         """
         ...
+
+    def language_models(self) -> dict[str, Path]:
+        """The folders of the language models that may be trained by these names."""
+        return language_models_in(self.folders().language_models)
+
+    def cleared(self, lender: LanguageModelLender) -> Lender:
+        """The same lender; while it lends, the host's own model is not on the device, and afterwards as it was."""
+        return lender
 
     def captioners(self) -> Mapping[str, HostCaptioner]:
         """The host's own captioners by name, "host-blip" and "host-deepbooru"; also those whose files are missing."""

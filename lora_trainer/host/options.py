@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from lora_trainer.host.base import AccessPolicy
 
 FOLDERS_OPTION = "lora_trainer_folders"
 NAMES_OPTION = "lora_trainer_names"
+LANGUAGE_OPTION = "lora_trainer_language_models"
 
 
 class WebuiOptions:
@@ -52,7 +54,7 @@ def access_policy(options: Any, folders: str, names: str = "") -> AccessPolicy:
         credentials = {user: password for user, _, password in pairs}
     roots = None
     if is_reachable_from_elsewhere(options):
-        roots = tuple(filter(None, map(_folder, folders.splitlines())))
+        roots = tuple(named_folders(folders))
     origins = (getattr(options, "cors_allow_origins", None) or "").split(",")
     known = tuple(filter(None, (_name(text) for text in (*names.splitlines(), *origins))))
     return AccessPolicy(credentials, roots, bool(getattr(options, "hide_ui_dir_config", False)), known)
@@ -65,6 +67,11 @@ def _name(text: str) -> str:
         return urlsplit(text if "://" in text else f"//{text}").hostname or ""
     except ValueError:
         return ""
+
+
+def named_folders(lines: str) -> Iterator[Path]:
+    """The folders that a setting names, one a line."""
+    yield from filter(None, map(_folder, lines.splitlines()))
 
 
 def _folder(line: str) -> Path | None:

@@ -19,6 +19,7 @@ from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.families.causal_lm.folder import is_language_model
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import sample
 
@@ -44,8 +45,9 @@ class StandaloneHost(Host):
         access: AccessPolicy | None = None,
         options: Mapping[str, object] | None = None,
     ):
-        self._folders = Folders(Path(data), None if lora is None else Path(lora))
         self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        models = () if self._checkpoints is None else (self._checkpoints,)
+        self._folders = Folders(Path(data), None if lora is None else Path(lora), models)
         self._precision = resolve(device, "auto")
         self._describing = threading.Lock()
         self._access, self._options = access or AccessPolicy(), dict(options or {})
@@ -140,6 +142,8 @@ def _base_models(root: Path) -> Iterator[Path]:
         if "model_index.json" in files:
             subfolders.clear()  # its parts are no models by themselves
             yield Path(folder)
+            continue
+        if is_language_model(folder):
             continue
         yield from (Path(folder) / file for file in files if file.lower().endswith(_ENDINGS))
 

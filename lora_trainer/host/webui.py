@@ -18,11 +18,22 @@ from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
 from lora_trainer.host import drawing
 from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
+from lora_trainer.host.clearing import ClearedLender, OwnModels
 from lora_trainer.host.lending import WebuiLender, loaded_model
 from lora_trainer.host.loras import HostLoras
-from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION, WebuiOptions, access_policy, data_folder
+from lora_trainer.host.options import (
+    FOLDERS_OPTION,
+    LANGUAGE_OPTION,
+    NAMES_OPTION,
+    WebuiOptions,
+    access_policy,
+    data_folder,
+    named_folders,
+)
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.host.turns import Turns
+from lora_trainer.models.base import Lender
+from lora_trainer.models.families.causal_lm.lender import LanguageModelLender
 from lora_trainer.storage import main_dtype
 
 _turns: Turns | None = None
@@ -44,7 +55,9 @@ class WebuiHost(Host):
     def folders(self) -> Folders:
         options = self._webui.shared.cmd_opts
         lora = Path(options.lora_dir) if getattr(options, "lora_dir", None) else None
-        return Folders(data_folder(options, Path(self._webui.paths.data_path), lora), lora)
+        named = tuple(named_folders(str(self.option(LANGUAGE_OPTION, ""))))
+        data = data_folder(options, Path(self._webui.paths.data_path), lora)
+        return Folders(data, lora, named or (Path(self._webui.paths.models_path) / "LLM",))
 
     def access(self) -> AccessPolicy:
         folders, names = (str(self.option(option, "")) for option in (FOLDERS_OPTION, NAMES_OPTION))
@@ -85,16 +98,26 @@ class WebuiHost(Host):
     # Lending and drawing ------------------------------------------------------------------------------------------
 
     def lender(self, checkpoint: str, options: LenderOptions) -> WebuiLender:
-        if options.device not in (None, self.device()):
+        self._refuse_other_device(options.device)
+        return self._lender(self._checkpoint(checkpoint), options)
+
+    def _refuse_other_device(self, device: torch.device | None) -> None:
+        if device not in (None, self.device()):
             raise UserError(
-                f"The WebUI's model is on {self.device()}; it cannot be trained on {options.device}.",
+                f"The WebUI's model is on {self.device()}; it cannot be trained on {device}.",
                 field="device",
                 remedy="Use auto.",
             )
-        return self._lender(self._checkpoint(checkpoint), options)
 
     @abstractmethod
     def _lender(self, checkpoint: Any, options: LenderOptions) -> WebuiLender: ...
+
+    def cleared(self, lender: LanguageModelLender) -> Lender:
+        self._refuse_other_device(lender.device)
+        return ClearedLender(lender, self._turns, self._own_models())
+
+    @abstractmethod
+    def _own_models(self) -> OwnModels: ...
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         info = self._checkpoint(request.checkpoint)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError, concerning
-from lora_trainer.jobs.execution import lender_options
+from lora_trainer.jobs.execution import lender_of
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import check_beginning, check_settings, check_shown, name_taken, stored_config
 from lora_trainer.planning.cost import PastRun
 from lora_trainer.planning.estimate import estimate, look_at_pictures
+from lora_trainer.planning.text import estimate_text, rows_of
 from lora_trainer.workspace.captioners import captioner_sources
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def estimate_job(
     settings: Mapping[str, Any] | str, host: Host, store: JobStore, shown: str | None = None,
     gone: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:  # fmt: skip
-    """``planning.estimate`` of these settings, and ``name_taken``: why the LoRA cannot be called so, or None.
+    """``planning.estimate``, or ``planning.text``, of these settings, and ``name_taken``: why the LoRA cannot be called
+    so, or None.
 
     shown: see ``check_shown``.
 
@@ -38,8 +40,13 @@ def estimate_job(
     config = check_settings(settings, host)
     check_shown(config, host, shown)
     info = check_base(config, host)
+    past = QueuedRuns(store)
+    if config.task == "text":
+        found = estimate_text(config, info, host, past)
+    else:
+        found = estimate(config, info, host, captioner_sources(host), past, gone)
     return {
-        **estimate(config, info, host, captioner_sources(host), QueuedRuns(store), gone),
+        **found,
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
     }
 
@@ -48,7 +55,7 @@ def check_base(config: TrainConfig, host: Host) -> ModelInfo:
     """The base model, without loading it. Raises UserError when it, or a file that the settings name, would stop the
     run."""
     with concerning("base_model"):
-        info = host.lender(config.base_model, lender_options(host, config)).describe()
+        info = lender_of(host, config).describe()
     check_beginning(config)
     return info
 
@@ -56,6 +63,9 @@ def check_base(config: TrainConfig, host: Host) -> ModelInfo:
 def check_run(config: TrainConfig, host: Host) -> None:
     """Everything that can be known to stop a run before it begins. Raises UserError."""
     check_base(config, host)
+    if config.task == "text":
+        rows_of(config)
+        return
     _, _, problems = look_at_pictures(config, captioner_sources(host))
     for problem in problems:
         raise UserError(problem.message, field=problem.field, remedy=problem.remedy)

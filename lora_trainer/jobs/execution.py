@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lora_trainer.host.base import Host, LenderOptions
+    from lora_trainer.models.base import Lender
     from lora_trainer.training.callbacks import TrainCommands
 
 HOLD_OPTION = "lora_trainer_hold_model"
@@ -89,19 +90,28 @@ def _train(
 
         train = run.train
     with concerning("base_model"):
-        lender = host.lender(config.base_model, lender_options(host, config))
+        lender = lender_of(host, config)
         info = lender.describe()
     reporter.device = precision_of(config, host).device
     architecture = architecture_mark(info.architecture)
     store.update(job.id, base_model=info.name, family=info.family, architecture=architecture, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
     previewer = None
-    if config.preview_prompts and host.name != "standalone":  # which has no sampler but the run's own
+    if config.preview_prompts and config.task == "image" and host.name != "standalone":  # it has the run's own sampler
         previewer = HostPreviewer(host, lender, config, info, Path(config.output_dir).parent)
     captioners = captioner_sources(host)
     return train(
         config, lender, callbacks=reporter, commands=commands, previewer=previewer, captioners=captioners
     )  # fmt: skip
+
+
+def lender_of(host: Host, config: TrainConfig) -> Lender:
+    """Of the base model of a run on this host. Raises UserError when there is none, or it cannot be trained."""
+    if config.task == "image":
+        return host.lender(config.base_model, lender_options(host, config))
+    from lora_trainer.run.workloads.text import Texts
+
+    return host.cleared(Texts.file_lender(config, precision_of(config, host)))
 
 
 def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
@@ -125,11 +135,11 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
 def _newest(
     current_host: Callable[[], Host], store: JobStore, job: Job, config: TrainConfig, reporter: JobReporter
 ) -> Callable[[Path, int], None] | None:
-    """What puts every LoRA that is saved on the way into the host's LoRA folder, if it has one.
+    """What puts every LoRA that is saved on the way into the host's LoRA folder, if it has one that is for it.
 
     Trouble with that is reported once and no reason to end the training.
     """
-    if current_host().folders().lora is None:
+    if current_host().folders().lora is None or config.task == "text":
         return None
     newest = NewestWeights(current_host, store, job.id, config)
     failed_at: list[int] = []
@@ -170,9 +180,9 @@ def _publish(
     folders: JobFolders,
     store: JobStore,
 ) -> dict[str, Any]:
-    """Publish the LoRA if the host has a place for it: the recommended one, where the settings do not say otherwise. A
-    failure is a warning: what was trained is not lost."""
-    if host.folders().lora is None:
+    """Publish the LoRA if the host has a place for it: the recommended one, where the settings do not say otherwise; a
+    language model's stays in the job. A failure is a warning: what was trained is not lost."""
+    if host.folders().lora is None or config.task == "text":
         return {}
     lora, picture, step = Path(result.lora), reporter.last_preview, None
     if result.recommended is not None and host.option(RECOMMENDED_OPTION, True):

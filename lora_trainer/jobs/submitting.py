@@ -13,6 +13,7 @@ import yaml
 
 from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, read_text, to_yaml
 from lora_trainer.config.names import ALIASES
+from lora_trainer.dataset.text.rows import ENDINGS as ROW_FILES
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.files import atomic_write, safe_name_problem
 from lora_trainer.jobs.folders import JobFolders
@@ -31,11 +32,17 @@ def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
 
 def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:
     """A configuration that may run on this host. Raises ConfigError with every problem, each naming its field."""
-    config = from_mapping(read_settings(settings))
+    config = _settled(from_mapping(read_settings(settings)), host)
     problems: list[UserError] = []
+    is_text = config.task == "text"
     if not config.train_data_dir:
-        remedy = "Add pictures or choose a folder."
-        problems.append(UserError("No pictures are chosen.", field="train_data_dir", remedy=remedy))
+        message, remedy = "No pictures are chosen.", "Add pictures or choose a folder."
+        if is_text:
+            message, remedy = "No file with rows is chosen.", "Add a .jsonl or .json file."
+        problems.append(UserError(message, field="train_data_dir", remedy=remedy))
+    if is_text and not config.base_model:
+        remedy = "Choose one of the list, or give the folder of one."
+        problems.append(UserError("No language model is chosen.", field="base_model", remedy=remedy))
     if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
         message = f"The path {config.merge_into_base} does not say in which folder."
         problems.append(UserError(message, field="merge_into_base", remedy="Give the whole path."))
@@ -45,18 +52,19 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    if _is_for_text(config):
-        message = "Language models are trained on the command line only."
-        raise UserError(message, field="base_model", remedy="Use python -m lora_trainer train --config run.yaml.")
     return config
 
 
-def _is_for_text(config: TrainConfig) -> bool:
+def _settled(config: TrainConfig, host: Host) -> TrainConfig:
+    """With the task named, and the folder of a language model that is given by its name in the host's list."""
+    if config.task != "image":
+        folder = host.language_models().get(config.base_model)
+        config = config if folder is None else dataclasses.replace(config, base_model=str(folder))
     if config.task == "auto" and not os.path.isdir(config.base_model):
-        return False  # without torch, which is slow to import
+        return dataclasses.replace(config, task="image")  # without torch, which is slow to import
     from lora_trainer.run.workloads import task_of
 
-    return task_of(config) == "text"
+    return dataclasses.replace(config, task=task_of(config))
 
 
 def check_shown(config: TrainConfig, host: Host, shown: str | None) -> None:
@@ -88,7 +96,7 @@ def check_beginning(config: TrainConfig) -> None:
 
 def known_models(host: Host) -> set[str]:
     """Every way in which the host's list names a base model: title, path, file name and stem."""
-    names: set[str] = set()
+    names = {str(folder) for folder in host.language_models().values()}
     for checkpoint in host.checkpoints():
         names.add(checkpoint.title)
         if checkpoint.path is not None:
@@ -110,7 +118,7 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
     else:
         name = free_name(store, host, _plain_stem(config.train_data_dir))
     # The model that is selected now is meant, whatever is selected when the job's turn comes.
-    selected = host.selected()
+    selected = None if config.task == "text" else host.selected()
     base_model = config.base_model or (selected.title if selected else "")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
@@ -168,7 +176,9 @@ def free_name(store: JobStore, host: Host, name: str) -> str:
 
 def stored_config(job: Job) -> TrainConfig:
     """The checked configuration as it was submitted, with the job's own folder and name."""
-    return from_mapping(parse_yaml(job.effective_config))
+    config = from_mapping(parse_yaml(job.effective_config))
+    # Releases that left it open trained pictures only.
+    return dataclasses.replace(config, task="image") if config.task == "auto" else config
 
 
 def run_config(job: Job, folders: JobFolders) -> TrainConfig:
@@ -199,5 +209,6 @@ def last_part(output_dir: str) -> str:
 
 
 def _plain_stem(folder: str) -> str:
-    name = Path(folder).name
+    path = Path(folder)
+    name = path.stem if path.suffix.lower() in ROW_FILES else path.name
     return name if safe_name_problem(name) is None else "lora"

@@ -92,7 +92,7 @@ def precision_of(config: TrainConfig, host: Host) -> Precision:
     from lora_trainer.training.precision import resolve
 
     device = host.device() if config.device == "auto" else config.device
-    return resolve(device, config.mixed_precision, host.weight_dtype())
+    return resolve(device, config.mixed_precision, None if config.task == "text" else host.weight_dtype())
 
 
 def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past: PastRuns) -> dict[str, Any]:

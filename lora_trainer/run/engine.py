@@ -147,7 +147,8 @@ def train(
         if outcome.status == "finished" and merge is not None:
             callbacks.on_phase("merging", 0, 0)
             try:
-                result = dataclasses.replace(result, merged=merge())
+                with lender.rest():
+                    result = dataclasses.replace(result, merged=merge())
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
     return result

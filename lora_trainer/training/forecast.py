@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.inject import choose, parameter_count
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.models.base import ModelArchitecture
+from lora_trainer.models.base import LoraTarget, ModelArchitecture
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import MetaModel
 from lora_trainer.training.precision import Precision
@@ -64,7 +65,7 @@ def memory_needed(
     """
     family = get_family(model.architecture.family)
     encoding = family.encoding_numbers(model.architecture, resolution) * number_bytes(torch.float32)
-    step = _learning_bytes(model, config) + step_bytes(model, resolution, config, precision)
+    step = learning_bytes(model.targets, config) + step_bytes(model, resolution, config, precision)
     weights = max(0, model.weights * number_bytes(precision.weight_dtype) - weights_there)
     return int(weights + max(encoding, step))
 
@@ -82,7 +83,7 @@ def number_bytes(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()  # torch 2.0 has no dtype.itemsize
 
 
-def _learning_bytes(model: MetaModel, config: TrainConfig) -> float:
+def learning_bytes(targets: Sequence[LoraTarget], config: TrainConfig) -> float:
     """All that learns: fp32 numbers, their gradients and the optimizer's state for them."""
     per_number = 8 + _OPTIMIZER_BYTES.get(config.optimizer, _OPTIMIZER_BYTES["adamw"]) + (4 if config.ema_decay else 0)
-    return parameter_count(model.targets, config) * per_number
+    return parameter_count(targets, config) * per_number

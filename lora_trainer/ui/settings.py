@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_trainer.host.options import FOLDERS_OPTION, NAMES_OPTION
+from lora_trainer.host.options import FOLDERS_OPTION, LANGUAGE_OPTION, NAMES_OPTION
 from lora_trainer.jobs.execution import HOLD_OPTION, RECOMMENDED_OPTION, RESUME_OPTION, WAIT_OPTION
 from lora_trainer.planning.presets import PRESETS
 
@@ -63,6 +63,12 @@ OPTIONS = (
         "",
         "Folders of this computer that may be trained on when the WebUI can be reached from others (one a line)",
         lines=3,
+    ),
+    SettingOption(
+        LANGUAGE_OPTION,
+        "",
+        "Folders with language models to be trained (one a line; empty: models/LLM)",
+        lines=2,
     ),
     SettingOption(
         NAMES_OPTION,

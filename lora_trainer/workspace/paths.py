@@ -150,11 +150,12 @@ def _is_plain_name(text: str) -> bool:
     return safe_name_problem(text) is None
 
 
-def redact(text: str, data: Path, lora: Path | None) -> str:
+def redact(text: str, data: Path, lora: Path | None, language_models: Sequence[Path] = ()) -> str:
     """``text`` without the server's folders, for callers who are not to see them."""
     own = Path(lora_trainer.__file__).parents[1]
     home = Path(os.path.expanduser("~"))  # Path.home() raises for a user without one, as in some containers
-    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), (own, "<extension>"), (home, "~")):
+    models = [(folder, "<LLM>") for folder in language_models]
+    for folder, word in ((data, "<trainer>"), (lora, "<Lora>"), *models, (own, "<extension>"), (home, "~")):
         if folder is not None:
             for form in {str(folder), str(folder.resolve())} - {"/"}:
                 text = text.replace(form, word)

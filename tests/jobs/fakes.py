@@ -82,7 +82,7 @@ class FakeHost(Host):
         (self.root / "Lora").mkdir(parents=True, exist_ok=True)
 
     def folders(self) -> Folders:
-        return Folders(self.root / "trainer", self.root / "Lora")
+        return Folders(self.root / "trainer", self.root / "Lora", (self.root / "LLM",))
 
     def access(self) -> AccessPolicy:
         return self.policy

@@ -12,6 +12,7 @@ from lora_trainer.captioning.base import HostCaptioner
 from lora_trainer.host.a1111.captioning import a1111_captioners
 from lora_trainer.host.a1111.lender import A1111Lender
 from lora_trainer.host.a1111.loras import A1111Loras
+from lora_trainer.host.a1111.own_models import A1111OwnModels
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.drawing import model_kept
 from lora_trainer.host.webui import WebuiHost
@@ -50,6 +51,9 @@ class A1111Host(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> A1111Lender:
         return A1111Lender(self._webui, self._turns, checkpoint, options)
+
+    def _own_models(self) -> A1111OwnModels:
+        return A1111OwnModels(self._webui)
 
     def _modules(self, sd_model: Any) -> list[nn.Module]:
         return [sd_model]

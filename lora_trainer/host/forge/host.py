@@ -15,6 +15,7 @@ from lora_trainer.host.forge.captioning import forge_captioners
 from lora_trainer.host.forge.lender import ForgeLender
 from lora_trainer.host.forge.loras import ForgeLoras
 from lora_trainer.host.forge.model import patchers
+from lora_trainer.host.forge.own_models import ForgeOwnModels
 from lora_trainer.host.webui import WebuiHost
 
 
@@ -43,6 +44,9 @@ class ForgeHost(WebuiHost):
 
     def _lender(self, checkpoint: Any, options: LenderOptions) -> ForgeLender:
         return ForgeLender(self._webui, self._turns, checkpoint, options)
+
+    def _own_models(self) -> ForgeOwnModels:
+        return ForgeOwnModels(self._webui)
 
     def _modules(self, sd_model: Any) -> list[nn.Module]:
         return [patcher.model for patcher in patchers(sd_model).values()]

@@ -9,7 +9,7 @@ import torch
 
 from lora_trainer.host.forge.loras import holds_loras
 
-_EVERYTHING = 1e30
+EVERYTHING = 1e30
 """Bytes to free, as Forge itself writes it."""
 
 
@@ -47,7 +47,7 @@ class Residence:
         needed = {id(patchers[part]) for part in parts}
         keep = [entry for entry in self._memory.current_loaded_models if id(entry.model) in needed]
         with torch.inference_mode():
-            self._memory.free_memory(_EVERYTHING, self._memory.get_torch_device(), keep)
+            self._memory.free_memory(EVERYTHING, self._memory.get_torch_device(), keep)
         self._memory.soft_empty_cache(True)
         self._seen = self._loaded()
 

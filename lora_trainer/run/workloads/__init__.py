@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lora_trainer.config import TrainConfig
 from lora_trainer.models.families.causal_lm.folder import is_language_model
 from lora_trainer.run.workloads.pictures import Pictures
@@ -10,7 +12,7 @@ from lora_trainer.run.workloads.text import Texts
 _WORKLOADS: dict[str, type[Pictures] | type[Texts]] = {"image": Pictures, "text": Texts}
 
 
-def task_of(config: TrainConfig) -> str:
+def task_of(config: TrainConfig) -> Literal["image", "text"]:
     """ "image" or "text": the setting ``task``; where that is auto, what ``base_model`` is."""
     if config.task != "auto":
         return config.task

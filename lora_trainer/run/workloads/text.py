@@ -73,24 +73,10 @@ class Texts:
         info = lender.describe()
         for sentence in without_effect(config, task="text"):
             callbacks.on_warning(sentence)
-        rows, bad = read_rows(Path(config.train_data_dir))
-        _warn(callbacks, "cannot be read and are left out", [f"{row.where} ({row.reason})" for row in bad])
         encoder = encoder_of(config, info.path or Path(config.base_model), info.family)
-        encoded = []
-        for done, row in enumerate(rows, 1):
-            encoded.append(encoder.encode(row))
-            callbacks.on_phase("rows", done, len(rows))
-        usable = [row for row in encoded if any(row.learned)]
-        cut = [row.row.where for row in usable if row.cut]
-        lost = [row.row.where for row in encoded if not any(row.learned)]
-        _warn(callbacks, f"are longer than max_length ({config.max_length} tokens) and are cut", cut)
-        _warn(callbacks, f"have no answer within max_length ({config.max_length} tokens) and are left out", lost)
-        if not usable:
-            raise UserError(
-                f"{config.train_data_dir} holds no row that can be learned from.",
-                field="train_data_dir",
-                remedy="python -m lora_trainer check says what is wrong with each row.",
-            )
+        usable, warnings = usable_rows(config, encoder, lambda done, total: callbacks.on_phase("rows", done, total))
+        for sentence in warnings:
+            callbacks.on_warning(sentence)
         if not config.validation_share:
             return cls(config, usable)
         split = hold_out_rows(usable, config.validation_share, config.seed)
@@ -152,6 +138,38 @@ class Texts:
         return tuple(lines)
 
 
+def usable_rows(
+    config: TrainConfig, encoder: Encoder, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[EncodedRow], list[str]]:
+    """The rows that are learned from, encoded, and a sentence on each kind of the others.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows, bad = read_rows(Path(config.train_data_dir))
+    encoded = []
+    for done, row in enumerate(rows, 1):
+        encoded.append(encoder.encode(row))
+        progress(done, len(rows))
+    usable = [row for row in encoded if any(row.learned)]
+    length = f"max_length ({config.max_length} tokens)"
+    told = (
+        ("cannot be read and are left out", [f"{row.where} ({row.reason})" for row in bad]),
+        (f"are longer than {length} and are cut", [row.row.where for row in usable if row.cut]),
+        (
+            f"have no answer within {length} and are left out",
+            [row.row.where for row in encoded if not any(row.learned)],
+        ),
+    )
+    if not usable:
+        raise UserError(
+            f"{config.train_data_dir} holds no row that can be learned from.",
+            field="train_data_dir",
+            remedy="python -m lora_trainer check says what is wrong with each row.",
+        )
+    return usable, [f"{len(names)} rows {what}: {enumerate_some(names, _NAMED)}." for what, names in told if names]
+
+
 def encoder_of(config: TrainConfig, folder: Path, family: str) -> Encoder:
     """What writes and encodes the rows of a run. Raises UserError for a tokenizer or template that cannot be used."""
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
@@ -174,8 +192,3 @@ def refuse_other_adapters(config: TrainConfig) -> None:
         )
     if config.dora:
         raise UserError("A language model is not trained with DoRA here.", field="dora", remedy="Leave it off.")
-
-
-def _warn(callbacks: TrainCallbacks, what: str, rows: Sequence[str]) -> None:
-    if rows:
-        callbacks.on_warning(f"{len(rows)} rows {what}: {enumerate_some(rows, _NAMED)}.")

@@ -171,7 +171,7 @@ class FakeA1111:
                 interrupted=False, skipped=False, stopping_generation=False, job="", current_latent=None
             ),
         )
-        self.paths = SimpleNamespace(data_path=str(folder))
+        self.paths = SimpleNamespace(data_path=str(folder), models_path=str(folder / "models"))
         self.call_queue = SimpleNamespace(queue_lock=QueueLock())
         self.devices = SimpleNamespace(
             device=torch.device("cpu"), fp8=False, dtype_vae=torch.float32, torch_gc=lambda: None
@@ -255,7 +255,8 @@ class FakeA1111:
                     vars(layer).pop(kept, None)
             current.sd_checkpoint_info = info
             return
-        self.sd_models.model_data.sd_model = self.shared.sd_model = self._build(tensors, info)
+        model = self.sd_models.model_data.sd_model = self.shared.sd_model = self._build(tensors, info)
+        self.sd_models.model_data.loaded_sd_models[:] = [model]
 
     def _build(self, tensors: dict[str, torch.Tensor], info: Info) -> nn.Module:
         model = module_tree(tensors)

@@ -182,7 +182,7 @@ class FakeForge:
             state=SimpleNamespace(**state),
             sd_model=SimpleNamespace(),
         )
-        self.paths = SimpleNamespace(data_path=str(folder))
+        self.paths = SimpleNamespace(data_path=str(folder), models_path=str(folder / "models"))
         self.call_queue = SimpleNamespace(queue_lock=QueueLock())
         self.devices = SimpleNamespace(device=CPU, torch_gc=lambda: None)
         self.main_entry = SimpleNamespace(

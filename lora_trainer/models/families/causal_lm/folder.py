@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lora_trainer.models.hints import read_json
 from lora_trainer.models.tensors import Tensors, open_source
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_DEPTH = 3
+"""Folders are searched so far down: owner/name is usual."""
 _PROBES, _PROBE_BYTES = 16, 4096
 
 
@@ -26,6 +29,21 @@ def is_language_model(base_model: str | Path) -> bool:
     return any(name.endswith("ForCausalLM") for name in names) or (
         isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     )
+
+
+def language_models_in(roots: Iterable[Path]) -> dict[str, Path]:
+    """The folders of language models below ``roots``, by their paths from there, in the order of these names."""
+    found: dict[str, Path] = {}
+    for root in roots:
+        for folder, subfolders, _ in os.walk(root, followlinks=True):
+            path = Path(folder)
+            inside = path.relative_to(root)
+            if is_language_model(path):
+                found.setdefault(path.name if path == root else inside.as_posix(), path)
+                subfolders.clear()
+            elif len(inside.parts) >= _DEPTH:
+                subfolders.clear()
+    return dict(sorted(found.items(), key=lambda entry: entry[0].casefold()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lora_trainer.models.families.causal_lm.folder import open_weights, read_con
 from lora_trainer.models.families.causal_lm.model import LanguageModel
 from lora_trainer.models.families.causal_lm.network import as_it_is, bind_weights, build_network
 from lora_trainer.models.families.causal_lm.quantize import quantized, use_nf4
+from lora_trainer.models.families.causal_lm.work import LanguageArchitecture
 
 
 class LanguageModelLender(Lender[LanguageModel]):
@@ -37,8 +38,10 @@ class LanguageModelLender(Lender[LanguageModel]):
 
     def describe(self) -> ModelInfo:
         """Reads config.json alone."""
-        family = family_of(read_config(self.folder), str(self.folder), self.trust_remote_code)
-        return ModelInfo(family.name, "next_token", self.folder.resolve().name, self.folder)
+        config = read_config(self.folder)
+        family = family_of(config, str(self.folder), self.trust_remote_code)
+        architecture = LanguageArchitecture.from_config(family.name, config)
+        return ModelInfo(family.name, "next_token", self.folder.resolve().name, self.folder, architecture=architecture)
 
     @contextmanager
     def borrow(self) -> Iterator[LanguageModel]:

@@ -96,6 +96,10 @@ class LanguageModel(LentNetwork):
             if enabled:
                 layer.forward = _recomputed(layer.forward)
 
+    def send(self, device: torch.device | str) -> None:
+        """Keep the weights on this device for now; steps need them on ``device``."""
+        self.network.to(device)
+
     def release(self) -> None:
         """Let go of all weights."""
         self.set_gradient_checkpointing(False)
