@@ -98,8 +98,11 @@ def publish(
     ``verified`` and ``verdict``.
 
     Raises:
-        UserError: the name is taken, the disk is full; the LoRA stays where it is.
+        UserError: the name is taken, the disk is full, it is for a language model; the LoRA stays where it is.
     """
+    if config.task == "text":
+        message = f"{job.name} is for a language model, and the WebUI draws with image models."
+        raise UserError(message, remedy="Its files lie in the folder of the job.")
     on_phase("publishing", 0, 0)
     path = _copied(host, lora, name, make_card(job, config, picture, weight), overwrite=overwrite)
     on_phase("verifying", 0, 0)
