@@ -84,6 +84,7 @@ var loraTrainer = window.loraTrainer || {};
         "Stop and save": "Ends after this step; the LoRA as it is comes into your Lora tab.",
         "Stop": "Ends after this step; only what was saved before stays, also in your Lora tab.",
         "Compare checkpoints": "Shows the pictures of all saved steps beside each other, to use the best one.",
+        "Draw a grid": "Draws every saved step at several weights beside the base model, with the same noise.",
         "Use this one": "Puts what was saved at this step into your Lora tab, instead of what is there; nothing is lost.",
         "Leave it": "It is not offered here any more; Runs keeps it, and can resume it.",
         "Continue from it": "A new training that begins with this LoRA, such as with more pictures.",

@@ -19,8 +19,8 @@
 
     live.begin = function() {
         live.curve = new app.Curve(app.get("curve"), app.get("curve_reading"));
-        live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (step) =>
-            app.runs.publish(live.job, {step}).then(live.look, live.complain));
+        live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (choice) =>
+            app.runs.publish(live.job, choice).then(live.look, live.complain));
         app.get("log_box").addEventListener("toggle", loadLog);
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
         live.look();
@@ -116,7 +116,7 @@
         pickerKnows(job);
         showStrip(job);
         showMessage(job);
-        live.previews.isThere(live.stepThere(job));
+        live.previews.isThere(live.stepThere(job), job.chosen_weight);
         showButtons(job);
         await loadEvents(job);
         if (app.get("log_box").open) await loadLog();
@@ -271,7 +271,8 @@
             tryIt,
             job.fails_again && ["Run again with changes", again, "primary"],
             job.status !== "finished" && !job.fails_again && ["Resume", to("resume"), "primary"],
-            (job.lora || job.published) && ["Compare checkpoints", () => compare(previews)],
+            (job.lora || job.published) && ["Compare checkpoints", () => compare(previews, job, !previews.comparing)],
+            (job.lora || job.published) && ["Draw a grid", () => compare(previews, job, true) || previews.grids.draw()],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             !job.fails_again && ["Run again with changes", again],
             job.fails_again && ["Resume", to("resume")],
@@ -284,8 +285,8 @@
         return live.command(job, "switch-back");
     }
 
-    function compare(previews) {
-        previews.compare(!previews.comparing);
+    function compare(previews, job, comparing) {
+        previews.compare(comparing, job);
         previews.node.scrollIntoView({block: "nearest", behavior: "smooth"});
     }
 

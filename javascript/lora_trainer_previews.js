@@ -3,8 +3,8 @@
 (function(app) {
     "use strict";
 
-    /** A strip in node; reading is where the shown step is written. take(step) puts what was saved then into the Lora
-     * tab. */
+    /** A strip in node; reading is where the shown step is written. take({step, weight}) puts what was saved then into
+     * the Lora tab; weight may be left out. */
     app.Previews = class {
         constructor(node, reading, take) {
             Object.assign(this, {node, reading, take, comparing: false, taking: null});
@@ -14,7 +14,8 @@
         clear() {
             this.steps = new Map(); // step -> prompt -> address
             this.saved = new Set(); // steps of which there is a LoRA
-            this.there = null; // the step that the Lora tab has
+            this.there = this.weight = null; // the step that the Lora tab has, and at which weight
+            this.grids = null;
             this.chosen = null; // null follows the newest
             this.prompts = [];
             this.explain(app.t("The first picture is drawn before the first step."));
@@ -39,17 +40,22 @@
             if (news.length || (this.comparing && this.saved.size > savedBefore)) this.build();
         }
 
-        /** Show all steps beside each other, or one at a time. */
-        compare(comparing) {
+        /** Show all steps of the job beside each other, with its grids, or one step at a time. */
+        compare(comparing, job) {
             this.comparing = comparing;
+            if (comparing && !this.grids) {
+                this.grids = new app.Grids(job, this.take);
+                this.grids.isThere(this.there, this.weight);
+            }
             this.node.closest(".lora_trainer_panels").toggleAttribute("data-comparing", comparing);
             this.build();
         }
 
-        /** The step that the Lora tab has; null: none. */
-        isThere(step) {
-            if (this.there === step) return;
-            this.there = step;
+        /** The step that the Lora tab has, null for none, and the weight that was chosen for it, if any. */
+        isThere(step, weight) {
+            if (this.there === step && this.weight === weight) return;
+            Object.assign(this, {there: step, weight});
+            if (this.grids) this.grids.isThere(step, weight);
             if (this.comparing) this.build();
         }
 
@@ -102,7 +108,9 @@
                     ...this.prompts.map((prompt) => drawn.has(prompt) && app.el("img", {src: drawn.get(prompt), alt: prompt, title: prompt})),
                     app.el("figcaption", {}, app.el("span", {}, step ? app.t("step {n}", {n: step}) : app.t("before")), under(step)));
             };
-            this.node.replaceChildren(app.el("div", {class: "checkpoints"}, ...order.map(card)));
+            const cards = app.el("div", {class: "checkpoints"}, ...order.map(card));
+            if (this.grids.node.parentNode === this.node) this.node.firstChild.replaceWith(cards); // what is typed there stays
+            else this.node.replaceChildren(cards, this.grids.node);
             app.setText(this.reading, "");
         }
 
@@ -111,7 +119,7 @@
             this.taking = step;
             this.build();
             try {
-                await this.take(step);
+                await this.take({step});
             } finally {
                 this.taking = null;
                 if (this.comparing) this.build();

@@ -162,9 +162,10 @@
         const step = app.el("span");
         const table = app.el("div", {class: "differences"});
         const strip = app.el("div", {class: "previews"});
-        const previews = new app.Previews(strip, step, async(at) => {
+        const previews = new app.Previews(strip, step, async(choice) => {
             try {
-                previews.isThere(app.live.stepThere(await runs.publish(job, {step: at})));
+                const done = await runs.publish(job, choice);
+                previews.isThere(app.live.stepThere(done), done.chosen_weight);
             } catch (error) {
                 app.complain(error, message);
             }
@@ -192,7 +193,7 @@
             curve.set(...[points, second].filter((one) => one === points || one.length));
             table.replaceChildren(...(others.value ? await runs.many.differences(job, Number(others.value)) : []));
         }, others));
-        previews.isThere(app.live.stepThere(job));
+        previews.isThere(app.live.stepThere(job), job.chosen_weight);
         previews.add(events);
         return node;
     }
