@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
     "planning": LEAVES | {"dataset", "captioning", "adapters", "models", "training", "run", "host"},
     "comparison": LEAVES | {"models", "host"},
-    "workspace": LEAVES | {"dataset", "captioning", "run", "host", "planning"},
+    "workspace": LEAVES | {"dataset", "captioning", "adapters", "models", "run", "host", "loras", "planning"},
     "jobs": LEAVES
     | {"dataset", "adapters", "models", "training", "run", "host", "planning", "comparison", "workspace"},
 }

@@ -45,7 +45,7 @@ def place_lora(lora: Path, folder: Path, name: str, card: Card, *, overwrite: bo
     if card.thumbnail is not None:
         with atomic_path(picture) as temporary:
             card.thumbnail.save(temporary, format="PNG")
-    fields = _existing_card(json_path) | card_fields(card)
+    fields = existing_card(json_path) | card_fields(card)
     atomic_write(json_path, json.dumps(fields, ensure_ascii=False, indent=4))
     if lora.resolve() != path.resolve():
         with atomic_path(path) as temporary:
@@ -94,7 +94,8 @@ def card_fields(card: Card) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value != ""}
 
 
-def _existing_card(path: Path) -> dict[str, Any]:
+def existing_card(path: Path) -> dict[str, Any]:
+    """The card in a .json file beside a LoRA; empty where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

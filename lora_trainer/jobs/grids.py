@@ -55,6 +55,8 @@ class Grids:
         from lora_trainer.comparison.plan import make_plan
 
         host, config = self._current_host(), self._config_of(job)
+        if config.task == "text":
+            raise UserError(f"{job.name} taught a language model.", remedy="A grid shows pictures.")
         options = lender_options(host, config)
         with concerning("base_model"):
             info = host.lender(config.base_model, options).describe()

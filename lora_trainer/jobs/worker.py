@@ -31,6 +31,7 @@ from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.training.callbacks import TrainCommands
+from lora_trainer.workspace.lora_tools import LoraTools
 from lora_trainer.workspace.paths import check_name
 from lora_trainer.workspace.sessions import EditorSessions
 
@@ -76,6 +77,7 @@ class JobManager:
         self.grids = Grids(lambda: self.host, self.store, self.results, self.effective_config)
         self.lease = WorkerLease(self.folders.data / "worker.lock")
         self.sessions = EditorSessions(self.folders.data, lambda: self.host)
+        self.lora_tools = LoraTools(self.folders.data, lambda: self.host)
         self._train = train
         self._lock = threading.RLock()
         self._naming = threading.RLock()  # a name that was found free is so until the job has it

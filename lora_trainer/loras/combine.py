@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import Factors, open_layers
+from lora_trainer.loras.layers import Factors, Turn, open_layers
 from lora_trainer.loras.resize import check_size, truncated
 from lora_trainer.loras.writing import check_precision, precision_of, write_factors
 
@@ -34,6 +35,7 @@ def combine(
     base: str | Path | None = None,
     precision: str | None = None,
     overwrite: bool = False,
+    turn: Turn = nullcontext,
 ) -> Combined:
     """Write one LoRA that at strength 1 changes the model as all of ``loras`` do, each at its strength.
 
@@ -55,7 +57,7 @@ def combine(
     if rank is not None or share is not None:
         check_size(rank, share)
     check_precision(precision)
-    opened = [open_layers(path, base) for path, _ in loras]
+    opened = [open_layers(path, base, turn) for path, _ in loras]
     families = {layers.family for layers in opened}
     if len(families) > 1:
         raise UserError(

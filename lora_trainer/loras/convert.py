@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from lora_trainer.adapters.export import diffusers_tensors, save_lora, write_pef
 from lora_trainer.adapters.merge import check_output
 from lora_trainer.adapters.peft_folder import write_folder
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import Factors, Layers, open_layers
+from lora_trainer.loras.layers import Factors, Layers, Turn, open_layers
 from lora_trainer.loras.writing import check_precision, precision_of
 from lora_trainer.run.outputs import RUN_ENTRY
 
@@ -26,6 +27,7 @@ def convert(
     base: str | Path | None = None,
     precision: str | None = None,
     overwrite: bool = False,
+    turn: Turn = nullcontext,
 ) -> tuple[int, list[str]]:
     """Write a LoRA in another layout; returns the number of its layers, and what of the file has no place in it.
 
@@ -44,7 +46,7 @@ def convert(
         raise UserError(f"{layout!r} is no layout.", field="layout", remedy=f"Use {', '.join(LAYOUTS)}.")
     check_precision(precision)
     output = Path(output)
-    layers = open_layers(lora, base)
+    layers = open_layers(lora, base, turn)
     precision = precision or precision_of(layers.file)
     if layout == "peft":
         _check_folder(output, overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lora_trainer.adapters.algebra import truncated_factors
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.merge import check_output, stored_places
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import Factors
+from lora_trainer.loras.layers import Factors, Turn
 from lora_trainer.loras.resize import check_size
 from lora_trainer.loras.writing import check_precision, write_factors
 from lora_trainer.models.checkpoint import FileLender, single_file
@@ -46,6 +47,7 @@ def extract(
     precision: str = "fp16",
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    turn: Turn = nullcontext,
 ) -> Extracted:
     """Write the LoRA that changes ``base`` into ``tuned`` as nearly as its rank allows (Eckart–Young, by layer).
 
@@ -70,7 +72,8 @@ def extract(
             f"{base.name} is {architectures[0].family} and {tuned} is {architectures[1].family}.", field="tuned"
         )
     before, after = (single_file(open_source(path)) for path in (base, tuned))
-    targets = targets_of(architectures[0])
+    with turn():
+        targets = targets_of(architectures[0])
     places = stored_places(targets)
     found: dict[str, Factors] = {}
     equal, whole, kept = 0, 0.0, 0.0

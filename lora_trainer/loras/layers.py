@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from lora_trainer.models.base import LoraTarget
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import families, family_of_lora, refuse_other_family, targets_of
 
-GIVE_BASE = "Name its base model with --base."
+GIVE_BASE = "Name its base model."
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,11 @@ def factors_of(weights: ModuleWeights, shape: Sequence[int]) -> Factors:
     return Factors.of_matrices(down, up, shape)
 
 
-def open_layers(path: str | Path, base: str | Path | None = None) -> Layers:
+Turn = Callable[[], AbstractContextManager[Any]]
+"""Entered where modules are built: a WebUI swaps torch.nn's classes while it loads a model (``Host.device_turn``)."""
+
+
+def open_layers(path: str | Path, base: str | Path | None = None, turn: Turn = nullcontext) -> Layers:
     """Read a LoRA and find its layers in ``base``, or, without one, in the usual model of its family.
 
     Raises:
@@ -124,7 +130,8 @@ def open_layers(path: str | Path, base: str | Path | None = None) -> Layers:
         candidates = {said: usual[said]} if said in usual else usual
     found = []
     for family, architecture in candidates.items():
-        targets = targets_of(architecture)
+        with turn():
+            targets = targets_of(architecture)
         matched, unmatched = lora.match(targets)
         found.append(Layers(lora, family, targets, matched, unmatched))
     best = max(found, key=lambda layers: len(layers.matched))

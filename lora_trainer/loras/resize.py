@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_trainer.adapters.algebra import truncated_product
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import Factors, open_layers
+from lora_trainer.loras.layers import Factors, Turn, open_layers
 from lora_trainer.loras.writing import check_precision, precision_of, write_factors
 
 
@@ -32,6 +33,7 @@ def resize(
     base: str | Path | None = None,
     precision: str | None = None,
     overwrite: bool = False,
+    turn: Turn = nullcontext,
 ) -> Resized:
     """Write the best approximation of a LoRA (Eckart–Young, by layer) of a rank, or that keeps a share of its change.
 
@@ -44,7 +46,7 @@ def resize(
     """
     check_size(rank, share)
     check_precision(precision)
-    layers = open_layers(lora, base)
+    layers = open_layers(lora, base, turn)
     small, before, after = {}, 0.0, 0.0
     for name, factors in layers.factors().items():
         small[name] = truncated(factors, rank, share)

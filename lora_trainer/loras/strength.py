@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import GIVE_BASE, factors_of, open_layers
+from lora_trainer.loras.layers import GIVE_BASE, Turn, factors_of, open_layers
 from lora_trainer.models.base import LoraTarget
 
 _BLOCK = re.compile(r"(?P<side>input|middle|output)_blocks?\.(?P<number>\d+)\.")
 _SIDES = {"input": "IN", "middle": "M", "output": "OUT"}
 
 
-def strength_by_block(lora: str | Path, base: str | Path | None = None) -> dict[str, float]:
+def strength_by_block(
+    lora: str | Path, base: str | Path | None = None, turn: Turn = nullcontext
+) -> dict[str, float]:
     """‖ΔW‖ (Frobenius) over all layers of each block, in the order of the model.
 
     Blocks have the names of the block-weight extensions: IN01 … M00 … OUT11; text encoders are TE1 and TE2. Of a DoRA
@@ -24,7 +27,7 @@ def strength_by_block(lora: str | Path, base: str | Path | None = None) -> dict[
     Raises:
         UserError: as ``open_layers``; or the shapes are not those of the base.
     """
-    layers = open_layers(lora, base)
+    layers = open_layers(lora, base, turn)
     squares: dict[str, float] = {}
     for target in layers.targets:
         weights = layers.matched.get(target.kohya_name)
