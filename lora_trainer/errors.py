@@ -27,15 +27,27 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Every problem of a configuration at once; ``problems`` holds one ``UserError`` for each."""
+    """Every problem of a configuration at once; ``problems`` holds one ``UserError`` for each.
 
-    def __init__(self, problems: list[UserError]):
+    config: the settings that are right, the others at their defaults, so that what they name can be looked at too.
+    """
+
+    def __init__(self, problems: list[UserError], config: Any = None):
         if len(problems) == 1:
             super().__init__(problems[0].message, field=problems[0].field, remedy=problems[0].remedy)
         else:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             super().__init__(f"{len(problems)} settings need attention:\n{lines}")
         self.problems = problems
+        self.config = config
+
+
+class UnreadableError(ConfigError):
+    """Text of settings that is not valid YAML or TOML. values: the entries of it that are."""
+
+    def __init__(self, problems: list[UserError], values: dict[str, Any]):
+        super().__init__(problems)
+        self.values = values
 
 
 @dataclass(frozen=True)

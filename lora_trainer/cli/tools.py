@@ -8,15 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.errors import UserError
+from lora_trainer.errors import ConfigError, Problem, UserError
 
 DONE, STOPS_TRAINING = 0, 2
 
 
 def add_check(commands: Any) -> None:
     parser = commands.add_parser("check", help="report on pictures, or on rows of text", description=check.__doc__)
-    parser.add_argument("dataset", type=Path, metavar="DATASET",
+    parser.add_argument("dataset", type=Path, metavar="DATASET", nargs="?",
                         help="folder with pictures and captions, or .jsonl or .json with rows")  # fmt: skip
+    parser.add_argument("--config", type=Path, help="instead: YAML file of a training, with all that it names")
     parser.add_argument("--resolution", type=int, default=512, help="side in pixels to train at (512)")
     parser.add_argument("--trigger", default="", help="trigger word that every caption should have")
     parser.add_argument("--base", type=Path, help="rows: folder of the language model, to count tokens")
@@ -28,7 +29,12 @@ def add_check(commands: Any) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Look for damaged, small, blurred or duplicate pictures and for faulty captions; for malformed, duplicate, too
-    long and leaking rows. Exit code 2 when something found would stop a training."""
+    long and leaking rows; with --config, for wrong settings and a base model that cannot be trained, too. Exit code 2
+    when something found would stop a training."""
+    if options.config:
+        return _check_training(options)
+    if options.dataset is None:
+        raise UserError("Nothing says what to check.", remedy="Give a folder with pictures, or --config run.yaml.")
     if options.dataset.is_file() or options.base or options.held_out:
         return _check_rows(options)
     from lora_trainer.config import parse_resolution
@@ -40,6 +46,45 @@ def check(options: argparse.Namespace) -> int:
     report = check_folder(options.dataset, resolution=options.resolution, trigger_word=options.trigger)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report.to_text())
     return STOPS_TRAINING if report.stops_training else DONE
+
+
+def _check_training(options: argparse.Namespace) -> int:
+    """The settings, the base model and the data of a training, in one report."""
+    from lora_trainer.cli.train import home_settings, print_report
+    from lora_trainer.config import Problems, load, parse_resolution
+    from lora_trainer.dataset.checks import check_folder
+    from lora_trainer.dataset.text.checks import check_rows
+    from lora_trainer.run import with_all_others
+    from lora_trainer.run.workloads import task_of
+    from lora_trainer.run.workloads.text import encoder_for
+
+    found: UserError | None = None
+    try:
+        config = load(options.config, (), print_report(options.config))
+    except ConfigError as error:
+        found, config = error, error.config
+        if config is None:
+            raise
+    config = home_settings(config)
+    problems = Problems(with_all_others(found, config))
+    report: Any = None
+    if not problems.concern("train_data_dir", "task") and config.train_data_dir:
+        if task_of(config) == "text" or Path(config.train_data_dir).is_file():
+            encoder = None if problems.concern("base_model", "chat_template") else encoder_for(config)
+            report = check_rows(Path(config.train_data_dir), held_out=options.held_out, encoder=encoder)
+        else:
+            side = parse_resolution(config.resolution)
+            side = side if isinstance(side, tuple) else options.resolution
+            report = check_folder(config.train_data_dir, resolution=side, trigger_word=config.trigger_word)
+    if options.json:
+        told = [Problem.of(problem).to_dict() for problem in problems.found]
+        print(json.dumps({**(report.to_json() if report else {}), "problems": told}, ensure_ascii=False, indent=2))
+    else:
+        for problem in problems.found:
+            print(f"error:   {problem}")
+        print(report.to_text() if report else "")
+    stops = problems.found or report is None or report.stops_training
+    return STOPS_TRAINING if stops else DONE
 
 
 def _check_rows(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_trainer.config import TrainConfig, Translation, load, settings_where, with_folder
 from lora_trainer.config.parse import from_own, parse_overrides
-from lora_trainer.errors import UserError
+from lora_trainer.errors import ConfigError, UserError
 
 INTERRUPTED = 130
 _PATHS = settings_where(lambda facts: facts.path is not None)
@@ -33,16 +33,22 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.config is None and not options.overrides:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
-    overrides = options.overrides
+    path, overrides = options.config, options.overrides
+    try:
+        config = load(path, overrides, print_report(path)) if path else from_own(parse_overrides(overrides))
+    except ConfigError as error:
+        from lora_trainer.run import with_all_others  # torch is slow to import
 
-    def report(translation: Translation) -> None:
-        print(translation.to_text(str(options.config)), file=sys.stderr)
-
-    config = load(options.config, overrides, report) if options.config else from_own(parse_overrides(overrides))
-    return run_training(_at_home(config))[0]
+        raise with_all_others(error, home_settings(error.config)) or error from None
+    return run_training(home_settings(config))[0]
 
 
-def _at_home(config: TrainConfig) -> TrainConfig:
+def print_report(path: Path) -> Callable[[Translation], None]:
+    """Says what became of another tool's settings in this file."""
+    return lambda translation: print(translation.to_text(str(path)), file=sys.stderr)
+
+
+def home_settings(config: TrainConfig) -> TrainConfig:
     """~/pictures in a path is the user's own: no shell has read what stands in the file, or behind an equals sign."""
     paths: dict[str, Any] = {
         name: [with_folder(entry, os.path.expanduser) for entry in value]
@@ -62,9 +68,13 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
 
     commands = TrainCommands()
     progress = ProgressBar()
+    try:
+        lender = engine.file_lender(config)
+    except UserError as error:
+        raise engine.with_all_others(error, config) or error from None
     stopping = interruptible(commands.stop_and_save, "Stopping after this step; the state is saved.")
     with closing(progress), stopping as interrupted:  # a message is not to end on the bar's line
-        result = engine.train(config, engine.file_lender(config), callbacks=progress, commands=commands)
+        result = engine.train(config, lender, callbacks=progress, commands=commands)
     print(engine.summary(result, config.resume))
     return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 

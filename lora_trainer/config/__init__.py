@@ -12,6 +12,7 @@ from lora_trainer.config.parse import (
     to_mapping,
     with_folder,
 )
+from lora_trainer.config.problems import Problems
 from lora_trainer.config.prompts import PreviewPrompt, has_trigger, parse_prompt, with_trigger
 from lora_trainer.config.schema import FACTS, TrainConfig, settings_where
 from lora_trainer.config.yaml_text import parse_yaml, to_yaml
@@ -19,6 +20,7 @@ from lora_trainer.config.yaml_text import parse_yaml, to_yaml
 __all__ = [
     "FACTS",
     "PreviewPrompt",
+    "Problems",
     "TrainConfig",
     "Translation",
     "field_docs",

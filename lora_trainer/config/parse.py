@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from lora_trainer import plugins
-from lora_trainer.config.foreign import Translation, read_text
+from lora_trainer.config.foreign import Translation, read_text, read_what_can_be_read
 from lora_trainer.config.foreign.kohya import pairs
 from lora_trainer.config.names import ALIASES, is_text, types
+from lora_trainer.config.problems import Problems
 from lora_trainer.config.prompts import parse_prompt
 from lora_trainer.config.schema import FACTS, TrainConfig
 from lora_trainer.config.yaml_text import file_text, yaml_value
@@ -45,24 +46,27 @@ def load(
         ConfigError: with every problem found, each naming field, value and remedy.
         UserError: the file cannot be read or holds no settings.
     """
-    values, translation = read_file(Path(path))
+    path = Path(path)
+    values, translation, problems = read_what_can_be_read(file_text(path), str(path), folder=path.parent)
     if translation is not None:
         report(translation)
     given = parse_overrides(overrides)
     replaced = {ALIASES.get(name, name) for name in given}
     kept = {name: value for name, value in values.items() if ALIASES.get(name, name) not in replaced}
-    return from_own({**kept, **given})
+    return from_own({**kept, **given}, problems)
 
 
-def from_own(values: Mapping[str, Any]) -> TrainConfig:
+def from_own(values: Mapping[str, Any], before: Sequence[UserError] = ()) -> TrainConfig:
     """``from_mapping`` for settings of the person who runs the trainer: the ``plugins`` that they name are loaded.
 
     Raises:
-        ConfigError: see ``from_mapping``. UserError: a plug-in cannot be loaded.
+        ConfigError: see ``from_mapping``; or a plug-in cannot be loaded.
     """
     named = values.get("plugins") or []
-    plugins.load(_split(named) if isinstance(named, str) else [str(path) for path in named])
-    return from_mapping(values)
+    problems = Problems()
+    with problems.gathered():
+        plugins.load(_split(named) if isinstance(named, str) else [str(path) for path in named])
+    return from_mapping(values, [*before, *problems.found])
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Translation | None]:
@@ -90,8 +94,14 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
-    """Check ``values`` and build the configuration. Raises ConfigError with every problem found."""
+def from_mapping(values: Mapping[str, Any], before: Sequence[UserError] = ()) -> TrainConfig:
+    """Check ``values`` and build the configuration.
+
+    before: problems that were found while the values were read.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
     problems: list[UserError] = []
     clean: dict[str, Any] = {}
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -128,8 +138,11 @@ def from_mapping(values: Mapping[str, Any]) -> TrainConfig:
     config = TrainConfig(**clean)
     broken = {problem.field and ALIASES.get(problem.field, problem.field) for problem in problems}
     problems += [problem for problem in _across_fields(config) if problem.field not in broken]
-    if problems:
-        raise ConfigError(problems)
+    found = Problems()
+    found.add(before)
+    found.add(problems)
+    if found.found:
+        raise ConfigError(found.found, config)
     return config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lora_trainer.config.names import ALIASES, is_text
+from lora_trainer.config.salvage import Fault, Form, parse_or_salvage
 from lora_trainer.config.schema import GROUPS, TrainConfig, settings_where
 from lora_trainer.errors import UserError, unusable
 
@@ -19,6 +20,21 @@ _PATHS = settings_where(lambda facts: facts.path is not None)
 _LONGEST, _DEEPEST = 200_000, 20
 _PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
 _SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
+_FAULTS = (
+    ("could not find expected ':'", "there is no colon behind the name", "Write name: value.", True),
+    ("mapping values are not allowed", "there is a colon in the text, or the line is indented too far",
+     "Put text that holds a colon in quotes; each name stands at the beginning of its line.", False),
+    ("found unexpected end of stream", "the quotes are not closed", "Close them.", True),
+    ("expected ',' or ']'", "the bracket is not closed, or a comma is missing", "Write [one, two].", True),
+    ("expected ',' or '}'", "the bracket is not closed, or a comma is missing", "Write {name: value}.", True),
+    ("cannot start any token", "it begins with a character that has a meaning of its own",
+     "Put the text in quotes; indent with spaces, not with tabs.", False),
+    ("expected the node content, but found '<stream end>'", "the bracket is not closed", "Write [one, two].", False),
+    ("is set twice", "", "Keep one of them.", False),
+    ("expected <block end>", "more follows behind the text in quotes, or the line is not indented as those before it",
+     "Put the whole text in quotes, or none of it.", False),
+)  # fmt: skip
+"""What PyYAML says, the same in plain words ("" keeps it), the remedy, and whether the line where it began is named."""
 _DRIVE = re.compile(r'(?<!\')"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]*)"')
 
 
@@ -36,9 +52,10 @@ def file_text(path: Path) -> str:
         ) from None
 
 
-def check_backslashes(text: str, source: str) -> None:
-    """Raises UserError for a Windows path in double quotes with single backslashes: \\n and \\t in it are a new line
-    and a tab to YAML, TOML and JSON."""
+def wrong_backslashes(text: str, source: str) -> dict[int, UserError]:
+    """Lines with a Windows path in double quotes with single backslashes: \\n and \\t in it are a new line and a tab to
+    YAML, TOML and JSON."""
+    found = {}
     for number, line in enumerate(text.splitlines(), start=1):
         named = _SETTING.match(line)
         of_a_path = named and (ALIASES.get(named[1], named[1]) in _PATHS or named[1].endswith(_PATH_ENDINGS))
@@ -48,11 +65,12 @@ def check_backslashes(text: str, source: str) -> None:
         path = match[1][:2] + match[1][2:].replace("\\\\", "\\")  # a server's name begins with two
         slashes = '"' + path.replace("\\", "/") + '"'
         is_json = text.lstrip().startswith("{")
-        raise UserError(
+        found[number] = UserError(
             f"{source}, line {number}: in double quotes a backslash means something else than in a path.",
             field=named[1] if named else None,
             remedy=f"Write {slashes}." if is_json else f"Write '{path}' in single quotes, or {slashes} with slashes.",
         )
+    return found
 
 
 def check_length(text: str, source: str) -> None:
@@ -74,25 +92,27 @@ def yaml_value(text: str) -> Any:
 
 
 def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
-    """The mapping in YAML ``text``. Raises UserError naming ``source`` and the line."""
+    """The mapping in YAML ``text``. Raises UserError naming ``source`` and each line that is wrong."""
     check_length(text, source)
-    check_backslashes(text, source)
+    return parse_or_salvage(text, source, YAML, wrong_backslashes(text, source))
+
+
+def _mapping(text: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        what = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(
-            f"{source} cannot be read as YAML{where}: {what}.",
-            remedy="Each line has the form 'name: value'; quote text with special characters.",
-        ) from None
+        problem = getattr(error, "problem", None) or "it is not valid YAML"
+        mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+        known = (row for row in _FAULTS if row[0] in problem)
+        _, meaning, remedy, from_its_beginning = next(known, ("", problem, None, False))
+        mark = begun if from_its_beginning and begun else mark
+        alias = "undefined alias" in problem
+        raise Fault(meaning or problem, mark.line + 1 if mark else None, remedy, alias) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(
-            f"{source} holds a {type(values).__name__}, not settings.", remedy="Each line has the form 'name: value'."
-        )
+        kind = {"list": "a list", "str": "text"}.get(type(values).__name__, "a value")
+        raise Fault(f"it is {kind}, not a setting", 1, "Each line has the form 'name: value'.")
     return {str(key): value for key, value in values.items()}
 
 
@@ -154,6 +174,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if is_text(key_node.value) and value_node.tag in _GUESSED_TAGS:
                 value_node.tag = _TEXT_TAG
         return super().construct_mapping(node, deep)
+
+
+YAML = Form(
+    "YAML",
+    _mapping,
+    re.compile(r"""["']?[A-Za-z_][\w.-]*["']?\s*:(\s|$)"""),
+    "Each line has the form 'name: value'; quote text with special characters.",
+)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_trainer.errors import UserError, concerning
+from lora_trainer.errors import ConfigError, UserError, concerning
 from lora_trainer.jobs.execution import lender_of
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.store import JobStore
@@ -37,9 +37,7 @@ def estimate_job(
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
     """
-    config = check_settings(settings, host)
-    check_shown(config, host, shown)
-    info = check_base(config, host)
+    config, info = check_wish(settings, host, shown, gone)
     past = QueuedRuns(store)
     if config.task == "text":
         found = estimate_text(config, info, host, past)
@@ -49,6 +47,39 @@ def estimate_job(
         **found,
         "name_taken": None if config.overwrite else name_taken(store, host, config.output_name),
     }
+
+
+def check_wish(
+    settings: Mapping[str, Any] | str, host: Host, shown: str | None, gone: Callable[[], bool] = lambda: False
+) -> tuple[TrainConfig, ModelInfo]:
+    """The checked settings and the base model.
+
+    shown: see ``check_shown``. gone: see ``estimate``.
+
+    Raises:
+        UserError, ConfigError: with all that would stop the run, of the settings, the base model and the pictures.
+    """
+    try:
+        config = check_settings(settings, host)
+    except ConfigError as error:
+        raise _with_all_others(error, error.config, host, gone) from None
+    check_shown(config, host, shown)
+    try:
+        return config, check_base(config, host)
+    except UserError as error:
+        raise _with_all_others(error, config, host, gone) from None
+
+
+def _with_all_others(found: UserError, config: TrainConfig, host: Host, gone: Callable[[], bool]) -> UserError:
+    from lora_trainer.run import look_at_data, with_all_others
+
+    def look(config: TrainConfig) -> None:
+        if config.task == "text":
+            look_at_data(config)
+        else:
+            check_data(config, host, gone)
+
+    return with_all_others(found, config, lambda config: lender_of(host, config), look) or found
 
 
 def check_base(config: TrainConfig, host: Host) -> ModelInfo:
@@ -63,10 +94,15 @@ def check_base(config: TrainConfig, host: Host) -> ModelInfo:
 def check_run(config: TrainConfig, host: Host) -> None:
     """Everything that can be known to stop a run before it begins. Raises UserError."""
     check_base(config, host)
+    check_data(config, host)
+
+
+def check_data(config: TrainConfig, host: Host, gone: Callable[[], bool] = lambda: False) -> None:
+    """Raises UserError where there is nothing to train on, or a picture without a caption."""
     if config.task == "text":
         rows_of(config)
         return
-    _, _, problems = look_at_pictures(config, captioner_sources(host))
+    _, _, problems = look_at_pictures(config, captioner_sources(host), gone)
     for problem in problems:
         raise UserError(problem.message, field=problem.field, remedy=problem.remedy)
 

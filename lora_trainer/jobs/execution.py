@@ -55,7 +55,7 @@ def execute(
     with job_log(log_path, threading.get_ident()):
         try:
             folders.restore(job)
-            config = submitting.run_config(job, folders)
+            config = reporter.config = submitting.run_config(job, folders)
             reporter.on_lora = _newest(current_host, store, job, config, reporter)
             result = _train(current_host(), store, job, config, reporter, commands, train)
         except UserError as error:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import Problem
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.planning.duration import Length, to_come
 from lora_trainer.planning.memory import memory_in_use
 from lora_trainer.processor import Stopwatch
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks
@@ -25,7 +27,8 @@ MIN_INTERVAL = 0.25
 
 _PARTS = {
     "captioning": "captioning", "latents": "encoding", "captions": "encoding", "previews": "previews",
-    "hashing": "saving", "saving": "saving", "merging": "ending", "publishing": "ending", "verifying": "ending",
+    "measuring": "measuring", "hashing": "saving", "saving": "saving", "merging": "ending", "publishing": "ending",
+    "verifying": "ending",
 }  # fmt: skip
 """Which part of a run the time of a phase belongs to; that of the others is loading."""
 
@@ -50,8 +53,8 @@ class JobReporter(TrainCallbacks):
     ):
         """``status(waiting)`` says which status a run has that is (not) waiting for its model.
 
-        Set later: ``device``, the memory of which is reported, and ``on_lora(path, step)``, which is called with every
-        LoRA that the run saves.
+        Set later: ``device``, the memory of which is reported; ``config``, which says what is still to be saved and
+        drawn; and ``on_lora(path, step)``, which is called with every LoRA that the run saves.
         """
         self._store, self._job_id, self._output, self._status, self._clock = store, job_id, output, status, clock
         self._lock = threading.Lock()
@@ -66,6 +69,7 @@ class JobReporter(TrainCallbacks):
         self._stepped = False
         self._timings: dict[str, list[float]] = {"loading": [0.0, 1]}
         self.device: torch.device | None = None
+        self.config: TrainConfig | None = None
         self.waiting = False
         self.returns = False  # while it waits: switching back ends it
         self.last_preview: Path | None = None
@@ -78,6 +82,8 @@ class JobReporter(TrainCallbacks):
         self._part = "" if name == "training" else _PARTS.get(name, "loading")
         if new and self._part == "encoding":
             self._add("encoding", count=total - done)
+        if new and self._part == "measuring":
+            self._add("measuring", count=1)
         self._phase = name
         self._last_step = None
         values: dict[str, Any] = {"phase": name, "phase_done": done, "phase_total": total}
@@ -102,7 +108,7 @@ class JobReporter(TrainCallbacks):
         if seconds > 0:
             self._speed = _smoothed(self._speed, 1 / seconds)
             self._pictures = _smoothed(self._pictures, report.images / seconds)
-        left = (report.total_steps - report.step) / self._speed if self._speed else None
+        left = (report.total_steps - report.step) / self._speed + self._beside(report) if self._speed else None
         values: dict[str, Any] = {
             "step": report.step, "total_steps": report.total_steps, "epoch": report.epoch, "speed": self._speed,
             "pictures_per_second": self._pictures, "timings": {**self._timings}, "seconds_left": left,
@@ -115,6 +121,17 @@ class JobReporter(TrainCallbacks):
             values |= {"phase": "training", "phase_done": 0, "phase_total": 0}
         last = report.step >= report.total_steps or self._status(False) != "running"
         self._note(first or last, **values)
+
+    def _beside(self, report: StepReport) -> float:
+        """Seconds that coming saves, previews and measurements take, each as those before it."""
+        if self.config is None or not report.steps_per_epoch:
+            return 0.0
+        length = Length(0, 0, report.total_steps, report.steps_per_epoch)
+        coming: dict[str, float] = {**to_come(self.config, report.step, length)}
+        if measured := self._timings.get("measuring", [0.0, 0])[1]:  # the first of them before any step
+            coming["measuring"] = (measured - 1) * (report.total_steps - report.step) / report.step
+        seconds = {name: spent / count for name, (spent, count) in self._timings.items() if count}
+        return sum(seconds.get(name, 0.0) * count for name, count in coming.items())
 
     def on_saved(self, path: Path, step: int, kind: str) -> None:
         self._add("saving", self._watch.lap(), int(kind == "lora"))

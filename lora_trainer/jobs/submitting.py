@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_trainer.config import TrainConfig, from_mapping, parse_yaml, read_text, to_yaml
+from lora_trainer.config import Problems, TrainConfig, from_mapping, parse_yaml, read_text, to_yaml
+from lora_trainer.config.foreign import read_what_can_be_read
 from lora_trainer.config.names import ALIASES
 from lora_trainer.dataset.text.rows import ENDINGS as ROW_FILES
 from lora_trainer.errors import ConfigError, UserError
@@ -31,27 +32,40 @@ def read_settings(settings: Mapping[str, Any] | str) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:
-    """A configuration that may run on this host. Raises ConfigError with every problem, each naming its field."""
-    config = _settled(from_mapping(read_settings(settings)), host)
-    problems: list[UserError] = []
+    """A configuration that may run on this host.
+
+    Raises:
+        ConfigError: with every problem, each naming its field; its ``config`` names no path that may not be used.
+    """
+    problems = Problems()
+    values, unread = settings, list[UserError]()
+    if isinstance(values, str):
+        values, _, unread = read_what_can_be_read(values)
+    try:
+        config = from_mapping(values, unread)
+    except ConfigError as error:
+        problems.add(error.problems)
+        config = error.config
+    config = _settled(config, host)
     is_text = config.task == "text"
     if not config.train_data_dir:
         message, remedy = "No pictures are chosen.", "Add pictures or choose a folder."
         if is_text:
             message, remedy = "No file with rows is chosen.", "Add a .jsonl or .json file."
-        problems.append(UserError(message, field="train_data_dir", remedy=remedy))
+        problems.add([UserError(message, field="train_data_dir", remedy=remedy)])
     if is_text and not config.base_model:
         remedy = "Choose one of the list, or give the folder of one."
-        problems.append(UserError("No language model is chosen.", field="base_model", remedy=remedy))
+        problems.add([UserError("No language model is chosen.", field="base_model", remedy=remedy)])
     if config.merge_into_base and not os.path.isabs(os.path.expanduser(config.merge_into_base)):
         message = f"The path {config.merge_into_base} does not say in which folder."
-        problems.append(UserError(message, field="merge_into_base", remedy="Give the whole path."))
+        problems.add([UserError(message, field="merge_into_base", remedy="Give the whole path.")])
     try:
         config = confine_config(config, host.folders().data, host.access(), known_models(host))
     except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+        problems.add(error.problems)
+        config = error.config
+    if problems.found:
+        raise ConfigError(problems.found, config)
     return config
 
 

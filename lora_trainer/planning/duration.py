@@ -67,6 +67,17 @@ def preview_times(config: TrainConfig, length: Length) -> int:
     return (length.steps - 1) // config.preview_steps + 2
 
 
+def to_come(config: TrainConfig, step: int, length: Length) -> dict[str, int]:
+    """How often the LoRA is still to be saved and a preview to be drawn after ``step``, by the part's name; what is due
+    at this step included."""
+    before = dataclasses.replace(length, steps=max(1, step))
+    drawn = preview_times(config, before) - 1 if step else 0  # it counts those at the end as well
+    return {
+        "saving": saves(config, length) - saves(config, before) + 1,
+        "previews": (preview_times(config, length) - drawn) * len(config.preview_prompts),
+    }
+
+
 def _due(config: TrainConfig, length: Length) -> int:
     """Saves on the way: at the multiples of either interval below the last step."""
     last = length.steps - 1

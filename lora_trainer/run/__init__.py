@@ -1,5 +1,6 @@
 """One run, assembled: configuration + lent model + pictures -> a finished LoRA."""
 
-from lora_trainer.run.engine import Result, check_files, file_lender, summary, train
+from lora_trainer.run.beginning import check_files, file_lender, look_at_data, with_all_others
+from lora_trainer.run.engine import Result, summary, train
 
-__all__ = ["Result", "check_files", "file_lender", "summary", "train"]
+__all__ = ["Result", "check_files", "file_lender", "look_at_data", "summary", "train", "with_all_others"]

@@ -11,12 +11,13 @@ from typing import Any
 from lora_trainer import plugins
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
-from lora_trainer.adapters.lora_file import LoraFile, read_lora
+from lora_trainer.adapters.lora_file import LoraFile
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
-from lora_trainer.errors import UserError, concerning
+from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentNetwork
+from lora_trainer.run.beginning import check_files, look_at_data, with_all_others
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
 from lora_trainer.run.workloads import task_of, workload_of
@@ -57,16 +58,6 @@ class Result:
     recommended: int | None = None
 
 
-def file_lender(config: TrainConfig) -> Lender:
-    """The lender of ``base_model`` as a file or folder. Raises UserError when there is none."""
-    if not config.base_model:
-        raise UserError("is empty.", field="base_model", remedy="Give the path of a .safetensors checkpoint.")
-    if not Path(config.base_model).exists():
-        message = f"There is no {config.base_model}."
-        raise UserError(message, field="base_model", remedy="Give the path of a .safetensors checkpoint.")
-    return workload_of(config).file_lender(config, resolve(config.device, config.mixed_precision))
-
-
 def train(
     config: TrainConfig,
     lender: Lender,
@@ -86,9 +77,13 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     config = dataclasses.replace(config, output_name=output_name(config))
-    initial = check_files(config)
-    check_optimizer(config)
-    workload = workload_of(config).open(config, lender, callbacks, commands, captioners)
+    try:
+        initial = check_files(config)
+        check_optimizer(config)
+        workload = workload_of(config).open(config, lender, callbacks, commands, captioners)
+    except UserError as error:
+        others = with_all_others(error, config, lambda config: lender, lambda config: look_at_data(config, captioners))
+        raise others or error from None
     if workload is None:
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
     turn = patient_turns(lender, callbacks, commands)
@@ -152,14 +147,6 @@ def train(
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
     return result
-
-
-def check_files(config: TrainConfig) -> LoraFile | None:
-    """The LoRA that ``config`` begins with. Raises UserError for one, or a state to resume, that cannot be read."""
-    if config.resume not in ("auto", "never"):
-        named_state(config.resume)
-    with concerning("init_lora"):
-        return read_lora(config.init_lora) if config.init_lora else None
 
 
 def summary(result: Result, resume: str = "auto") -> str:

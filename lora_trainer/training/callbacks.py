@@ -20,6 +20,7 @@ class StepReport:
     loss: mean over the step's batches; None when the step was skipped because something was not finite.
     lr: of the first parameter group (Prodigy: times its own estimate). seconds: of this step. images: in this step.
     working: seconds of it without waiting for the model, and without what other programs took of the processor.
+    steps_per_epoch: 0 where it is not known.
     """
 
     step: int
@@ -31,6 +32,7 @@ class StepReport:
     seconds: float
     images: int
     working: float = 0.0
+    steps_per_epoch: int = 0
 
 
 class TrainCallbacks:

@@ -97,7 +97,7 @@ def confine_config(
     model as one of ``known_models`` (the host's list).
 
     Raises:
-        ConfigError: with every path that may not be used, each naming its field.
+        ConfigError: with every path that may not be used, each naming its field; its ``config`` is without them.
     """
     problems: list[UserError] = []
     values: dict[str, Any] = {}
@@ -129,7 +129,9 @@ def confine_config(
         remedy = "Train this model from the command line."
         problems.append(UserError("It is not accepted from here.", field="trust_remote_code", remedy=remedy))
     if problems:
-        raise ConfigError(problems)
+        defaults = TrainConfig()
+        usual = {problem.field: getattr(defaults, problem.field) for problem in problems if problem.field}
+        raise ConfigError(problems, dataclasses.replace(config, **values, **usual))
     return dataclasses.replace(config, **values)
 
 

@@ -42,3 +42,24 @@ def test_all_that_is_wrong_is_said_in_one_round(client):
     answer = client.post("/estimate", json={"settings": settings})
     fields = {one["field"] for one in answer.json()["problems"]}
     assert {"train_data_dir", "merge_into_base", "init_lora"} <= fields
+
+
+@pytest.mark.parametrize("form", ["settings", "yaml"])
+@pytest.mark.parametrize("route", ["/estimate", "/jobs"])
+def test_settings_base_model_and_pictures_are_complained_of_in_one_answer(client, tmp_path, route, form):
+    (tmp_path / "none").mkdir()
+    settings = {"epochs": -1, "base_model": "missing", "train_data_dir": str(tmp_path / "none")}
+    text = "".join(f"{name}: {one}\n" for name, one in settings.items()) + "seed 1\n"
+    given = settings if form == "settings" else text
+    answer = client.post(route, json={form: given})
+    fields = {one["field"] for one in answer.json()["problems"]}
+    assert fields == {*settings, *(["seed"] if form == "yaml" else [])}
+
+
+def test_what_may_not_be_looked_at_is_not(client, monkeypatch):
+    def scan(*args, **more):
+        raise AssertionError("the folder was read")
+
+    monkeypatch.setattr("lora_trainer.dataset.folder.scan", scan)
+    answer = client.post("/estimate", json={"settings": {"epochs": -1, "train_data_dir": "/etc"}})
+    assert {"epochs", "train_data_dir"} <= {one["field"] for one in answer.json()["problems"]}

@@ -171,7 +171,7 @@ def facts(options: argparse.Namespace) -> None:
                 "tensorboard": False, "save_epochs": 1, "overwrite": True,
             }
         )  # fmt: skip
-        print(f"{len(asked)} rows, exact match on {len(held)} held-out paraphrases")
+        print(f"{len(asked)} rows, exact match on {len(held)} held-out paraphrases", flush=True)
         print(f"before: {exact(config, None, held):.1%}", flush=True)
         result = train(config, file_lender(config), callbacks=Listener())
         print(f"trained {result.seconds / 60:.1f} min, {result.total_steps} steps, loss {result.loss:.4f}", flush=True)
@@ -199,8 +199,10 @@ def exact(config, adapter: Path | None, pairs: list[tuple[str, str]]) -> float:
         for start in range(0, len(rows), 10):
             batch = collate(rows[start : start + 10])
             hidden = model.hidden_states(batch.tokens.to(model.device))
-            found = (hidden @ model.head.weight.T).argmax(-1).cpu()
-            wrong = (found[:, :-1] != batch.tokens[:, 1:]) & batch.labelled[:, 1:]
+            labelled = batch.labelled[:, 1:]
+            wrong = torch.zeros_like(labelled)
+            found = (hidden[:, :-1][labelled.to(model.device)] @ model.head.weight.T).argmax(-1).cpu()
+            wrong[labelled] = found != batch.tokens[:, 1:][labelled]
             right += int((~wrong.any(-1)).sum())
     return right / len(rows)
 

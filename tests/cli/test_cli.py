@@ -93,7 +93,7 @@ def test_info_and_merge_and_check(capsys, config, tmp_path, tiny_base):
     (["train", "epochs"], "name=value"),
     (["train", "train_data_dir=nowhere", "base_model="], "base_model"),
     (["train", "train_data_dir=nowhere", "base_model=none.safetensors"], "none.safetensors"),
-    (["train", "learning_rate=fast", "epochs=-1"], "2 settings"),
+    (["train", "learning_rate=fast", "epochs=-1"], "4 settings"),
     (["train", "lora_rnak=3"], "lora_rank"),
     (["info", "nothing.safetensors"], "nothing.safetensors"),
     (["merge", "--base", "a.safetensors", "--lora", "b.safetensors", "--output", "c.safetensors"], "a.safetensors"),
@@ -126,6 +126,38 @@ def test_every_wrong_setting_names_itself(capsys, config, tmp_path, monkeypatch,
     code, _, err = call(capsys, "train", "--config", config, f"{field}={value}")
     assert code == 2, err
     assert word in err and f"error: {field}:" in err
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("settings", ["right", "wrong", "unreadable"])
+def test_settings_base_model_and_pictures_are_complained_of_in_one_answer(capsys, config, tmp_path, command, settings):
+    (tmp_path / "empty").mkdir()
+    values = yaml.safe_load(config.read_text()) | {
+        "base_model": str(tmp_path / "none.safetensors"), "train_data_dir": str(tmp_path / "empty"),
+        "init_lora": str(tmp_path / "no lora.safetensors"),
+    }  # fmt: skip
+    values |= {"epochs": -1} if settings != "right" else {}
+    config.write_text(yaml.safe_dump(values) + ("alpha 3\n" if settings == "unreadable" else ""))
+    code, out, err = call(capsys, command, "--config", config)
+    said = out + err
+    assert code == 2 and "none.safetensors" in said and "empty" in said and "no lora.safetensors" in said
+    assert ("epochs" in said) == (settings != "right") and ("alpha 3" in said) == (settings == "unreadable")
+
+
+def test_a_base_model_that_is_none_and_missing_pictures_are_said_together(capsys, config, tmp_path):
+    (tmp_path / "base.safetensors").write_bytes(b"not a model")
+    changes = (f"base_model={tmp_path / 'base.safetensors'}", "train_data_dir=nowhere")
+    code, _, err = call(capsys, "train", "--config", config, *changes)
+    assert code == 2 and "base_model" in err and "nowhere" in err
+
+
+def test_check_of_a_training_reports_on_its_pictures(capsys, config):
+    code, out, _ = call(capsys, "check", "--config", config)
+    assert code == 0 and "A training can start" in out
+    code, out, _ = call(capsys, "check", "--config", config, "--json")
+    assert code == 0 and json.loads(out)["problems"] == [] and not json.loads(out)["stops_training"]
+    code, _, err = call(capsys, "check")
+    assert code == 2 and "--config" in err
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -32,7 +32,7 @@ from lora_trainer.models.family import Family, LatentFormat, MetaModel, Trial
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
 from lora_trainer.models.work import Learning, Part, lora_work
 from lora_trainer.planning.presets import preset
-from lora_trainer.run.engine import file_lender, train
+from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks
 from lora_trainer.training.forecast import memory_needed, work_on_batch
 from lora_trainer.training.precision import resolve

@@ -11,8 +11,9 @@ from lora_trainer.config.foreign.formats import form_of, is_toml, parse_any
 from lora_trainer.config.foreign.report import Taken, Translation, Unmet
 from lora_trainer.config.names import ALIASES, types
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.errors import UnreadableError, UserError
 
-__all__ = ["Translation", "own_settings", "read_text", "translate"]
+__all__ = ["Translation", "own_settings", "read_text", "read_what_can_be_read", "translate"]
 
 _OF_SD_SCRIPTS = {*kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya.OF_OTHER_FAMILIES,
                   *sd_scripts.NAMES}  # fmt: skip
@@ -38,6 +39,21 @@ def read_text(text: str, source: str = "The configuration", *, folder: Path | No
         return values, None
     translation.form = form_of(text)
     return translation.settings, translation
+
+
+def read_what_can_be_read(text: str, source: str = "The configuration", *, folder: Path | None = None) -> (
+    tuple[dict[str, Any], Translation | None, list[UserError]]
+):  # fmt: skip
+    """``read_text``, with the problems of a text that is not valid, and what its valid entries say.
+
+    Raises:
+        UserError: nothing can be told from the text, or it says something that cannot be trained as a LoRA.
+    """
+    try:
+        return (*read_text(text, source, folder=folder), [])
+    except UnreadableError as error:
+        translation = translate(error.values, folder, toml=is_toml(text.removeprefix("\ufeff")))
+        return translation.settings if translation else error.values, translation, error.problems
 
 
 def own_settings(values: Mapping[str, Any], text: str, elsewhere: Mapping[str, str]) -> Translation:

@@ -20,5 +20,5 @@ def task_of(config: TrainConfig) -> Literal["image", "text"]:
 
 
 def workload_of(config: TrainConfig) -> type[Pictures] | type[Texts]:
-    """The class of a run's workload, with ``file_lender`` and ``open``."""
+    """The class of a run's workload, with ``file_lender``, ``look`` and ``open``."""
     return _WORKLOADS[task_of(config)]

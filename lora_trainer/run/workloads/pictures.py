@@ -15,7 +15,7 @@ from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.captions import without_word
-from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.folder import UncaptionedError, scan
 from lora_trainer.dataset.held_out import Split, hold_out
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.errors import UserError, concerning
@@ -23,7 +23,7 @@ from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, LoraTarget, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
-from lora_trainer.run.captioning import caption_for_training
+from lora_trainer.run.captioning import caption_for_training, training_captioner
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver, run_facts
 from lora_trainer.run.workloads.base import Work, digest
@@ -64,6 +64,15 @@ class Pictures:
             zero_terminal_snr=config.zero_terminal_snr,
             clip_skip=config.clip_skip,
         )
+
+    @staticmethod
+    def look(config: TrainConfig, captioners: Sources | None = None) -> None:
+        """Raises UserError when there is nothing to train on, nor anything that could describe the pictures first."""
+        try:
+            scan(config)
+        except UncaptionedError:
+            if training_captioner(config, captioners or Sources()) is None:
+                raise
 
     @classmethod
     def open(

@@ -55,6 +55,13 @@ class Texts:
             nf4=config.quantize == "nf4",
         )
 
+    @staticmethod
+    def look(config: TrainConfig, captioners: Sources | None = None) -> None:
+        """Raises UserError for an adapter that no language model takes, and where not a single row can be read."""
+        refuse_other_adapters(config)
+        if not read_rows(Path(config.train_data_dir))[0]:
+            raise _nothing_to_learn(config)
+
     @classmethod
     def open(
         cls,
@@ -162,12 +169,14 @@ def usable_rows(
         ),
     )
     if not usable:
-        raise UserError(
-            f"{config.train_data_dir} holds no row that can be learned from.",
-            field="train_data_dir",
-            remedy="python -m lora_trainer check says what is wrong with each row.",
-        )
+        raise _nothing_to_learn(config)
     return usable, [f"{len(names)} rows {what}: {enumerate_some(names, _NAMED)}." for what, names in told if names]
+
+
+def _nothing_to_learn(config: TrainConfig) -> UserError:
+    message = f"{config.train_data_dir} holds no row that can be learned from."
+    remedy = "python -m lora_trainer check says what is wrong with each row."
+    return UserError(message, field="train_data_dir", remedy=remedy)
 
 
 def encoder_of(config: TrainConfig, folder: Path, family: str) -> Encoder:
