@@ -68,10 +68,11 @@ def parse_or_salvage(text: str, source: str, form: Form, faulty: Mapping[int, Us
             values = form.parse(_joined(entries))
             break
         except Fault as fault:
-            start = next((at for at in entries if at <= (fault.line or 0) < at + len(entries[at])), None)
-            if start is None or fault.line is None:
+            line = fault.line or 0
+            place = next((at for at in entries if at <= line < at + len(entries[at])), None)
+            if place is None:
                 break
-            problems[fault.line] = _problem(fault, fault.line, entries.pop(start), start, source, form)
+            problems[line] = _problem(fault, line, entries.pop(place), place, source, form)
     if not problems:  # each entry is right by itself, and all together are not
         problems[whole.line or 1] = _problem(whole, whole.line or 1, text.splitlines() or [""], 1, source, form)
     raise UnreadableError([problems[line] for line in sorted(problems)][:_MOST], values)

@@ -20,7 +20,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs import submitting
-from lora_trainer.jobs.estimating import check_base, check_run, check_wish
+from lora_trainer.jobs.estimating import check_base, check_data, check_run, check_wish
 from lora_trainer.jobs.execution import RESUME_OPTION, execute, unexpected
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.grids import Grids
@@ -242,7 +242,7 @@ class JobManager:
         shown: title of the base model that a person saw where the settings name none; another one is refused.
         """
         config, _ = check_wish(settings, self.host, shown)
-        check_run(config, self.host)
+        check_data(config, self.host)
         values = submitting.read_settings(settings)
         with self._naming:
             job = submitting.add_job(self.store, self.folders, self.host, values, held=held)

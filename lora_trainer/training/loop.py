@@ -194,12 +194,10 @@ class Trainer:
         metrics = StepMetrics(self.step, self.epoch, loss, rate, seconds, images, self.train_step.grad_norm)
         self.metrics.write(metrics, rates)
         epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.callbacks.on_step(
-            StepReport(
-                self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images, working,
-                self.steps_per_epoch,
-            )
-        )  # fmt: skip
+        report = StepReport(
+            self.step, self.total_steps, self.epoch, epochs, loss, rate, seconds, images, working, self.steps_per_epoch
+        )
+        self.callbacks.on_step(report)
 
     def _guard(self, loss: float | None) -> None:
         """Count steps that were not finite, and end the run when they persist."""
