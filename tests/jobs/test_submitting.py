@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from lora_trainer.config import from_mapping, parse_yaml
-from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.errors import ConfigError, UserError, problems_of
 from lora_trainer.jobs.estimating import estimate_job
 from tests.jobs.fakes import make_pictures, wait_status
 
@@ -57,7 +57,7 @@ def test_the_code_of_a_language_model_is_refused_here(idle, settings, tmp_path, 
     given = {**settings, "base_model": str(tmp_path), "task": task}
     with pytest.raises(UserError) as caught:
         idle.submit({**given, "trust_remote_code": True})
-    assert caught.value.field == "trust_remote_code"
+    assert problems_of(caught.value)[0].field == "trust_remote_code"
 
 
 def test_a_name_that_the_webui_never_finds_is_refused_before_the_training(idle, settings):
