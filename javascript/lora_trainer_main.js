@@ -76,7 +76,7 @@
             const button = event.target.closest("[data-action]");
             if (!button) return;
             event.preventDefault(); // a button inside a label must not also toggle its field
-            const action = ACTIONS[button.dataset.action] || app.presets.actions[button.dataset.action] || app.editor.actions[button.dataset.action];
+            const action = ACTIONS[button.dataset.action] || app.presets.actions[button.dataset.action] || app.tools.actions[button.dataset.action] || app.editor.actions[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
         translate(page);
@@ -96,6 +96,7 @@
         app.form.begin();
         app.pictures.begin();
         app.runs.begin();
+        app.tools.begin();
         app.search.begin();
         app.editor.begin();
         app.strip.begin();

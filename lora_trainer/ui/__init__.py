@@ -20,7 +20,7 @@ __all__ = ["create_tab"]
 
 def create_tab(host: Host, manager: JobManager) -> gradio.Blocks:
     """The tab's blocks, for the host to show under "Train LoRA"."""
-    from lora_trainer.ui import compat, dataset_tab, results_tab, train_tab
+    from lora_trainer.ui import compat, dataset_tab, results_tab, tools_tab, train_tab
 
     del manager  # the page asks the routes for whatever it shows; nothing of it is fixed when the page is built
     offer_folders = not host.access().hide_paths
@@ -28,5 +28,6 @@ def create_tab(host: Host, manager: JobManager) -> gradio.Blocks:
         ("Train", train_tab.create_ui(offer_folders=offer_folders)),
         ("Dataset", dataset_tab.create_ui(offer_folders=offer_folders)),
         ("Runs", results_tab.create_ui()),
+        ("Tools", tools_tab.create_ui()),
     )
     return compat.tabbed_page("lora_trainer", blocks)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_trainer import requirements
-from lora_trainer.ui import dataset_tab, results_tab, train_tab
+from lora_trainer.ui import dataset_tab, results_tab, tools_tab, train_tab
 from tests.ui import localization
 from tests.ui.words import ROOT
 
@@ -29,10 +29,12 @@ HOST_PAGE = """<!doctype html><html lang="en"><head><meta name="viewport" conten
 <div class="tabitem" id="tab_txt2img" style="display: none"><div id="txt2img_prompt"><textarea></textarea></div>
 <div id="image_buttons_txt2img"><button class="lg">Save</button></div><button id="txt2img_lora_extra_refresh_internal"
 ></button></div><div class="tabitem" id="tab_lora_trainer"><div id="lora_trainer"><div id="lora_trainer_tabs">
-<div class="tab-nav"><button>Train</button><button>Dataset</button><button>Runs</button></div>
+<div class="tab-nav"><button>Train</button><button>Dataset</button><button>Runs</button>
+<button>Tools</button></div>
 <div class="tabitem" id="lora_trainer_tab_train">{train}</div>
 <div class="tabitem" id="lora_trainer_tab_dataset" style="display: none">{dataset}</div>
-<div class="tabitem" id="lora_trainer_tab_runs" style="display: none">{runs}</div></div></div></div></div>
+<div class="tabitem" id="lora_trainer_tab_runs" style="display: none">{runs}</div>
+<div class="tabitem" id="lora_trainer_tab_tools" style="display: none">{tools}</div></div></div></div></div>
 <script>
 var opts = {{}};
 var refreshed = 0;
@@ -65,7 +67,7 @@ def host_page() -> str:
                       sorted((ROOT / "javascript").glob("*.js")))  # fmt: skip
     css = (ROOT / "style.css").read_text(encoding="utf-8")
     return HOST_PAGE.format(css=css, train=train_tab.create_ui(), dataset=dataset_tab.create_ui(),
-                            runs=results_tab.create_ui(), localization=localization.SCRIPT,
+                            runs=results_tab.create_ui(), tools=tools_tab.create_ui(), localization=localization.SCRIPT,
                             scripts=scripts)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_trainer.captioning.registry import KINDS
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, settings_where
-from lora_trainer.ui import dataset_tab, markup, results_tab, train_tab
+from lora_trainer.ui import dataset_tab, markup, results_tab, tools_tab, train_tab
 from lora_trainer.ui.form import control
 from lora_trainer.ui.settings import OPTIONS
 from tests.ui.words import ROOT, read_html, words_of_scripts, words_of_the_server
@@ -28,7 +28,7 @@ CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding=
 
 @pytest.fixture(scope="module")
 def page():
-    return read_html(train_tab.create_ui(), dataset_tab.create_ui(), results_tab.create_ui())
+    return read_html(*(one.create_ui() for one in (train_tab, dataset_tab, results_tab, tools_tab)))
 
 
 def controls(page):
@@ -104,7 +104,7 @@ def test_every_word_is_in_chinese(page):
     words = {"no", "yes", "automatic", "reset", "neither"}
     choices = {word for word in page.words if re.fullmatch(r"[a-z0-9_]+|–", word)} - words
     examples = {"my_face_v2", "weight_decay: 0.01"}
-    elsewhere = {"Dataset", "Runs", "Train", "Use earlier pictures", "LoRA trainer"}
+    elsewhere = {"Dataset", "Runs", "Tools", "Train", "Use earlier pictures", "LoRA trainer"}
     said = (page.words | words_of_scripts() | elsewhere) - settings - choices - examples
     said |= {"before", "failed", "finished", "interrupted", "paused", "stopped", "stopping", "training"}
     said |= {option.label for option in OPTIONS} | {label for option in OPTIONS for label, _ in option.choices}

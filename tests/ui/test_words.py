@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from lora_trainer.ui import dataset_tab, results_tab, train_tab
+from lora_trainer.ui import dataset_tab, results_tab, tools_tab, train_tab
 from lora_trainer.ui.form import label
 from tests.ui.words import ROOT, read_html, words_of_scripts
 
@@ -28,7 +28,8 @@ def test_no_two_settings_have_one_label():
 
 def test_words_that_say_another_thing_elsewhere_are_not_used():
     """A training that waits is paused and resumed, as one that runs is; a picture is seen, and excluded."""
-    said = read_html(train_tab.create_ui(), dataset_tab.create_ui(), results_tab.create_ui()).words | words_of_scripts()
+    blocks = (one.create_ui() for one in (train_tab, dataset_tab, results_tab, tools_tab))
+    said = read_html(*blocks).words | words_of_scripts()
     odd = [text for text in said if re.search(r"(?i)\bvisits?\b|\bjobs?\b|\bhold\b", text)]
     assert not odd and not {"Start", "Hold"} & said
     assert not [text for text in CHINESE if re.search(r"\bjob\b", text)]
