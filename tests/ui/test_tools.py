@@ -14,7 +14,7 @@ META = {"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "zwx"}
 
 
 @pytest.fixture
-def tools(page, manager, open_page):
+def tools(page, manager):
     """The sub-tab, with two LoRAs of a layer of SD 1.5 each."""
     names = ("unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "unet_mid_block_attentions_0_proj_in")
     for seed, (name, size) in enumerate(zip(names, (320, 1280))):
@@ -39,7 +39,7 @@ def test_the_strength_of_each_block_is_a_bar(tools):
     form.get_by_label("LoRA").select_option("red.safetensors")
     form.get_by_text("Measure").click()
     form.locator("table.lora_trainer_strengths").wait_for()
-    assert form.locator("th[scope=row]").all_inner_texts() == ["M00"]
+    assert form.locator("th[scope=row]").all_inner_texts() == ["M01"]
     bar = form.locator(".lora_trainer_strength_bar").bounding_box()
     assert bar["width"] > 100 and form.locator("caption").inner_text() == "red"
 
