@@ -23,7 +23,7 @@ BASES = {"sd1": tiny.tiny_sd1, "sd2": tiny.tiny_sd2, "sdxl": tiny.tiny_sdxl}
 COUNTS = {"sd1": (192, 12), "sd2": (192, 6), "sdxl": (722, 30)}
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
 def model(request, tmp_path_factory):
     base = BASES[request.param](tmp_path_factory.mktemp("base") / "base.safetensors")
     with FileLender(base).borrow() as lent:

@@ -36,7 +36,7 @@ def trained(model, **values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))])
 def test_merged_file_computes_what_base_and_lora_do(tmp_path, family, kind):
     base = BASES[family](tmp_path / "base.safetensors", metadata={"format": "pt", "note": "mine"}, **SMALL[family])
     out = tmp_path / "merged.safetensors"

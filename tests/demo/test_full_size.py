@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lora_trainer.demo.base import build_base
@@ -25,6 +26,7 @@ def answers(path):
         }
 
 
+@pytest.mark.slow
 def test_a_wider_model_computes_the_same(tmp_path):
     # Widths at which the usual numbers of heads fit; the real ones take five times as long.
     wide = full_size.build(tmp_path / "wide.safetensors", unet_times=2, text_width=256, text_heads=4)

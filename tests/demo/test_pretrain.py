@@ -27,6 +27,7 @@ def new_run(folder: Path) -> pretrain.Pretraining:
     return pretrain.Pretraining(folder, load_tokenizer(), seed=0)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(tmp_path, masks):
     undisturbed = new_run(tmp_path)
     undisturbed.train_step(masks, 0.0)

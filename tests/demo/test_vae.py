@@ -66,6 +66,7 @@ def test_latents_of_drawn_pictures_have_about_unit_variance():
     assert latents.std(axis=0) == pytest.approx(1.0, abs=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, 128])
 def test_decoding_enlarges_smoothly_up_to_the_edge(autoencoder, side):
     small = reduced(pictures(side))
@@ -88,6 +89,7 @@ def test_weights_rounded_to_half_precision_lose_less_than_an_eight_bit_level(aut
     assert (found - exact).abs().max() < 2 / 255
 
 
+@pytest.mark.slow
 def test_shortcut_pictures_match_the_decoder(autoencoder):
     latents = torch.from_numpy(vae.latents_from_reduced(reduced(pictures(128)))).permute(0, 3, 1, 2).float()
     decoded = autoencoder.decode(latents / vae.VAE_SCALING).sample.clamp(-1, 1).permute(0, 2, 3, 1)

@@ -78,7 +78,7 @@ def places(model):
     return {parameter.device.type for parameter in model.parameters()}
 
 
-@pytest.mark.parametrize("name", ["lora", "text"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_run_on_what_a1111_has_on_the_device(a1111, webui, settings, on_the_cpu, tmp_path, name):
     expected = on_the_cpu(name)
     with pretended_gpu():
@@ -88,7 +88,7 @@ def test_a_run_on_what_a1111_has_on_the_device(a1111, webui, settings, on_the_cp
         assert places(webui.model) == {"cuda"}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loha", "text"))])
 def test_a_run_with_medvram(a1111, webui, settings, on_the_cpu, tmp_path, name):
     """Adapters live where the model computes, whatever part of it is in main memory when they are made; and what is
     computed anew for the gradients finds its weights there."""
@@ -100,7 +100,7 @@ def test_a_run_with_medvram(a1111, webui, settings, on_the_cpu, tmp_path, name):
         assert webui.lowvram.module_in_gpu is None
 
 
-@pytest.mark.parametrize("name", ["lora", "text"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_run_on_what_forge_has_partly_on_the_device(forge, fake_forge, settings, on_the_cpu, tmp_path, name):
     """Forge leaves in main memory what does not fit beside the pictures."""
     expected = on_the_cpu(name)

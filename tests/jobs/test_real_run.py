@@ -218,6 +218,7 @@ manager._thread.join()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_server_goes_on_exactly(tmp_path, host, settings):
     undisturbed = JobManager(host)
     undisturbed.start_worker()

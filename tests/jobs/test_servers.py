@@ -91,7 +91,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("action", ["exit", "kill"])
+@pytest.mark.parametrize("action", [pytest.param("exit", marks=pytest.mark.slow), "kill"])
 def test_a_job_cut_off_is_interrupted_and_goes_on(tmp_path, settings, host, action):
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(tmp_path), settings["train_data_dir"], action],

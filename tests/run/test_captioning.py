@@ -207,6 +207,7 @@ captioning.caption_folder(job, Sources(host={"slow": HostCaptioner("", lambda se
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "txt"])
 def test_killed_in_the_middle_every_caption_is_old_or_new_and_the_job_goes_on(tmp_path, kind):
     for index in range(30):

@@ -47,7 +47,9 @@ def run(settings, folder, callbacks=None, commands=None, **changes):
     return load_file(str(result.lora)) if result.lora else None
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("lora", "text") else pytest.mark.slow) for name in ADAPTERS]
+)
 def test_a_run_on_a_gpu_makes_what_a_run_on_the_cpu_makes(settings, tmp_path, name):
     with pretended_gpu() as gpu:
         there = run(settings, tmp_path / "gpu", mixed_precision="no", **ADAPTERS[name])
@@ -64,6 +66,7 @@ class Stop(TrainCallbacks):
         self._commands.stop_and_save()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_gpu_is_gone_on_with(settings, tmp_path):
     """fp16: adapters, AdamW's state, GradScaler and the average are put where they were."""
     changes = {"mixed_precision": "fp16", "ema_decay": 0.9}

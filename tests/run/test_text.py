@@ -158,6 +158,7 @@ def test_accumulation_and_batches_of_unequal_lengths_learn_the_same(settings, tm
     assert together.loss == pytest.approx(divided.loss, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(settings, tmp_path):
     """Killed at 20 places, of which some are between the parts of a save; the same command goes on."""
     changes = {"save_steps": 2, "batch_size": 2, "dropout": 0.2, "ema_decay": 0.9, "gradient_checkpointing": True}

@@ -75,6 +75,7 @@ def test_a_run_that_was_interrupted_measures_and_says_the_same(settings, tmp_pat
     assert measured(tmp_path / "out")[0] == measured(tmp_path / "whole")[0]
 
 
+@pytest.mark.slow
 def test_stopped_early_and_gone_on_with_more_patience_is_as_if_never_stopped(settings, tmp_path):
     whole = run(settings, **DIVERGES, early_stopping="off", output_dir=str(tmp_path / "whole"))
     listener = Listener()
@@ -86,6 +87,7 @@ def test_stopped_early_and_gone_on_with_more_patience_is_as_if_never_stopped(set
     assert_same_weights(whole.lora, gone_on.lora)
 
 
+@pytest.mark.slow
 def test_the_best_one_is_kept_whatever_keep_checkpoints_says(settings, tmp_path):
     listener = Listener()
     run(settings, listener, keep_checkpoints=1, save_steps=1, validation_steps=1, epochs=3)
@@ -102,6 +104,7 @@ def test_the_best_one_is_kept_whatever_keep_checkpoints_says(settings, tmp_path)
         )
 
 
+@pytest.mark.slow
 def test_advice_is_given_once_and_the_run_goes_on(settings):
     listener = Listener()
     result = run(settings, listener, **DIVERGES, early_stopping="advise")

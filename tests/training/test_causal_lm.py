@@ -75,6 +75,7 @@ print((peak() - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in KiB on Linux")
 def test_the_peak_is_a_part_of_the_plain_one(capsys):
     def peak(*arguments: str) -> int:

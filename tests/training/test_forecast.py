@@ -32,8 +32,8 @@ KINDS = [
     {"conv_rank": 4},
     {"dora": True},
     {"train_text_encoder": True},
-    {"adapter": "loha"},
-    {"adapter": "lokr", "gradient_checkpointing": True},
+    pytest.param({"adapter": "loha"}, marks=pytest.mark.slow),
+    pytest.param({"adapter": "lokr", "gradient_checkpointing": True}, marks=pytest.mark.slow),
 ]
 
 
@@ -69,8 +69,8 @@ def trained(base, config, dtype=torch.float32):
             yield model, loss
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dora" not in kind], ids=str)
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != {"dora": True}], ids=str)
 def test_operations_are_those_that_torch_counts(bases, family, kind):
     # A LoRA's own products are added in place, which the counter passes over: so it is kept small here.
     small = {name: 1 if name == "conv_rank" else value for name, value in kind.items()}
@@ -83,7 +83,7 @@ def test_operations_are_those_that_torch_counts(bases, family, kind):
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_memory_is_what_the_allocator_sees(bases, family, kind):
     config = TrainConfig(lora_rank=8, batch_size=BATCH, **kind)
@@ -107,7 +107,7 @@ def most_allocated(loss) -> int:
 
 
 @pytest.mark.skipif(torch_version() < (2, 2), reason="this torch crashes in bf16 on the CPU")
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_memory_in_mixed_precision(bases, family):
     config = TrainConfig(lora_rank=8, batch_size=BATCH)
     with trained(bases[family], config, torch.bfloat16) as (model, loss):

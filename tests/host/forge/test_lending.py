@@ -144,6 +144,7 @@ def test_a_preview_leaves_no_lora_behind(forge, fake_forge, lora):
     assert not any(name.startswith("lora-trainer") for name in fake_forge.networks.available_networks)
 
 
+@pytest.mark.slow
 def test_twenty_overwrites_show_the_newest_weights_each_time(forge, fake_forge, models, tmp_path):
     pictures = set()
     for index in range(20):
