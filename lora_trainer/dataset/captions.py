@@ -162,11 +162,12 @@ def contains_word(text: str, word: str) -> bool:
     return pattern is not None and re.search(pattern, text) is not None
 
 
-def without_word(text: str, word: str) -> str:
-    """``text`` without ``word``, as whole words and in any case, and without the commas around nothing."""
+def without_word(text: str, word: str, instead: str = "") -> str:
+    """``text`` with ``instead`` in the place of ``word``, as whole words and in any case, and without the commas around
+    nothing."""
     pattern = _whole_words(word)
     if pattern is not None:
-        text = re.sub(pattern, "", unicodedata.normalize("NFC", text), flags=re.IGNORECASE)
+        text = re.sub(pattern, lambda _: instead, unicodedata.normalize("NFC", text), flags=re.IGNORECASE)
     return ", ".join(part for piece in text.split(",") if (part := " ".join(piece.split())).strip("*() "))
 
 

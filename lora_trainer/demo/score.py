@@ -7,6 +7,7 @@ with every shape's outline over all rotations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,8 +44,11 @@ def nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: math.dist(palette[name], rgb))
 
 
-def score(picture: Image.Image) -> Verdict:
-    """Judge one RGB picture of one shape on a plain background. `shape` is None where nothing stands out."""
+def score(picture: Image.Image, names: Sequence[str] = shapes.SHAPES) -> Verdict:
+    """Judge one RGB picture of one shape on a plain background. `shape` is None where nothing stands out.
+
+    names: the shapes that it may be, of `shapes.OUTLINES`.
+    """
     pixels = np.asarray(picture.convert("RGB").resize((128, 128), Image.Resampling.BILINEAR), np.float64)
     edge = max(1, round(BORDER * len(pixels)))
     frame = np.ones(pixels.shape[:2], bool)
@@ -65,7 +69,7 @@ def score(picture: Image.Image) -> Verdict:
     if cover.mean() < MIN_AREA:
         return Verdict(None, color, background, {})
     raster = _normalized(cover)
-    overlap = {name: _best_overlap(raster, templates) for name, templates in _templates().items()}
+    overlap = {name: _best_overlap(raster, templates) for name, templates in _templates(tuple(names)).items()}
     return Verdict(max(overlap, key=overlap.__getitem__), color, background, overlap)
 
 
@@ -90,10 +94,10 @@ def _best_overlap(raster: np.ndarray, templates: np.ndarray) -> float:
 
 
 @cache
-def _templates() -> dict[str, np.ndarray]:
+def _templates(names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """For each shape its normalized outlines, thin and stout, in every rotation: [R, CANVAS, CANVAS]."""
     made = {}
-    for name in shapes.SHAPES:
+    for name in names:
         rasters = []
         for outline in _variants(name):
             mask = shapes.draw_outline(outline, hole=shapes.RING_HOLE if name == "ring" else 0.0)

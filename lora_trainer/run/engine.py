@@ -30,6 +30,7 @@ from lora_trainer.training.precision import resolve
 from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.state import StateStore, named_state, run_digest
 from lora_trainer.training.trial import try_one_step
+from lora_trainer.training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,16 @@ def train(
             if initial:
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
-            validator = None if work.validator is None else work.validator(adapters)
+            objective, validator = work.objective(adapters), None
+            if work.validation is not None:
+                validator = Validator(objective, adapters, work.validation, config.seed)
             # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
                 config,
                 model,
                 adapters,
                 work.source,
-                work.objective,
+                objective,
                 precision,
                 turn=turn,
                 saver=work.saver(outputs, adapters, callbacks),

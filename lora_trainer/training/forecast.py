@@ -44,7 +44,8 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
     for part in get_family(architecture.family).parts(architecture, resolution, config):
         inputs = part.inputs if config.gradient_checkpointing else None
         again = inputs is not None
-        operations += part.forwards * (2 if again else 1) + part.backwards
+        # What is preserved needs the base's prediction as well.
+        operations += part.forwards * ((2 if again else 1) + config.preserve) + part.backwards
         kept += part.kept if inputs is None else inputs
         largest = max(largest, part.kept if again else 0)
     return Work(operations, kept + _ANEW * largest)

@@ -19,6 +19,7 @@ from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.captions import one_of, train_text
 from lora_trainer.dataset.images import load_mask, load_view
 from lora_trainer.dataset.samples import Dataset, View
+from lora_trainer.dataset.unnamed import unnamed_captions
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
@@ -40,6 +41,8 @@ class Batch:
     conditioning: their encoding, or None when the step encodes them. time_ids: what the model is told of the pictures'
     sizes, (B, …), or None.
     mask: (B, 1, h, w) fp32 in [0, 1] or None. weights: (B,) fp32, of each picture in the loss.
+    preserved: (B,) bool, the pictures whose caption does not name what is learned, and for which the base's answer is
+    the target; None where there are none in the whole run.
     """
 
     moments: Tensor
@@ -48,6 +51,7 @@ class Batch:
     time_ids: Tensor | None
     mask: Tensor | None
     weights: Tensor
+    preserved: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -61,6 +65,7 @@ class Batch:
             None if self.time_ids is None else self.time_ids[rows],
             None if self.mask is None else self.mask[rows],
             self.weights[rows],
+            None if self.preserved is None else self.preserved[rows],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -72,6 +77,7 @@ class Batch:
             to_device(self.time_ids, device),
             to_device(self.mask, device),
             to_device(self.weights, device),
+            to_device(self.preserved, device),
         )
 
 
@@ -110,6 +116,7 @@ class BatchSource:
         self._text_key = plugins.marked(model.text_key, "family", model.info.family)
         captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
         self.caches_prompts = not captions_vary and not config.train_text_encoder
+        self.unnamed = self._unnamed_captions() if config.preserve else []
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
         self._mask_digest = lru_cache(maxsize=None)(sha256_file)
 
@@ -133,6 +140,11 @@ class BatchSource:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
         self._tell_cut_captions(callbacks)
+        if self.unnamed == [""]:
+            callbacks.on_warning(
+                "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
+                "what is learned."
+            )
         if not self._pictures_vary:
             if not self._encode_latents(self._views(), turn, callbacks, commands):
                 return False
@@ -140,7 +152,7 @@ class BatchSource:
                 self.model.release("vae")
         if self.caches_prompts:
             texts = [self._text(index, None) for index in range(len(self.dataset.samples))]
-            if not self._encode_captions(texts, turn, callbacks, commands):
+            if not self._encode_captions([*texts, *self.unnamed], turn, callbacks, commands):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
@@ -276,7 +288,7 @@ class BatchSource:
         texts = [self._text(view.sample, None) for view in views]
         if self.caches_prompts and not self._encode_captions(texts, turn, silent, commands):
             return None
-        return self._batch(views, 0, sum(map(len, batches[: order[number]])))
+        return self._batch(views, 0, sum(map(len, batches[: order[number]])), preserves=False)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -297,10 +309,17 @@ class BatchSource:
             visit += len(views)
         return micro_batches
 
-    def _batch(self, views: Sequence[View], epoch: int, visit: int) -> Batch:
-        """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice."""
+    def _batch(self, views: Sequence[View], epoch: int, visit: int, preserves: bool = True) -> Batch:
+        """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice.
+
+        preserves: False for a batch in which every picture is learned, whatever ``preserve`` says.
+        """
         samples = [self.dataset.samples[view.sample] for view in views]
-        captions = tuple(self._caption(view.sample, epoch, visit + offset) for offset, view in enumerate(views))
+        preserved = self._preserved(views, epoch, visit) if preserves and self.config.preserve else None
+        captions = tuple(
+            self._caption(view.sample, epoch, visit + offset, offset in (preserved or ()))
+            for offset, view in enumerate(views)
+        )
         prior = self.config.prior_loss_weight
         return Batch(
             moments=torch.stack([self._read(self._latent_key(view))["moments"] for view in views]),
@@ -309,13 +328,30 @@ class BatchSource:
             time_ids=self.family.time_ids([view.time_ids for view in views]),
             mask=torch.stack([self._mask(view) for view in views]) if self.config.use_masks else None,
             weights=torch.tensor([prior if sample.is_regularization else 1.0 for sample in samples]),
+            preserved=None if preserved is None else torch.tensor([at in preserved for at in range(len(views))]),
         )
 
-    def _caption(self, index: int, epoch: int, visit: int) -> str:
+    def _preserved(self, views: Sequence[View], epoch: int, visit: int) -> set[int]:
+        """Places in the batch that keep what the base knows: ``preserve`` of them, chance rounds up or down."""
+        rng = random.Random(f"{self.config.seed}:{epoch}:{visit}:preserve")
+        own = [at for at, view in enumerate(views) if not self.dataset.samples[view.sample].is_regularization]
+        return set(rng.sample(own, int(self.config.preserve * len(own) + rng.random())))
+
+    def _caption(self, index: int, epoch: int, visit: int, preserved: bool = False) -> str:
         rng = random.Random(f"{self.config.seed}:{epoch}:{visit}")
+        if preserved:
+            return rng.choice(self.unnamed)
         if rng.random() < self.config.caption_dropout:
             return ""
         return self._text(index, rng)
+
+    def _unnamed_captions(self) -> list[str]:
+        captions = [
+            one_of(sample.caption, self.config.wildcards, None)
+            for sample in self.dataset.samples
+            if not sample.is_regularization
+        ]
+        return unnamed_captions(captions, self.config.trigger_word, self.config.seed)
 
     def _text(self, index: int, rng: random.Random | None) -> str:
         sample = self.dataset.samples[index]

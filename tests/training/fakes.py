@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,8 +226,9 @@ class Run:
         cache, keep = TensorCache(out / "cache"), previewer is not None
         self.source = BatchSource(config, self.model, self.dataset, self.plan, cache, self.precision, keep)
         assert self.source.prepare(self.turns, self.recorder, self.commands)
-        objective = DiffusionObjective(config, self.model, self.source.encode_prompts)
         self.adapters = AdapterSet.build(self.model.lora_targets(), config)
+        bare = partial(self.adapters.enabled, False)
+        objective = DiffusionObjective(config, self.model, self.source.encode_prompts, bare)
         self.adapters.attach()
         self.saved: list[tuple[int, str, dict[str, Tensor]]] = []
         self.trainer = Trainer(

@@ -177,7 +177,7 @@ def test_every_picture_of_a_step_has_the_same_weight_however_the_batches_are_cut
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"multires_noise_iterations": 4, "input_perturbation": 0.1}, {"loss": "huber"}]
+    "settings", [{}, {"multires_noise_iterations": 4, "input_perturbation": 0.1}, {"loss": "huber", "preserve": 0.5}]
 )
 @pytest.mark.parametrize("varying", [False, True], ids=["cached captions", "encoded in the step"])
 def test_a_micro_batch_can_be_cut_and_its_losses_add_up(tmp_path, settings, varying):

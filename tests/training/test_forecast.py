@@ -22,6 +22,8 @@ from lora_trainer.models.families import get_family, meta_model
 from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Work, memory_needed, step_bytes, work_on_batch
+from lora_trainer.training.inputs import Batch
+from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import resolve
 from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
@@ -81,6 +83,23 @@ def test_operations_are_those_that_torch_counts(bases, family, kind):
             loss().backward()
         expected = work_on_batch(model.architecture, (SIDE, SIDE), config).operations
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+def test_what_is_preserved_takes_a_forward_pass_more(bases):
+    config = TrainConfig(lora_rank=1, batch_size=BATCH)
+    with trained(bases["sd1"], config) as (model, _):
+        model.unet.set_attn_processor(AttnProcessor())
+        objective = DiffusionObjective(config, model, model.encode_prompts)
+        moments, prompts = torch.zeros(BATCH, 8, SIDE // 8, SIDE // 8), model.encode_prompts(["a"] * BATCH)
+        batch = Batch(moments, ("a",) * BATCH, prompts, None, None, torch.ones(BATCH), torch.tensor([True, False]))
+        drawn = objective.draw(batch, torch.Generator().manual_seed(0))
+        with FlopCounterMode(display=False) as counter:  # the base's prediction is made with the inputs
+            objective.inputs(drawn)
+        half, none = (
+            work_on_batch(model.architecture, (SIDE, SIDE), dataclasses.replace(config, preserve=share)).operations
+            for share in (0.5, 0.0)
+        )
+    assert half - none == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
 @pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])

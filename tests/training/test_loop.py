@@ -47,7 +47,7 @@ def metrics(run: Run) -> list[dict]:
     [
         {},
         {"ema_decay": 0.9, "train_text_encoder": True, "random_crop": True, "flip": True, "rank_dropout": 0.3},
-        {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.3, "lr_scheduler": "constant"},
+        {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.3, "lr_scheduler": "constant", "preserve": 0.4},
     ],
     ids=["plain", "everything", "captions"],
 )

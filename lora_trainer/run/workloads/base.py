@@ -18,22 +18,27 @@ from lora_trainer.training.objectives.base import Objective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.source import Source, Turn
-from lora_trainer.training.validation import Validator
+from lora_trainer.training.validation import Measurable, ValidationData
+
+
+class MeasurableObjective(Objective, Measurable, Protocol):
+    """An objective that the validator can measure with as well."""
 
 
 @dataclass(frozen=True)
 class Work:
     """What the engine trains with.
 
+    objective: the loss of training these adapters.
     targets: finds the layers that adapters can attach to; called inside a turn.
-    saver: writes the LoRAs of the run. validator: measures what is held out of the training, if anything is.
+    saver: writes the LoRAs of the run. validation: what is held out of the training, if anything is.
     """
 
     source: Source
-    objective: Objective
+    objective: Callable[[AdapterSet], MeasurableObjective]
     targets: Callable[[], Sequence[LoraTarget]]
     saver: Callable[[Outputs, AdapterSet, TrainCallbacks], Saver]
-    validator: Callable[[AdapterSet], Validator] | None = None
+    validation: ValidationData | None = None
 
 
 class Workload(Protocol):

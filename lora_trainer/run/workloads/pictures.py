@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.caption_files import some
-from lora_trainer.dataset.captions import without_word
+from lora_trainer.dataset.captions import escape, parse
 from lora_trainer.dataset.folder import UncaptionedError, scan
 from lora_trainer.dataset.held_out import Split, hold_out
 from lora_trainer.dataset.samples import Dataset
+from lora_trainer.dataset.unnamed import unnamed
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, LoraTarget, ModelInfo
@@ -33,7 +35,7 @@ from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.source import Turn
-from lora_trainer.training.validation import ValidationData, Validator
+from lora_trainer.training.validation import ValidationData
 
 
 class Pictures:
@@ -129,8 +131,10 @@ class Pictures:
         source = BatchSource(
             config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room
         )
-        objective = DiffusionObjective(config, model, source.encode_prompts)
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
+
+        def objective(adapters: AdapterSet) -> DiffusionObjective:
+            return DiffusionObjective(config, model, source.encode_prompts, partial(adapters.enabled, False))
 
         def targets() -> list[LoraTarget]:
             if config.text_encoders_learn:
@@ -140,12 +144,9 @@ class Pictures:
         def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> LoraSaver:
             return LoraSaver(config, outputs, adapters, facts, callbacks, self._lender.model_hash)
 
-        def validator(adapters: AdapterSet) -> Validator:
-            assert self._split is not None
-            data = self._validation(self._split, model, cache, precision)
-            return Validator(objective, adapters, data, config.seed)
-
-        return Work(source, objective, targets, saver, None if self._split is None else validator)
+        split = self._split
+        validation = None if split is None else self._validation(split, model, cache, precision)
+        return Work(source, objective, targets, saver, validation)
 
     def _validation(self, split: Split, model: LentModel, cache: TensorCache, precision: Precision) -> ValidationData:
         """Sources that show each picture once, alone, and without anything that chance decides."""
@@ -163,6 +164,7 @@ class Pictures:
             tag_dropout=0.0,
             caption_dropout=0.0,
             wildcards=False,
+            preserve=0.0,
         )
 
         def source(dataset: Dataset, config: TrainConfig) -> BatchSource:
@@ -171,14 +173,14 @@ class Pictures:
             )
             return BatchSource(config, model, dataset, plan, cache, precision, True, self._lender.make_room)
 
-        word = config.trigger_word
-        unnamed = tuple(
-            replace(one, caption=without_word(one.caption, word) if word else "") for one in split.held_out.samples
+        bare = tuple(
+            replace(one, caption=escape(unnamed(parse(one.caption), config.trigger_word)))
+            for one in split.held_out.samples
         )
         return ValidationData(
             held_out=source(split.held_out, config),
             seen=source(split.seen, config),
-            untriggered=source(replace(split.held_out, samples=unnamed), replace(config, trigger_word="")),
+            untriggered=source(replace(split.held_out, samples=bare), replace(config, trigger_word="")),
         )
 
     def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:

@@ -31,7 +31,7 @@ from lora_trainer.training.precision import Precision
 from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.source import Turn
 from lora_trainer.training.text_inputs import RowSource
-from lora_trainer.training.validation import ValidationData, Validator
+from lora_trainer.training.validation import ValidationData
 
 _NAMED = 5
 """So many rows are named in a message; of further ones the number is said."""
@@ -98,7 +98,7 @@ class Texts:
         }
 
     def work(self, model: LanguageModel, precision: Precision, *, keep_model_parts: bool) -> Work:
-        config, objective = self._config, CausalLmObjective(model)
+        config, split = self._config, self._split
 
         def targets() -> list[LoraTarget]:
             return model.lora_targets()
@@ -106,12 +106,8 @@ class Texts:
         def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> AdapterSaver:
             return AdapterSaver(config, outputs, adapters, [target.diffusers_name for target in targets()])
 
-        def validator(adapters: AdapterSet) -> Validator:
-            assert self._split is not None
-            return Validator(objective, adapters, self._validation(self._split), config.seed)
-
-        split = self._split
-        return Work(RowSource(config, self._rows), objective, targets, saver, None if split is None else validator)
+        source, validation = RowSource(config, self._rows), None if split is None else self._validation(split)
+        return Work(source, lambda adapters: CausalLmObjective(model), targets, saver, validation)
 
     def _validation(self, split: RowSplit) -> ValidationData:
         """Sources that show each row once, alone. What the model makes of the prompts should not move."""

@@ -9,6 +9,7 @@ SNR = ᾱ / (1−ᾱ) (Kingma et al. 2021).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,6 +127,8 @@ class DiffusionInputs:
     """What the loss of a micro-batch reads, on the device: see ``DiffusionDraws`` and ``Batch``.
 
     captions: those of the batch and which of them are meant, where the loss encodes them; else None.
+    preserved: (B,) bool, the pictures whose target is the base's prediction, and base_pred: (B, C, h, w) fp32, which
+    holds it for them; None in runs that preserve nothing.
     """
 
     latents: Tensor
@@ -137,12 +140,15 @@ class DiffusionInputs:
     weights: Tensor
     mask: Tensor | None
     captions: tuple[Sequence[str], slice] | None
+    preserved: Tensor | None = None
+    base_pred: Tensor | None = None
 
 
 class DiffusionObjective:
     """The objective of a diffusion model. Its tables live on the model's device, (T,) fp32 each.
 
     encode: captions and which rows of them are needed -> their encoding, for micro-batches that come without one.
+    bare: inside, the model is the base: without its adapters.
 
     Raises:
         UserError: settings that cannot be combined.
@@ -153,8 +159,9 @@ class DiffusionObjective:
         config: TrainConfig,
         model: LentModel,
         encode: Callable[[Sequence[str], slice], Conditioning],
+        bare: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self.config, self.model, self.encode = config, model, encode
+        self.config, self.model, self.encode, self.bare = config, model, encode, bare
         schedule = model.schedule
         self.prediction_type = schedule.prediction_type
         self.min_timestep, self.max_timestep = config.min_timestep, min(config.max_timestep, len(schedule) - 1)
@@ -217,14 +224,39 @@ class DiffusionObjective:
         elif conditioning is None:
             with torch.no_grad():
                 conditioning = self.encode(drawn.batch.captions, rows)
-        return DiffusionInputs(
+        inputs = DiffusionInputs(
             latents, noise, perturbed, timesteps, conditioning, batch.time_ids, batch.weights, batch.mask, captions
         )
+        if drawn.batch.preserved is None:
+            return inputs
+        chosen = drawn.batch.preserved[rows].nonzero().flatten()
+        return self._with_base_pred(inputs, batch.preserved, chosen) if len(chosen) else inputs
+
+    def _with_base_pred(self, inputs: DiffusionInputs, preserved: Tensor | None, chosen: Tensor) -> DiffusionInputs:
+        """The same with what the base predicts for the ``chosen`` rows, (n,) on the CPU."""
+        rows = to_device(chosen, self.model.device)
+        picked = {name: value[rows] for name, value in vars(inputs).items() if isinstance(value, Tensor)}
+        conditioning = inputs.conditioning and inputs.conditioning.map(lambda tensor: tensor[rows])
+        captions = None
+        if inputs.captions is not None:
+            # All captions, so that these are filled up to the length that they have beside the others.
+            texts, of_batch = inputs.captions
+            captions = ([*(texts[of_batch][row] for row in chosen.tolist()), *texts], slice(0, len(chosen)))
+        with torch.no_grad(), self.bare():
+            prediction = self.predict(replace(inputs, **picked, conditioning=conditioning, captions=captions))
+        base_pred = torch.zeros_like(inputs.latents).index_copy_(0, rows, prediction)
+        return replace(inputs, preserved=preserved, base_pred=base_pred)
 
     def loss(self, inputs: DiffusionInputs) -> Tensor:
         """The sum over the pictures, a scalar fp32 with gradients."""
-        target = self._target(inputs.latents, inputs.noise, inputs.timesteps)
-        return self._losses(self.predict(inputs), target, inputs.timesteps, inputs.weights, inputs.mask).sum()
+        target, mask = self._target(inputs.latents, inputs.noise, inputs.timesteps), inputs.mask
+        model_pred = self.predict(inputs)
+        if inputs.preserved is None or inputs.base_pred is None:
+            return self._losses(model_pred, target, inputs.timesteps, inputs.weights, mask).sum()
+        kept = inputs.preserved.view(-1, 1, 1, 1)
+        target = torch.where(kept, inputs.base_pred, target)
+        mask = None if mask is None else mask.masked_fill(kept, 1.0)
+        return self._losses(model_pred, target, inputs.timesteps, inputs.weights, mask, kept).sum()
 
     def predict(self, inputs: DiffusionInputs) -> Tensor:
         """ε or v, as the model predicts it, (B, C, h, w) fp32."""
@@ -293,15 +325,23 @@ class DiffusionObjective:
         return noise
 
     def _losses(
-        self, model_pred: Tensor, target: Tensor, timesteps: Tensor, weights: Tensor, mask: Tensor | None
+        self,
+        model_pred: Tensor,
+        target: Tensor,
+        timesteps: Tensor,
+        weights: Tensor,
+        mask: Tensor | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The loss of each picture, (B,).
 
         Order: element-wise error in fp32 -> × mask (B, 1, h, w) -> mean over C, h, w -> × weight of the sample (B,)
-        -> × weight of the timestep.
+        -> × weight of the timestep. kept: (B, 1, 1, 1) bool, where the error is the square whatever the loss is.
         """
         difference = model_pred.float() - target.float()
         loss = self._elementwise(difference, timesteps)
+        if kept is not None:
+            loss = torch.where(kept, difference**2, loss)
         if mask is not None:
             loss = loss * mask
         return loss.mean(dim=(1, 2, 3)) * weights * self._weight[timesteps]

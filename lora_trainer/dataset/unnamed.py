@@ -1,0 +1,47 @@
+"""Captions that do not name what is learned: what the base model's answers are kept for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lora_trainer.dataset.captions import Caption, Span, train_text, without_word
+
+WORDS = (
+    "apple", "baby", "bag", "ball", "bear", "bicycle", "bird", "boat", "book", "bottle", "bowl", "boy", "bridge", "bus",
+    "cake", "car", "castle", "cat", "chair", "church", "city", "clock", "cow", "cup", "dog", "door", "dress", "fish",
+    "flower", "forest", "girl", "hat", "horse", "house", "lamp", "man", "mountain", "person", "plane", "robot", "ship",
+    "shoe", "soldier", "statue", "table", "tower", "train", "tree", "truck", "vase", "window", "woman",
+)  # fmt: skip
+"""What stands in the place of what is learned: ordinary things, which a base model knows."""
+MOST = 64
+"""So many different captions are enough, and take little time and room to encode."""
+
+
+def unnamed(caption: Caption, trigger_word: str = "", instead: str = "") -> str:
+    """The training text without the core (the **bold** parts) and the trigger word; ``instead`` takes their place.
+
+    Empty where the caption has neither of them: then it is not known which of its words name what is learned.
+    """
+    named = any(item.is_core for item in caption.items)
+    items = [replace(item, spans=tuple(_plain(span, instead) for span in item.spans)) for item in caption.items]
+    text = train_text(replace(caption, items=tuple(items)))
+    if trigger_word.strip():
+        named, text = True, without_word(text, trigger_word, instead)
+    return text if named else ""
+
+
+def _plain(span: Span, instead: str) -> Span:
+    return Span(instead, mood=span.mood) if span.core and span.text.strip() else span
+
+
+def unnamed_captions(captions: Sequence[Caption], trigger_word: str, seed: int) -> list[str]:
+    """The captions without what is learned, some as they are and more with another thing in its place: at most
+    ``MOST`` different ones, and the empty one."""
+    rng = random.Random(f"{seed}:unnamed")
+    texts = sorted({unnamed(caption, trigger_word) for caption in captions} - {""})
+    found = dict.fromkeys(rng.sample(texts, min(len(texts), MOST // 4)))
+    for _ in range(MOST if texts else 0):
+        found[unnamed(rng.choice(captions), trigger_word, rng.choice(WORDS))] = None
+    return ["", *(text for text in found if text)][: MOST + 1]
