@@ -79,9 +79,8 @@ class DataSettings:
     """Weight of a regularization picture in the loss; a picture of yours has weight 1."""
 
     preserve: float = setting(0.0, task="image", minimum=0, maximum=0.9)
-    """Share of the pictures in each step that help to keep what the base model knows: their captions do not name what
-    is learned (no bold part, no trigger word), and are to be answered as the base does. Each takes a third more
-    time."""
+    """Share of the pictures that help to keep what the base model knows: shown without the trigger word and bold parts,
+    they are to be answered as the base does. Each takes a third more time."""
 
     resolution: str = setting("auto", task="image")
     """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""
