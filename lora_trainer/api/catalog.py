@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query, Request
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.route import guarded, while_asked
-from lora_trainer.config import TrainConfig, field_docs, from_mapping, read_text, to_mapping, to_yaml
-from lora_trainer.config.foreign import own_settings
+from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
+from lora_trainer.config.foreign import own_settings, read_what_can_be_read
 from lora_trainer.config.names import ALIASES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.errors import UserError
@@ -91,8 +91,11 @@ def routes(context: Context) -> APIRouter:
         """Settings, or text (YAML, or what another trainer writes) -> every setting named, the same as YAML, and what
         became of the other trainer's settings; errors name each field."""
         settings = new.given()
-        given, translation = read_text(settings) if isinstance(settings, str) else (settings, None)
-        config = from_mapping(given)
+        if isinstance(settings, str):
+            given, translation, unread = read_what_can_be_read(settings)
+        else:
+            given, translation, unread = settings, None, []
+        config = from_mapping(given, unread)
         if translation is None and isinstance(settings, str):
             translation = own_settings(given, settings, _ELSEWHERE)
         names = [ALIASES.get(name, name) for name in given]

@@ -368,14 +368,15 @@ class OutputSettings:
     state."""
 
     validation_share: float = setting(0.0, minimum=0, maximum=0.5)
-    """Share of your pictures that is not trained, at least two of them, to measure what is learned; 0 trains all."""
+    """Share of your pictures, or rows, that is not trained, at least two of them, to measure what is learned; 0 trains
+    all."""
 
     validation_steps: int | None = setting(None, minimum=1, decides=False)
     """Measure every so many steps; empty measures as often as takes at most 5 % of the time, first and last in any
     case."""
 
     early_stopping: Literal["off", "advise", "stop"] = setting("advise", decides=False)
-    """What to do when the held-out pictures are learned no better any more: nothing, say so, or stop and save."""
+    """What to do when what is held out is learned no better any more: nothing, say so, or stop and save."""
 
     early_stopping_patience: int = setting(3, minimum=1, maximum=1000, decides=False)
     """So many measurements in a row without a better one mean that it gets no better."""

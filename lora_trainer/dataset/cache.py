@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import string
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +35,17 @@ class TensorCache:
     """Tensors by key in ``<directory>/<first 2 digits>/<key>.cache``; the bytes are those of a safetensors file.
 
     Safe for several writers, also of several processes: files appear whole, and equal keys mean equal content.
-    on_warning: called once when the cache cannot be written.
+    on_warning: called once when the cache cannot be written. user: the folder with the pictures that are encoded; what
+    it uses is listed, for ``forget``.
     """
 
-    def __init__(self, directory: Path, on_warning: Callable[[str], None] = _log.warning):
+    def __init__(
+        self, directory: Path, on_warning: Callable[[str], None] = _log.warning, user: Path | None = None
+    ):
         self.directory = Path(directory)
         self._on_warning = on_warning
+        self._list = None if user is None else _list_of(self.directory, user)
+        self._listed = set() if self._list is None else _keys(self._list)
         self._unwritten: dict[str, dict[str, Tensor]] = {}
         self._writable = True
 
@@ -56,10 +63,12 @@ class TensorCache:
             header, payload = _split(data)
             if header.pop("__metadata__", None) != {"sha256": _checksum(key, header, payload)}:
                 return None
-            return safetensors.torch.load(data)
+            tensors = safetensors.torch.load(data)
         # Whatever is wrong with the file, its content can be made again.
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
             return None
+        self._note(key)
+        return tensors
 
     def __contains__(self, key: str) -> bool:
         """Whether ``get`` would answer: a damaged file is not contained."""
@@ -78,11 +87,52 @@ class TensorCache:
             header["__metadata__"] = {"sha256": _checksum(key, header, payload)}
             try:
                 atomic_write(self.path(key), _join(header, payload))
+                self._note(key)
                 return
             except UserError as error:
                 self._writable = False
                 self._on_warning(f"The cache is kept in memory from now on: {error}")
         self._unwritten[key] = copies
+
+
+    def _note(self, key: str) -> None:
+        if self._list is None or key in self._listed:
+            return
+        self._listed.add(key)
+        with suppress(OSError):  # of a full disk: what is not listed stays
+            self._list.parent.mkdir(parents=True, exist_ok=True)
+            with self._list.open("a", encoding="ascii") as file:
+                file.write(f"{key}\n")
+
+
+def forget(directory: Path, user: Path) -> None:
+    """Delete what the pictures of a folder alone have used."""
+    own = _list_of(directory, user)
+    others = set().union(*(_keys(one) for one in own.parent.glob("*.keys") if one != own))
+    cache = TensorCache(directory)
+    for key in _keys(own) - others:
+        with suppress(OSError):
+            cache.path(key).unlink()
+    own.unlink(missing_ok=True)
+
+
+def rename_user(directory: Path, old: Path, new: Path) -> None:
+    """A folder with pictures has another name now."""
+    with suppress(FileNotFoundError):
+        _list_of(directory, old).replace(_list_of(directory, new))
+
+
+def _list_of(directory: Path, user: Path) -> Path:
+    mark = hashlib.sha256(str(Path(user).absolute()).encode("utf-8", "surrogateescape")).hexdigest()
+    return Path(directory) / "users" / f"{mark[:32]}.keys"
+
+
+def _keys(listed: Path) -> set[str]:
+    try:
+        lines = listed.read_text("ascii").split("\n")
+    except (OSError, ValueError):
+        return set()
+    return {line for line in lines if len(line) == 64 and set(line) <= set(string.hexdigits)}
 
 
 def cache_key(**parts: Any) -> str:

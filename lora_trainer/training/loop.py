@@ -216,7 +216,7 @@ class Trainer:
                 raise UserError(
                     f"Not one of {self.step} steps gave a finite loss (NaN), before anything was learned.",
                     field="base_model",
-                    remedy=f"The model or its VAE is damaged: choose another base_model or vae{other}.",
+                    remedy=f"{self.source.blame}{other}.",
                 )
             raise UserError(
                 f"{self.non_finite_steps} steps in a row, up to step {self.step}, gave no finite loss (NaN).",

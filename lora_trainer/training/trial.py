@@ -82,7 +82,7 @@ def _judge(trainer: Trainer, adapters: AdapterSet, losses: Sequence[float], sile
         raise UserError(
             f"{len(losses)} batches were tried, and none of them gave a finite loss (NaN).",
             field="base_model",
-            remedy=f"The model or its VAE is damaged: choose another base_model or vae{other}.",
+            remedy=f"{trainer.source.blame}{other}.",
         )
     if not silent or losses[-1] == 0:  # of pictures that do not count nothing is learned, and that is no fault
         return

@@ -61,7 +61,8 @@ class DatasetLibrary:
 
     def __init__(self, data: Path):
         self.root = Path(data) / "datasets"
-        self._thumbnails = Path(data) / "cache" / "thumbnails"
+        self._cache = Path(data) / "cache"
+        self._thumbnails = self._cache / "thumbnails"
 
     def folder(self, name: str) -> Path:
         """The folder of a dataset. Raises UserError for a name that cannot be one, or that does not exist."""
@@ -124,16 +125,20 @@ class DatasetLibrary:
     def rename(self, name: str, new: str) -> Path:
         """Give a dataset another name; returns its folder. Raises UserError when that is taken or cannot be a name, and
         for a folder that was not made here."""
+        from lora_trainer.dataset.cache import rename_user
+
         path, target = self.own(name), self.root / check_name(new, "name")
         if target.exists() and not (new.casefold() == name.casefold() and target.samefile(path)):
             raise UserError(f"There is a dataset {new} already.", field="name", remedy="Choose another name.")
         (path / _MARK).touch()
         _move(path, target, f"{name} could not be renamed")
+        rename_user(self._cache, path.resolve(), target.resolve())
         return target
 
     def set_aside(self, name: str) -> None:
-        """Take a dataset out of the list at once, so that nobody sees half of it, and delete its thumbnails; ``purge``
-        deletes the rest. Raises UserError for a folder that was not made here."""
+        """Take a dataset out of the list at once, so that nobody sees half of it, and delete its thumbnails and what
+        only it has in the cache; ``purge`` deletes the rest. Raises UserError for a folder that was not made here."""
+        from lora_trainer.dataset.cache import forget
         from lora_trainer.dataset.listing import list_folder
         from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
 
@@ -142,6 +147,7 @@ class DatasetLibrary:
         for file, picture in list_folder(path).pictures.items():
             self.thumbnails.forget(picture, edits.get(file, UNTOUCHED))
         _move(path, self.root / f"{_DELETED}{secrets.token_hex(6)}", f"{name} could not be deleted")
+        forget(self._cache, path.resolve())
 
     def purge(self) -> None:
         """Delete what was set aside. Raises UserError where that could not be done completely."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lora_trainer.config import from_mapping
+from lora_trainer.dataset.cache import forget
 from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.worker import JobManager
 from lora_trainer.planning.duration import Length, to_come
@@ -123,3 +126,7 @@ def test_a_real_run_remembers_its_pace(host, settings):
     assert job.timings["training"][1] == 4 - 1, "all pictures but those of the first step"
     assert job.timings["encoding"][1] > 4 and job.timings["saving"][1] == 2
     assert 0 < job.timings["training"][0] < job.finished - job.started
+    cache = manager.folders.cache
+    assert list(cache.rglob("*.cache"))
+    forget(cache, Path(settings["train_data_dir"]))
+    assert not list(cache.rglob("*.cache")), "what a run encodes is known to be of its pictures"

@@ -33,6 +33,24 @@ def test_settings_as_yaml(page, files):
     assert "batch_size: 0 is below 1." in text(page, "problem_yaml"), "which of ninety lines it is"
 
 
+def test_another_tools_settings_are_pasted_and_what_became_of_them_is_told(page, files):
+    add(page, files)
+    open_yaml(page)
+    use_yaml(page, 'pretrained_model_name_or_path = "a.safetensors"\nnetwork_module = "networks.lora"\n'
+             'network_dim = 12\noutput_name = "hat"\nxformers = true\noptimizer_type = "DAdaptAdam"\n')  # fmt: skip
+    wait_for_text(page, "translation", "network_dim → lora_rank: 12")
+    told = text(page, "translation")
+    assert "TOML" in told and "Mean nothing here: xformers" in told
+    assert "Cannot be honored here: optimizer_type: DAdaptAdam" in told
+    assert page.input_value("#lora_trainer_field_lora_rank") == "12"
+    assert page.input_value("#lora_trainer_field_output_name") == "hat"
+    use_yaml(page, 'network_dim = 0\noutput_name = "hat\n[[datasets]\n')
+    wait_for_text(page, "problem_yaml", "line 2")
+    wrong = text(page, "problem_yaml")
+    assert "line 3" in wrong and "0 is below 1" in wrong, f"all in one round: {wrong}"
+    assert not page.locator("#lora_trainer_translation").is_visible()
+
+
 def test_a_yaml_of_one_setting_empties_neither_name_nor_model(page, files):
     add(page, files)
     page.fill("#lora_trainer_field_output_name", "hat_v1")

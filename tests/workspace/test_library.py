@@ -5,8 +5,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from PIL import Image
 
+from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.library import DatasetLibrary
 from tests.workspace.evil import EVIL_PATHS
@@ -161,3 +163,21 @@ def test_the_list_says_how_much_lies_there_and_shows_a_picture(library, tmp_path
     assert cats.size == sum(path.stat().st_size for path in (tmp_path / "datasets" / "cats").iterdir())
     assert cats.size >= len(first) + len(second) + len("a cat")
     assert (theirs.cover, theirs.own, theirs.size) == (None, False, 0)
+
+
+def test_a_data_set_takes_what_it_alone_has_in_the_cache_with_it(library, tmp_path):
+    def cache(name):
+        return TensorCache(tmp_path / "cache", user=library.folder(name).resolve())
+
+    library.create("dogs")
+    alone, shared, kept = ("0" * 64, "1" * 64, "2" * 64)
+    for name, keys in (("cats", (alone, shared)), ("dogs", (kept,))):
+        for key in keys:
+            cache(name).put(key, {"x": torch.zeros(2)})
+    assert cache("dogs").get(shared) is not None, "encoded for the other one, and used again"
+    library.rename("cats", "kittens")
+    library.set_aside("kittens")
+    left = TensorCache(tmp_path / "cache")
+    assert [key in left for key in (alone, shared, kept)] == [False, True, True]
+    library.set_aside("dogs")
+    assert not list((tmp_path / "cache").rglob("*.cache")) and not list((tmp_path / "cache").rglob("*.keys"))

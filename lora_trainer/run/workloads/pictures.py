@@ -127,7 +127,8 @@ class Pictures:
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool) -> Work:
         config, plan = self._config, self._plan
-        cache = TensorCache(Path(config.cache_dir or Path(config.output_dir) / "cache"), self._on_warning)
+        folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
+        cache = TensorCache(folder, self._on_warning, Path(config.train_data_dir).resolve())
         source = BatchSource(
             config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room
         )
