@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_trainer import plugins
 from lora_trainer.errors import UserError
@@ -196,3 +198,14 @@ def test_rows_of_text_are_tried_too_and_learned_as_without_it(tmp_path, monkeypa
     monkeypatch.setattr(engine, "try_one_step", lambda trainer, adapters: True)
     untried = run(settings, output_dir=str(tmp_path / "untried"))
     assert weights_digest(tried.lora) == weights_digest(untried.lora)
+
+
+def test_a_language_model_without_a_number_is_not_told_of_a_vae(tmp_path):
+    base = tiny_language_model(tmp_path / "base")
+    weights = load_file(str(base / "model.safetensors"))
+    weights["model.embed_tokens.weight"].fill_(math.nan)
+    save_file(weights, str(base / "model.safetensors"), {"format": "pt"})
+    rows = write_rows(tmp_path / "rows.jsonl")
+    settings = {"base_model": str(base), "train_data_dir": str(rows), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"The model is damaged: choose another base_model\."):
+        run({**settings, "chat_template": "plain"})
