@@ -368,8 +368,7 @@ class OutputSettings:
     state."""
 
     validation_share: float = setting(0.0, minimum=0, maximum=0.5)
-    """Share of your pictures, or rows, that is not trained, at least two of them, to measure what is learned; 0 trains
-    all."""
+    """Share of your pictures, or rows, that is not trained, at least two of them, to measure learning; 0 trains all."""
 
     validation_steps: int | None = setting(None, minimum=1, decides=False)
     """Measure every so many steps; empty measures as often as takes at most 5 % of the time, first and last in any
