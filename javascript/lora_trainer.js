@@ -157,6 +157,8 @@ var loraTrainer = window.loraTrainer || {};
 
     /** The address of a job's file or a dataset's thumbnail. */
     app.fileUrl = (job, path) => `${API}/jobs/${job}/files/${path.split("/").map(encodeURIComponent).join("/")}`;
+    /** The run as one page to keep or share, in the language of this one. */
+    app.reportUrl = (job) => `${API}/jobs/${job}/report?language=${app.t("Loss") === "Loss" ? "en" : "zh_CN"}`;
     app.thumbnailUrl = (dataset, file) =>
         `${API}/datasets/${encodeURIComponent(dataset)}/thumbnails/${file.split("/").map(encodeURIComponent).join("/")}`;
 

@@ -176,6 +176,7 @@
         const node = app.el("div", {class: "inside"},
             ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
             app.el("div", {class: "row"}, ...app.live.actions(job, previews).map((action) => app.button(...action)),
+                job.started ? app.button("Report", () => window.open(app.reportUrl(job.id), "_blank", "noopener")) : null,
                 job.lora ? publishing(job, message) : null,
                 job.active ? null : deleting(job, message)),
             message,

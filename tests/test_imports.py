@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "host": LEAVES | {"models", "adapters", "captioning", "training", "run"},
     "demo": LEAVES | {"dataset", "adapters", "models", "training", "run"},
     "planning": LEAVES | {"dataset", "captioning", "adapters", "models", "training", "run", "host"},
+    "report": LEAVES | {"dataset", "adapters", "training", "run", "planning"},
     "comparison": LEAVES | {"models", "host"},
     "workspace": LEAVES | {"dataset", "captioning", "adapters", "models", "run", "host", "loras", "planning"},
     "jobs": LEAVES

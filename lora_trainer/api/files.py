@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, HTMLResponse
 
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
@@ -67,6 +67,22 @@ def routes(context: Context) -> APIRouter:
         except FileNotFoundError:
             return {"text": "", "truncated": False}
         return {"text": context.plain(text), "truncated": length > tail}
+
+    @router.get("/jobs/{job_id}/report", response_class=HTMLResponse)
+    def report(
+        job_id: int = PathParameter(ge=1, le=MAX_ID), language: str = Query("en", max_length=40)
+    ) -> HTMLResponse:
+        """The run as one page that needs nothing else and names no place of the server. language: of its words."""
+        from lora_trainer.report import RunFolder, report_of  # torch is slow to import
+
+        job = manager.store.get(job_id)
+        try:
+            folder = RunFolder(manager.folders.of(job))
+        except UserError as error:
+            raise UserError("This run has not begun, so there is no report.", remedy="Start it first.") from error
+        # Captions and names are a person's: whatever they hold, nothing on the page may run or fetch anything.
+        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
+        return HTMLResponse(report_of(folder, language), headers={"Content-Security-Policy": policy})
 
     @router.get("/jobs/{job_id}/files", response_model=schemas.FileListModel)
     def list_files(job_id: int = PathParameter(ge=1, le=MAX_ID)) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from lora_trainer import __version__
-from lora_trainer.cli import caption, compare, convert, demo, loras, text, tools, train, ui
+from lora_trainer.cli import caption, compare, convert, demo, loras, report, text, tools, train, ui
 from lora_trainer.errors import UserError
 from lora_trainer.requirements import missing_package
 
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first, last = (train, convert, caption), (compare, demo, ui)
+    first, last = (train, convert, caption), (compare, report, demo, ui)
     several = (*tools.PARSERS, *text.PARSERS, *loras.PARSERS)
     for add in (*(one.add_parser for one in first), *several, *(one.add_parser for one in last)):
         add(commands)

@@ -55,7 +55,9 @@ def chart(title: str, lines: Sequence[Line]) -> Html | None:
         path = "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in places)
         drawn.append(element("path", d=path, class_=f"line {line.kind}"))
         if line.dots or len(places) == 1:
-            drawn += [element("circle", cx=f"{left:.1f}", cy=f"{top:.1f}", r=3, class_=line.kind) for left, top in places]
+            drawn += [
+                element("circle", cx=f"{left:.1f}", cy=f"{top:.1f}", r=3, class_=line.kind) for left, top in places
+            ]
     svg = element(
         "svg",
         element("path", d=grid, class_="grid"),
@@ -98,6 +100,6 @@ def _span(lines: Sequence[Line]) -> tuple[float, float]:
     highest = []
     for line in lines:
         values = sorted(value for _, value in line.points)
-        highest.append(values[math.floor((len(values) - 1) * (1 - _OUTLIERS))] if not line.dots else values[-1])
+        highest.append(values[math.ceil((len(values) - 1) * (1 - _OUTLIERS))] if not line.dots else values[-1])
     high = max(highest)
     return (low, high) if high > low else (low - abs(low) / 10, low + (abs(low) / 10 or 1))

@@ -9,7 +9,7 @@ class Html(str):
     """Text that is HTML already."""
 
 
-def element(name: str, *children: str | Html | None, **attributes: object) -> Html:
+def element(name: str, /, *children: str | Html | None, **attributes: object) -> Html:
     """``<name attributes>children</name>``; what is no ``Html`` is escaped, None left out. class_ is class."""
     said = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'

@@ -18,6 +18,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentNetwork
 from lora_trainer.run.beginning import check_files, look_at_data, with_all_others
+from lora_trainer.run.environment import write_environment
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
 from lora_trainer.run.workloads import task_of, workload_of
@@ -131,6 +132,7 @@ def train(
                 make_room=lender.make_room,
             )
             _save_configuration(config, outputs)
+            write_environment(outputs, model.device, precision.name)
             with adapters:
                 if not try_one_step(trainer, adapters):
                     raise StoppedWhileWaiting

@@ -50,6 +50,10 @@ class Outputs:
     def configuration(self) -> Path:
         return self.directory / f"{self.name}.config.yaml"
 
+    @property
+    def environment(self) -> Path:
+        return self.directory / "logs" / f"{self.name}.environment.json"
+
     def path(self, kind: str, step: int) -> Path:
         """Where a ``Saver`` writes: see there for ``kind``."""
         if kind == "step":
