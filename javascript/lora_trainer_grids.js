@@ -7,10 +7,10 @@
     const USUAL_WEIGHT = 0.8; // of a card, where nobody chose another
     const SIZES = {min: 64, max: 640, usual: 160}; // of a picture, in pixels
 
-    /** Lives in node. take({step, weight}) puts these into the Lora tab. */
+    /** Lives in node. take({step, weight}) puts these into the Lora tab; loaded() is called with the first answer. */
     app.Grids = class {
-        constructor(job, take) {
-            Object.assign(this, {job, take, state: null, there: {}, taking: null, folder: null, step: null, timer: null});
+        constructor(job, take, loaded) {
+            Object.assign(this, {job, take, loaded, state: null, there: {}, taking: null, folder: null, step: null, timer: null});
             const field = (text, node, hint) => app.el("label", {class: "grid_field", title: hint}, app.el("span", {}, text), node);
             this.weights = app.el("input", {type: "text", spellcheck: "false"});
             this.steps = app.el("input", {type: "text", spellcheck: "false", placeholder: app.t("all saved steps")});
@@ -67,6 +67,7 @@
             if (first) {
                 this.weights.value = state.weights.join(", ");
                 this.prompts.value = state.prompts.join("\n");
+                this.loaded();
             }
             const active = state.status === "waiting" || state.status === "running";
             this.drawing.disabled = active || !state.steps.length;

@@ -13,6 +13,7 @@
 
         clear() {
             this.steps = new Map(); // step -> prompt -> address
+            this.files = new Map(); // path of a LoRA -> step that it was saved at last: the best one has one file
             this.saved = new Set(); // steps of which there is a LoRA
             this.there = this.weight = null; // the step that the Lora tab has, and at which weight
             this.grids = null;
@@ -29,22 +30,23 @@
 
         /** Events of a job; those that are no previews are passed over. */
         add(events) {
-            const savedBefore = this.saved.size;
+            const savedBefore = this.saved;
             const news = events.filter((event) => event.kind === "preview" && event.data.path);
-            for (const {kind, data} of events) if (kind === "saved" && data.kind === "lora") this.saved.add(data.step);
+            for (const {kind, data} of events) if (kind === "saved" && data.kind === "lora") this.files.set(data.path, data.step);
+            this.saved = new Set(this.files.values());
             for (const {job_id: job, data, text} of news) {
                 if (!this.steps.has(data.step)) this.steps.set(data.step, new Map());
                 this.steps.get(data.step).set(text, app.fileUrl(job, data.path));
                 if (!this.prompts.includes(text)) this.prompts.push(text);
             }
-            if (news.length || (this.comparing && this.saved.size > savedBefore)) this.build();
+            if (news.length || (this.comparing && String([...this.saved]) !== String([...savedBefore]))) this.build();
         }
 
         /** Show all steps of the job beside each other, with its grids, or one step at a time. */
         compare(comparing, job) {
             this.comparing = comparing;
             if (comparing && !this.grids) {
-                this.grids = new app.Grids(job, this.take);
+                this.grids = new app.Grids(job, this.take, () => this.comparing && this.build());
                 this.grids.isThere(this.there, this.weight);
             }
             this.node.closest(".lora_trainer_panels").toggleAttribute("data-comparing", comparing);
@@ -96,7 +98,8 @@
             const under = (step) => {
                 if (step && step === this.there) return app.el("span", {class: "help"}, app.t("in your Lora tab"));
                 if (step === this.taking) return app.el("span", {class: "help", role: "status"}, app.t("on its way to your Lora tab …"));
-                if (!this.saved.has(step)) return false;
+                const {state} = this.grids; // it knows which files are still there
+                if (!this.saved.has(step) || (state && !state.steps.includes(step))) return false;
                 const button = app.button("Use this one", () => this.takeNow(step));
                 button.disabled = Boolean(this.taking); // one after the other: the last click counts
                 return button;

@@ -49,6 +49,15 @@ def test_one_click_draws_the_grid_and_one_publishes(drawn, manager):
     assert Image.open(download.value.path()).width > 3 * 96
 
 
+def test_a_save_that_took_the_place_of_another_is_offered_alone(drawn):
+    """The best LoRA has one file."""
+    event = "({id: 0, job_id: 1, kind: 'saved', text: '', data: {kind: 'lora', step, path: 'output/best.safetensors'}})"
+    drawn.evaluate(f"loraTrainer.live.previews.add([3, 7].map((step) => {event}))")
+    assert drawn.evaluate("[...loraTrainer.live.previews.saved]") == [10, 20, 7]
+    cards = drawn.locator("#lora_trainer_previews .lora_trainer_checkpoint")
+    assert "step 7" in cards.first.inner_text() and cards.first.get_by_text("Use this one").count() == 0, "it is gone"
+
+
 def test_the_steps_are_walked_through_by_a_slider_and_the_pictures_made_larger(drawn):
     page = drawn
     step, size = (page.locator("#lora_trainer_previews .lora_trainer_grid_slider input").nth(index) for index in (1, 0))
