@@ -23,8 +23,9 @@
                 await app.form.suggest(estimate.pictures, estimate.family);
                 if (mine.signal.aborted) return;
                 app.form.display(focused());
-                if (!app.pictures.chosen) return showNothing();
+                if (!app.form.data()) return showNothing();
                 const settings = app.form.settings();
+                if (settings.task === "text") await app.texts.show();
                 const facts = await app.post("/estimate", {settings}, mine.signal);
                 const known = facts.pictures === estimate.pictures && facts.family === estimate.family;
                 Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
@@ -38,8 +39,8 @@
         } catch (error) {
             if (error.name === "AbortError") return;
             showNothing();
-            if (app.pictures.allOut()) return app.pictures.judged({pictures: 0, problems: [], refused: [], warnings: []});
-            app.pictures.notJudged();
+            if (app.form.task() === "image" && app.pictures.allOut()) return app.pictures.judged({pictures: 0, problems: [], refused: [], warnings: []});
+            if (app.form.task() === "image") app.pictures.notJudged();
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
         }
@@ -57,7 +58,7 @@
         showTime(facts, later);
         app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory), facts.memory_basis));
         estimate.resolution = facts.resolution;
-        app.pictures.judged(facts);
+        (facts.task === "text" ? app.texts : app.pictures).judged(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());
     }
@@ -99,7 +100,7 @@
     }
 
     function showNothing() {
-        ["sum", "steps", "buckets", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
+        ["sum", "steps", "buckets", "tokens", "time", "memory"].forEach((name) => app.setText(app.get("fact_" + name), "–"));
         app.show(app.get("shorter"), false);
     }
 
@@ -110,7 +111,7 @@
         app.setText(button, app.t("Starting …"));
         let wrong = false;
         try {
-            if (app.pictures.busy) await app.pictures.busy;
+            await Promise.all([app.pictures.busy, app.texts.busy]);
             if (timer !== null) await estimate.now(); // what is suggested follows the last change, too
             app.live.askForNotifications();
             const {continues} = app.form;
@@ -173,7 +174,7 @@
             for (const name of ["base_model", "output_name", "trigger_word"]) {
                 if (!given.includes(name) && name in app.form.given) settings[name] = app.form.given[name];
             }
-            app.form.fill({...settings, train_data_dir: settings.train_data_dir || app.pictures.chosen || ""});
+            app.form.fill({...settings, train_data_dir: settings.train_data_dir || app.form.data() || ""});
         } catch (error) {
             tellTranslation(null);
             if (!error.problems) return app.complain(error, app.get("problem_yaml"));

@@ -20,6 +20,13 @@
     form.label = (name) => form.control(name).closest("[data-field]").querySelector("label > span").textContent.trim();
     form.kind = () => (document.querySelector("input[name=lora_trainer_kind]:checked") || {}).value || "character";
 
+    /** What is trained: "image" or "text". */
+    form.task = () => (form.kind() === "text" ? "text" : "image");
+    /** Whether a setting means something in such a training. */
+    form.fits = (name) => [undefined, form.task()].includes(form.control(name).closest("[data-field]").dataset.task);
+    /** What is learned from: pictures or rows. */
+    form.data = () => (form.task() === "text" ? app.texts : app.pictures).chosen;
+
     /** A control's text as the value that the API takes; null for an empty one. */
     function read(control) {
         const text = control.value.trim();
@@ -114,7 +121,7 @@
     form.store = () =>
         app.remember("form", {
             given: form.given, filled: form.filled, untouched: [...form.untouched], kind: form.kind(), folder: app.pictures.chosen,
-            continues: form.continues, faithful: form.faithful, started: form.started, preset: app.presets.chosen,
+            texts: app.texts.chosen, continues: form.continues, faithful: form.faithful, started: form.started, preset: app.presets.chosen,
         });
 
     form.restore = function(remembered) {
@@ -142,11 +149,12 @@
     form.display = function(typing) {
         let changed = 0;
         const groups = {};
+        app.texts.followTask();
         form.controls().forEach((control) => {
             const name = control.dataset.setting;
             const reset = document.querySelector(`#lora_trainer [data-reset="${name}"]`);
             if (name !== typing) write(control, form.value(name));
-            const own = name in form.given && !control.closest(".lora_trainer_steps");
+            const own = name in form.given && form.fits(name) && !control.closest(".lora_trainer_steps");
             const group = control.closest("[data-group]");
             app.show(reset, own);
             if (own) changed += 1;
@@ -201,16 +209,21 @@
         UNSEEN.filter((name) => name in form.given).forEach((name) => { settings[name] = form.given[name]; });
         form.controls().forEach(({dataset: {setting: name}}) => {
             const value = form.value(name);
+            if (!form.fits(name)) return;
             if (form.touched(name) || !same(value, form.defaults[name])) settings[name] = value;
         });
         if (settings.max_train_steps && !("epochs" in form.given)) delete settings.epochs; // only suggested, and without effect
-        settings.train_data_dir = app.pictures.chosen || "";
+        settings.train_data_dir = form.data() || "";
+        if (form.task() === "text") settings.task = "text";
         return settings;
     };
 
     /** Take over settings by name, as of an earlier run or a YAML file; everything else goes back to its suggestion. */
     form.fill = function(settings, {continues = null} = {}) {
-        const {train_data_dir: folder, ...rest} = settings;
+        const {train_data_dir: folder, task, ...rest} = settings;
+        if (task === "text") form.chooseKind("text");
+        else if (form.task() === "text") form.chooseKind("character");
+        app.texts.followTask(); // before the base model is taken over
         form.given = {};
         form.filled = {};
         form.suggested = {};
@@ -224,7 +237,7 @@
         form.untouched = new Set(Object.keys(form.filled));
         form.faithful = true;
         form.clearProblems();
-        if (folder) app.pictures.choose(folder);
+        if (folder) (form.task() === "text" ? app.texts : app.pictures).choose(folder);
         else form.changed();
     };
 

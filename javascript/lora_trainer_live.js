@@ -112,6 +112,7 @@
             loadDetails(job);
         }
         app.show(app.get("live"), true);
+        app.show(app.get("preview_panel"), job.task !== "text");
         if (live.pointsOf === job.id) live.curve.set(live.points);
         pickerKnows(job);
         showStrip(job);
@@ -172,7 +173,7 @@
     live.state = (job) => app.t(STATES[job.status] || job.status);
 
     const PHASES = {
-        starting: "Preparing …", captioning: "Describing the pictures", pictures: "Looking at the pictures",
+        starting: "Preparing …", rows: "Reading the rows", captioning: "Describing the pictures", pictures: "Looking at the pictures",
         model: "Preparing the model", trying: "Trying one step", latents: "Encoding the pictures", captions: "Encoding the captions",
         measuring: "Measuring the held-out pictures", previews: "Drawing the previews", hashing: "Computing the base model's hash", saving: "Saving",
         merging: "Merging into the base model", publishing: "Putting it into your Lora tab",
@@ -220,6 +221,7 @@
         if (job.error) lines.push(app.sentence(job.error));
         if (job.status === "interrupted") lines.push(app.queue.howItWasCutOff(job));
         if (job.published) lines.push(whatIsThere(job));
+        if (job.lora && job.task === "text") lines.push(app.t("The LoRA is the folder {path} among the files of this run, as PEFT, vLLM and llama.cpp's converter read it.", {path: job.lora.replace(/\/[^/]*$/, "")}));
         if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
         lines.push(...job.warnings.map(app.sentence));
         if (job.advice && !job.warnings.some((one) => one.message === job.advice)) lines.push(app.said(job.advice));
@@ -260,7 +262,7 @@
                 job.status === "waiting" && job.switches_back && ["Switch back", () => switchBack(job), "primary"],
                 job.status === "paused" ? ["Resume", to("resume"), "primary"] : job.status !== "stopping" && ["Pause", to("pause")],
                 job.active && ["Save now", to("save-now")],
-                job.active && ["Preview now", to("preview-now")],
+                job.active && job.task !== "text" && ["Preview now", to("preview-now")],
                 job.active && ["Stop and save", to("stop-and-save")],
                 ["Stop", to("stop")],
                 tryIt && [tryIt[0], tryIt[1]],
@@ -271,8 +273,8 @@
             tryIt,
             job.fails_again && ["Run again with changes", again, "primary"],
             job.status !== "finished" && !job.fails_again && ["Resume", to("resume"), "primary"],
-            (job.lora || job.published) && ["Compare checkpoints", () => compare(previews, job, !previews.comparing)],
-            (job.lora || job.published) && ["Draw a grid", () => compare(previews, job, true) || previews.grids.draw()],
+            (job.lora || job.published) && job.task !== "text" && ["Compare checkpoints", () => compare(previews, job, !previews.comparing)],
+            (job.lora || job.published) && job.task !== "text" && ["Draw a grid", () => compare(previews, job, true) || previews.grids.draw()],
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             !job.fails_again && ["Run again with changes", again],
             job.fails_again && ["Resume", to("resume")],

@@ -20,13 +20,17 @@
         if (buttons[index]) buttons[index].click();
     };
 
-    async function fillModels() {
-        const {checkpoints, has_one: hasOne} = await app.fetchJson("/checkpoints");
+    /** What can be trained, in the list of base models: the host's checkpoints, or its language models. */
+    const fillModels = (app.fillModels = async function() {
+        const task = app.form.task();
+        const {checkpoints, has_one: hasOne} = task === "text" ? await languageModels() : await app.fetchJson("/checkpoints");
+        if (task !== app.form.task()) return; // another kind was chosen meanwhile
         const selected = checkpoints.find((one) => one.selected);
-        const own = hasOne ? app.t("the model that is selected") : app.t(checkpoints.length ? "choose …" : "no base model found");
+        const none = task === "text" ? app.t("no language model found") : app.t("no base model found");
+        const own = hasOne ? app.t("the model that is selected") : checkpoints.length ? app.t("choose …") : none;
         const text = selected ? app.t(selected.loaded ? "{name} (loaded)" : "{name} (selected)", {name: selected.title}) : own;
         const list = app.get("field_base_model");
-        const key = JSON.stringify(checkpoints);
+        const key = task + JSON.stringify(checkpoints);
         if (list.dataset.key === key) return;
         list.dataset.key = key;
         list.dataset.selected = selected ? selected.title : "";
@@ -36,6 +40,11 @@
         );
         if (!hasOne && !selected && checkpoints.length === 1 && !app.form.value("base_model")) app.form.set("base_model", checkpoints[0].title);
         app.form.show("base_model");
+    });
+
+    async function languageModels() {
+        const {names} = await app.fetchJson("/language-models");
+        return {checkpoints: names.map((title) => ({title})), has_one: false};
     }
 
     let known = null;
@@ -76,7 +85,8 @@
             const button = event.target.closest("[data-action]");
             if (!button) return;
             event.preventDefault(); // a button inside a label must not also toggle its field
-            const action = ACTIONS[button.dataset.action] || app.presets.actions[button.dataset.action] || app.tools.actions[button.dataset.action] || app.editor.actions[button.dataset.action];
+            const actions = [ACTIONS, app.texts.actions, app.presets.actions, app.tools.actions, app.editor.actions];
+            const action = actions.find((some) => button.dataset.action in some)[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
         translate(page);
@@ -95,6 +105,7 @@
         });
         app.form.begin();
         app.pictures.begin();
+        app.texts.begin();
         app.runs.begin();
         app.tools.begin();
         app.search.begin();
@@ -119,6 +130,7 @@
         app.presets.begin().catch((error) => app.live.complain(error));
         await fillModels();
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
+        if (remembered && remembered.texts) await app.texts.choose(remembered.texts);
     }
 
     /** The tab is opened: another model may have been selected meanwhile, or its list read anew. */

@@ -23,7 +23,7 @@
         let count = 0;
         for (const group of groups) {
             const hits = [...group.querySelectorAll("[data-find]")].filter((field) => {
-                const hit = matches(field, words);
+                const hit = !field.classList.contains("lora_trainer_other_task") && matches(field, words);
                 app.show(field, hit);
                 return hit;
             });

@@ -4,10 +4,12 @@
 
     /** facts: what the estimate says. The steps themselves stand in the line below. */
     app.sum = function(facts) {
-        const pictures = app.t(facts.pictures === 1 ? "1 picture" : "{n} pictures", {n: facts.pictures});
+        const count = facts.task === "text" ? facts.rows - facts.held_out : facts.pictures;
+        const words = facts.task === "text" ? ["1 row", "{n} rows"] : ["1 picture", "{n} pictures"];
+        const pictures = app.t(words[count === 1 ? 0 : 1], {n: count});
         const repeats = app.t(facts.repeats === 1 ? "1 repeat" : "{n} repeats", {n: facts.repeats});
         const epochs = app.t(facts.epochs === 1 ? "1 epoch" : "{n} epochs", {n: facts.epochs});
-        const even = facts.pictures * facts.repeats === facts.visits_per_epoch;
+        const even = count * facts.repeats === facts.visits_per_epoch;
         const seen = even ? `${pictures} × ${repeats}` : app.t("{pictures}, seen {n} times an epoch", {pictures, n: facts.visits_per_epoch});
         const batch = facts.batch_size * facts.accumulation;
         const {stops_at: limit} = facts;

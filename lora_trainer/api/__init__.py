@@ -20,11 +20,11 @@ __all__ = ["PREFIX", "add_routes"]
 
 def add_routes(app: FastAPI, manager: JobManager, host: Host) -> None:
     """Add every route to the host's app. "Reload UI" makes a new app: call it again with that one."""
-    from lora_trainer.api import catalog, comparing, datasets, editor, editor_tools, files, jobs, loras
+    from lora_trainer.api import catalog, comparing, datasets, editor, editor_tools, files, jobs, loras, texts
     from lora_trainer.api.context import Context
 
     manager.host = host
     context = Context(manager)
-    for part in (jobs, comparing, files, datasets, catalog, editor, editor_tools, loras):
+    for part in (jobs, comparing, files, datasets, catalog, editor, editor_tools, loras, texts):
         app.include_router(part.routes(context), prefix=PREFIX)
     app.openapi_schema = None  # made anew with these routes when somebody asks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_trainer.errors import Problem
 from lora_trainer.jobs.job import Event, Job
+from lora_trainer.models.families.causal_lm.families import LANGUAGE_FAMILIES
 from lora_trainer.workspace.library import DatasetLibrary
 from lora_trainer.workspace.paths import redact
 from lora_trainer.workspace.presets import OwnPresets
@@ -67,6 +68,7 @@ class Context:
             "verified": job.result.get("verified"),
             "switches_back": self.manager.can_switch_back(job.id),
             "fails_again": job.fails_again,
+            "task": "text" if job.family in LANGUAGE_FAMILIES else "image",
             "saved_step": self.manager.folders.saved_step(job) if job.status in _RESUMED else None,
         }
         if detailed:

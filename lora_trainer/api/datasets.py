@@ -92,7 +92,7 @@ def routes(context: Context) -> APIRouter:
         for picture in new.pictures:
             try:
                 check_caption(picture.name, picture.caption)
-                added.append(library.add_picture(name, picture.name, _decode(picture)))
+                added.append(library.add_picture(name, picture.name, decode(picture)))
                 captions.setdefault(added[-1], picture.caption)
             except UserError as error:
                 if error.__cause__ is not None and disk_is_full(error.__cause__):
@@ -107,7 +107,7 @@ def routes(context: Context) -> APIRouter:
     return router
 
 
-def _decode(picture: schemas.UploadModel) -> bytes:
+def decode(picture: schemas.UploadModel) -> bytes:
     encoded = picture.data
     if encoded.startswith("data:"):
         encoded = encoded.partition(",")[2]

@@ -69,6 +69,7 @@ class JobModel(BaseModel):
     verified: bool | None = None
     saved_step: int | None = None
     fails_again: bool = False
+    task: str = "image"
     switches_back: bool = False
     revision: int
 
@@ -269,6 +270,7 @@ class DatasetModel(BaseModel):
     cover: str | None = None
     own: bool
     resumable: int = 0
+    texts: int = 0
 
 
 class DatasetListModel(BaseModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,8 @@ def show(options: argparse.Namespace) -> int:
         count = sum(encoded.learned)
         cut = f", {encoded.cut} more are cut" if encoded.cut else ""
         print(f"--- {row.where}: {len(encoded)} tokens, {count} learned{cut}")
-        print("".join(_marked(encoder.tokenizer, encoded.tokens, encoded.learned, marks)))
+        print("".join(text if not learned else text.join(marks) for text, learned in encoder.segments(encoded)))
     return DONE
-
-
-def _marked(tokenizer: Any, tokens: Sequence[int], learned: Sequence[bool], marks: tuple[str, str]) -> Iterator[str]:
-    start = 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or learned[end] != learned[start]:
-            text = tokenizer.decode(list(tokens[start:end]), clean_up_tokenization_spaces=False)
-            yield f"{marks[0]}{text}{marks[1]}" if learned[start] else text
-            start = end
 
 
 def add_generate(commands: Any) -> None:

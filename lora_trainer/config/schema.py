@@ -27,7 +27,7 @@ class ModelSettings:
     """What is learned from: image (pictures with captions) or text (rows of prompts and answers, for a language
     model). auto: text when base_model is a folder whose config.json names a language model."""
 
-    quantize: Literal["no", "nf4"] = setting("no", given_by="file", fills_memory=True, sets_pace=True, task="text")
+    quantize: Literal["no", "nf4"] = setting("no", fills_memory=True, sets_pace=True, task="text")
     """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
 
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
@@ -159,15 +159,15 @@ class DataSettings:
     75."""
 
     chat_template: Literal["auto", "own", "llama2", "chatml", "glm4", "chatglm3", "alpaca", "plain"] = setting(
-        "auto", given_by="file", task="text"
+        "auto", task="text"
     )
     """How a conversation is written for a language model. own: by the template in the model's folder. auto: own where
     there is one, else what fits the model."""
 
-    system_prompt: str = setting("", given_by="file", task="text")
+    system_prompt: str = setting("", task="text")
     """What the model is told before every conversation that has no system prompt of its own."""
 
-    max_length: int = setting(1024, minimum=8, maximum=1_000_000, given_by="file", fills_memory=True, task="text")
+    max_length: int = setting(1024, minimum=8, maximum=1_000_000, fills_memory=True, task="text")
     """Maximum length of a conversation in tokens; longer ones are cut at their end, and reported."""
 
     cache_dir: str | None = setting(None, decides=False, path="write", given_by="job")

@@ -102,7 +102,7 @@ def publish(
     """
     if config.task == "text":
         message = f"{job.name} is for a language model, and the WebUI draws with image models."
-        raise UserError(message, remedy="Its files lie in the folder of the job.")
+        raise UserError(message, remedy="Its files lie in the folder of the training.")
     on_phase("publishing", 0, 0)
     path = _copied(host, lora, name, make_card(job, config, picture, weight), overwrite=overwrite)
     on_phase("verifying", 0, 0)

@@ -69,6 +69,13 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     return config
 
 
+def check_places(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig:
+    """Settings of a language model of which only the paths are checked. Raises UserError for one that may not be used.
+    """
+    config = _settled(from_mapping({**read_settings(settings), "task": "text"}), host)
+    return confine_config(config, host.folders().data, host.access(), known_models(host))
+
+
 def _settled(config: TrainConfig, host: Host) -> TrainConfig:
     """With the task named, and the folder of a language model that is given by its name in the host's list."""
     if config.task != "image":

@@ -10,6 +10,9 @@ from lora_trainer.errors import UserError
 FEW_PICTURES = 100
 """Below it the articles advise dropout."""
 
+TEXT = "text"
+"""The kind that learns from rows of text instead of pictures."""
+
 _VISITS_PER_EPOCH = 100  # with few pictures, repeats make an epoch about this long
 _MAX_REPEATS = 10
 
@@ -51,8 +54,16 @@ PRESETS: dict[str, Preset] = {
             "A product or a thing, on different backgrounds.",
             {"lora_rank": 12, "alpha": 24, "epochs": 12, "batch_size": 4, "learning_rate": 2e-4},
         ),
+        Preset(
+            TEXT,
+            "Language model",
+            "A way of answering, or facts: 100 or more rows of prompts and answers, for a language model.",
+            {"lora_rank": 16, "alpha": 32, "epochs": 5, "batch_size": 2, "gradient_accumulation_steps": 4,
+             "gradient_checkpointing": True, "learning_rate": 2e-4, "lr_scheduler": "cosine", "lr_warmup_ratio": 0.1,
+             "dropout": 0.05, "validation_share": 0.1},
+        ),
     )
-}
+}  # fmt: skip
 
 
 def preset(
@@ -69,6 +80,8 @@ def preset(
     """
     if kind not in PRESETS:
         raise UserError(f"There is no preset {kind!r}.", field="preset", remedy=f"Use one of {', '.join(PRESETS)}.")
+    if kind == TEXT:
+        return dict(PRESETS[TEXT].settings)
     from lora_trainer.models.families import find_family
 
     model = find_family(family)

@@ -79,7 +79,7 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     help_text = tag("p", explanation, id_=help_id, class_="help" if explained else "help spoken")
     problem = tag("p", id_=problem_id, class_="problem", role="alert", hidden=True)
     inputs = [] if switch else [control(name, described, placeholder)]
-    return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name,
+    return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name, data_task=FACTS[name].task,
                data_find="\n".join((name, caption, explanation)))  # fmt: skip
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from lora_trainer.planning.presets import PRESETS
 from lora_trainer.ui.form import advanced, field
-from lora_trainer.ui.markup import Markup, button, tag
+from lora_trainer.ui.markup import Markup, button, card, tag
+from lora_trainer.ui.text_step import model_folder, rows_card
 
 
 def create_ui(*, offer_folders: bool = True) -> Markup:
     """``offer_folders``: whether a folder of the server may be named."""
-    steps = tag("div", _pictures(offer_folders), _kind(), _start(), class_="steps")
+    first = (_pictures(offer_folders), rows_card(offer_folders))
+    steps = tag("div", *first, _kind(), _start(offer_folders), class_="steps")
     form = tag("form", steps, id_="form", novalidate=True)
     return tag("div", _trouble(), form, _live(), _advanced(), class_="page")
 
 
 def _trouble() -> Markup:
     return tag("p", id_="trouble", class_="notice problem", role="alert", hidden=True)
-
-
-def _card(number: str, title: str, sentence: str, *children: Markup) -> Markup:
-    heading = tag("h3", tag("span", number, class_="number", aria_hidden="true"), tag("span", title))
-    return tag("section", heading, tag("p", sentence, class_="lead"), *children, class_="card")
 
 
 def _pictures(offer_folders: bool) -> Markup:
@@ -46,7 +43,7 @@ def _pictures(offer_folders: bool) -> Markup:
     earlier = tag("div", tag("label", "Pictures from before", for_="earlier"),
                   tag("select", id_="earlier"), class_="field", id_="earlier_field", hidden=True)  # fmt: skip
     other = [earlier, folder] if offer_folders else [earlier]
-    return _card(
+    return card(
         "1",
         "Pictures",
         "Twenty clear ones of one thing do more than a hundred of many. Captions (.txt, .csv) may come along.",
@@ -61,6 +58,7 @@ def _pictures(offer_folders: bool) -> Markup:
         tag("details", tag("summary"), tag("ul"), id_="refused", class_="quiet", hidden=True),
         tag("ul", id_="hints", class_="hints", hidden=True),
         tag("p", id_="problem_train_data_dir", class_="problem", role="alert", hidden=True),
+        task="image",
     )  # fmt: skip
 
 
@@ -74,7 +72,7 @@ def _kind() -> Markup:
         tag("p", preset.hint, class_="help", data_hint=kind, hidden=kind != "character")
         for kind, preset in PRESETS.items()
     ]
-    return _card(
+    return card(
         "2",
         "What is it?",
         "The kind chooses fitting settings; the name is what you will type in a prompt.",
@@ -88,23 +86,25 @@ def _kind() -> Markup:
     )
 
 
-def _start() -> Markup:
+def _start(offer_folders: bool) -> Markup:
     model = tag("div", tag("label", "Base model", for_="field_base_model", title=_BASE_HELP),
                 tag("select", id_="field_base_model", data_setting="base_model", data_type="choice",
                     aria_describedby="problem_base_model"),
                 tag("p", id_="problem_base_model", class_="problem", role="alert", hidden=True),
                 class_="field", data_field="base_model")  # fmt: skip
+    folder = [model_folder()] if offer_folders else []
     facts = tag(
         "dl",
-        *(tag("div", tag("dt", title), tag("dd", "–", id_=f"fact_{name}"), title=explanation)
-          for name, title, explanation in _FACTS),
+        *(tag("div", tag("dt", title), tag("dd", "–", id_=f"fact_{name}"), title=explanation, data_task=task)
+          for name, title, explanation, task in _FACTS),
         class_="facts",
     )  # fmt: skip
-    return _card(
+    return card(
         "3",
         "Train",
         "Everything is checked first; these numbers say what the training will do.",
         model,
+        *folder,
         facts,
         tag("p", id_="shorter", class_="help", hidden=True),
         tag("button", "Start training", type="button", id_="start", class_="button primary", data_action="start"),
@@ -116,12 +116,14 @@ def _start() -> Markup:
 _BASE_HELP = "The model that learns from your pictures. The LoRA works with its relatives as well."
 
 _FACTS = (
-    ("sum", "What is seen", "In an epoch every picture is seen as often as its repeats say"),
-    ("steps", "Steps", "One step learns from one batch of pictures"),
-    ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels"),
+    ("sum", "What is seen", "In an epoch every picture is seen as often as its repeats say", None),
+    ("steps", "Steps", "One step learns from one batch of pictures", None),
+    ("buckets", "Sizes", "Pictures of like shape are trained together (buckets), in pixels", "image"),
+    ("tokens", "Tokens", "The pieces of words that the model reads; the answers are what it learns", "text"),
     ("time", "Time", "As similar trainings took here when nothing else ran, with all that belongs to it; before the"
-     " first one, a forecast from a short trial"),
-    ("memory", "Memory", "As a similar training took here; before the first one, a forecast for the whole device"),
+     " first one, a forecast from a short trial", None),
+    ("memory", "Memory", "As a similar training took here; before the first one, a forecast for the whole device",
+     None),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import secrets
@@ -12,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_trainer.dataset.text.rows import ENDINGS as ROW_FILES
 from lora_trainer.errors import UserError
-from lora_trainer.files import atomic_path, safe_name_problem
+from lora_trainer.files import atomic_path, atomic_write, safe_name_problem
 from lora_trainer.workspace.paths import check_name, confined
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ _changing = threading.Lock()
 @dataclass(frozen=True)
 class DatasetSummary:
     """name: of its folder. pictures: how many. changed: seconds since 1970. size: bytes of all its files. cover: the
-    first picture, as a posix path. own: made here, and not a folder that somebody put beside the others."""
+    first picture, as a posix path. own: made here, and not a folder that somebody put beside the others. texts: files
+    with rows for a language model, where it has no pictures."""
 
     name: str
     pictures: int
@@ -42,6 +45,7 @@ class DatasetSummary:
     size: int
     cover: str | None
     own: bool
+    texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,17 @@ class DatasetLibrary:
     def _summary(self, folder: os.DirEntry[str]) -> DatasetSummary:
         from lora_trainer.dataset.listing import is_picture
 
-        pictures, size, cover = 0, 0, None
+        pictures, texts, size, cover = 0, 0, 0, None
         for entry in _files(folder.path):
             size += entry.stat(follow_symlinks=False).st_size
+            texts += entry.name.lower().endswith(ROW_FILES)
             if is_picture(entry.name):
                 pictures += 1
                 file = Path(entry.path).relative_to(folder.path).as_posix()
                 cover = min(cover or file, file)
         own = self._is_own(Path(folder.path))
-        return DatasetSummary(folder.name, pictures, folder.stat().st_mtime, size, cover, own)
+        texts = 0 if pictures else texts  # beside pictures they are tables of captions
+        return DatasetSummary(folder.name, pictures, folder.stat().st_mtime, size, cover, own, texts)
 
     def _is_own(self, folder: Path) -> bool:
         """Whether it was made here: never what a link leads to, nor what somebody has put there."""
@@ -111,6 +117,30 @@ class DatasetLibrary:
             ) from error
         (path / _MARK).touch()
         return path
+
+    def add_text(self, file: str, data: bytes) -> str:
+        """Keep a file with rows for a language model in a dataset of its own. Returns the name of the dataset.
+
+        Raises:
+            UserError: it is no such file, or has no row that can be read.
+        """
+        from lora_trainer.dataset.text.rows import read_rows
+
+        stem = Path(check_name(file, "train_data_dir")).stem
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        with _changing:
+            folder = self.create(next(name for name in names if not (self.root / name).exists()))
+        try:
+            atomic_write(folder / file, data)
+            rows, bad = read_rows(folder / file)
+            if not rows:
+                why = f": {bad[0].where}: {bad[0].reason}" if bad else ""
+                remedy = 'Give lines such as {"prompt": "…", "response": "…"}.'
+                raise UserError(f"{file} has no row that can be read{why}.", field="train_data_dir", remedy=remedy)
+        except UserError:
+            shutil.rmtree(folder)
+            raise
+        return folder.name
 
     def own(self, name: str) -> Path:
         """The folder of a dataset that was made here. Raises UserError for another, or where there is none."""

@@ -57,8 +57,6 @@ def test_a_language_model_of_the_list_is_trained_and_its_lora_stays_in_the_job(m
     assert list((host.root / "Lora").iterdir()) == [] and host.published == [] and not job.result.get("published")
     with pytest.raises(UserError, match="language model"):
         manager.publish(job.id)
-    with pytest.raises(UserError, match="language model"):
-        manager.publish(job.id, step=2)
 
 
 def test_one_that_continues_begins_with_the_lora_before(manager, settings):

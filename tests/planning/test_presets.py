@@ -9,7 +9,7 @@ from lora_trainer.planning.presets import PRESETS, preset
 
 
 def test_presets_are_the_articles_and_adapt(tmp_path):
-    assert set(PRESETS) == {"style", "character", "scene", "object"}
+    assert set(PRESETS) == {"style", "character", "scene", "object", "text"}
     style, character, scene = preset("style"), preset("character"), preset("scene")
     assert (style["lora_rank"], style["alpha"], style["epochs"], style["batch_size"]) == (8, 16, 10, 4)
     assert (character["lora_rank"], character["alpha"], character["epochs"]) == (12, 24, 12)
@@ -23,6 +23,7 @@ def test_presets_are_the_articles_and_adapt(tmp_path):
     assert (little["batch_size"], little["gradient_accumulation_steps"], little["lora_rank"]) == (1, 4, 12)
     assert (tight["batch_size"], tight["lora_rank"], tight["alpha"]) == (1, 6, 12)
     assert preset("character", 20, "sdxl", 40 << 30)["batch_size"] == 4
+    assert preset("text", 12, "llama", 2 << 30) == PRESETS["text"].settings, "rows are no pictures"
     with pytest.raises(UserError):
         preset("nothing")
 

@@ -46,6 +46,14 @@ class Encoder:
         end = self.max_length
         return EncodedRow(row, tuple(tokens[:end]), tuple(learned[:end]), max(0, len(tokens) - end))
 
+    def segments(self, encoded: EncodedRow) -> list[tuple[str, bool]]:
+        """What the model sees as text, special tokens included, in pieces that are learned or not."""
+        found = []
+        for learned, pieces in groupby(zip(encoded.tokens, encoded.learned), lambda one: one[1]):
+            tokens = [token for token, _ in pieces]
+            found.append((self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), learned))
+        return found
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """What the model reads before it answers the last message."""
         return self._encoded(messages)[0]

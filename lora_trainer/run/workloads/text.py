@@ -155,18 +155,23 @@ def usable_rows(
         encoded.append(encoder.encode(row))
         progress(done, len(rows))
     usable = [row for row in encoded if any(row.learned)]
-    length = f"max_length ({config.max_length} tokens)"
-    told = (
-        ("cannot be read and are left out", [f"{row.where} ({row.reason})" for row in bad]),
-        (f"are longer than {length} and are cut", [row.row.where for row in usable if row.cut]),
-        (
-            f"have no answer within {length} and are left out",
-            [row.row.where for row in encoded if not any(row.learned)],
-        ),
-    )
+    length, lost = config.max_length, [row.row.where for row in encoded if not any(row.learned)]
+    unread, cut = [f"{row.where} ({row.reason})" for row in bad], [row.row.where for row in usable if row.cut]
+    warnings: list[str] = []
+    if unread:
+        warnings.append(f"{len(unread)} rows cannot be read and are left out: {_some(unread)}.")
+    if cut:
+        warnings.append(f"{len(cut)} rows are longer than max_length ({length} tokens) and are cut: {_some(cut)}.")
+    if lost:
+        what = f"{len(lost)} rows have no answer within max_length ({length} tokens) and are left out: {_some(lost)}."
+        warnings.append(what)
     if not usable:
         raise _nothing_to_learn(config)
-    return usable, [f"{len(names)} rows {what}: {enumerate_some(names, _NAMED)}." for what, names in told if names]
+    return usable, warnings
+
+
+def _some(names: Sequence[str]) -> str:
+    return enumerate_some(names, _NAMED)
 
 
 def _nothing_to_learn(config: TrainConfig) -> UserError:
