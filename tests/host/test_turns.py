@@ -51,15 +51,19 @@ def test_a_waiting_generation_goes_first_every_time(turns, lock):
 def test_several_waiting_generations_all_get_their_turn(turns, lock):
     served = []
 
+    at_the_door = [threading.Event() for _ in range(4)]
+
     def generate(number: int) -> None:
+        at_the_door[number].set()
         with lock:
             served.append(number)
             time.sleep(0.005)
 
     with turns.take():
         threads = [threading.Thread(target=generate, args=(number,)) for number in range(4)]
-        for thread in threads:
+        for number, thread in enumerate(threads):
             thread.start()
+            assert at_the_door[number].wait(10)
             time.sleep(0.02)
         assert turns.somebody_waits
     for _ in range(8):

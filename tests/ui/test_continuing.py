@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("playwright.sync_api")
 from PIL import Image
+from playwright.sync_api import expect
 
 from lora_trainer.errors import UserError
 from tests.jobs.fakes import weights_at
@@ -158,7 +159,7 @@ def test_use_this_one_answers_at_once(page, files, train, manager, monkeypatch):
     assert shown.nth(1).get_by_text("Use this one").is_disabled()
     go.set()
     shown.nth(0).get_by_text("in your Lora tab", exact=True).wait_for()
-    assert shown.nth(1).get_by_text("Use this one").is_enabled()
+    expect(shown.nth(1).get_by_text("Use this one")).to_be_enabled()
 
 
 def test_use_this_one_that_fails_can_be_tried_again(page, files, train, manager):
@@ -184,7 +185,7 @@ def test_publishing_under_a_new_name_takes_the_chosen_checkpoint(page, files, tr
     inside.get_by_text("Compare checkpoints").click()
     inside.get_by_text("Use this one").nth(0).click()
     page.wait_for_function("() => loraTrainer.runs.jobs[0].published_step === 5")
-    inside.locator("input[type=text]").fill("chosen")
+    inside.get_by_label("Name in the Lora tab").fill("chosen")
     inside.get_by_text("Publish again").click()
     page.wait_for_function("() => loraTrainer.runs.jobs[0].published === 'chosen'")
     assert (manager.host.root / "Lora" / "chosen.safetensors").read_bytes() == weights_at(5)

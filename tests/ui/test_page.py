@@ -86,7 +86,7 @@ def test_all_pictures_can_be_left_out_and_taken_in_again(page, files):
         page.click("#lora_trainer_thumbnails button >> nth=0")
         page.wait_for_function(f"() => document.querySelectorAll('#lora_trainer_thumbnails img').length === {left}")
     wait_for_text(page, "pictures", "0 pictures are fine · 2 excluded")
-    assert page.is_hidden("#lora_trainer_problem_train_data_dir")
+    page.wait_for_selector("#lora_trainer_problem_train_data_dir", state="hidden")
     page.click("text=Include them again")
     wait_for_text(page, "pictures", "2 pictures are fine")
 
