@@ -75,6 +75,19 @@ def words_of_the_server() -> set[str]:
     return said
 
 
+def problems_of_file(path: Path) -> set[str]:
+    """Messages and remedies of the ``UserError`` that a file makes, with {0}, {1} for what they name."""
+    tree, named, said = ast.parse(path.read_text(encoding="utf-8")), {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            named.setdefault(node.targets[0].id, []).extend(_templates(node.value))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "Problem"):
+            for part in (*node.args[:1], *(one.value for one in node.keywords if one.arg == "remedy")):
+                said |= set(named.get(part.id, ()) if isinstance(part, ast.Name) else _templates(part))
+    return said
+
+
 def _templates(node: ast.AST | None) -> list[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [node.value]
