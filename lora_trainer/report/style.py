@@ -15,7 +15,8 @@ footer { padding: 24px; text-align: center; color: var(--quiet); }
 .verdict { padding: 10px 14px; border-left: 4px solid var(--accent); background: var(--panel); }
 table { border-collapse: collapse; max-width: 100%; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--border); text-align: left; vertical-align: top;
-  white-space: pre-line; overflow-wrap: anywhere; }
+  white-space: pre-line; overflow-wrap: break-word; }
+td code { word-break: break-all; }
 th { font-weight: 600; }
 .facts th { color: var(--quiet); font-weight: normal; white-space: nowrap; }
 td.other { color: var(--warm); font-weight: 600; }
