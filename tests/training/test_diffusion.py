@@ -14,6 +14,7 @@ from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linea
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives import diffusion
 from lora_trainer.training.objectives.base import generator_for
+from tests.adapters.layers import randomize
 from tests.training.fakes import FakeModel, Run, configuration
 
 SEED = 7
@@ -183,6 +184,7 @@ def test_every_picture_of_a_step_has_the_same_weight_however_the_batches_are_cut
 def test_a_micro_batch_can_be_cut_and_its_losses_add_up(tmp_path, settings, varying):
     config = configuration(tmp_path, batch_size=4, dropout=0.0, use_masks=True, shuffle_tags=varying, **settings)
     run = Run(config, FakeModel("sdxl"))
+    randomize(run.adapters, deviation=0.2)
     objective = run.trainer.train_step.objective
     batch = max(run.source.micro_batches(0, 0), key=len)
     assert len(batch) == 4 and (batch.conditioning is None) == varying
