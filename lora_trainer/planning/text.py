@@ -28,7 +28,7 @@ _KNOWN = 8
 _TRIAL_SECONDS, _TRIAL_AGE = 0.2, 600.0
 _TRIAL_TOKENS = 256
 _REST = 0.6
-"""The matrix products of a step run at this share of the speed at which they run alone (measured on the CPU)."""
+"""The matrix products of a step run at this share of the speed at which they run alone: assumed, not measured."""
 _LOADING, _READ_BYTES, _ENDING = 5.0, 3e8, 2.0  # seconds at least, bytes a second
 _NF4_BYTES = 0.57  # of a weight in 4 bits, with the scales of its group
 _HEAD_BYTES = 3 * 2**25  # of the logits of a chunk, and what is made of them
