@@ -26,5 +26,5 @@ def add_routes(app: FastAPI, manager: JobManager, host: Host) -> None:
     manager.host = host
     context = Context(manager)
     for part in (jobs, comparing, files, datasets, catalog, editor, editor_tools, loras, texts):
-        app.include_router(part.routes(context), prefix=PREFIX)
+        app.router.routes.extend(part.routes(context).routes)
     app.openapi_schema = None  # made anew with these routes when somebody asks

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
-from lora_trainer.api.route import guarded, while_asked
+from lora_trainer.api.route import new_router, while_asked
 from lora_trainer.config import TrainConfig, field_docs, from_mapping, to_mapping, to_yaml
 from lora_trainer.config.foreign import own_settings, read_what_can_be_read
 from lora_trainer.config.names import ALIASES
@@ -29,7 +29,7 @@ _ELSEWHERE = {
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: catalog"])
+    router = new_router(context, "catalog")
 
     @router.get("/presets", response_model=schemas.PresetListModel)
     def list_presets(

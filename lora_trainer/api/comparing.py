@@ -9,13 +9,13 @@ from fastapi import APIRouter, Path
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.jobs import MAX_ID
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.comparison.drawing import comparisons
 from lora_trainer.comparison.plan import WEIGHTS, Wish, usual_prompts
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: comparisons"])
+    router = new_router(context, "comparisons")
     manager = context.manager
 
     @router.get("/jobs/{job_id}/compare", response_model=schemas.ComparisonsModel)

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
-from lora_trainer.api.route import MAX_UPLOAD, guarded
+from lora_trainer.api.route import MAX_UPLOAD, new_router
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs.datasets import StoredDatasets
@@ -21,8 +21,8 @@ from lora_trainer.workspace.library import check_caption
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: datasets"])
-    uploads = APIRouter(route_class=guarded(context, MAX_UPLOAD), tags=["LoRA trainer: datasets"])
+    router = new_router(context, "datasets")
+    uploads = new_router(context, "datasets", MAX_UPLOAD)
     library = context.library
     stored = StoredDatasets(library, context.manager.store, context.manager.sessions)
 
@@ -103,7 +103,7 @@ def routes(context: Context) -> APIRouter:
         library.add_captions(name, captions)
         return {"added": added, "refused": refused}
 
-    router.include_router(uploads)
+    router.routes.extend(uploads.routes)
     return router
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse
 from lora_trainer.api import editor_schemas as schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.gallery import Filter
 from lora_trainer.workspace.paths import confined
@@ -24,7 +24,7 @@ PAGE = 200
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: editor"])
+    router = new_router(context, "editor")
     sessions = context.manager.sessions
     views = Views(context)
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from lora_trainer.api import editor_schemas as schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.editor import PAGE, Views, free_session
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.config import parse_resolution
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.captioners import captioner_sources
@@ -21,7 +21,7 @@ _MAX_TEXT = 20_000
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: editor"])
+    router = new_router(context, "editor")
     sessions = context.manager.sessions
     views = Views(context)
 

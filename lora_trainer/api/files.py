@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.jobs import MAX_ID
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.metrics import read_points
 from lora_trainer.workspace.paths import confined
@@ -27,7 +27,7 @@ _MAX_LOG = 1 << 20
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: files"])
+    router = new_router(context, "files")
     manager = context.manager
 
     def folder_of(job_id: int) -> Path:

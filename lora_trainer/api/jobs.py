@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query
 
 from lora_trainer.api import schemas
 from lora_trainer.api.context import Context
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.jobs.comparing import differences
 from lora_trainer.jobs.job import STATUSES, Job
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: jobs"])
+    router = new_router(context, "jobs")
     manager = context.manager
 
     @router.get("/status", response_model=schemas.StatusModel)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
-from lora_trainer.api.route import guarded
+from lora_trainer.api.route import new_router
 from lora_trainer.api.schemas import ProblemModel
 from lora_trainer.errors import UserError
 from lora_trainer.workspace.tasks import Task
@@ -115,7 +115,7 @@ class StrengthModel(BaseModel):
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: LoRA tools"])
+    router = new_router(context, "LoRA tools")
     tools = context.manager.lora_tools
     started = {"response_model": ToolTaskModel, "status_code": 202}
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from lora_trainer.api import PREFIX
 from lora_trainer.api.access import RefusedError, check_caller, check_host, check_origin
 from lora_trainer.api.context import Context
 from lora_trainer.errors import ConfigError, Problem, UserError, has_half_characters, problems_of
@@ -42,6 +43,12 @@ _PERHAPS_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+def new_router(context: Context, part: str, max_body: int = MAX_BODY) -> APIRouter:
+    """A router of guarded routes under ``PREFIX``. Its routes are put into an app as they are: FastAPI's include_router
+    makes each a second time, which takes A1111's release of it a second at every start."""
+    return APIRouter(prefix=PREFIX, route_class=guarded(context, max_body), tags=[f"LoRA trainer: {part}"])
 
 
 def guarded(context: Context, max_body: int = MAX_BODY) -> type[APIRoute]:

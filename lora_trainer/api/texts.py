@@ -9,14 +9,14 @@ from fastapi import APIRouter
 from lora_trainer.api import schemas, text_schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.datasets import decode
-from lora_trainer.api.route import MAX_UPLOAD, guarded
+from lora_trainer.api.route import MAX_UPLOAD, new_router
 from lora_trainer.jobs.submitting import check_places
 from lora_trainer.workspace.texts import seen, table
 
 
 def routes(context: Context) -> APIRouter:
-    router = APIRouter(route_class=guarded(context), tags=["LoRA trainer: language models"])
-    uploads = APIRouter(route_class=guarded(context, MAX_UPLOAD), tags=["LoRA trainer: language models"])
+    router = new_router(context, "language models")
+    uploads = new_router(context, "language models", MAX_UPLOAD)
 
     @router.get("/language-models", response_model=text_schemas.LanguageModelListModel)
     def list_models() -> dict[str, Any]:
@@ -38,5 +38,5 @@ def routes(context: Context) -> APIRouter:
         """What the base model sees of one row, in pieces that are learned or not."""
         return seen(check_places(wish.settings, context.host), wish.row)
 
-    router.include_router(uploads)
+    router.routes.extend(uploads.routes)
     return router

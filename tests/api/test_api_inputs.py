@@ -9,16 +9,18 @@ import socket
 import time
 
 import pytest
+from fastapi import FastAPI
 
 from lora_trainer import requirements
-from lora_trainer.api import PREFIX
+from lora_trainer.api import PREFIX, add_routes
 from lora_trainer.config import TrainConfig, to_mapping
 from lora_trainer.errors import shown
 from lora_trainer.host.base import AccessPolicy
+from lora_trainer.jobs.worker import JobManager
 from lora_trainer.patterns import SECONDS
-from tests.api.conftest import basic
+from tests.api.conftest import Client, basic
 from tests.api.test_api_access import cookie, every_route
-from tests.jobs.fakes import make_pictures, wait_for
+from tests.jobs.fakes import FakeHost, FakeTrain, make_pictures, wait_for
 from tests.ui.browser import served
 
 HALVES = ["x\ud800", "\udfffx", "\ud83d", "\ude00\ud83d"]
@@ -34,6 +36,22 @@ def imported():
     import lora_trainer.run  # noqa: F401
 
 
+@pytest.fixture(scope="module")
+def shared_app(tmp_path_factory):
+    """One app for the tests that leave nothing behind: making its routes takes A1111's release of FastAPI seconds."""
+    host = FakeHost(tmp_path_factory.mktemp("shared"))
+    manager = JobManager(host, train=FakeTrain(free=True))
+    app = FastAPI()
+    add_routes(app, manager, host)
+    yield app
+    manager.close()
+
+
+@pytest.fixture(scope="module")
+def shared_client(shared_app):
+    return Client(shared_app)
+
+
 def open_editor(client, folder):
     answer = client.post("/editor", json={"folder": str(folder)})
     assert answer.status_code == 200, answer.text
@@ -45,14 +63,14 @@ def open_editor(client, folder):
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("encoding", ["escaped", "bytes", "utf-16"])
-def test_halves_of_characters_are_refused_in_every_route(app, client, half, encoding):
+def test_halves_of_characters_are_refused_in_every_route(shared_app, shared_client, half, encoding):
     """At whatever place of the JSON, in names and in values; the answer is the same sentence."""
     for body in (half, {half: 1}, {"settings": {"more": [{"deep": half}]}}, {"captions": {"a.png": half}}):
         text = json.dumps(body, ensure_ascii=encoding == "escaped")
         raw = text.encode("utf-16" if encoding == "utf-16" else "utf-8", "surrogatepass")
-        for method, path in every_route(app):
+        for method, path in every_route(shared_app):
             if method != "GET":
-                answer = client.request(method, path, content=raw, headers=JSON)
+                answer = shared_client.request(method, path, content=raw, headers=JSON)
                 assert answer.status_code == 400, (method, path, answer.text)
                 assert answer.json()["message"] == "The text holds halves of characters.", (method, path)
 
@@ -111,14 +129,14 @@ SLOW = "(.*), (.*), (.*), (.*), (.*), (.*), (.*), (.*) photo"
     ],
     ids=lambda change: f"{change['kind']} {change.get('pattern', '')[:12]}",
 )
-def test_an_edit_ends_soon(client, tmp_path, change):
+def test_an_edit_ends_soon(shared_client, tmp_path, change):
     caption = ", ".join(f"tag number {index}" for index in range(50)) + "a" * 80
-    session = open_editor(client, make_pictures(tmp_path / "photos", 30, caption))
+    session = open_editor(shared_client, make_pictures(tmp_path / "photos", 30, caption))
     begun = time.monotonic()
-    answer = client.post(f"/editor/{session}/edit", json={**change, "filter": {}})
+    answer = shared_client.post(f"/editor/{session}/edit", json={**change, "filter": {}})
     assert time.monotonic() - begun < 2 * SECONDS + 4
     assert answer.status_code in (200, 400) and len(answer.content) < 1 << 20, answer.text[:300]
-    rows = client.post(f"/editor/{session}/pictures", json={}).json()["rows"]
+    rows = shared_client.post(f"/editor/{session}/pictures", json={}).json()["rows"]
     assert all(len(row["caption"]) <= 20_000 for row in rows)
 
 
@@ -133,14 +151,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_pasted_caption_is_read_soon(client, tmp_path, name):
+def test_a_pasted_caption_is_read_soon(shared_client, tmp_path, name):
     text = TEXTS[name]
-    session = open_editor(client, make_pictures(tmp_path / "photos"))
+    session = open_editor(shared_client, make_pictures(tmp_path / "photos"))
     begun = time.monotonic()
-    assert client.post("/captions/preview", json={"caption": text}).status_code == 200
-    assert client.post(f"/editor/{session}/captions", json={"captions": {"0000.png": text}}).status_code == 200
-    assert client.get(f"/editor/{session}/tags").status_code == 200
-    assert client.post(f"/editor/{session}/pictures", json={"tags": ["a"], "text": "a"}).status_code == 200
+    assert shared_client.post("/captions/preview", json={"caption": text}).status_code == 200
+    assert shared_client.post(f"/editor/{session}/captions", json={"captions": {"0000.png": text}}).status_code == 200
+    assert shared_client.get(f"/editor/{session}/tags").status_code == 200
+    assert shared_client.post(f"/editor/{session}/pictures", json={"tags": ["a"], "text": "a"}).status_code == 200
     assert time.monotonic() - begun < 10
 
 
@@ -191,13 +209,14 @@ WILD = [1e308, -1e308, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**400), -1, 0, 
         "½"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(to_mapping(TrainConfig())))
-def test_wild_values_of_every_setting_are_answered(client, settings, name):
+def test_wild_values_of_every_setting_are_answered(shared_client, settings, name):
     for value in WILD:
         body = {"settings": {**settings, name: value}}
         for route in ("/settings/check", "/estimate"):
             begun = time.monotonic()
-            answer = client.post(route, content=json.dumps(body), headers=JSON)
+            answer = shared_client.post(route, content=json.dumps(body), headers=JSON)
             assert answer.status_code in (200, 400, 422), (route, name, shown(value, 40), answer.text[:300])
             assert time.monotonic() - begun < 10, (route, name, shown(value, 40))
 
