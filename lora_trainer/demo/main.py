@@ -64,7 +64,6 @@ def demo_config(folder: Path, base: Path) -> TrainConfig:
             "learning_rate": 2e-3,
             "text_encoder_lr": 1e-3,
             "batch_size": 16,
-            "epochs": 1000,
             "max_train_steps": 700,
             # As the base was trained. Guidance draws on the empty caption, too: untrained, it would drift.
             "min_snr_gamma": None,
