@@ -14,6 +14,7 @@ from PIL import Image
 
 from lora_trainer.errors import UserError
 from lora_trainer.training import loop, preview
+from lora_trainer.training.metrics import MetricsLog
 from tests.training.fakes import FakeModel, Run, configuration, same
 
 OPTIMIZERS = [
@@ -449,7 +450,8 @@ def test_the_default_previewer_takes_a_turn(tmp_path):
     run = Run(config, previewer=Painter())
     run.trainer.previewer = preview.ModelPreviewer(run.model, run.turns, (32, 32), steps=2)
     before = run.turns.taken
-    run.trainer._draw_previews()
+    with MetricsLog(tmp_path / "logs", 0, False, run.recorder.on_warning) as run.trainer.metrics:
+        run.trainer._draw_previews()
     assert run.turns.taken == before + 1
     with Image.open(run.recorder.previews[0][0]) as image:
         assert image.size == (32, 32)

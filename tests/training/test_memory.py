@@ -456,5 +456,5 @@ def test_who_keeps_his_state_on_the_card_is_told_of_one_who_need_not(tmp_path):
     for optimizer, told in (("adamw8bit", True), ("adamw", False)):
         run.trainer.config = replace(run.trainer.config, optimizer=optimizer)
         with pytest.raises(UserError) as error:
-            run.trainer._give_up_for_memory(ERRORS[0])
+            run.trainer.give_up_for_memory(ERRORS[0])
         assert ("optimizer: adamw" in error.value.remedy) == told
