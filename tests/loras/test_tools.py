@@ -255,7 +255,7 @@ REFUSED = {
     "one lora": (["combine", "{lora}"], "two"),
     "strength": (["combine", "{lora}:nan", "{lora}", "--base", "{base}"], "strength"),
     "two families": (["combine", "{lora}", "{xl}"], "different kinds"),
-    "shape": (["resize", "{lora}", "--rank", "2"], "--base"),
+    "shape": (["resize", "{lora}", "--rank", "2"], "Name its base model"),
     "not there": (["resize", "{folder}/no.safetensors", "--rank", "2"], "There is no file"),
     "same checkpoint": (["extract", "--base", "{base}", "--tuned", "{copy}"], "do not differ"),
     "other kind": (["extract", "--base", "{base}", "--tuned", "{lora}"], "LoRA"),

@@ -86,6 +86,7 @@ def test_captions_of_unequal_length_are_padded_as_in_the_whole_batch(settings, t
 
     monkeypatch.setattr(DiffusionObjective, "loss", fits_two)
     lora, warnings = run(settings, tmp_path / "short", **changes)
-    assert sizes == [4, 4, 2, 2, 2, 2, 2, 2] and len(warnings) == 2
+    # the trial finds what fits, and it and the three steps are done in halves
+    assert sizes == [4, 4] + [2] * 8 and len(warnings) == 2
     for name, value in lora.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
