@@ -97,6 +97,22 @@ var loraTrainer = window.loraTrainer || {};
         onclick: (event) => app.attempt(action, event.currentTarget),
     }, app.t(text));
 
+    /** A place to drop files on: give is called with the DataTransfer. */
+    app.dropZone = function(node, give) {
+        ["dragenter", "dragover"].forEach((kind) => node.addEventListener(kind, (event) => {
+            event.preventDefault();
+            event.stopPropagation(); // the host would take it for an image to read the prompt from
+            node.classList.add("lora_trainer_over");
+        }));
+        node.addEventListener("dragleave", () => node.classList.remove("lora_trainer_over"));
+        node.addEventListener("drop", (event) => {
+            event.preventDefault();
+            event.stopPropagation();
+            node.classList.remove("lora_trainer_over");
+            give(event.dataTransfer);
+        });
+    };
+
     app.attempt = function(action, node) {
         const run = node.closest("." + PREFIX + "inside");
         const place = run ? run.querySelector("[role=alert]") : node.closest("#lora_trainer_tab_dataset") && app.get("editor_problem");

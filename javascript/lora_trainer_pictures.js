@@ -16,25 +16,13 @@
     let uploads = Promise.resolve();
 
     pictures.begin = function() {
-        const drop = app.get("drop");
         const files = app.get("files");
         files.addEventListener("change", () => {
             pictures.add(Array.from(files.files));
             files.value = "";
         });
-        ["dragenter", "dragover"].forEach((kind) => drop.addEventListener(kind, (event) => {
-            event.preventDefault();
-            event.stopPropagation(); // the host would take it for an image to read the prompt from
-            drop.classList.add("lora_trainer_over");
-        }));
-        drop.addEventListener("dragleave", () => drop.classList.remove("lora_trainer_over"));
-        drop.addEventListener("drop", async(event) => {
-            event.preventDefault();
-            event.stopPropagation();
-            drop.classList.remove("lora_trainer_over");
-            droppedFiles(event.dataTransfer).then(({files: dropped, folder}) => pictures.add(dropped, folder))
-                .catch((error) => app.complain(error, app.get("problem_train_data_dir")));
-        });
+        app.dropZone(app.get("drop"), (dropped) => droppedFiles(dropped).then(({files: found, folder}) => pictures.add(found, folder))
+            .catch((error) => app.complain(error, app.get("problem_train_data_dir"))));
         app.get("earlier").addEventListener("change", (event) => event.target.value && pictures.choose(event.target.value));
         pictures.listEarlier();
     };

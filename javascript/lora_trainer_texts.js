@@ -11,24 +11,12 @@
     let asked = 0; // the newest request is the one that is shown
 
     texts.begin = function() {
-        const drop = app.get("text_drop");
         const input = app.get("text_file");
         input.addEventListener("change", () => {
             texts.add(input.files[0]);
             input.value = "";
         });
-        ["dragenter", "dragover"].forEach((kind) => drop.addEventListener(kind, (event) => {
-            event.preventDefault();
-            event.stopPropagation(); // the host would take it for an image to read the prompt from
-            drop.classList.add("lora_trainer_over");
-        }));
-        drop.addEventListener("dragleave", () => drop.classList.remove("lora_trainer_over"));
-        drop.addEventListener("drop", (event) => {
-            event.preventDefault();
-            event.stopPropagation();
-            drop.classList.remove("lora_trainer_over");
-            texts.add(event.dataTransfer.files[0]);
-        });
+        app.dropZone(app.get("text_drop"), (dropped) => texts.add(dropped.files[0]));
         app.get("earlier_texts").addEventListener("change", (event) => event.target.value && texts.choose(event.target.value));
         listEarlier().catch((error) => app.complain(error, place()));
     };

@@ -30,12 +30,13 @@ def run(options: argparse.Namespace) -> int:
     """Draw every saved LoRA of a run at several weights, the base model in the first column, with the same noise, into
     RUN/compare: one picture with labels, and each by itself. Ctrl-C keeps what was drawn up to then."""
     from lora_trainer.cli.train import INTERRUPTED, interruptible
-    from lora_trainer.comparison.drawing import GRID, draw
+    from lora_trainer.comparison.drawing import draw
     from lora_trainer.comparison.plan import Wish, make_plan
     from lora_trainer.comparison.runs import find_run, saved_loras
     from lora_trainer.host.standalone import StandaloneHost
     from lora_trainer.jobs.execution import lender_options
     from lora_trainer.run.workloads import task_of
+    from lora_trainer.run_files import GRID
 
     wish = Wish(_numbers(options.steps, int, "steps"), _numbers(options.weights, float, "weights"), options.prompts)
     folder, config = find_run(options.run_folder)

@@ -15,10 +15,9 @@ from lora_trainer.comparison.plan import Cell, Plan
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_path, atomic_write
 from lora_trainer.host.base import Host, LenderOptions
+from lora_trainer.run_files import COMPARISONS, GRID
 
-FOLDER = "compare"
-"""In a run's output folder; each comparison has a numbered folder in it."""
-GRID, LIST = "grid.png", "compare.json"
+LIST = "compare.json"
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +67,10 @@ def draw(
 def comparisons(output: Path) -> list[dict[str, Any]]:
     """Those in a run's output folder, newest first: what ``compare.json`` says, and ``folder``, relative to it."""
     found = []
-    for path in sorted((Path(output) / FOLDER).glob(f"[0-9]*/{LIST}"), reverse=True):
+    for path in sorted((Path(output) / COMPARISONS).glob(f"[0-9]*/{LIST}"), reverse=True):
         try:
-            found.append({**json.loads(path.read_text(encoding="utf-8")), "folder": f"{FOLDER}/{path.parent.name}"})
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found.append({**facts, "folder": f"{COMPARISONS}/{path.parent.name}"})
         except (OSError, ValueError):
             log.warning("%s cannot be read", path)
     return found
@@ -78,7 +78,7 @@ def comparisons(output: Path) -> list[dict[str, Any]]:
 
 def _new_folder(output: Path) -> Path:
     for number in itertools.count(1):
-        folder = output / FOLDER / f"{number:04d}"
+        folder = output / COMPARISONS / f"{number:04d}"
         try:
             folder.mkdir(parents=True)
             return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from lora_trainer.config import TrainConfig
 from lora_trainer.config.prompts import with_trigger
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import PreviewRequest
+from lora_trainer.host.base import PreviewRequest, is_lora_weight
 from lora_trainer.host.requests import preview_request
 from lora_trainer.models.base import ModelInfo
 
@@ -18,7 +17,6 @@ WEIGHTS = (0.5, 0.8, 1.0)
 MOST_STEPS = 8
 """So many saved steps are compared where nobody says which."""
 MOST_PICTURES = 400
-_HIGHEST_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _steps(wanted: Sequence[int], loras: Mapping[int, Path]) -> tuple[int, ...]:
 
 def _weights(wanted: Sequence[float]) -> tuple[float, ...]:
     for weight in wanted:
-        if not math.isfinite(weight) or weight == 0 or abs(weight) > _HIGHEST_WEIGHT:
+        if not is_lora_weight(weight):
             raise UserError(
                 f"{weight:g} is no weight to compare.", field="weights",
                 remedy="Use numbers such as 0.5, 0.8 and 1; the base model is there anyway.",

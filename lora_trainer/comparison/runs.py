@@ -8,8 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_trainer.config import TrainConfig, load
 from lora_trainer.errors import UserError
-
-_SETTINGS = ".config.yaml"
+from lora_trainer.run_files import CONFIGURATION, configurations_in
 
 
 def find_run(path: Path) -> tuple[Path, TrainConfig]:
@@ -20,20 +19,18 @@ def find_run(path: Path) -> tuple[Path, TrainConfig]:
         UserError: there is no run, or there are several.
     """
     path = Path(path)
-    if path.name.endswith(_SETTINGS) and path.is_file():
+    if path.name.endswith(CONFIGURATION) and path.is_file():
         return path.parent, load(path)
     if not path.is_dir():
         raise UserError(f"There is no folder {path}.", field="run", remedy="Name the output folder of a run.")
-    for folder in (path, path / "output"):
-        found = sorted(folder.glob(f"*{_SETTINGS}"))
-        if len(found) > 1:
-            names = ", ".join(one.name for one in found)
-            raise UserError(f"There are several runs in {path}.", field="run", remedy=f"Name one of {names}.")
-        if found:
-            return folder, load(found[0])
-    raise UserError(
-        f"There is no run in {path}.", field="run", remedy=f"Name a folder in which a run has left a *{_SETTINGS}."
-    )
+    found = configurations_in(path)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise UserError(f"There are several runs in {path}.", field="run", remedy=f"Name one of {names}.")
+    if not found:
+        remedy = f"Name a folder in which a run has left a *{CONFIGURATION}."
+        raise UserError(f"There is no run in {path}.", field="run", remedy=remedy)
+    return found[0].parent, load(found[0])
 
 
 def saved_loras(folder: Path, name: str) -> dict[int, Path]:

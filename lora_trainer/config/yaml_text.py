@@ -111,8 +111,7 @@ def _mapping(text: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        kind = {"list": "a list", "str": "text"}.get(type(values).__name__, "a value")
-        raise Fault(f"it is {kind}, not a setting", 1, "Each line has the form 'name: value'.")
+        raise Fault(f"it holds a {type(values).__name__}, not a setting", 1, "Each line has the form 'name: value'.")
     return {str(key): value for key, value in values.items()}
 
 

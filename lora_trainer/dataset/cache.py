@@ -94,7 +94,6 @@ class TensorCache:
                 self._on_warning(f"The cache is kept in memory from now on: {error}")
         self._unwritten[key] = copies
 
-
     def _note(self, key: str) -> None:
         if self._list is None or key in self._listed:
             return

@@ -6,6 +6,7 @@ logic; nothing here names one host's habits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,6 +102,14 @@ class Card:
     negative_text: str = ""
     sd_version: str = ""  # "SD1", "SD2", "SDXL"
     thumbnail: Image.Image | None = None
+
+
+HIGHEST_WEIGHT = 10.0
+
+
+def is_lora_weight(weight: float) -> bool:
+    """Whether a LoRA can be used at this weight: a number other than 0, of at most ``HIGHEST_WEIGHT`` in size."""
+    return math.isfinite(weight) and 0 < abs(weight) <= HIGHEST_WEIGHT
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,7 @@ class Grids:
         task = Task("compare", status="waiting", raises=False)
         task.total = len(plan.cells)
         with self._lock:
-            if (earlier := self._tasks.get(job.id)) is not None and earlier.active:
-                raise UserError(f"A grid of {job.name} is being drawn.", remedy="Wait for it, or stop it.")
+            self.refuse_if_active(job)
             self._tasks[job.id] = task
             self._queue.append(_Asked(job.id, self._results.output(job), plan, options, task))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from lora_trainer.jobs.store import JobStore
 
 PREFERRED_WEIGHT = 0.8
-HIGHEST_WEIGHT = 10.0
 THUMBNAIL_SIDE = 512
 _MAX_CORE_TEXTS = 8
 
@@ -30,7 +28,9 @@ log = logging.getLogger(__name__)
 
 def check_weight(weight: float) -> float:
     """A weight that a card may prefer. Raises UserError."""
-    if not math.isfinite(weight) or not 0 < abs(weight) <= HIGHEST_WEIGHT:
+    from lora_trainer.host.base import is_lora_weight
+
+    if not is_lora_weight(weight):
         raise UserError(f"{weight:g} is no weight for a LoRA.", field="weight", remedy="Use one such as 0.8.")
     return weight
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, never_reached, without_effect
 from lora_trainer.planning.cost import PastRun, PastRuns, architecture_mark, precision_of
-from lora_trainer.planning.duration import MEASURED, TRIED, Span
+from lora_trainer.planning.duration import MEASURED, TRIED, Span, total
 from lora_trainer.planning.memory import kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
@@ -105,11 +105,16 @@ def encoder_for_page(config: TrainConfig) -> Encoder:
     """``run.workloads.text.encoder_for``, made once for each folder and template."""
     from lora_trainer.run.workloads.text import encoder_for
 
-    key = config.base_model, config.chat_template, config.max_length, config.system_prompt
+    key = _encoding(config)
     with _lock:
         if key not in _encoders:
             _keep(_encoders, key, encoder_for(config))
         return _encoders[key]
+
+
+def _encoding(config: TrainConfig) -> tuple[Any, ...]:
+    """What decides on how rows are encoded."""
+    return config.base_model, config.chat_template, config.max_length, config.system_prompt
 
 
 def rows_of(config: TrainConfig) -> tuple[list[EncodedRow], list[str]]:
@@ -119,14 +124,14 @@ def rows_of(config: TrainConfig) -> tuple[list[EncodedRow], list[str]]:
 
     files = text_files(Path(config.train_data_dir))
     facts = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    encoder = encoder_for_page(config)
-    key = id(encoder), facts
-    if key not in _rows:
-        found = usable_rows(config, encoder)
+    key = _encoding(config), facts
+    with _lock:
+        known = _rows.get(key)
+    if known is None:
+        known = usable_rows(config, encoder_for_page(config))
         with _lock:
-            _keep(_rows, key, found)
-        return found
-    return _rows[key]
+            _keep(_rows, key, known)
+    return known
 
 
 def _cost(config: TrainConfig, info: ModelInfo, work: _Work, host: Host, past: PastRuns) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _cost(config: TrainConfig, info: ModelInfo, work: _Work, host: Host, past: P
     loading = Span.within(_LOADING + weights / _READ_BYTES, 3.0)
     ending = Span.within(_ENDING, 3.0)
     parts = {"training": training, "loading": loading, "ending": ending}
-    whole = Span(*(sum(getattr(one, name) for one in parts.values()) for name in ("expected", "least", "most")))
+    whole = total(parts)
     found |= {"minutes": whole.expected / 60, "minutes_low": whole.least / 60, "minutes_high": whole.most / 60}
     found["parts"] = {name: part.expected / 60 for name, part in parts.items()}
     return found

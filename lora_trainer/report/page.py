@@ -63,12 +63,12 @@ def report_of(run: RunFolder, language: str = "en") -> str:
 
 
 def _head(run: RunFolder, words: Words) -> Html:
-    found = run.verdict()
+    found = run.verdict
     config = run.config
-    steps = [line["step"] for line in run.metrics() if "kind" not in line]
-    seconds = sum(line.get("seconds") or 0 for line in run.metrics() if "kind" not in line)
+    lines = [line for line in run.metrics if "kind" not in line]
+    steps, seconds = [line["step"] for line in lines], sum(line.get("seconds") or 0 for line in lines)
     facts = [
-        (words("Base model"), plain("base_model", config.base_model) or run.metadata().get("ss_sd_model_name", "")),
+        (words("Base model"), plain("base_model", config.base_model) or run.metadata.get("ss_sd_model_name", "")),
         (words("Trigger word"), config.trigger_word),
         (words("Started"), _day(run.started)),
         (words("Steps"), str(max(steps)) if steps else ""),
@@ -83,7 +83,7 @@ def _head(run: RunFolder, words: Words) -> Html:
 
 
 def _curves(run: RunFolder, words: Words) -> Html:
-    lines = run.metrics()
+    lines = run.metrics
     steps = [line for line in lines if "kind" not in line]
     measured = [line for line in lines if line.get("kind") == VALIDATION]
 
@@ -134,7 +134,7 @@ def _comparison(run: RunFolder, words: Words) -> Html:
 
 def _data(run: RunFolder, words: Words) -> Html:
     is_text = run.config.task == "text" or (run.directory / run.name / WEIGHTS).exists()
-    facts = facts_of(run.config, run.metadata(), is_text, words)
+    facts = facts_of(run.config, run.metadata, is_text, words)
     return joined(
         element("p", facts.missing) if facts.missing else None,
         _table(facts.numbers),
@@ -176,7 +176,7 @@ def _nearest(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _files(run: RunFolder, words: Words) -> Html:
-    found, metadata = run.verdict(), run.metadata()
+    found, metadata = run.verdict, run.metadata
     rows = []
     for lora in run.loras():
         recommended = found is not None and lora.step == found.best

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lora_trainer.adapters.peft_folder import WEIGHTS
 from lora_trainer.config import FACTS, TrainConfig, from_mapping, parse_yaml
 from lora_trainer.config.yaml_text import file_text
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
+from lora_trainer.run_files import COMPARISONS, CONFIGURATION, GRID, configurations_in, environment_file
 from lora_trainer.training.metrics import METRICS_FILE, VALIDATION, read_metrics
 from lora_trainer.training.validation import Measurement, Verdict, verdict
 
-_CONFIGURATION = ".config.yaml"
 _ON_THE_WAY = re.compile(r"-(best|step\d+)$")
-_WEIGHTS = "adapter_model.safetensors"  # of a language model's LoRA, which is a folder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RunFolder:
         path = Path(path)
         self.configuration = _find_configuration(path)
         self.directory = self.configuration.parent
-        self.name = self.configuration.name.removesuffix(_CONFIGURATION)
+        self.name = self.configuration.name.removesuffix(CONFIGURATION)
         text = file_text(self.configuration)
         self.started = (re.match(r"# .*, started (\S+)", text) or ["", ""])[1]
         self.config: TrainConfig = from_mapping(parse_yaml(text, self.configuration.name))
@@ -54,6 +55,7 @@ class RunFolder:
         """Those that a person gave or a preset set, by name; of a path the last part alone."""
         return {name: plain(name, getattr(self.config, name)) for name in FACTS if FACTS[name].given_by != "job"}
 
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """One entry for each step, and one for each measurement; see ``training.metrics``."""
         return read_metrics(self.directory / "logs" / METRICS_FILE)
@@ -70,12 +72,12 @@ class RunFolder:
 
     def comparison(self) -> Path | None:
         """The newest picture of checkpoints beside each other."""
-        return max((self.directory / "compare").glob("[0-9]*/grid.png"), default=None)
+        return max((self.directory / COMPARISONS).glob(f"[0-9]*/{GRID}"), default=None)
 
     def environment(self) -> dict[str, str]:
         """Versions and device of the run, as it wrote them down."""
         try:
-            found = json.loads((self.directory / "logs" / f"{self.name}.environment.json").read_text(encoding="utf-8"))
+            found = json.loads(environment_file(self.directory, self.name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
@@ -84,7 +86,7 @@ class RunFolder:
         """The finished one, the best one, and those of the way."""
         saved = []
         for path in self._lora_files():
-            name = path.parent.name if path.name == _WEIGHTS else path.name
+            name = path.parent.name if path.name == WEIGHTS else path.name
             step = re.search(r"-step(\d+)", name)
             known = int(step[1]) if step else None
             if known is None and (said := metadata_of(path).get("ss_steps", "")).isdecimal():
@@ -92,20 +94,22 @@ class RunFolder:
             saved.append(SavedLora(name, known, path.stat().st_size, sha256_file(path)))
         return saved
 
+    @cached_property
     def metadata(self) -> dict[str, str]:
         """What the LoRA's file says of the data and the base; of the newest file that says anything."""
         return next((found for path in self._lora_files() if (found := metadata_of(path))), {})
 
     def _lora_files(self) -> list[Path]:
         files = [path for path in self.directory.glob("*.safetensors") if _run_name(path.stem) == self.name]
-        files += [path for path in self.directory.glob(f"*/{_WEIGHTS}") if _run_name(path.parent.name) == self.name]
+        files += [path for path in self.directory.glob(f"*/{WEIGHTS}") if _run_name(path.parent.name) == self.name]
         # The finished one is the name alone, which sorts before what has something behind it.
-        return sorted(files, key=lambda path: path.parent.name if path.name == _WEIGHTS else path.stem)
+        return sorted(files, key=lambda path: path.parent.name if path.name == WEIGHTS else path.stem)
 
+    @cached_property
     def verdict(self) -> Verdict | None:
         """What the measurements on held-out pictures say."""
         names = ("step", "epoch", "validation", "training", "drift")
-        lines = [line for line in self.metrics() if line.get("kind") == VALIDATION and all(n in line for n in names)]
+        lines = [line for line in self.metrics if line.get("kind") == VALIDATION and all(n in line for n in names)]
         measured = [Measurement(**{name: line[name] for name in names}) for line in lines]
         return verdict(measured, self.config.early_stopping_patience)
 
@@ -143,13 +147,13 @@ def _run_name(stem: str) -> str:
 
 def _find_configuration(path: Path) -> Path:
     if path.is_file():
-        folder, name = path.parent, path.name.removesuffix(_CONFIGURATION)
-        if not path.name.endswith(_CONFIGURATION):
-            folder = folder.parent if path.name == _WEIGHTS else folder
-            name = _run_name(path.parent.name if path.name == _WEIGHTS else path.stem)
-        found = [folder / f"{name}{_CONFIGURATION}"]
+        folder, name = path.parent, path.name.removesuffix(CONFIGURATION)
+        if not path.name.endswith(CONFIGURATION):
+            folder = folder.parent if path.name == WEIGHTS else folder
+            name = _run_name(path.parent.name if path.name == WEIGHTS else path.stem)
+        found = [folder / f"{name}{CONFIGURATION}"]
     else:
-        found = sorted(path.glob(f"*{_CONFIGURATION}")) or sorted(path.glob(f"output/*{_CONFIGURATION}"))
+        found = configurations_in(path)
     found = [one for one in found if one.is_file()]
     if not found:
         raise UserError(f"{path} holds no run.", remedy="Give a run's output folder, with NAME.config.yaml in it.")

@@ -14,6 +14,7 @@ from lora_trainer.adapters.peft_folder import SETTINGS, WEIGHTS
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.files import safe_name_problem
+from lora_trainer.run_files import CONFIGURATION, environment_file
 
 RUN_ENTRY = "lora_trainer.run"
 """Metadata entry of the files we write: the run digest of the run that wrote them."""
@@ -48,11 +49,11 @@ class Outputs:
 
     @property
     def configuration(self) -> Path:
-        return self.directory / f"{self.name}.config.yaml"
+        return self.directory / f"{self.name}{CONFIGURATION}"
 
     @property
     def environment(self) -> Path:
-        return self.directory / "logs" / f"{self.name}.environment.json"
+        return environment_file(self.directory, self.name)
 
     def path(self, kind: str, step: int) -> Path:
         """Where a ``Saver`` writes: see there for ``kind``."""

@@ -36,9 +36,9 @@ class RowSource:
         return not commands.stopping
 
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> TokenBatch | None:
-        batches = [collate([self._rows[row] for row in rows]) for step in self._steps(0) for rows in step]
-        batches.sort(key=lambda batch: -batch.tokens.numel())
-        return batches[number] if number < len(batches) else None
+        batches = [[self._rows[row] for row in rows] for step in self._steps(0) for rows in step]
+        batches.sort(key=lambda rows: -len(rows) * max(map(len, rows)))
+        return collate(batches[number]) if number < len(batches) else None
 
     def micro_batches(self, epoch: int, position: int) -> list[TokenBatch]:
         return [collate([self._rows[row] for row in rows]) for rows in self._steps(epoch)[position]]

@@ -14,6 +14,7 @@ import torch
 from lora_trainer import plugins
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.findings import enumerate_some
 from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line
 from lora_trainer.training.loop import Trainer
@@ -94,7 +95,7 @@ def _judge(trainer: Trainer, adapters: AdapterSet, losses: Sequence[float], sile
             remedy="Choose other layers; those that were chosen do not take part in what the model computes.",
         )
     if config.module_dropout == 0:
-        names = ", ".join(silent[:_NAMED]) + (" …" if len(silent) > _NAMED else "")
+        names = enumerate_some(silent, _NAMED)
         trainer.callbacks.on_warning(f"{len(silent)} of {learning} layers get no gradient and learn nothing: {names}.")
 
 

@@ -272,7 +272,7 @@ class LoraTools:
         weight = before.get("preferred weight")
         values = {
             "activation_text": str(before.get("activation text") or metadata.get(TRIGGER, "")),
-            "preferred_weight": weight if isinstance(weight, (int, float)) and weight else 0.8,
+            "preferred_weight": weight if isinstance(weight, (int, float)) and weight else Card.preferred_weight,
             "description": str(before.get("description") or ""),
             "negative_text": str(before.get("negative text") or ""),
             "notes": "\n".join(filter(None, (str(before.get("notes") or ""), "" if comment == "None" else comment))),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_trainer.host.base import Host
     from lora_trainer.run.captioning import CaptionJob
 
+
 class UnknownSessionError(UserError):
     def __init__(self) -> None:
         super().__init__("This folder is not open any more.", remedy="Open it again.")

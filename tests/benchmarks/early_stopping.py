@@ -17,13 +17,10 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
-from lora_trainer.run import train
-from lora_trainer.run.engine import file_lender
+from lora_trainer.run import file_lender, train
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.training.validation import Measurement, verdict
-from tests.benchmarks.unseen import UNSEEN, Asked, Score, add_shapes, changed, run_config, scores
+from tests.benchmarks.unseen import UNSEEN, Asked, Score, begin, changed, run_config, scores
 
 
 def main() -> None:
@@ -36,12 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--every", type=int, default=40, help="steps between two measurements")
     parser.add_argument("--count", type=int, default=64, help="prompts for each checkpoint")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
-    options = parser.parse_intermixed_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    add_shapes()
+    options = begin(parser)
     for seed in options.seeds:
         _one_seed(options, seed)
 

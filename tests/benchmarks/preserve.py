@@ -13,12 +13,9 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from lora_trainer.demo.shapes import KNOWN_SHAPES
-from lora_trainer.run import train
-from lora_trainer.run.engine import file_lender
-from tests.benchmarks.unseen import UNSEEN, Asked, add_shapes, changed, run_config, scores
+from lora_trainer.run import file_lender, train
+from tests.benchmarks.unseen import UNSEEN, Asked, begin, changed, run_config, scores
 
 
 def main() -> None:
@@ -30,12 +27,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--no-base", action="store_true", help="do not score the base alone")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
-    options = parser.parse_intermixed_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    add_shapes()
+    options = begin(parser)
     config = run_config(
         options.shape, options.folder, options.pictures, preserve=options.preserve, max_train_steps=options.steps
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import math
@@ -44,6 +45,17 @@ def moon() -> Outline:
 
 
 UNSEEN: dict[str, Callable[[], Outline]] = {"arrow": arrow, "moon": moon}
+
+
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, with ``--threads`` and settings to change, and make the shapes known."""
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
+    options = parser.parse_intermixed_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    add_shapes()
+    return options
 
 
 def add_shapes() -> None:
