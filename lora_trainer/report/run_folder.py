@@ -156,8 +156,9 @@ def _find_configuration(path: Path) -> Path:
         found = configurations_in(path)
     found = [one for one in found if one.is_file()]
     if not found:
-        raise UserError(f"{path} holds no run.", remedy="Give a run's output folder, with NAME.config.yaml in it.")
+        remedy = "Give a run's output folder, with NAME.config.yaml in it."
+        raise UserError(f"There is no run in {path}.", remedy=remedy)
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
-        raise UserError(f"{path} holds several runs.", remedy=f"Give one of its files: {names}.")
+        raise UserError(f"There are several runs in {path}.", remedy=f"Give one of its files: {names}.")
     return found[0]

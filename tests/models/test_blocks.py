@@ -46,7 +46,8 @@ def test_the_answer_is_diffusers_own(model):
     slim = [type(part) for part in model.unet.modules()]
     assert all(kind in slim for kind in (SlimResnet, SlimAttention, SlimGEGLU))
     (ours, our_gradient), (theirs, their_gradient) = answer(model.unet), answer(plain.requires_grad_(False).eval())
-    assert torch.equal(ours, theirs)
+    # not torch.equal: where the memory begins decides which kernel of the same product is taken
+    torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-5)
 
 

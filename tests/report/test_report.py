@@ -201,7 +201,7 @@ def test_the_command_writes_whole_files_and_asks_before_it_overwrites(tmp_path, 
 
 
 def test_no_run_and_several(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="There is no run in"):
         RunFolder(tmp_path)
     for name in ("a", "b"):
         (tmp_path / f"{name}.config.yaml").write_text("epochs: 1\n")

@@ -75,7 +75,7 @@ def test_a_run_on_a_gpu_is_gone_on_with(settings, tmp_path):
         commands = TrainCommands()
         run(settings, tmp_path / "parts", Stop(commands), commands, **changes)
         assert_alike(run(settings, tmp_path / "parts", **changes), whole)
-    cached = [load_file(str(path)) for path in (tmp_path / "whole" / "cache").rglob("*") if path.is_file()]
+    cached = [load_file(str(path)) for path in (tmp_path / "whole" / "cache").rglob("*.cache")]
     captions = [tensors["context"] for tensors in cached if "context" in tensors]
     assert captions and {context.dtype for context in captions} == {torch.float16}, "as the UNet reads them"
 

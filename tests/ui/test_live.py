@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from lora_trainer.errors import Problem, UserError
 from lora_trainer.jobs.worker import JobManager
-from tests.jobs.fakes import weights_at
+from tests.jobs.fakes import wait_for, weights_at
 from tests.ui.person import start, text, wait_for_text
 
 
@@ -365,13 +365,16 @@ def first_button(page):
     return page.locator("#lora_trainer_job_buttons button").first.inner_text()
 
 
-def test_what_can_only_fail_again_does_not_offer_to_resume_it_first(page, files, train):
+def test_what_can_only_fail_again_does_not_offer_to_resume_it_first(page, files, train, manager):
     train.free, train.error = True, UserError("No finite loss.", field="learning_rate", remedy="Lower it.")
     start(page, files)
     wait_for_text(page, "job_state", "failed")
     assert first_button(page) == "Run again with changes"
     train.error = UserError("The disk is full.", remedy="Free some space.")
-    page.click("#lora_trainer_job_buttons >> text=Resume")
+    page.route("**/status*", lambda route: route.abort())  # the page does not see the second attempt run
+    manager.resume(1)
+    wait_for(lambda: getattr(manager.store.get(1).error, "message", "") == "The disk is full.")
+    page.unroute("**/status*")
     wait_for_text(page, "job_message", "The disk is full")
     page.wait_for_function("() => document.querySelector('#lora_trainer_job_buttons button').innerText === 'Resume'")
 

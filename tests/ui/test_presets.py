@@ -78,7 +78,9 @@ def test_a_name_that_is_taken_is_replaced_when_asked(advanced, manager):
     page.fill("#lora_trainer_field_epochs", "4")
     page.click("text=Save as preset")
     wait_for_text(page, "preset_message", "There is a preset mine already.")
-    page.click("#lora_trainer_preset_message >> text=Replace it")
+    with page.expect_response(lambda answer: answer.request.method == "GET" and "presets" in answer.url):
+        page.click("#lora_trainer_preset_message >> text=Replace it")
+    page.wait_for_function("() => document.querySelector('#lora_trainer_preset').value === 'mine'")
     wait_for(lambda: "epochs: 4" in (manager.folders.data / "presets" / "mine.yaml").read_text())
     page.fill("#lora_trainer_preset_name", "a/b")
     page.click("text=Save as preset")

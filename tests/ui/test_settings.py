@@ -42,8 +42,8 @@ def test_another_tools_settings_are_pasted_and_what_became_of_them_is_told(page,
     told = text(page, "translation")
     assert "TOML" in told and "Mean nothing here: xformers" in told
     assert "Cannot be honored here: optimizer_type: DAdaptAdam" in told
+    page.wait_for_function("() => loraTrainer.form.control('output_name').value === 'hat'")
     assert page.input_value("#lora_trainer_field_lora_rank") == "12"
-    assert page.input_value("#lora_trainer_field_output_name") == "hat"
     use_yaml(page, 'network_dim = 0\noutput_name = "hat\n[[datasets]\n')
     wait_for_text(page, "problem_yaml", "line 2")
     wrong = text(page, "problem_yaml")
