@@ -40,8 +40,8 @@ class Result:
 
     status: "finished" or "stopped". lora, diffusers, merged: the files that are there; None for those that are not.
     loss: mean over the last steps. seconds: of the training, resumed parts included. usage: what to do with the files,
-    in sentences. best: the LoRA whose loss on held-out pictures was the lowest, if that is another one. verdict: what
-    these pictures say, a sentence. recommended: the step of ``best``, where the verdict is that it is the better one.
+    in sentences. best: the LoRA that the measurements on held-out data recommend, if that is another one. verdict: what
+    they say, in sentences. recommended: the step of ``best``, where the verdict is that it is the better one.
     """
 
     status: str

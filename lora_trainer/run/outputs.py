@@ -66,7 +66,7 @@ class Outputs:
 
     @property
     def best(self) -> Path:
-        """The LoRA whose loss on held-out pictures was the lowest; ``keep_checkpoints`` does not count it."""
+        """The LoRA that the measurements on held-out data recommend; ``keep_checkpoints`` does not count it."""
         return self.directory / f"{self.name}-best.safetensors"
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -30,7 +29,7 @@ from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
 from lora_trainer.training.step import TrainingStep
-from lora_trainer.training.validation import Measurement, Validator, Verdict, measurements_of, verdict
+from lora_trainer.training.validation import Measurement, Validator, Verdict, measurements_of, recommended, verdict
 
 NON_FINITE_LIMIT = 10
 """So many steps in a row without a finite loss or gradient end the run."""
@@ -269,16 +268,15 @@ class Trainer:
             release_memory()
             self.callbacks.on_warning(f"No validation at step {self.step}: memory is short, or the loss is not finite.")
             return
-        best = min((one.validation for one in self.measurements), default=math.inf)
         self.measurements.append(measured)
         self.metrics.write_measurement(measured.to_dict())
         self.callbacks.on_measured(measured)
-        if 0 < self.step < self.total_steps and measured.validation < best:
+        if 0 < self.step < self.total_steps and recommended(self.measurements) is measured:
             self._save_lora("best")
         self._judge()
 
     def _judge(self) -> None:
-        found = verdict(self.measurements, self.config.early_stopping_patience, f"{self.source.sample}s")
+        found = verdict(self.measurements, self.config.early_stopping_patience)
         if found is None or not found.stops or self.config.early_stopping == "off":
             return
         if (found.kind, found.best) != self._said:
@@ -425,7 +423,7 @@ class Trainer:
     def _outcome(self, status: str) -> Outcome:
         losses = self.recent_losses
         loss = sum(losses) / len(losses) if losses else None
-        found = verdict(self.measurements, self.config.early_stopping_patience, f"{self.source.sample}s")
+        found = verdict(self.measurements, self.config.early_stopping_patience)
         return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora, found)
 
 

@@ -13,8 +13,8 @@ class Saver(Protocol):
     """Writes the LoRA as the adapters are now and returns its path. Called inside a turn.
 
     prepare: does what takes long and needs no model; called outside of turns, before each save.
-    epoch: counted from 1. kind: "step" on the way, "best" when the validation loss was never lower, "stopped" when the
-    run was ended early, "final" at the end.
+    epoch: counted from 1. kind: "step" on the way, "best" when it is the recommended one so far, "stopped" when the run
+    was ended early, "final" at the end.
     """
 
     def prepare(self) -> None: ...

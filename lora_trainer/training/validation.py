@@ -27,6 +27,8 @@ _FORWARD = 0.2, 0.3
 second one divided by b. Measured on the demo's base by tests/benchmarks/validation_cost.py; where larger models keep a
 device busy, it is less."""
 _NOTICEABLE = 0.002  # relative: a smaller change of the validation loss is none
+_LATER = 3  # so many measurements after the lowest validation loss may still be recommended
+_LEARNS = 0.05  # share of what was learned so far that a later step must add to be recommended
 
 
 class Measurable(Protocol):
@@ -147,11 +149,41 @@ class Validator:
         return self.objective.fixed_draws(micro_batch, place, generator_for(self.seed, "validation", number))
 
 
+def recommended(measurements: Sequence[Measurement]) -> Measurement:
+    """The measurement whose weights are the best ones, of at least one: each became it at the moment it was made, so
+    that what is to be kept is known then.
+
+    It is that of the lowest validation loss, or one of the ``_LATER`` ones after it, as long as the loss of trained
+    samples still falls clearly: by ``_LEARNS`` of its whole fall since the base.
+
+    Why not the lowest validation loss alone: on fixed noise it soon counts where exactly the trained samples have
+    their details, which says little about generated ones. Five pictures of a new shape for 400 steps on the demo's
+    base: it is lowest at step 50 and twice that from step 100 on, but only at the low noise levels; at the high ones,
+    which decide what is drawn, it stays below the base's. Of 64 pictures of unseen prompts, 90.6 % show the shape at
+    step 50 (71.9 % by the strict scorer), and 100 % from step 150 on. What tells these apart is the loss of the
+    trained pictures on fixed noise, which then stops falling: it is the criterion of Voronov et al. 2023, "Is This
+    Loss Informative? Faster Text-to-Image Customization by Tracking Objective Dynamics". Alone it would never end for
+    a model that memorises; hence the limit.
+
+    Drift does not choose either: of the shapes that this base draws, half are lost at step 50 (drift 0.025), 9 of 10
+    at step 150 (0.039). That is what ``preserve`` is there for.
+    """
+    base = lowest = chosen = measurements[0]
+    later = 0
+    for one in measurements[1:]:
+        later += 1
+        if one.validation < lowest.validation:
+            lowest, chosen, later = one, one, 0
+        elif later <= _LATER and chosen.training - one.training > _LEARNS * max(0.0, base.training - one.training):
+            chosen = one
+    return chosen
+
+
 @dataclass(frozen=True)
 class Verdict:
     """kind: "learning", "memorising", "too fast" (the learning rate is too high) or "barely" (it hardly learns).
 
-    best: step of the lowest validation loss. sentence: for people.
+    best: step of the ``recommended`` measurement. sentence: for people.
     """
 
     kind: str
@@ -164,36 +196,35 @@ class Verdict:
         return self.kind in ("memorising", "too fast")
 
 
-def verdict(measurements: Sequence[Measurement], patience: int, samples: str = "pictures") -> Verdict | None:
+def verdict(measurements: Sequence[Measurement], patience: int) -> Verdict | None:
     """What the measurements of a run say; None before there are two.
 
     patience: so many measurements in a row without a new lowest validation loss mean that it will not fall any more.
-    samples: what they are called (``Source.sample``, in the plural).
     """
     if len(measurements) < 2:
         return None
-    first, last = measurements[0], measurements[-1]
-    best = min(measurements, key=lambda one: one.validation)
-    since = [one for one in measurements if one.step > best.step]
-    if len(since) >= patience and last.validation > best.validation * (1 + _NOTICEABLE):
-        memorises = last.training < best.training
-        rise = f"from {best.validation:.4g} to {last.validation:.4g}"
-        why = (
-            f"while that of trained {samples} fell from {best.training:.4g} to {last.training:.4g}: it memorises them."
+    first, last, best = measurements[0], measurements[-1], recommended(measurements).step
+    lowest = min(measurements, key=lambda one: one.validation)
+    since = [one for one in measurements if one.step > lowest.step]
+    if len(since) >= patience and last.validation > lowest.validation * (1 + _NOTICEABLE):
+        rise = f"{lowest.validation:.4g} to {last.validation:.4g}"
+        fall = f"{lowest.training:.4g} to {last.training:.4g}"
+        memorises = last.training < lowest.training
+        said = [
+            f"The loss of held-out data has risen since step {lowest.step}, from {rise}.",
+            f"That of training data fell from {fall}: it memorises them."
             if memorises
-            else f"and that of trained {samples} does not fall either: the learning rate is too high."
-        )
-        remedy = f"Step {best.step} is recommended." if best.step else "No step was better than the base model."
-        sentence = f"The loss of held-out {samples} has risen since step {best.step}, {rise}, {why} {remedy}"
-        return Verdict("memorising" if memorises else "too fast", best.step, sentence)
+            else "That of training data does not fall either: the learning rate is too high.",
+            f"Step {best} is recommended." if best else "No step was better than the base model.",
+        ]
+        return Verdict("memorising" if memorises else "too fast", best, " ".join(said))
     if len(measurements) > patience and abs(last.validation / first.validation - 1) < _NOTICEABLE:
-        return Verdict(
-            "barely",
-            best.step,
-            f"The loss of held-out {samples} has hardly changed in {last.step} steps: train longer, or raise the rank "
-            "or the learning rate.",
-        )
-    return Verdict("learning", best.step, f"It is still learning at step {last.step}.")
+        said = [
+            f"The loss of held-out data has hardly changed in {last.step} steps.",
+            "Train longer, or raise the rank or the learning rate.",
+        ]
+        return Verdict("barely", best, " ".join(said))
+    return Verdict("learning", best, f"It is still learning at step {last.step}.")
 
 
 def measurements_of(progress: Mapping[str, Any]) -> list[Measurement]:

@@ -5,8 +5,9 @@
 
 Teaches the demo's base a shape that it has never seen from few pictures and for far too many steps, keeps a checkpoint
 at every measurement, and scores each of them on prompts in color and background pairs that were kept out of the
-training. Prints, for each seed, the checkpoint that is recommended, the last one, and the best one by the scores, which
-an oracle would choose; and whether the run would have been stopped early. Every score goes to FOLDER/scores-SEED.json.
+training. Prints, for each seed, the checkpoint that is recommended, the one of the lowest validation loss, the last
+one, and the best one by the scores, which an oracle would choose; and whether the run would have been stopped early.
+Every score goes to FOLDER/scores-SEED.json.
 """
 
 from __future__ import annotations
@@ -79,10 +80,16 @@ def _report(
     patience = 3
     found = [verdict(measured[:end], patience) for end in range(1, len(measured) + 1)]
     stopped = next((one.step for one, said in zip(measured, found) if said and said.stops), None)
+    lowest = min(measured, key=lambda one: one.validation).step
     recommended, last = found[-1].best, measured[-1].step
     oracle = max(by_step, key=lambda step: by_step[step].whole)
     print(f"seed {seed}, {options.pictures} pictures, {minutes:.1f} min; stopped early: {stopped or 'no'}")
-    for title, step in (("recommended", recommended), ("last", last), ("oracle", oracle)):
+    for title, step in (
+        ("recommended", recommended),
+        ("lowest loss", lowest),
+        ("last", last),
+        ("oracle", oracle),
+    ):
         print(f"  {title:<12} step {step:>5}  {by_step.get(step, 'the base itself')}", flush=True)
 
 

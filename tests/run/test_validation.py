@@ -13,7 +13,7 @@ from lora_trainer.run import engine, summary
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.loop import Outcome
-from lora_trainer.training.validation import Verdict
+from lora_trainer.training.validation import Measurement, Verdict, recommended
 from tests.pictures import draw_dataset
 from tests.run.test_engine import Listener, assert_same_weights, run
 
@@ -92,7 +92,7 @@ def test_the_best_one_is_kept_whatever_keep_checkpoints_says(settings, tmp_path)
     listener = Listener()
     run(settings, listener, keep_checkpoints=1, save_steps=1, validation_steps=1, epochs=3)
     measurements, _ = measured(tmp_path / "out")
-    best = min(measurements, key=lambda line: line["validation"])["step"]
+    best = recommended([Measurement(**{n: v for n, v in line.items() if n != "kind"}) for line in measurements]).step
     files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert len([name for name in files if "-step" in name]) == 1
     assert ("disc-best.safetensors" in files) == (best > 0)

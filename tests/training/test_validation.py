@@ -19,6 +19,7 @@ from lora_trainer.training.validation import (
     Measurement,
     ValidationData,
     Validator,
+    recommended,
     verdict,
 )
 from tests.adapters.layers import randomize
@@ -132,8 +133,50 @@ def test_verdicts(kind):
     found = verdict(series(*VERDICTS[kind]), patience=3)
     assert found.kind == kind
     if kind == "memorising":
-        assert found.best == 200 and "since step 200" in found.sentence and "recommended" in found.sentence
+        assert found.best == 500 and "since step 200" in found.sentence and "Step 500 is recommended" in found.sentence
+    elif kind == "too fast":
+        assert found.best == 100, "nothing is learned any more after the lowest"
 
 
 def test_there_is_no_verdict_on_one_measurement():
     assert verdict(series((1.0, 1.0)), 3) is None
+
+
+MOON = [
+    (0.0293821, 0.0163292, 0.0), (0.0281777, 0.0098138, 0.02508), (0.0488520, 0.0048753, 0.03186),
+    (0.0512773, 0.0039340, 0.03893), (0.0543445, 0.0038058, 0.04347), (0.0555518, 0.0028248, 0.04435),
+    (0.0572071, 0.0025205, 0.04723), (0.0586964, 0.0024784, 0.04842), (0.0595401, 0.0024626, 0.04917),
+]  # fmt: skip
+"""Recorded every 50 steps: five pictures of a moon on the demo's base, seed 0. Of 64 pictures of unseen prompts, the
+shape was there in 90.6 % (71.9 % by the strict scorer) at step 50, 100 % (84.4 %) at step 100, and 100 % (100 %) from
+step 150 on."""
+
+
+def recorded(rows, every=50):
+    return [Measurement(every * n, 1, *values) for n, values in enumerate(rows)]
+
+
+def test_the_recommended_step_has_learned_what_is_to_be_learned():
+    """The lowest validation loss alone would choose step 50, which is 9 points below the best one."""
+    found = verdict(recorded(MOON), 3)
+    assert found.kind == "memorising" and found.best == 150 and "since step 50," in found.sentence
+
+
+def test_what_is_recommended_was_so_when_it_was_measured_and_stays_so():
+    """The file of the recommended step is written as it is measured. Later measurements may only replace it by the
+    newest one: stopped early or not, with more patience or less, the same step is recommended."""
+    measurements = recorded(MOON)
+    chosen = [recommended(measurements[:end]) for end in range(1, len(measurements) + 1)]
+    assert [one.step for one in chosen] == [0, 50, 100, 150, 150, 150, 150, 150, 150]
+    for now, before, newest in zip(chosen[1:], chosen, measurements[1:]):
+        assert now is before or now is newest
+
+
+def test_a_lower_validation_loss_is_always_recommended():
+    rows = [(1.0, 1.0, 0), (0.8, 0.6, 0), (0.9, 0.4, 0), (0.79, 0.41, 0)]
+    assert [recommended(recorded(rows[:end])).step for end in (2, 3, 4)] == [50, 100, 150]
+
+
+def test_many_measurements_after_the_lowest_none_is_recommended_however_much_is_memorised():
+    rows = [(1.0, 1.0, 0), (0.8, 0.9, 0), *((0.9 + n / 50, 0.8 - n / 25, 0) for n in range(20))]
+    assert recommended(recorded(rows)).step == 200
