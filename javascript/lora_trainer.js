@@ -21,25 +21,46 @@ var loraTrainer = window.loraTrainer || {};
     };
 
     /** What the server says, in the host's language where that has it: its sentences are known with {0}, {1} for what
-     * they name. What they name may be a sentence again; a person's words stay. */
+     * they name. What they name may be a sentence again; a person's words stay. Words.said does the same for reports. */
     app.said = function(text) {
         const words = window.localization || {};
         if (!text || known(words, text)) return text && words[text];
         if (saidIn !== words) {
             saidIn = words;
             patterns = Object.keys(words).filter((key) => key.includes("{0}")).sort((one, other) => fixed(other) - fixed(one))
-                .map((key) => [new RegExp("^" + key.split(/\{\d\}/).map(escaped).join("([^]*?)") + "$"), words[key]]);
+                .map(pattern);
         }
-        for (const [pattern, translated] of patterns) {
-            const found = pattern.exec(text);
-            if (found) return translated.replace(/\{(\d)\}/g, (all, index) => inner(found[Number(index) + 1]));
+        const sentences = text.replace(/([.!?]) (?=[A-Z])/g, "$1\n").split("\n");
+        let across = null; // where a name would hold the end of a sentence: more likely these are several sentences
+        for (const {longest, expression, translated} of patterns) {
+            const found = text.includes(longest) && expression.exec(text);
+            if (!found) continue;
+            const filled = () => translated.replace(/\{(\d)\}/g, (all, index) => inner(found[Number(index) + 1]));
+            if (!found.slice(1).some((part) => /[.!?] [A-Z]|\n/.test(part))) return filled();
+            across = across || filled;
         }
-        return text;
+        const each = sentences.length > 1 ? sentences.map(app.said) : [placed(text)];
+        if (across && !each.every((one, index) => one !== sentences[index])) return across();
+        return each.join(text.includes("\n") ? "\n" : " ");
     };
-    /** A part of a sentence: a reason ("it is empty"), another sentence, or the name of something, which stays. */
-    const inner = (text) => (/^its? |[.!?]$/.test(text) ? app.said(text) : text);
+    /** A sentence behind the place that it is about, such as "metadata.csv, line 3: …". */
+    const placed = function(text) {
+        const [, place, what] = /^(.*?): (.+)$/.exec(text) || [];
+        const translated = what && app.said(what);
+        return translated && translated !== what ? app.said(place) + app.t(": ") + translated : text;
+    };
+    /** A part of a sentence: what our reasons begin with ("it is empty"), sentences, or the name of something, which stays. */
+    const inner = (text) => (/^(its?|is|has|an?|the|there|in|quantized) |[.!?]$|\n/.test(text) ? app.said(text) : text);
     let saidIn = null;
     let patterns = [];
+    const pattern = function(key) {
+        const pieces = key.split(/\{\d\}/);
+        return {
+            longest: pieces.reduce((one, other) => (other.length > one.length ? other : one)),
+            expression: new RegExp("^" + pieces.map(escaped).join("([^]*?)") + "$"),
+            translated: window.localization[key],
+        };
+    };
     const fixed = (key) => key.replace(/\{\d\}/g, "").length;
     const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 

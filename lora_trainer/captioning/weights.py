@@ -89,10 +89,10 @@ def _missing(kind: Kind, folders: Sequence[Path]) -> UnavailableError:
     weights = kind.weights
     files = ", ".join(names[0] for names in weights.files)
     searched = _folders(folders)
-    place = f"into {searched[0] / kind.name}" if searched else "into a folder and name it with --weights"
+    place = searched[0] / kind.name if searched else "a folder named with --weights"
     return UnavailableError(
-        f"The weights of the captioner {kind.name} ({kind.title}) are not on this machine: {files}, {weights.size}.",
+        f"The weights of the captioner {kind.name} ({kind.title}) are not on this machine: {files} ({weights.size}).",
         field="captioner",
-        remedy=f"Put the files of huggingface.co/{weights.repository} {place}, or let "
+        remedy=f"Put the files of huggingface.co/{weights.repository} into {place}, or let "
         "`python -m lora_trainer caption … --download` fetch them.",
     )

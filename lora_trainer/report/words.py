@@ -12,6 +12,10 @@ import lora_trainer
 FOLDER = Path(lora_trainer.__file__).resolve().parents[1] / "localizations"
 """Part of the extension; a package that was installed without it speaks English."""
 
+# As in javascript/lora_trainer.js.
+_BETWEEN_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+_SAID = re.compile(r"^(its?|is|has|an?|the|there|in|quantized) |[.!?]\Z|\n")
+
 
 class Words:
     """``words(text)`` in a language, with {names} filled in.
@@ -20,7 +24,7 @@ class Words:
     """
 
     def __init__(self, language: str = "en"):
-        name = find(language)
+        self._name = name = find(language)
         self.language = "en" if name is None else name.replace("_", "-")
         self._table = {} if name is None else _table(name)
 
@@ -30,16 +34,31 @@ class Words:
 
     def said(self, text: str) -> str:
         """A sentence that a run said; localizations know it with {0}, {1} for what it names."""
-        if text in self._table:
-            return self._table[text]
-        for template, pattern in _patterns(self._table):
+        if self._name is None or text in self._table:
+            return self._table.get(text, text)
+        sentences = _BETWEEN_SENTENCES.sub("\n", text).split("\n")
+        across = None  # where a name would hold the end of a sentence: more likely these are several sentences
+        for template, pattern in _patterns(self._name):
             if found := pattern.fullmatch(text):
-                return re.sub(r"\{(\d)\}", lambda place: self._part(found[int(place[1]) + 1]), self._table[template])
-        return text
+                filled = re.sub(r"\{(\d)\}", lambda place, found=found: self._part(found[int(place[1]) + 1]),
+                                self._table[template])  # fmt: skip
+                if not any(_BETWEEN_SENTENCES.search(part) or "\n" in part for part in found.groups()):
+                    return filled
+                across = across or filled
+        each = [self.said(one) for one in sentences] if len(sentences) > 1 else [self._placed(text)]
+        if across and any(one == before for one, before in zip(each, sentences)):
+            return across
+        return ("\n" if "\n" in text else " ").join(each)
+
+    def _placed(self, text: str) -> str:
+        """A sentence behind the place that it is about, such as "metadata.csv, line 3: …"."""
+        place, _, what = text.partition(": ")
+        translated = self.said(what) if what else what
+        return f"{self.said(place)}{self(': ')}{translated}" if translated != what else text
 
     def _part(self, text: str) -> str:
-        """Of a sentence: another sentence, or the name of something, which stays."""
-        return self.said(text) if text.endswith((".", "!", "?")) else text
+        """Of a sentence: a reason as ours begin, another sentence, or the name of something, which stays."""
+        return self.said(text) if _SAID.search(text) else text
 
 
 def languages() -> list[str]:
@@ -62,9 +81,10 @@ def _table(name: str) -> dict[str, str]:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _patterns(table: dict[str, str]) -> list[tuple[str, re.Pattern[str]]]:
-    """Templates and what they match, those with the most fixed letters first."""
-    templates = [text for text in table if "{0}" in text]
+@lru_cache(maxsize=4)
+def _patterns(name: str) -> list[tuple[str, re.Pattern[str]]]:
+    """Templates of a localization and what they match, those with the most fixed letters first."""
+    templates = [text for text in _table(name) if "{0}" in text]
     templates.sort(key=lambda text: -len(re.sub(r"\{\d\}", "", text)))
     found = []
     for text in templates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import re
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _STRING = r'"((?:[^"\\\n]|\\.)*)"'
+_SENTENCE = r"(?=.*[a-z]{2})(?=.*\S \S).*[.!]"
 _TABLE = re.compile(r"const (?:STATES|PHASES|TIPS|PARTS) = \{(.*?)\};", re.DOTALL)
 
 
@@ -62,22 +64,37 @@ def words_of_scripts() -> set[str]:
     return words
 
 
+@functools.cache
 def words_of_the_server() -> set[str]:
-    """Sentences that the package's errors and warnings may say, with {0}, {1} for what they name."""
+    """Every text of the package, with {0}, {1} for what it names: what a person may be told is among them."""
     said: set[str] = set()
     for path in (ROOT / "lora_trainer").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call):
-                for part in (*node.args, *(one.value for one in node.keywords)):
-                    said |= set(_templates(part))
-            elif isinstance(node, (ast.Return, ast.Assign, ast.AnnAssign)):
-                said |= set(_templates(node.value))
+        said.update(text for node in ast.walk(_tree(path)) for text in _templates(node))
     return said
+
+
+@functools.cache
+def sentences_of_file(path: Path) -> frozenset[str]:
+    """What a file may say to a person: texts that begin as a sentence or with a name, and end as a sentence.
+
+    Left out are docstrings, the help of the command line and what goes into the log.
+    """
+    tree, elsewhere = _tree(path), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            elsewhere.add(node.value)
+        if isinstance(node, ast.JoinedStr):
+            elsewhere |= {part for value in node.values for part in ast.walk(value)}
+        if isinstance(node, ast.Call) and getattr(getattr(node.func, "value", None), "id", "") in ("log", "re"):
+            elsewhere |= set(ast.walk(node))
+    texts = {text for node in ast.walk(tree) if node not in elsewhere for text in _templates(node)
+             if isinstance(node, (ast.Constant, ast.JoinedStr))}  # fmt: skip
+    return frozenset(text for text in texts if re.fullmatch(_SENTENCE, text, re.DOTALL)) | problems_of_file(path)
 
 
 def problems_of_file(path: Path) -> set[str]:
     """Messages and remedies of the ``UserError`` that a file makes, with {0}, {1} for what they name."""
-    tree, named, said = ast.parse(path.read_text(encoding="utf-8")), {}, set()
+    tree, named, said = _tree(path), {}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             named.setdefault(node.targets[0].id, []).extend(_templates(node.value))
@@ -86,6 +103,11 @@ def problems_of_file(path: Path) -> set[str]:
             for part in (*node.args[:1], *(one.value for one in node.keywords if one.arg == "remedy")):
                 said |= set(named.get(part.id, ()) if isinstance(part, ast.Name) else _templates(part))
     return said
+
+
+@functools.cache
+def _tree(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _templates(node: ast.AST | None) -> list[str]:
