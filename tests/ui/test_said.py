@@ -19,8 +19,10 @@ COMPOSED = {
     "No caption has the trigger word 'zwx'. Set trigger_word.": "没有一条描述含有触发词 'zwx'。 请设置 trigger_word。",
     "b.png: No pictures are chosen.": "b.png：还没有选择图片。",
     "b.png: a note of a person.": "b.png: a note of a person.",
-    "b.png: it is excluded in the editor\nc.png: it is no JSON object": "b.png：已在编辑器中排除\nc.png：它不是 JSON 对象",
-    "The row has 9 tokens, more than max_length (5), and is cut.": "此行有 9 个 token，超过 max_length（5）：已截断。",
+    "b.png: it is excluded in the editor\nc.png: it is no JSON object":
+        "b.png：已在编辑器中排除\nc.png：它不是 JSON 对象",
+    "The row has 9 tokens, more than max_length (5), and is cut.":
+        "此行有 9 个 token，超过 max_length（5）：已截断。",
 }
 
 
