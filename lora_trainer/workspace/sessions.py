@@ -145,7 +145,7 @@ class EditorSessions:
         with self._lock:
             there = {key: editor for key, editor in self._open.items() if Path(editor.session.root) == root}
             for editor in there.values():
-                _refuse_unsaved(editor, "the folder is moved or deleted")
+                _refuse_unsaved(editor, "Save or discard them before the folder is moved or deleted.")
                 if editor.busy:
                     raise UserError("Something runs for this folder already.", remedy="Wait for it, or cancel it.")
             for key in there:
@@ -157,7 +157,7 @@ class EditorSessions:
         """Check what is in the files. Raises UserError while something is unsaved, for the report would not know it."""
         from lora_trainer.dataset.checks import check_folder
 
-        _refuse_unsaved(editor, "checking")
+        _refuse_unsaved(editor, "Save or discard them before checking.")
         session = editor.session
 
         def work(task: Task) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class EditorSessions:
         """Caption pictures on the host's device, batch by batch between the host's own work."""
         from lora_trainer.run.captioning import CaptionCallbacks, caption_folder
 
-        _refuse_unsaved(editor, "captioning")
+        _refuse_unsaved(editor, "Save or discard them before captioning.")
         job = make_job(editor.session)
         job.options.check()
         turn = self._current_host().device_turn
@@ -204,6 +204,6 @@ class EditorSessions:
         return editor.start("caption", work)
 
 
-def _refuse_unsaved(editor: EditorSession, what: str) -> None:
+def _refuse_unsaved(editor: EditorSession, remedy: str) -> None:
     if count := len(editor.session.unsaved):
-        raise UserError(f"{count} changes are not saved.", remedy=f"Save or discard them before {what}.")
+        raise UserError(f"{count} changes are not saved.", remedy=remedy)
