@@ -49,8 +49,10 @@ var loraTrainer = window.loraTrainer || {};
         const translated = what && app.said(what);
         return translated && translated !== what ? app.said(place) + app.t(": ") + translated : text;
     };
-    /** A part of a sentence: what our reasons begin with ("it is empty"), sentences, or the name of something, which stays. */
-    const inner = (text) => (/^(its?|is|has|an?|the|there|in|quantized) |[.!?]$|\n/.test(text) ? app.said(text) : text);
+    /** A part of a sentence: a reason ("it is empty"), sentences, or the name of something, which stays. Of reasons that
+     * begin otherwise those of three words and more are known: no name is likely to be one. */
+    const inner = (text) => (REASON.test(text) || (/ .+ /.test(text) && known(window.localization, text)) ? app.said(text) : text);
+    const REASON = /^(its?|is|an?|the|there|in|quantized) |[.!?]$|\n/;
     let saidIn = null;
     let patterns = [];
     const pattern = function(key) {

@@ -88,14 +88,14 @@ def unusable(value: Any) -> str | None:
         one, depth = pending.pop()
         parts += 1
         if parts > _MAX_PARTS or depth > _MAX_DEPTH:
-            return "has too many parts"
+            return "It has too many parts."
         if isinstance(one, str):
             if len(one) > _MAX_TEXT:
-                return f"is longer than {_MAX_TEXT} characters"
+                return f"It is longer than {_MAX_TEXT} characters."
             if has_half_characters(one):
-                return "is not valid Unicode text"
+                return "It is not valid Unicode text."
         elif isinstance(one, int) and abs(one) > _MAX_NUMBER:
-            return "is too large a number"
+            return "It is too large a number."
         elif isinstance(one, Mapping):
             pending += [(part, depth + 1) for pair in one.items() for part in pair]
         elif isinstance(one, Sequence):

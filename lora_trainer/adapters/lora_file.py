@@ -169,8 +169,10 @@ def read_lora(path: str | Path) -> LoraFile:
                 tensor = tensor.reshape(-1, 1)
             groups.setdefault(module, {})[_canonical(found["suffix"])] = tensor
     if not any(set(tensors) - {"alpha"} for tensors in groups.values()):
-        what = "a whole checkpoint" if any(name.startswith("model.diffusion_model.") for name in names) else "no LoRA"
-        raise UserError(f"{path.name} is {what}: it holds no layers of a LoRA.", remedy="Choose a LoRA file.")
+        message = f"{path.name} is no LoRA: it holds no layers of a LoRA."
+        if any(name.startswith("model.diffusion_model.") for name in names):
+            message = f"{path.name} is a whole checkpoint: it holds no layers of a LoRA."
+        raise UserError(message, remedy="Choose a LoRA file.")
     _refuse_other_meanings(path, groups, unsupported)
     alphas = _peft_alphas(path, metadata)
     modules = {name: _module(path, name, tensors, alphas) for name, tensors in groups.items()}
@@ -212,26 +214,24 @@ def _canonical(suffix: str) -> str:
 
 
 def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict[str, dict]) -> ModuleWeights:
-    def problem(what: str) -> UserError:
-        return UserError(
-            f"{path.name}: the tensors of {name} {what}.", remedy="The file is damaged or of an unknown kind."
-        )
+    def problem(what: str, kind: str = "") -> UserError:
+        return UserError(what.format(path.name, name, kind), remedy="The file is damaged or of an unknown kind.")
 
     alpha_tensor = tensors.pop("alpha", None)
     if alpha_tensor is not None and alpha_tensor.numel() != 1:
-        raise problem("have an alpha that is not one number")
+        raise problem("{0}: the tensors of {1} have an alpha that is not one number.")
     if any(not tensor.is_floating_point() or not tensor.numel() for tensor in tensors.values()):
-        raise problem("are empty or no fractional numbers")
+        raise problem("{0}: the tensors of {1} are empty or no fractional numbers.")
     kinds = {
         "lora" if key.startswith("lora_") else "loha" if key.startswith("hada") else "lokr"
         for key in tensors
         if key != "dora_scale"
     }
     if len(kinds) != 1:
-        raise problem("are incomplete or of several kinds")
+        raise problem("{0}: the tensors of {1} are incomplete or of several kinds.")
     kind = kinds.pop()
     if not _consistent(kind, {key: tuple(tensor.shape) for key, tensor in tensors.items()}):
-        raise problem(f"do not belong together ({_KINDS[kind]})")
+        raise problem("{0}: the tensors of {1} do not belong together ({2}).", _KINDS[kind])
     if "dora_scale" in tensors:
         tensors["dora_scale"] = _dora_scale(tensors["dora_scale"], problem)
     weights = ModuleWeights(name, kind, tensors, None if alpha_tensor is None else float(alpha_tensor))
@@ -247,7 +247,7 @@ def _module(path: Path, name: str, tensors: dict[str, Tensor], peft_alphas: dict
 def _dora_scale(scale: Tensor, problem: Callable[[str], UserError]) -> Tensor:
     """(1, in), or (out, 1) where the file has one number for each output."""
     if sum(side != 1 for side in scale.shape) > 1:
-        raise problem("have a dora_scale that is neither per input nor per output")
+        raise problem("{0}: the tensors of {1} have a dora_scale that is neither per input nor per output.")
     return scale.reshape(1, -1) if scale.dim() < 2 or scale.shape[0] == 1 else scale.reshape(-1, 1)
 
 

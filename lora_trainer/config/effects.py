@@ -31,8 +31,8 @@ _DEPENDENCES = (
         "only cosine_with_restarts restarts",
     ),
     _Dependence(("lr_power",), lambda config: config.lr_scheduler == "polynomial", "only polynomial has a power"),
-    _Dependence(("lr_warmup_ratio",), lambda config: not config.lr_warmup_steps, "lr_warmup_steps counts"),
-    _Dependence(("epochs",), lambda config: config.max_train_steps is None, "max_train_steps counts"),
+    _Dependence(("lr_warmup_ratio",), lambda config: not config.lr_warmup_steps, "lr_warmup_steps is set"),
+    _Dependence(("epochs",), lambda config: config.max_train_steps is None, "max_train_steps is set"),
     _Dependence(("conv_alpha",), lambda config: config.conv_rank > 0, "conv_rank is 0"),
     _Dependence(("lokr_factor",), lambda config: config.adapter == "lokr", "adapter is not lokr"),
     _Dependence(("huber_c",), lambda config: config.loss != "mse", "loss is mse"),
@@ -70,6 +70,9 @@ _DEPENDENCES = (
 )
 
 
+_OF_OTHER_TASKS = {"text": "a language model is trained", "image": "no language model is trained"}
+
+
 def without_effect(
     config: TrainConfig, unused: Mapping[str, str] = MappingProxyType({}), task: str = "image"
 ) -> list[str]:
@@ -81,7 +84,7 @@ def without_effect(
     default = TrainConfig()
     reasons = {name: it.otherwise for it in _DEPENDENCES if not it.when(config) for name in it.names} | dict(unused)
     other = [name for name, facts in FACTS.items() if facts.task not in (None, task)]
-    reasons |= dict.fromkeys(other, f"a language model is {'' if task == 'text' else 'not '}trained")
+    reasons |= dict.fromkeys(other, _OF_OTHER_TASKS[task])
     idle = [
         f"{name}: {_shown(getattr(config, name))} has no effect, because {reason}."
         for name, reason in reasons.items()

@@ -7,8 +7,6 @@ import dataclasses
 import difflib
 import math
 import re
-import types as python_types
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,19 @@ import yaml
 
 from lora_trainer import plugins
 from lora_trainer.config.foreign import Translation, read_text, read_what_can_be_read
-from lora_trainer.config.foreign.kohya import pairs
-from lora_trainer.config.names import ALIASES, is_text, types
+from lora_trainer.config.names import ALIASES, is_text
 from lora_trainer.config.problems import Problems
 from lora_trainer.config.prompts import parse_prompt
 from lora_trainer.config.schema import FACTS, TrainConfig
-from lora_trainer.config.yaml_text import file_text, yaml_value
-from lora_trainer.errors import ConfigError, UserError, has_half_characters, shown, unusable
+from lora_trainer.config.values import check_limits, convert, is_off, kind_of, said_of, split_list, unquoted, wanted
+from lora_trainer.config.yaml_text import file_text
+from lora_trainer.errors import ConfigError, UserError, unusable
 from lora_trainer.files import safe_name_problem
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _OTHER_WORDS = {
     ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
     ("save_precision", "float"): "fp32", ("resume", ""): "auto",
 }  # fmt: skip
-_LARGEST = 2**63  # of whole numbers: what every store and every library takes
-_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 def load(
@@ -65,7 +60,7 @@ def from_own(values: Mapping[str, Any], before: Sequence[UserError] = ()) -> Tra
     named = values.get("plugins") or []
     problems = Problems()
     with problems.gathered():
-        plugins.load(_split(named) if isinstance(named, str) else [str(path) for path in named])
+        plugins.load(split_list(named) if isinstance(named, str) else [str(path) for path in named])
     return from_mapping(values, [*before, *problems.found])
 
 
@@ -115,24 +110,24 @@ def from_mapping(values: Mapping[str, Any], before: Sequence[UserError] = ()) ->
                                       remedy="Keep one of them."))  # fmt: skip
             continue
         if reason := unusable(value):
-            problems.append(UserError(f"It {reason}.", field=given, remedy=f"It must be {_wanted(name)}."))
+            problems.append(UserError(reason, field=given, remedy=wanted(name)))
             continue
         if value is None and known[name].default == "":
             value = ""  # "trigger_word:" with nothing behind it
         if isinstance(value, str) and FACTS[name].path is not None:
-            value = _unquoted(value)
+            value = unquoted(value)
         if isinstance(value, str) and (separator := FACTS[name].separator):
             value = [part.strip() for part in value.split(separator) if part.strip()]
         if (name, str(value).strip().lower()) in _OTHER_WORDS:
             value = _OTHER_WORDS[name, str(value).strip().lower()]
-        elif _is_off(value, known[name]):
+        elif is_off(value, known[name]):
             value = None
         try:
-            clean[name] = _check_limits(_convert(value, _kind(name)), known[name].metadata)
+            clean[name] = check_limits(convert(value, kind_of(name)), known[name].metadata)
         except (ValueError, OverflowError) as error:
-            remedy = known[name].metadata.get("remedy") or f"It must be {_wanted(name)}."
-            said = "is empty" if value in (None, "") else f"{shown(value)} {error}"
-            problems.append(UserError(f"{said}.", field=given, remedy=remedy))
+            remedy = known[name].metadata.get("remedy") or wanted(name)
+            message = "is empty." if value in (None, "") else said_of(value, error)
+            problems.append(UserError(message, field=given, remedy=remedy))
     if clean.get("text_encoder_lr"):  # a rate of its own means that they are to learn
         clean.setdefault("train_text_encoder", True)
     config = TrainConfig(**clean)
@@ -144,15 +139,6 @@ def from_mapping(values: Mapping[str, Any], before: Sequence[UserError] = ()) ->
     if found.found:
         raise ConfigError(found.found, config)
     return config
-
-
-def _kind(name: str) -> Any:
-    """The type of a setting; the names of plug-ins are among its choices."""
-    kind, plugin = types()[name], FACTS[name].plugin
-    if plugin is None or typing.get_origin(kind) is not typing.Literal:
-        return kind
-    choices = (*typing.get_args(kind), *plugins.names(plugin))
-    return typing.Literal[choices]
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
@@ -270,145 +256,3 @@ def _unknown(name: str, known: Iterable[str]) -> UserError:
     if near:
         hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?"
     return UserError("There is no such setting.", field=name, remedy=hint)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``; strings that spell it are accepted. Raises ValueError saying what is wrong."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (python_types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
-            return None
-        kinds = [option for option in options if option is not type(None)]
-        if typing.get_origin(kinds[0]) is typing.Literal and len(kinds) > 1:  # a word instead of a number
-            word = str(value).strip().lower()
-            return word if word in typing.get_args(kinds[0]) else _convert(value, kinds[1])
-        return _convert(value, kinds[0])
-    if origin is typing.Literal:
-        return _choice(value, options)
-    if origin is list:
-        parts = _in_quotes(value) if isinstance(value, str) else value
-        parts = parts if isinstance(parts, list) else _split(parts)
-        return [_convert(part, options[0]) for part in parts]
-    if origin is dict:
-        value = _in_quotes(value) if isinstance(value, str) else value
-        if not isinstance(value, dict):  # ["weight_decay=0.1"], as kohya's scripts take it
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list) or any("=" not in str(text) for text in texts):
-                raise ValueError("is not a mapping of names to values")
-            value = pairs(value)
-        return {str(name): _convert_loose(part) for name, part in value.items()}
-    converters: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str}
-    return converters[kind](value)
-
-
-def _unquoted(path: str) -> str:
-    """A path without the quotes around it, which Windows puts there when it is copied."""
-    path = path.strip() if path.strip()[:1] in ("'", '"') else path
-    return path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
-
-
-def _is_off(value: Any, field: dataclasses.Field) -> bool:
-    """Whether 0 stands for "not used", where nothing does: other trainers write it so."""
-    if isinstance(value, bool) or type(None) not in typing.get_args(types()[field.name]):
-        return False
-    low = field.metadata.get("minimum", field.metadata.get("above", 0))
-    zero = value == 0 or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()) and float(value) == 0)
-    return bool(zero) and (low > 0 or "above" in field.metadata)
-
-
-def _in_quotes(text: str) -> Any:
-    """A list or mapping that stands in quotes: what is inside them; other texts as they are."""
-    if text.strip()[:1] not in ("[", "{"):
-        return text
-    return yaml_value(text)
-
-
-def _choice(value: Any, options: Sequence[Any]) -> Any:
-    if isinstance(value, bool):  # YAML 1.1 reads the bare word no as false
-        value = "no" if not value and "no" in options else value
-    text = str(value).strip().lower()
-    for option in options:
-        if text == str(option).lower():
-            return option
-    near = difflib.get_close_matches(text, [str(option) for option in options], n=1)
-    raise ValueError("is not one of the choices" + (f" (did you mean {near[0]}?)" if near else ""))
-
-
-def _split(value: Any) -> list[str]:
-    if not isinstance(value, str):
-        raise ValueError("is not a list")
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in _YES | _NO:
-        return text in _YES
-    raise ValueError("is neither true nor false")
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        value = float(value.strip())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError("is not a number")
-    if (isinstance(value, int) and abs(value) > _LARGEST) or not math.isfinite(value):
-        raise ValueError("is not finite")
-    return float(value)
-
-
-def _int(value: Any) -> int:
-    number = value if isinstance(value, int) and abs(value) <= _LARGEST else _float(value)
-    if isinstance(value, bool) or number != int(number):
-        raise ValueError("is not a whole number")
-    return int(number)
-
-
-def _str(value: Any) -> str:
-    if isinstance(value, (list, dict)) or value is None:
-        raise ValueError("is not text")
-    text = str(value)
-    if "\0" in text:
-        raise ValueError("contains a NUL character")
-    if has_half_characters(text):  # bytes of a name that are not UTF-8
-        raise ValueError("is not valid Unicode text")
-    return text
-
-
-def _convert_loose(value: Any) -> Any:
-    """Arguments passed through to a library: only YAML 1.1's habit of reading 1e-4 as text is mended."""
-    if isinstance(value, list):
-        return [_convert_loose(part) for part in value]
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
-
-
-def _check_limits(value: Any, limits: Mapping[str, Any]) -> Any:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if "minimum" in limits and value < limits["minimum"]:
-            raise ValueError(f"is below {limits['minimum']}")
-        if "maximum" in limits and value > limits["maximum"]:
-            raise ValueError(f"is above {limits['maximum']}")
-        if "above" in limits and value <= limits["above"]:
-            raise ValueError(f"is not above {limits['above']}")
-    return value
-
-
-def _wanted(name: str) -> str:
-    kind = _kind(name)
-    optional = type(None) in typing.get_args(kind)
-    if optional:
-        kind = next(option for option in reversed(typing.get_args(kind)) if option is not type(None))
-    if typing.get_origin(kind) is typing.Literal:
-        text = "one of " + ", ".join(str(option) for option in typing.get_args(kind))
-    else:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        text = words.get(kind) or ("a list" if typing.get_origin(kind) is list else "a mapping")
-    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
-    limits = field.metadata
-    if "minimum" in limits:
-        text += f" from {limits['minimum']}" + (f" to {limits['maximum']}" if "maximum" in limits else "")
-    elif "above" in limits:
-        text += f" above {limits['above']}" + (f", at most {limits['maximum']}" if "maximum" in limits else "")
-    return text + (" (or empty)" if optional else "")

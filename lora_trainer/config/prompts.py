@@ -20,16 +20,16 @@ _NUMBERS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
 }
 _NOT_HERE = {
     "ss": "the sampler is always the same",
-    "g": "guidance of distilled models",
-    "cn": "ControlNet",
-    "ctr": "control pictures",
-    "ci": "control pictures",
-    "am": "strengths of several LoRAs",
-    "i": "control pictures",
-    "f": "films",
-    "fs": "flow shift",
-    "tr": "renormalization",
-    "nf": "films",
+    "g": "it is for guidance of distilled models",
+    "cn": "it is for ControlNet",
+    "ctr": "it is for control pictures",
+    "ci": "it is for control pictures",
+    "am": "it is for strengths of several LoRAs",
+    "i": "it is for control pictures",
+    "f": "it is for films",
+    "fs": "it is for flow shift",
+    "tr": "it is for renormalization",
+    "nf": "it is for films",
 }
 """Flags of kohya's scripts that are read and have no meaning here."""
 

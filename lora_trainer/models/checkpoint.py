@@ -162,5 +162,7 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints]:
         if (found := family.read_folder(folder)) is not None:
             return found
     kind = read_json(folder / "model_index.json").get("_class_name")
-    what = f"holds a {kind}, which cannot be trained here" if kind else "is not a diffusers model folder"
-    raise UserError(f"{folder.name} {what}.", field="base_model", remedy=choose())
+    message = f"{folder.name} is not a diffusers model folder."
+    if kind:
+        message = f"{folder.name} holds a {kind}, which cannot be trained here."
+    raise UserError(message, field="base_model", remedy=choose())

@@ -40,13 +40,10 @@ def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, meta
     known = other_file(shapes)
     if known is not None:
         what, remedy = known
-        return UserError(f"{source} {what}.", field="base_model", remedy=remedy or choose())
+        return UserError(what.format(source), field="base_model", remedy=remedy or choose())
     form = storage(shapes, dtypes)
-    stored = f", {form}" if form else ""
     if (other := other_family(shapes)) is not None:
-        return UserError(
-            f"{source} is {other}{stored}, which cannot be trained here.", field="base_model", remedy=choose()
-        )
+        return UserError(_not_trained(source, other, form), field="base_model", remedy=choose())
     for family in families().values():
         if (refusal := family.refusal(shapes, dtypes, source, choose())) is not None:
             return refusal
@@ -54,9 +51,14 @@ def _refusal(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path, meta
     trained = find_family(name)
     if (named := trained.title if trained else GGUF_FAMILIES.get(name)) is not None:
         remedy = USE_FP16 if trained else choose()
-        return UserError(
-            f"{source} is {named}{stored}, which cannot be trained here.", field="base_model", remedy=remedy
-        )
+        return UserError(_not_trained(source, named, form), field="base_model", remedy=remedy)
     if (part := part_of_model(shapes)) is not None:
-        return UserError(f"{source} {part}{stored}.", field="base_model", remedy=choose())
+        message = part.format(source)
+        return UserError(f"{message} It is {form}." if form else message, field="base_model", remedy=choose())
     return UserError(f"{source} is not a Stable Diffusion model.", field="base_model", remedy=choose())
+
+
+def _not_trained(source: str | Path, family: str, form: str | None) -> str:
+    if form:
+        return f"{source} is {family}, {form}, which cannot be trained here."
+    return f"{source} is {family}, which cannot be trained here."

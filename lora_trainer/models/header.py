@@ -45,15 +45,15 @@ _OTHER_SIZES = {
 }
 _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 
-# What files of other kinds begin with.
+# What files of other kinds begin with; {0} is the file.
 _MAGIC = (
-    (b"GGUF", "is a GGUF file (quantized weights)", "Choose a .safetensors file."),
-    (b"PK\x03\x04", "is a PyTorch .ckpt with a changed file ending", "Rename it to .ckpt."),
-    (b"\x80\x02", "is an old PyTorch .ckpt with a changed file ending", "Rename it to .ckpt."),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Fetch it with: git lfs pull"),
-    (b"<", "is a web page, not a model", "The download was probably refused; download the file again."),
-    (b"\x89PNG", "is a picture", "Choose a base model."),
-    (b"\xff\xd8\xff", "is a picture", "Choose a base model."),
+    (b"GGUF", "{0} is a GGUF file (quantized weights).", "Choose a .safetensors file."),
+    (b"PK\x03\x04", "{0} is a PyTorch .ckpt with a changed file ending.", "Rename it to .ckpt."),
+    (b"\x80\x02", "{0} is an old PyTorch .ckpt with a changed file ending.", "Rename it to .ckpt."),
+    (b"version https://git-lfs", "{0} is a Git LFS pointer, not the file itself.", "Fetch it with: git lfs pull"),
+    (b"<", "{0} is a web page, not a model.", "The download was probably refused; download the file again."),
+    (b"\x89PNG", "{0} is a picture.", "Choose a base model."),
+    (b"\xff\xd8\xff", "{0} is a picture.", "Choose a base model."),
 )
 
 
@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path.name} is empty (0 bytes).", remedy=DOWNLOAD_AGAIN)
             for magic, what, remedy in _MAGIC:
                 if prefix.startswith(magic):
-                    raise UserError(f"{path.name} {what}.", remedy=remedy)
+                    raise UserError(what.format(path.name), remedy=remedy)
             length = struct.unpack("<Q", prefix[:8])[0] if size >= 8 else 0
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise _not_safetensors(path, "its first bytes give no sensible header length")

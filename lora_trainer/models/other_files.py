@@ -10,15 +10,17 @@ from lora_trainer.models.gguf import PREFIX as GGUF
 
 USE_FP16 = "Use the fp16, bf16 or fp32 version of this model."
 
-# What a file is when some tensor's name matches; the first match wins. Order: the surest signs first.
+# What a file is when some tensor's name matches; the first match wins. Order: the surest signs first. {0}: the file.
 OTHER_FILES: tuple[tuple[str, str, str | None], ...] = (
-    (r"lora_(up|down)\.weight$|\.lora[_.](A|B)\b|hada_w1|lokr_w1|\.lora\.(up|down)\.", "is a LoRA, not a base model",
+    (r"lora_(up|down)\.weight$|\.lora[_.](A|B)\b|hada_w1|lokr_w1|\.lora\.(up|down)\.",
+     "{0} is a LoRA, not a base model.",
      "Give it as init_lora to go on training it, and choose the base model that it was made for."),
-    (r"(^|\.)control_model\.|input_hint_block|controlnet_|zero_convs\.", "is a ControlNet, not a base model", None),
-    (r"motion_modules", "is an AnimateDiff motion module, not a base model", None),
-    (r"^(emb_params|string_to_param|string_to_token|clip_[lg])$|^<.*>$", "is a textual inversion embedding", None),
-    (r"^(image_proj|ip_adapter)\b", "is an IP-Adapter, not a base model", None),
-    (r"^conditioner\.embedders\.0\.open_clip\.|^image_encoder\.", "is an image-conditioned model", None),
+    (r"(^|\.)control_model\.|input_hint_block|controlnet_|zero_convs\.",
+     "{0} is a ControlNet, not a base model.", None),
+    (r"motion_modules", "{0} is an AnimateDiff motion module, not a base model.", None),
+    (r"^(emb_params|string_to_param|string_to_token|clip_[lg])$|^<.*>$", "{0} is a textual inversion embedding.", None),
+    (r"^(image_proj|ip_adapter)\b", "{0} is an IP-Adapter, not a base model.", None),
+    (r"^conditioner\.embedders\.0\.open_clip\.|^image_encoder\.", "{0} is an image-conditioned model.", None),
 )  # fmt: skip
 
 # Families that cannot be trained here, by the names that Forge, ComfyUI and diffusers know them by. Those that have
@@ -65,26 +67,26 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 # Looked at only when there is no UNet in the file.
 PARTS: tuple[tuple[str, str], ...] = (
-    (r"^(first_stage_model\.)?(en|de)coder\.(conv_in|mid)", "is a VAE alone, without a UNet"),
-    (r"^down_blocks\.\d+\.resnets", "is a diffusers UNet alone, without text encoders and VAE"),
-    (r"^(input_blocks|output_blocks)\.\d", "is a UNet alone, without text encoders and VAE"),
-    (r"text_model\.encoder\.layers|transformer\.resblocks|encoder\.block\.\d", "is a text encoder alone"),
-    (r"^(model\.layers|blk)\.\d+\.(self_attn|attn_)", "is a language model"),
-    (r"^(params_ema|params|conv_first|model\.0)\b|RRDB", "is an upscaler"),
+    (r"^(first_stage_model\.)?(en|de)coder\.(conv_in|mid)", "{0} is a VAE alone, without a UNet."),
+    (r"^down_blocks\.\d+\.resnets", "{0} is a diffusers UNet alone, without text encoders and VAE."),
+    (r"^(input_blocks|output_blocks)\.\d", "{0} is a UNet alone, without text encoders and VAE."),
+    (r"text_model\.encoder\.layers|transformer\.resblocks|encoder\.block\.\d", "{0} is a text encoder alone."),
+    (r"^(model\.layers|blk)\.\d+\.(self_attn|attn_)", "{0} is a language model."),
+    (r"^(params_ema|params|conv_first|model\.0)\b|RRDB", "{0} is an upscaler."),
 )
 
 # By the number of channels that the UNet reads.
 INPUT_CHANNELS = {
-    9: "is an inpainting model (9 input channels)",
-    8: "is an InstructPix2Pix model (8 input channels)",
-    7: "is an upscaling model (7 input channels)",
-    5: "is a depth-to-image model (5 input channels)",
-    16: "is not a Stable Diffusion 1, 2 or XL model (16 latent channels)",
+    9: "{0} is an inpainting model (9 input channels), which cannot be trained here.",
+    8: "{0} is an InstructPix2Pix model (8 input channels), which cannot be trained here.",
+    7: "{0} is an upscaling model (7 input channels), which cannot be trained here.",
+    5: "{0} is a depth-to-image model (5 input channels), which cannot be trained here.",
+    16: "{0} is not a Stable Diffusion 1, 2 or XL model (16 latent channels), which cannot be trained here.",
 }
 
 
 def other_file(names: Iterable[str]) -> tuple[str, str | None] | None:
-    """What the file is and the remedy, None for "choose a base model"; None where no name gives it away."""
+    """What the file {0} is and the remedy, None for "choose a base model"; None where no name gives it away."""
     return next(((what, remedy) for pattern, what, remedy in OTHER_FILES if _any_name(names, pattern)), None)
 
 
@@ -94,7 +96,7 @@ def other_family(names: Iterable[str]) -> str | None:
 
 
 def part_of_model(names: Iterable[str]) -> str | None:
-    """Which part of a model the file holds alone."""
+    """Which part of a model the file {0} holds alone, as a sentence."""
     return next((what for pattern, what in PARTS if _any_name(names, pattern)), None)
 
 

@@ -14,7 +14,7 @@ FOLDER = Path(lora_trainer.__file__).resolve().parents[1] / "localizations"
 
 # As in javascript/lora_trainer.js.
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z])")
-_SAID = re.compile(r"^(its?|is|has|an?|the|there|in|quantized) |[.!?]\Z|\n")
+_REASON = re.compile(r"^(its?|is|an?|the|there|in|quantized) |[.!?]\Z|\n")
 
 
 class Words:
@@ -57,8 +57,11 @@ class Words:
         return f"{self.said(place)}{self(': ')}{translated}" if translated != what else text
 
     def _part(self, text: str) -> str:
-        """Of a sentence: a reason as ours begin, another sentence, or the name of something, which stays."""
-        return self.said(text) if _SAID.search(text) else text
+        """Of a sentence: a reason, another sentence, or the name of something, which stays.
+
+        Of reasons that begin otherwise those of three words and more are known: no name is likely to be one.
+        """
+        return self.said(text) if _REASON.search(text) or (text.count(" ") > 1 and text in self._table) else text
 
 
 def languages() -> list[str]:

@@ -179,7 +179,8 @@ Q4_K, F16 = 12, 1
 @pytest.mark.parametrize(("shapes", "kind", "architecture", "message", "remedy"), [
     (BLOCK, Q4_K, "flux", "is FLUX.1, in a GGUF file (Q4_K weights)", "SDXL"),
     (FAMILIES["Chroma"], Q4_K, "flux", "is Chroma, in a GGUF file (Q4_K weights)", "SDXL"),
-    ({"blk.0.attn_q.weight": (4, 4)}, Q4_K, "llama", "is a language model, in a GGUF file (Q4_K weights)", "SDXL"),
+    ({"blk.0.attn_q.weight": (4, 4)}, Q4_K, "llama",
+     "is a language model. It is in a GGUF file (Q4_K weights)", "SDXL"),
     ({"transformer.a.weight": (4, 4)}, Q4_K, "sd3", "is Stable Diffusion 3, in a GGUF file (Q4_K weights)", "SDXL"),
     ({"input_blocks.0.0.weight": (4, 4)}, Q4_K, "sdxl", "is SDXL, in a GGUF file (Q4_K weights)", "fp16"),
     (sd1_shapes(**SD1), Q4_K, "", "is Stable Diffusion 1.x, in a GGUF file (Q4_K weights)", "fp16"),

@@ -67,8 +67,8 @@ def refusal(shapes: Shapes, source: str | Path, remedy: str) -> UserError | None
         return None
     channels = input_channels(shapes)
     if channels != LATENT_CHANNELS:
-        what = INPUT_CHANNELS.get(channels, f"has a UNet with {channels} input channels instead of 4")
-        return UserError(f"{source} {what}, which cannot be trained here.", remedy=remedy)
+        what = INPUT_CHANNELS.get(channels, "{0} has a UNet with {1} input channels instead of 4.")
+        return UserError(what.format(source, channels), remedy=remedy)
     added = ADDED in shapes
     if added and any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
         return UserError(f"{source} is the SDXL refiner.", field="base_model", remedy="Choose the SDXL base model.")
@@ -111,7 +111,7 @@ def read_architecture(
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"{source} has the layers of a {family.upper()} model in an order that is not known ({error}).",
-            remedy="It may be pruned or distilled. " + _CHOOSE,
+            remedy=f"It may be pruned or distilled. {_CHOOSE}",
         ) from error
     width = sum(encoder.width for encoder in text)
     if width != unet.context_dim:
