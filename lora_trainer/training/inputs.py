@@ -90,7 +90,7 @@ class BatchSource:
     """
 
     sample, size_setting = "picture", "resolution"
-    blame = "The model or its VAE is damaged: choose another base_model or vae"
+    blame = "The model or its VAE is damaged: choose another base_model or vae."
 
     def __init__(
         self,

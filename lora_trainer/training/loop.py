@@ -24,7 +24,7 @@ from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
 from lora_trainer.training.metrics import MetricsLog, StepMetrics
 from lora_trainer.training.objectives.base import MicroBatch, Objective
 from lora_trainer.training.optim import computes_on_cpu, learning_rates
-from lora_trainer.training.precision import Precision
+from lora_trainer.training.precision import Precision, other_precision
 from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
@@ -209,18 +209,17 @@ class Trainer:
         if self.non_finite_steps == 1 and not fp16:
             self.callbacks.on_warning(f"Step {self.step} gave no finite loss and was left out.")
         if self.non_finite_steps >= (NON_FINITE_LIMIT_FP16 if fp16 else NON_FINITE_LIMIT):
-            precision = self.train_step.precision.name
-            other = "" if precision == "no" else f", or set mixed_precision to {'bf16' if fp16 else 'no'}"
+            other = other_precision(self.train_step.precision.name)
             if self.non_finite_steps == self.step:
                 raise UserError(
                     f"Not one of {self.step} steps gave a finite loss (NaN), before anything was learned.",
                     field="base_model",
-                    remedy=f"{self.source.blame}{other}.",
+                    remedy=" ".join([self.source.blame, *other]),
                 )
             raise UserError(
                 f"{self.non_finite_steps} steps in a row, up to step {self.step}, gave no finite loss (NaN).",
                 field="learning_rate",
-                remedy=f"Lower it (now {self.config.learning_rate:g}){other}.",
+                remedy=" ".join([f"Lower it (now {self.config.learning_rate:g}).", *other]),
             )
 
     def give_up_for_memory(self, error: Exception) -> NoReturn:

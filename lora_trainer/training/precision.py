@@ -67,6 +67,11 @@ def resolve(device: str | torch.device, mixed_precision: str, lent: torch.dtype 
     return Precision(device, dtype or torch.float32, dtype)
 
 
+def other_precision(name: str) -> list[str]:
+    """What else may be tried where no loss is finite in this precision, as sentences: none, or one."""
+    return [] if name == "no" else [f"Or set mixed_precision to {'bf16' if name == 'fp16' else 'no'}."]
+
+
 def _device(name: str | torch.device) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():

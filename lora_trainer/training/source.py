@@ -23,7 +23,7 @@ class Source(Protocol):
 
     sample: str  # what one is called in messages: "picture" or "row"
     size_setting: str  # what to lower where memory does not suffice for one of them
-    blame: str  # what is wrong, and what to choose, where not a single loss is finite; without a full stop
+    blame: str  # what is wrong, and what to choose, where not a single loss is finite: a sentence
 
     @property
     def steps_per_epoch(self) -> int:

@@ -20,7 +20,7 @@ class RowSource:
     """See ``Source``."""
 
     sample, size_setting = "row", "max_length"
-    blame = "The model is damaged: choose another base_model"
+    blame = "The model is damaged: choose another base_model."
 
     def __init__(self, config: TrainConfig, rows: Sequence[EncodedRow]):
         self._rows = rows

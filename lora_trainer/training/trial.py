@@ -18,6 +18,7 @@ from lora_trainer.dataset.findings import enumerate_some
 from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line
 from lora_trainer.training.loop import Trainer
+from lora_trainer.training.precision import other_precision
 
 ATTEMPTS = 2
 """Batches that are tried until one has a finite loss: a single one without may be left out of a training."""
@@ -78,12 +79,10 @@ def without_gradient(adapters: AdapterSet) -> list[str]:
 def _judge(trainer: Trainer, adapters: AdapterSet, losses: Sequence[float], silent: Sequence[str]) -> None:
     config = trainer.config
     if not math.isfinite(losses[-1]):
-        precision = trainer.train_step.precision.name
-        other = "" if precision == "no" else f", or set mixed_precision to {'bf16' if precision == 'fp16' else 'no'}"
         raise UserError(
             f"{len(losses)} batches were tried, and none of them gave a finite loss (NaN).",
             field="base_model",
-            remedy=f"{trainer.source.blame}{other}.",
+            remedy=" ".join([trainer.source.blame, *other_precision(trainer.train_step.precision.name)]),
         )
     if not silent or losses[-1] == 0:  # of pictures that do not count nothing is learned, and that is no fault
         return

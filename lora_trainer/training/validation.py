@@ -207,12 +207,11 @@ def verdict(measurements: Sequence[Measurement], patience: int) -> Verdict | Non
     lowest = min(measurements, key=lambda one: one.validation)
     since = [one for one in measurements if one.step > lowest.step]
     if len(since) >= patience and last.validation > lowest.validation * (1 + _NOTICEABLE):
-        rise = f"{lowest.validation:.4g} to {last.validation:.4g}"
-        fall = f"{lowest.training:.4g} to {last.training:.4g}"
         memorises = last.training < lowest.training
         said = [
-            f"The loss of held-out data has risen since step {lowest.step}, from {rise}.",
-            f"That of training data fell from {fall}: it memorises them."
+            f"The loss of held-out data has risen since step {lowest.step}, from {lowest.validation:.4g} to "
+            f"{last.validation:.4g}.",
+            f"That of training data fell from {lowest.training:.4g} to {last.training:.4g}: it memorises them."
             if memorises
             else "That of training data does not fall either: the learning rate is too high.",
             f"Step {best} is recommended." if best else "No step was better than the base model.",

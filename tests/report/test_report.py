@@ -21,7 +21,9 @@ from lora_trainer.files import sha256_file
 from lora_trainer.report import RunFolder, report_of
 from lora_trainer.report.curves import Line, chart
 from lora_trainer.report.words import Words, find
+from lora_trainer.training.validation import verdict
 from tests.pictures import draw_dataset
+from tests.training.test_validation import VERDICTS, series
 
 ROOT = Path(__file__).parents[2]
 CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding="utf-8"))
@@ -74,7 +76,8 @@ def make_run(folder: Path, **changes) -> Path:
                           "seconds": 3.0, "images": 1, "grad_norm": 0.5})  # fmt: skip
         if step % 8 == 0:
             held = {0: 1.0, 8: 0.8}.get(step, 0.8 + step / 100)
-            lines.append({"kind": "validation", "step": step, "epoch": 1, "validation": held, "training": 1 - step / 50,
+            lines.append({"kind": "validation", "step": step, "epoch": 1, "validation": held,
+                          "training": 0.3 - step / 1000 if step else 1.0,
                           "drift": step / 100})  # fmt: skip
     (out / "logs" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "logs" / "disc.environment.json").write_text(json.dumps({"torch": "9.8.7", "device": "cpu (one)"}))
@@ -178,6 +181,14 @@ def test_every_word_is_in_chinese(out):
     for text in ("Settings", "Data set", "Gradient norm", "recommended"):
         assert CHINESE[text] in read.words and text not in read.text
     assert "lora_rank" in read.words, "settings have one name everywhere"
+
+
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_verdicts_are_in_chinese(kind):
+    found = verdict(series(*VERDICTS[kind]), 3)
+    said = Words("zh").said(found.sentence)
+    assert not re.search("[A-Za-z]{2}", said.replace("rank", "")) and "{" not in said
+    assert set(re.findall(r"[0-9.]*[0-9]", said)) == set(re.findall(r"[0-9.]*[0-9]", found.sentence))
 
 
 def test_languages():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 pytest.importorskip("playwright.sync_api")
 from PIL import Image
 
+from lora_trainer.report.words import Words
 from tests.ui.person import add, start, text, wait_for_text
 from tests.ui.words import ROOT
 
@@ -97,6 +99,15 @@ def test_a_name_in_a_sentence_of_the_server_stays(page):
     reason = "it is excluded in the editor"
     said = page.evaluate("(text) => loraTrainer.said(text)", f"'CON' cannot be a name: {reason}.")
     assert CHINESE[reason] in said and "CON" in said
+
+
+def test_several_sentences_of_the_server_are_each_translated(page):
+    verdict = "The loss of held-out data has risen since step 50, from 0.028 to 0.0595. Step 150 is recommended."
+    said = page.evaluate("(text) => loraTrainer.said(text)", verdict)
+    assert said == Words("zh_CN").said(verdict) and not re.search("[A-Za-z]{2}", said.replace("0.028", ""))
+    assert "0.028 " in said and "0.0595" in said and "150" in said
+    for plain in ("A name. And Another one.", "v1.5. Step by step", "..."):
+        assert page.evaluate("(text) => loraTrainer.said(text)", plain) == plain
 
 
 def test_captions_tags_and_file_names_stay(page, files):
