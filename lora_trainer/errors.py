@@ -126,3 +126,7 @@ def concerning(field: str) -> Iterator[None]:
     except UserError as error:
         error.field = error.field or field
         raise
+
+
+class RankFailedError(Exception):
+    """One of the processes of a run has failed, and the others end as well; ``str`` says which one, where and why."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lora_trainer import __version__
 from lora_trainer.cli import caption, compare, convert, demo, loras, report, text, tools, train, ui
-from lora_trainer.errors import UserError
+from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.requirements import missing_package
 
 FAILED, BAD_INPUT = 1, 2
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except RankFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return train.INTERRUPTED

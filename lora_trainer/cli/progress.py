@@ -12,6 +12,13 @@ from lora_trainer.training.callbacks import StepReport, TrainCallbacks
 _SMOOTHING = 0.95  # of the shown loss; a single step's says little
 
 
+class Silence(TrainCallbacks):
+    """Of a process whose run another one reports."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
 class ProgressBar(TrainCallbacks):
     """Draws with tqdm, which also behaves where there is no terminal (one line now and then)."""
 

@@ -8,16 +8,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, Translation, load, settings_where, with_folder
 from lora_trainer.config.parse import from_own, parse_overrides
 from lora_trainer.errors import ConfigError, UserError
 
+if TYPE_CHECKING:
+    from lora_trainer.training.ranks import Ranks
+
 INTERRUPTED = 130
+_ECHO_SECONDS = 5.0
 _PATHS = settings_where(lambda facts: facts.path is not None)
 
 
@@ -61,38 +65,84 @@ def home_settings(config: TrainConfig) -> TrainConfig:
 
 
 def run_training(config: TrainConfig) -> tuple[int, Any]:
-    """Train with a progress bar and print the summary; returns the exit code and the ``Result``."""
+    """Train with a progress bar and print the summary; returns the exit code and the ``Result``. Where a launcher has
+    started several such processes, they train one LoRA together, and rank 0 alone says how it goes."""
     from lora_trainer import run as engine  # torch is slow to import: not for --help
-    from lora_trainer.cli.progress import ProgressBar
+    from lora_trainer.cli.progress import ProgressBar, Silence
     from lora_trainer.training.callbacks import TrainCommands
 
-    commands = TrainCommands()
-    progress = ProgressBar()
-    try:
-        lender = engine.file_lender(config)
-    except UserError as error:
-        raise engine.with_all_others(error, config) or error from None
-    stopping = interruptible(commands.stop_and_save, "Stopping after this step; the state is saved.")
-    with closing(progress), stopping as interrupted:  # a message is not to end on the bar's line
-        result = engine.train(config, lender, callbacks=progress, commands=commands)
-    print(engine.summary(result, config.resume))
+    with joined(config) as (config, ranks):
+        commands = TrainCommands()
+        callbacks = ProgressBar() if ranks.leads else Silence()
+        try:
+            lender = engine.file_lender(config)
+        except UserError as error:
+            raise engine.with_all_others(error, config) or error from None
+
+        def stop() -> None:
+            commands.stop_and_save()
+            ranks.ask_to_stop()
+
+        sentence = "Stopping after this step; the state is saved." if ranks.leads else ""
+        stopping = interruptible(stop, sentence, passed_on=ranks.size > 1)
+        with closing(callbacks), stopping as interrupted:  # a message is not to end on the bar's line
+            result = engine.train(config, lender, callbacks=callbacks, commands=commands, ranks=ranks)
+        if ranks.leads:
+            print(engine.summary(result, config.resume))
     return INTERRUPTED if interrupted and result.status != "finished" else 0, result
 
 
 @contextmanager
-def interruptible(stop: Callable[[], object], sentence: str) -> Iterator[list[float]]:
-    """The first Ctrl-C calls ``stop``, and says so; a second one ends everything at once. Yields the times of both."""
+def joined(config: TrainConfig) -> Iterator[tuple[TrainConfig, Ranks]]:
+    """The settings of this process, and the processes that it trains with. Whatever ends it, the others learn why."""
+    from lora_trainer.training.ranks import ALONE
+
+    if not is_one_of_several():
+        yield config, ALONE
+        return
+    from lora_trainer.training.precision import resolve
+    from lora_trainer.training.processes import Processes, on_own_device
+
+    config = on_own_device(config)
+    ranks = Processes(resolve(config.device, config.mixed_precision).device)
+    try:
+        yield config, ranks
+    except BaseException as error:
+        ranks.close(error)
+        raise
+    ranks.close()
+
+
+def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher such as torchrun has started this process as one of several."""
+    return "RANK" in environment and int(environment.get("WORLD_SIZE") or 1) > 1
+
+
+@contextmanager
+def interruptible(
+    stop: Callable[[], object], sentence: str, passed_on: bool = False
+) -> Iterator[list[float]]:
+    """The first Ctrl-C, or SIGTERM, calls ``stop``, and says so; a second Ctrl-C ends everything at once. Yields the
+    times of both.
+
+    passed_on: a launcher passes signals on, so that one Ctrl-C arrives twice.
+    """
     presses: list[float] = []
 
-    def on_interrupt(signum: int, frame: Any) -> None:
+    def on_signal(signum: int, frame: Any) -> None:
+        now = time.monotonic()
         if presses:
-            raise KeyboardInterrupt
-        presses.append(time.monotonic())
-        print(f"\n{sentence} Press Ctrl-C again to end at once.", file=sys.stderr)
+            if signum == signal.SIGINT and not (passed_on and now - presses[0] < _ECHO_SECONDS):
+                raise KeyboardInterrupt
+            return
+        presses.append(now)
+        if sentence:
+            print(f"\n{sentence} Press Ctrl-C again to end at once.", file=sys.stderr)
         stop()
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield presses
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

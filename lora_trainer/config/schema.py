@@ -54,6 +54,10 @@ class ModelSettings:
     """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a
     card, therefore off."""
 
+    exact: bool = setting(False, decides=False, given_by="file")
+    """Where several processes train together (torchrun): add the gradients in the order of one process, however large
+    they are, so that the LoRA is the same to the last bit. Small LoRAs are added so in any case."""
+
     plugins: list[str] = setting([], decides=False, path="read", given_by="file")
     """Python files with further optimizers, schedulers, losses, augmentations, regularisers, captioners and model
     families. Their code is run, so a page accepts only those that whoever started it has loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +30,8 @@ from lora_trainer.training.objectives.base import drawn_for_comparison
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.protocols import Previewer
-from lora_trainer.training.state import StateStore, named_state, run_digest
+from lora_trainer.training.ranks import ALONE, Ranks
+from lora_trainer.training.state import StateStore, differences, named_state, run_digest
 from lora_trainer.training.trial import try_one_step
 from lora_trainer.training.validation import Validator
 
@@ -68,40 +70,44 @@ def train(
     commands: TrainCommands | None = None,
     previewer: Previewer | None = None,
     captioners: Sources | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Train a LoRA as ``config`` says on the model that ``lender`` lends.
 
     previewer: draws the previews; by default our own sampler on the lent model.
     captioners: where one is looked for that describes the pictures, if there is not a single caption.
+    ranks: the processes that train this LoRA together, each with a lender of its own; all of them call this.
 
     Raises:
         UserError: something the user can put right, before or during the training; what was saved stays.
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
-    config = dataclasses.replace(config, output_name=output_name(config))
+    ranks.listen(commands)
+    config = with_work_for_all(dataclasses.replace(config, output_name=output_name(config)), ranks, callbacks)
     try:
         initial = check_files(config)
         check_optimizer(config)
-        workload = workload_of(config).open(config, lender, callbacks, commands, captioners)
+        workload = workload_of(config).open(config, lender, callbacks, commands, captioners, ranks)
     except UserError as error:
         others = with_all_others(error, config, lambda config: lender, lambda config: look_at_data(config, captioners))
         raise others or error from None
     if workload is None:
         return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
-    turn = patient_turns(lender, callbacks, commands)
+    turn = ranks.guard(patient_turns(lender, callbacks, commands))
     commands.resting = lender.rest
 
     callbacks.on_phase("model", 0, 0)  # a WebUI may have to load it first
     with lender.borrow() as model:
         precision = resolve(model.device, config.mixed_precision, model.compute_dtype)
         run_key = _run_key(config, workload, model, precision.name, initial)
+        _refuse_other_data(run_key, ranks)
         outputs = workload.outputs(config, run_digest(run_key))
-        _refuse_to_overwrite(config, outputs, run_key)
-        merge = workload.merger(model, outputs)
+        ranks.first(lambda: _refuse_to_overwrite(config, outputs, run_key))
+        merge = workload.merger(model, outputs) if ranks.leads else None
         ours = None
-        if previewer is None and config.preview_prompts:
+        if previewer is None and config.preview_prompts and ranks.leads:
             previewer = ours = workload.previewer(model, turn, precision)
-        work = workload.work(model, precision, keep_model_parts=ours is not None)
+        work = workload.work(model, precision, keep_model_parts=ours is not None, ranks=ranks)
         try:
             with turn():
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
@@ -110,7 +116,7 @@ def train(
                 for warning in init_from(adapters, initial):
                     callbacks.on_warning(warning)
             objective, validator = work.objective(adapters), None
-            if work.validation is not None:
+            if work.validation is not None and ranks.leads:
                 validator = Validator(objective, adapters, work.validation, config.seed)
             # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
@@ -130,15 +136,19 @@ def train(
                 previewer=previewer,
                 validator=validator,
                 make_room=lender.make_room,
+                ranks=ranks,
             )
-            _save_configuration(config, outputs)
-            write_environment(outputs, model.device, precision.name)
+            if ranks.leads:
+                _save_configuration(config, outputs)
+                write_environment(outputs, model.device, precision.name)
             with adapters:
-                if not try_one_step(trainer, adapters):
+                if not all(ranks.meet(try_one_step(trainer, adapters))):
                     raise StoppedWhileWaiting
-                if validator is not None and not validator.prepare(turn, callbacks, commands):
+                ranks.expect_progress()
+                measurable = validator is None or validator.prepare(turn, callbacks, commands)
+                if not all(ranks.meet(measurable)):
                     raise StoppedWhileWaiting
-                if not work.source.prepare(turn, callbacks, commands):
+                if not all(ranks.meet(work.source.prepare(turn, callbacks, commands))):
                     raise StoppedWhileWaiting
                 outcome = trainer.run()
         except StoppedWhileWaiting:
@@ -151,6 +161,7 @@ def train(
                     result = dataclasses.replace(result, merged=merge())
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
+    ranks.meet(None)  # rank 0 has saved everything
     return result
 
 
@@ -173,6 +184,27 @@ def summary(result: Result, resume: str = "auto") -> str:
         how = "the same command again" if resume == "auto" else "it again with resume: auto"
         lines.append(f"Start {how} to go on from here.")
     return "\n".join(lines)
+
+
+def with_work_for_all(config: TrainConfig, ranks: Ranks, callbacks: TrainCallbacks) -> TrainConfig:
+    """The settings with a micro-batch for each process in every step; that there are more is said."""
+    if config.gradient_accumulation_steps >= ranks.size:
+        return config
+    callbacks.on_warning(
+        f"gradient_accumulation_steps is {ranks.size} instead of {config.gradient_accumulation_steps}, as "
+        f"{ranks.size} processes share the micro-batches of a step. The learning rate stays as it is."
+    )
+    return dataclasses.replace(config, gradient_accumulation_steps=ranks.size)
+
+
+def _refuse_other_data(run_key: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises UserError where another process has found other pictures, another model or another release."""
+    for rank, key in enumerate(ranks.meet(dict(run_key))):
+        if names := differences(run_key, key):
+            raise UserError(
+                f"Rank {ranks.rank} and rank {rank} do not train the same: {', '.join(names)}.",
+                remedy="Give all processes the same settings, files and releases of Python and torch.",
+            )
 
 
 def _run_key(

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from lora_trainer.models.families import get_family
 from lora_trainer.out_of_memory import OutOfMemoryError, with_room
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.precision import Precision
-from lora_trainer.training.source import Turn, ahead
+from lora_trainer.training.ranks import ALONE, Ranks
+from lora_trainer.training.sharing import Item, shared_out
+from lora_trainer.training.source import WHOLE, Turn, ahead
 
 CAPTIONS_PER_TURN = 16
 
@@ -102,6 +105,7 @@ class BatchSource:
         precision: Precision,
         keep_model_parts: bool = False,
         make_room: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
     ):
         self.config = config
         self.model = model
@@ -112,6 +116,7 @@ class BatchSource:
         self.precision = precision
         self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
         self.make_room = make_room  # see Lender.make_room
+        self.ranks = ranks
         self._pictures_vary = config.random_crop or bool(config.augmentations)  # from epoch to epoch
         self._vae_key = plugins.marked(model.vae_key, "family", model.info.family)
         self._text_key = plugins.marked(model.text_key, "family", model.info.family)
@@ -119,6 +124,7 @@ class BatchSource:
         self.caches_prompts = not captions_vary and not config.train_text_encoder
         self.unnamed = self._unnamed_captions() if config.preserve else []
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
+        self._visits_before = lru_cache(maxsize=2)(self._count_visits)
         self._mask_digest = lru_cache(maxsize=None)(sha256_file)
 
     @property
@@ -146,18 +152,23 @@ class BatchSource:
                 "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
                 "what is learned."
             )
+        views, how = self._views(), (turn, callbacks, commands)
         if not self._pictures_vary:
-            if not self._encode_latents(self._views(), turn, callbacks, commands):
+            if not self._shared_out(views, lambda views: self._encode_latents(views, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            texts = [self._text(index, None) for index in range(len(self.dataset.samples))]
-            if not self._encode_captions([*texts, *self.unnamed], turn, callbacks, commands):
+            texts = {self._text(index, None) for index in {view.sample for view in views}}
+            captions = sorted({"", *texts, *self.unnamed})
+            if not self._shared_out(captions, lambda captions: self._encode_captions(captions, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
         return True
+
+    def _shared_out(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], bool]) -> bool:
+        return shared_out(items, encode, self.cache.directory, self.ranks)
 
     def _tell_cut_captions(self, callbacks: TrainCallbacks) -> None:
         longest = self.config.max_token_length
@@ -173,18 +184,25 @@ class BatchSource:
             )
 
     def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
-        """Encode an epoch's random crops and augmented pictures, if there are any. Returns False when stopped."""
+        """Encode an epoch's random crops and augmented pictures, if there are any; of several processes each its own.
+        Returns False when stopped."""
         if not self._pictures_vary:
             return True
-        views = [view for batch in self._epoch_batches(epoch) for view in batch]
-        return self._encode_latents(views, turn, callbacks, commands)
+        batches, size = self._visited(epoch), self.config.gradient_accumulation_steps
+        own = [batch for first in range(0, len(batches), size) for batch in batches[first : first + size][self.ranks.share]]
+        return self._encode_latents([view for batch in own for view in batch], turn, callbacks, commands)
+
+    def _visited(self, epoch: int) -> list[list[View]]:
+        """The batches of an epoch that the run comes to."""
+        steps = self.total_steps - epoch * self.steps_per_epoch
+        return self._epoch_batches(epoch)[: steps * self.config.gradient_accumulation_steps]
 
     def _views(self) -> list[View]:
         """Each picture as it is ever shown. Not every epoch visits every regularization picture, so look at more."""
         shown: dict[tuple[int, bool], View] = {}
         everything = range(len(self.dataset.samples))
         for epoch in range(-(-self.total_steps // self.steps_per_epoch)):
-            for view in (view for batch in self.plan.epoch(epoch) for view in batch):
+            for view in (view for batch in self._visited(epoch) for view in batch):
                 for flip in (False, True) if self.config.flip else (view.flip,):
                     shown.setdefault((view.sample, flip), replace(view, flip=flip))
             if {sample for sample, _ in shown}.issuperset(everything):
@@ -236,8 +254,7 @@ class BatchSource:
     def _encode_captions(
         self, texts: Sequence[str], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
     ) -> bool:
-        """These and the empty one, which fills shorter ones up."""
-        captions = sorted({"", *texts})
+        captions = sorted(set(texts))
         missing = [caption for caption in captions if self._prompt_key(caption) not in self.cache]
         done = len(captions) - len(missing)
         callbacks.on_phase("captions", done, len(captions))
@@ -287,13 +304,13 @@ class BatchSource:
         if not self._encode_latents(views, turn, silent, commands):
             return None
         texts = [self._text(view.sample, None) for view in views]
-        if self.caches_prompts and not self._encode_captions(texts, turn, silent, commands):
+        if self.caches_prompts and not self._encode_captions(["", *texts], turn, silent, commands):
             return None
-        return self._batch(views, 0, sum(map(len, batches[: order[number]])), preserves=False)
+        return self._batch(views, 0, self._visits_before(0)[order[number]], preserves=False)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def micro_batches(self, epoch: int, position: int) -> list[Batch]:
+    def micro_batches(self, epoch: int, position: int, share: slice = WHOLE) -> list[Batch]:
         """``gradient_accumulation_steps`` consecutive batches of the epoch's plan, or what is left of them at its end.
         Reads the disk only; safe in a thread.
 
@@ -302,13 +319,13 @@ class BatchSource:
         """
         size = self.config.gradient_accumulation_steps
         batches = self._epoch_batches(epoch)
-        first = position * size
-        visit = sum(len(batch) for batch in batches[:first])
-        micro_batches = []
-        for views in batches[first : first + size]:
-            micro_batches.append(self._batch(views, epoch, visit))
-            visit += len(views)
-        return micro_batches
+        places = range(len(batches))[position * size : (position + 1) * size]
+        before = self._visits_before(epoch)
+        return [self._batch(batches[place], epoch, before[place]) for place in places[share]]
+
+    def _count_visits(self, epoch: int) -> list[int]:
+        """Of each batch of an epoch, how many pictures the epoch saw before it."""
+        return [0, *accumulate(map(len, self._epoch_batches(epoch)))]
 
     def _batch(self, views: Sequence[View], epoch: int, visit: int, preserves: bool = True) -> Batch:
         """``visit``: how many pictures the epoch saw before; with seed and epoch it names the caption's dice.

@@ -26,6 +26,7 @@ from lora_trainer.training.objectives.base import MicroBatch, Objective
 from lora_trainer.training.optim import computes_on_cpu, learning_rates
 from lora_trainer.training.precision import Precision, other_precision
 from lora_trainer.training.protocols import Previewer, Saver
+from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Source, Turn, ahead
 from lora_trainer.training.state import StateStore, TrainingState
 from lora_trainer.training.step import TrainingStep
@@ -40,6 +41,8 @@ STATE_SECONDS = 600
 AVERAGED_STEPS = 100
 """The loss that is reported at the end is the mean over this many last steps, as single ones vary too much."""
 PAUSE_POLL_SECONDS = 0.5
+SLOW_DISK = 10 * 2**20
+"""Bytes a second that saving is granted at least, before other processes take it for one that hangs."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Trainer:
     turn: the lender's; taken for every step and every look at the trained weights.
     validator: measures held-out pictures on the way, if some are held out.
     run_key: the settings and facts that determine the result; a state with another key is not resumed from.
+    ranks: the processes that compute this run together; rank 0 alone measures, saves, draws and decides.
     output_dir: gets ``state/``, ``logs/`` and ``previews/``; their files start with ``name``.
 
     Raises:
@@ -91,7 +95,9 @@ class Trainer:
         previewer: Previewer | None = None,
         validator: Validator | None = None,
         make_room: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.config, self.model, self.adapters, self.source = config, model, adapters, source
         self.turn, self.saver, self.previewer, self.validator = turn, saver, previewer, validator
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
@@ -103,10 +109,10 @@ class Trainer:
             may_move_optimizer=computes_on_cpu(config),
             set_gradient_checkpointing=model.set_gradient_checkpointing,
             make_room=make_room,
-            on_warning=self.callbacks.on_warning,
+            on_warning=self.callbacks.on_warning if ranks.leads else ranks.say,
         )
         self.train_step = TrainingStep(
-            config, objective, adapters, precision, source.total_steps, recovery=self.recovery
+            config, objective, adapters, precision, source.total_steps, recovery=self.recovery, ranks=ranks
         )
         self.states = StateStore(self.output_dir / "state", name, run_key, self.callbacks.on_warning)
 
@@ -136,6 +142,8 @@ class Trainer:
         self._resume()
         self.recovery.apply(resumed=self.step > 0)
         self.adapters.train()
+        if not self.ranks.leads:
+            return self._train()
         logs = self.output_dir / "logs"
         log = MetricsLog(logs, self.step, self.config.tensorboard, self.callbacks.on_warning, self.recent_losses)
         with log as self.metrics:
@@ -143,23 +151,29 @@ class Trainer:
             if self.step == 0:  # the base, for all that follows to be compared with
                 self._measure()
                 self._draw_previews()
-            while self.step < self.total_steps:
-                epoch, position = divmod(self.step, self.steps_per_epoch)
-                self._phase = ""  # an epoch's pictures may be encoded first, which is a phase of its own
-                if not self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands):
-                    return self._stop()
-                with closing(self._steps(epoch, position)) as steps:
-                    for micro_batches in steps:
+            return self._train()
+
+    def _train(self) -> Outcome:
+        while self.step < self.total_steps:
+            epoch, position = divmod(self.step, self.steps_per_epoch)
+            self._phase = ""  # an epoch's pictures may be encoded first, which is a phase of its own
+            prepared = self.source.prepare_epoch(epoch, self.turn, self.callbacks, self.commands)
+            if not all(self.ranks.meet(prepared)):
+                return self._stop()
+            with closing(self._steps(epoch, position)) as steps:
+                for micro_batches in steps:
+                    if self.ranks.leads:
                         self._obey()
-                        if self.commands.stopping:
-                            return self._stop()
-                        self._take_step(micro_batches)
-            return self._finish()
+                    if self.ranks.decide(self.commands.stopping):
+                        return self._stop()
+                    self._take_step(micro_batches)
+        return self._finish()
 
     def _steps(self, epoch: int, position: int) -> Generator[Sequence[MicroBatch], None, None]:
         """The micro-batches of each step that is left of an epoch; the next ones are read while a step computes."""
         end = min(self.steps_per_epoch, position + self.total_steps - self.step)
-        return ahead(lambda place: self.source.micro_batches(epoch, place), range(position, end))
+        share = self.ranks.share
+        return ahead(lambda place: self.source.micro_batches(epoch, place, share), range(position, end))
 
     def _take_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """One optimizer step, its report, and what is due after it."""
@@ -177,10 +191,12 @@ class Trainer:
         seconds = time.monotonic() - started
         self.step += 1
         self.seconds += seconds
-        self._report(loss, rates, seconds, working, sum(map(len, micro_batches)))
+        if self.ranks.leads:
+            self._report(loss, rates, seconds, working, self.train_step.samples)
         self._guard(loss)
-        self._measure_when_due()
-        self._save_when_due()
+        if self.ranks.leads:
+            self._measure_when_due()
+            self._save_when_due()
 
     def _enter(self, phase: str, done: int = 0, total: int = 0) -> None:
         self._phase = phase
@@ -225,7 +241,7 @@ class Trainer:
     def give_up_for_memory(self, error: Exception) -> NoReturn:
         """Raises UserError; the state is saved where there is one that is whole."""
         self.train_step.optimizer.zero_grad(set_to_none=True)
-        if self.step and not self.train_step.updating:
+        if self.ranks.leads and self.step and not self.train_step.updating:
             self._save_state()
         remedy = "Lower it, or lora_rank, or close other programs that use the GPU."
         if not computes_on_cpu(self.config):  # its state stays on the GPU
@@ -329,7 +345,7 @@ class Trainer:
             "measurements": [one.to_dict() for one in self.measurements],
         }
         versions = {"lora_trainer": lora_trainer.__version__, "torch": torch.__version__}
-        with self.turn():
+        with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK):
             parts = {**self.train_step.state_dict(), "progress": progress}
             state = TrainingState(self.step, epoch, position, self.run_key, parts, finished, versions)
             path = self.states.save(state)
@@ -348,7 +364,7 @@ class Trainer:
             self.adapters.eval()
             problem = None
             try:
-                with self.train_step.averaged():
+                with self.ranks.unhurried(), self.train_step.averaged():
                     image = self.previewer.draw(meant, seed, self.step, self.adapters)
                 with atomic_path(path) as temporary:
                     image.save(temporary, format="PNG")
@@ -381,7 +397,7 @@ class Trainer:
             self.callbacks.on_warning(warning)
 
     def _resume(self) -> None:
-        state = self.states.find(self.config.resume)
+        state = self.ranks.first(lambda: self.states.find(self.config.resume))
         if state is None:
             return
         remedy = "Set resume: never, or the settings as they were; init_lora goes on from any LoRA, with any of them."
@@ -407,14 +423,15 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         # The state first: killed while the LoRA is written, the run ends by writing it.
-        self._save_state()
-        self._save_lora("final")
-        self._save_state(finished=True)
-        self._draw_previews()
+        if self.ranks.leads:
+            self._save_state()
+            self._save_lora("final")
+            self._save_state(finished=True)
+            self._draw_previews()
         return self._outcome("finished")
 
     def _stop(self) -> Outcome:
-        if self.commands.saves_before_stop and self.step:
+        if self.ranks.leads and self.commands.saves_before_stop and self.step:
             self._save_lora("stopped")
             self._save_state()
         return self._outcome("stopped")

@@ -13,6 +13,7 @@ from lora_trainer.training.objectives.base import MicroBatch
 Turn = Callable[[], AbstractContextManager[None]]
 Argument = TypeVar("Argument")
 Value = TypeVar("Value")
+WHOLE = slice(None)
 
 
 class Source(Protocol):
@@ -48,9 +49,9 @@ class Source(Protocol):
         are not so many, or when it was stopped."""
         ...
 
-    def micro_batches(self, epoch: int, position: int) -> Sequence[MicroBatch]:
-        """The micro-batches of one optimizer step; ``position``: steps before it in the epoch. Called in a thread, so
-        it must not use the device."""
+    def micro_batches(self, epoch: int, position: int, share: slice = WHOLE) -> Sequence[MicroBatch]:
+        """The micro-batches of one optimizer step; ``position``: steps before it in the epoch; ``share``: which of
+        them, where several processes compute a step. Called in a thread, so it must not use the device."""
         ...
 
 

@@ -18,6 +18,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
 from lora_trainer.training.ema import ExponentialMovingAverage
+from lora_trainer.training.gradients import SharedGradients
 from lora_trainer.training.graphs import Compute, MicroBatchGraphs
 from lora_trainer.training.memory import (
     MemoryMeasures,
@@ -35,6 +36,7 @@ from lora_trainer.training.optim import (
     step_scheduler,
 )
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.ranks import ALONE, Ranks
 
 Loss = TypeVar("Loss", float, "float | None")
 
@@ -46,7 +48,8 @@ class TrainingStep:
         ``working_copies(dtype)``.
     total_steps: length of the learning-rate schedule.
     recovery: says what to change when memory is short; without it the step fails.
-    grad_norm: of the last step, before it was clipped; None where it was not finite.
+    ranks: the processes that compute a step together, each some of its micro-batches.
+    grad_norm: of the last step, before it was clipped; None where it was not finite. samples: in the last step.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     """
 
@@ -58,7 +61,9 @@ class TrainingStep:
         precision: Precision,
         total_steps: int,
         recovery: MemoryRecovery | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.config, self.objective, self.adapters, self.precision = config, objective, adapters, precision
         self.parameters = [parameter for parameter in adapters.parameters() if parameter.requires_grad]
         self.optimizer = create_optimizer(config, adapters.param_groups(config))
@@ -73,14 +78,21 @@ class TrainingStep:
         self.graphs = MicroBatchGraphs(
             self._forward_backward, self.parameters, objective.addresses, precision.device
         )
+        accumulation = config.gradient_accumulation_steps
+        self.shared = None
+        if ranks.size > 1:
+            self.shared = SharedGradients(self.parameters, ranks, accumulation, config.exact)
         if config.cuda_graphs == "off":
             self.graphs.give_up("cuda_graphs is off.")
+        elif self.shared is not None and self.shared.in_order:
+            self.graphs.give_up("each micro-batch's gradients are kept apart.")
         elif self.regularisers:
             self.graphs.give_up("there are regularisers.")
         self.recovery = recovery
         self.measures = MemoryMeasures() if recovery is None else recovery.measures
         self.updating = False
         self.grad_norm: float | None = None
+        self.samples = 0
         self._in_update = False
         self._fits = False  # an update was done with the memory that there is
         self._before: dict[str, Any] | None = None  # what the update in hand changes, until one was seen to fit
@@ -103,9 +115,16 @@ class TrainingStep:
         seed = self.config.seed
         drawn = [
             self.objective.draw(micro_batch, generator_for(seed, "step", step, micro_step))
-            for micro_step, micro_batch in enumerate(micro_batches)
+            for micro_step, micro_batch in self.ranks.numbered(micro_batches)
         ]
-        return self._until_it_fits(step, drawn, self._attempt)
+        moved = self.measures.optimizer_on_cpu
+        count, samples, all_moved = self.ranks.total(_count(drawn), sum(map(len, drawn)), moved)
+        self.samples = int(samples)
+        if 0 < all_moved < self.ranks.size:
+            self._move_optimizer_like_others(step)
+        if self.shared is None:
+            return self._until_it_fits(step, drawn, functools.partial(self._attempt, count))
+        return self._together(step, drawn, count, self.shared)
 
     def try_out(self, micro_batch: MicroBatch, number: int) -> float:
         """The loss of a micro-batch, finite or not; its gradients are added to the parameters'. Nothing is updated.
@@ -114,6 +133,32 @@ class TrainingStep:
         """
         drawn = [self.objective.draw(micro_batch, generator_for(self.config.seed, "trial", number))]
         return self._until_it_fits(0, drawn, self._gradients)
+
+    def _together(self, step: int, drawn: Sequence[Drawn], count: float, shared: SharedGradients) -> float | None:
+        """A step of several processes. Each repeats its own parts for as long as memory is short; what all of them do
+        together stands between these."""
+
+        def compute(step: int, drawn: Sequence[Drawn]) -> float:
+            shared.begin()
+            with self.graphs.step(), self.copies.computing():
+                total = self._backward(step, drawn, count, self.graphs, shared)
+                self.graphs.finish()
+                if not shared.in_order:
+                    shared.take(None, total)
+                return 0.0
+
+        self._until_it_fits(step, drawn, compute)
+        shared.reduce()
+        return self._until_it_fits(step, drawn, lambda step, drawn: self._update(shared.give()))
+
+    def _move_optimizer_like_others(self, step: int) -> None:
+        """Some process has had to move its optimizer to the CPU, which rounds otherwise: all do, and go on from what
+        rank 0 has."""
+        self.measures.optimizer_on_cpu = True
+        move_optimizer_to_cpu(self.optimizer)
+        state = self.ranks.first(lambda: on_cpu(self.state_dict()))
+        if not self.ranks.leads:
+            self.load_state_dict(state, step)
 
     def _until_it_fits(
         self, step: int, drawn: Sequence[Drawn], compute: Callable[[int, Sequence[Drawn]], Loss]
@@ -130,32 +175,50 @@ class TrainingStep:
             in_update = self._in_update
             restored = self._undo()
             release_memory()
-            if not restored or not self.recovery.take(step + 1, max(map(len, drawn)), in_update):
+            if not restored or not self.recovery.take(step + 1, max(map(len, drawn), default=1), in_update):
                 raise OutOfMemoryError(reason)
             if self.measures.optimizer_on_cpu:
                 move_optimizer_to_cpu(self.optimizer)
 
-    def _attempt(self, step: int, drawn: Sequence[Drawn]) -> float | None:
+    def _attempt(self, count: float, step: int, drawn: Sequence[Drawn]) -> float | None:
         with self.graphs.step(), self.copies.computing():
-            return self._update(self._backward(step, drawn, self.graphs))
+            total = self._backward(step, drawn, count, self.graphs)
+            self.graphs.finish()
+            return self._update(total)
 
     def _gradients(self, step: int, drawn: Sequence[Drawn]) -> float:
         with self.copies.computing():
-            return float(self._backward(step, drawn, self._forward_backward))
+            return float(self._backward(step, drawn, _count(drawn), self._forward_backward))
 
-    def _backward(self, step: int, drawn: Sequence[Drawn], compute: Compute) -> Tensor:
-        """The step's loss, detached; its gradients are added up. ``compute``: what does that for a micro-batch."""
-        count = torch.full((), float(sum(part.count for part in drawn)), device=self.precision.device)
-        losses = []
-        for micro_step, micro_batch in enumerate(drawn):
+    def _backward(
+        self,
+        step: int,
+        drawn: Sequence[Drawn],
+        count: float,
+        compute: Compute,
+        shared: SharedGradients | None = None,
+    ) -> Tensor:
+        """The loss of what this process computes of a step, detached; its gradients are added up.
+
+        count: the divisor, of the whole step. compute: what does that for a micro-batch. shared: keeps the gradients
+        of each micro-batch apart, where they are added in order.
+        """
+        divisor = torch.full((), float(count), device=self.precision.device)
+        losses = [torch.zeros((), device=self.precision.device)] if not drawn else []
+        for place, (micro_step, micro_batch) in enumerate(self.ranks.numbered(drawn)):
             for part in self.measures.parts(len(micro_batch)):
                 self.adapters.begin_step(step, micro_step, part)
                 computed = micro_batch if part is None else micro_batch[part.start : part.stop]
-                losses.append(compute(self.objective.inputs(computed), count))
-        if self.regularisers:
+                losses.append(compute(self.objective.inputs(computed), divisor))
+                if shared is not None and shared.in_order:
+                    shared.take(place, losses[-1])
+                self.ranks.progress()
+        if self.regularisers and self.ranks.leads:
             penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)
             (penalty if self.scaler is None else self.scaler.scale(penalty)).backward()
             losses.append(penalty.detach())
+            if shared is not None and shared.in_order:
+                shared.take(None, losses[-1])
         return functools.reduce(torch.add, losses)
 
     def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:
@@ -176,7 +239,6 @@ class TrainingStep:
 
     def _update(self, total: Tensor) -> float | None:
         self._in_update = True
-        self.graphs.finish()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
@@ -236,6 +298,11 @@ class TrainingStep:
         self.updating, self._before = False, None
         return True
 
+    @property
+    def bytes(self) -> int:
+        """About what a state takes: the parameters, what most optimizers keep of each, and the average."""
+        return 4 * (4 if self.ema is not None else 3) * sum(parameter.numel() for parameter in self.parameters)
+
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the adapters hold what is to be saved: their moving average, if there is one."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -268,3 +335,7 @@ class TrainingStep:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"]) if "ema" in state else self.ema.restart()
         advance_scheduler(self.scheduler, step)
+
+
+def _count(drawn: Sequence[Drawn]) -> float:
+    return float(sum(part.count for part in drawn))

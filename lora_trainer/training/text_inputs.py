@@ -13,7 +13,7 @@ from lora_trainer.dataset.text.encoding import EncodedRow
 from lora_trainer.dataset.text.plan import RowPlan
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.objectives.causal_lm import TokenBatch
-from lora_trainer.training.source import Turn
+from lora_trainer.training.source import WHOLE, Turn
 
 
 class RowSource:
@@ -40,8 +40,8 @@ class RowSource:
         batches.sort(key=lambda rows: -len(rows) * max(map(len, rows)))
         return collate(batches[number]) if number < len(batches) else None
 
-    def micro_batches(self, epoch: int, position: int) -> list[TokenBatch]:
-        return [collate([self._rows[row] for row in rows]) for rows in self._steps(epoch)[position]]
+    def micro_batches(self, epoch: int, position: int, share: slice = WHOLE) -> list[TokenBatch]:
+        return [collate([self._rows[row] for row in rows]) for rows in self._steps(epoch)[position][share]]
 
 
 def collate(rows: Sequence[EncodedRow]) -> TokenBatch:

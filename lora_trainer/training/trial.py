@@ -32,7 +32,7 @@ def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     Raises:
         UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
     """
-    if trainer.states.has_one(trainer.config.resume):
+    if trainer.ranks.first(lambda: trainer.states.has_one(trainer.config.resume)):
         return True
     trainer.callbacks.on_phase("trying", 0, 0)
     trainer.recovery.apply()

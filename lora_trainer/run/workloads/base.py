@@ -17,6 +17,7 @@ from lora_trainer.training.callbacks import TrainCallbacks
 from lora_trainer.training.objectives.base import Objective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.protocols import Previewer, Saver
+from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Source, Turn
 from lora_trainer.training.validation import Measurable, ValidationData
 
@@ -51,10 +52,11 @@ class Workload(Protocol):
         """Facts about the data and the model that determine the result, by name."""
         ...
 
-    def work(self, model: Any, precision: Precision, *, keep_model_parts: bool) -> Work:
+    def work(self, model: Any, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         """What to train with on a borrowed model.
 
         keep_model_parts: also what the steps do not need stays in memory, since previews are drawn with it.
+        ranks: the processes that share out what is to be encoded.
 
         Raises:
             UserError: settings that cannot be combined.

@@ -34,6 +34,7 @@ from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import ModelPreviewer
+from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Turn
 from lora_trainer.training.validation import ValidationData
 
@@ -84,6 +85,7 @@ class Pictures:
         callbacks: TrainCallbacks,
         commands: TrainCommands,
         captioners: Sources | None = None,
+        ranks: Ranks = ALONE,
     ) -> Pictures | None:
         """Caption the pictures if none of them has a caption, then scan the folder. None when it was stopped.
 
@@ -94,7 +96,9 @@ class Pictures:
         family = get_family(info.family)
         for sentence in without_effect(config, family.unused):
             callbacks.on_warning(sentence)
-        captioned = caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
+        captioned = ranks.first(
+            lambda: caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
+        )
         if captioned is not None and captioned.cancelled:
             callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
             return None
@@ -125,12 +129,13 @@ class Pictures:
             "noise_schedule": digest(model.schedule.alphas_cumprod.tolist()),
         }
 
-    def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool) -> Work:
+    def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         config, plan = self._config, self._plan
         folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
-        cache = TensorCache(folder, self._on_warning, Path(config.train_data_dir).resolve())
+        on_warning = self._on_warning if ranks.leads else ranks.say
+        cache = TensorCache(folder, on_warning, Path(config.train_data_dir).resolve())
         source = BatchSource(
-            config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room
+            config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room, ranks
         )
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
 

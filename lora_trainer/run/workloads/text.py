@@ -29,6 +29,7 @@ from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.objectives.causal_lm import CausalLmObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.protocols import Previewer
+from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Turn
 from lora_trainer.training.text_inputs import RowSource
 from lora_trainer.training.validation import ValidationData
@@ -70,6 +71,7 @@ class Texts:
         callbacks: TrainCallbacks,
         commands: TrainCommands,
         captioners: Sources | None = None,
+        ranks: Ranks = ALONE,
     ) -> Texts:
         """Read and encode the rows.
 
@@ -97,7 +99,9 @@ class Texts:
             "base_model": digest([model.info.family, model.network_key]),
         }
 
-    def work(self, model: LanguageModel, precision: Precision, *, keep_model_parts: bool) -> Work:
+    def work(
+        self, model: LanguageModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE
+    ) -> Work:
         config, split = self._config, self._split
 
         def targets() -> list[LoraTarget]:
