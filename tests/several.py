@@ -34,13 +34,12 @@ def runs(folder: Path, plan: dict[str, tuple[int, list[dict[str, Any]]]], timeou
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return {
-        name: [
-            {**json.loads((folder / f"{name}.{rank}.json").read_text()), "said": (folder / f"{name}.{rank}.txt").read_text()}
-            for rank in range(size)
-        ]
-        for name, (size, _) in plan.items()
-    }
+
+    def answer(name: str, rank: int) -> dict[str, Any]:
+        written = folder / f"{name}.{rank}.json"
+        return {**json.loads(written.read_text()), "said": written.with_suffix(".txt").read_text()}
+
+    return {name: [answer(name, rank) for rank in range(size)] for name, (size, _) in plan.items()}
 
 
 def free_port() -> int:

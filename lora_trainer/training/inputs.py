@@ -189,8 +189,9 @@ class BatchSource:
         if not self._pictures_vary:
             return True
         batches, size = self._visited(epoch), self.config.gradient_accumulation_steps
-        own = [batch for first in range(0, len(batches), size) for batch in batches[first : first + size][self.ranks.share]]
-        return self._encode_latents([view for batch in own for view in batch], turn, callbacks, commands)
+        steps = (batches[first : first + size] for first in range(0, len(batches), size))
+        views = [view for step in steps for batch in step[self.ranks.share] for view in batch]
+        return self._encode_latents(views, turn, callbacks, commands)
 
     def _visited(self, epoch: int) -> list[list[View]]:
         """The batches of an epoch that the run comes to."""

@@ -27,7 +27,7 @@ from lora_trainer.devices import torch_version
 from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.ranks import Ranks
-from lora_trainer.training.watch import Limits, Watch
+from lora_trainer.training.watch import Limits, Watch, peek
 
 Value = TypeVar("Value")
 Turn = Callable[[], AbstractContextManager[None]]
@@ -97,10 +97,10 @@ class Processes(Ranks):
         if self.leads:
             data = pickle.dumps(value := compute())
             large = len(data) > _LARGE
-            self._put(key, b"" if large else data)
+            self._put(key, b"large" if large else data)
         else:
             data = self._get(key)
-            large = not data
+            large = data == b"large"
         if large:
             with self._collective():
                 data = _everywhere(data, self._small)
@@ -151,8 +151,8 @@ class Processes(Ranks):
                 if self._watch.problem is not None:
                     raise RankFailedError(self._watch.problem)
                 with self._connection():
-                    if self._store.check([key]):
-                        return self._store.get(key)
+                    if (data := peek(self._store, key)) is not None:
+                        return data
                 if (waited := time.monotonic() - started) > _SOON:
                     time.sleep(min(_SLOWEST_POLL, waited / 10))
 

@@ -7,16 +7,20 @@ where the run itself does not end in time, this thread ends the process.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 BEAT_SECONDS = 1.0
+_NOTHING = "-"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Watch:
 
     def fail(self, sentence: str) -> None:
         """This process's run fails, and the others' are to know why, unless another one's has failed before."""
-        told = self._store.compare_set("failed", "", f"{self._rank} {sentence}")
+        told = self._store.compare_set("failed", "", sentence)
         self._hear(told)
 
     def leave(self) -> None:
@@ -131,32 +135,27 @@ class Watch:
     # -- the threads
 
     def _look(self) -> None:
-        beat, told = 0, False
+        beat, asked = 0, False
         while not self._over.is_set():
             try:
                 beat += 1
                 self._store.set(_beat(self._rank), str(beat))
-                if self._stop_wanted.is_set() and not told:
-                    told = True
+                if self._stop_wanted.is_set() and not asked:
+                    asked = True
                     self._store.set("stop", "1")
-                if self._store.check(["stop"]):
+                if peek(self._store, "stop") is not None:
                     self.on_stop()
-                if self._store.check(["failed"]):
-                    self._hear(self._store.get("failed"))
+                if (told := peek(self._store, "failed")) is not None:
+                    self._hear(told)
                     return
                 self._judge_others()
                 self._judge_myself()
                 self._round_at = time.monotonic()
-            except Exception:  # noqa: BLE001 - of the connection: how long it lasts decides
-                pass
+            except RuntimeError as error:  # of the connection: how long it lasts decides
+                log.debug("The store does not answer: %s", error)
             self._over.wait(BEAT_SECONDS)
-        self._leave_a_word()
-
-    def _leave_a_word(self) -> None:
-        try:
+        with suppress(RuntimeError):  # whoever keeps the store has left before
             self._store.set(_beat(self._rank), "left")
-        except Exception:  # noqa: BLE001 - whoever keeps the store has left before
-            pass
 
     def _judge_others(self) -> None:
         now = time.monotonic()
@@ -179,8 +178,7 @@ class Watch:
             self.fail(f"{self._names[self._rank]} has made no progress for {stuck:.0f} seconds.")
 
     def _hear(self, told: bytes) -> None:
-        rank, _, sentence = told.decode("utf-8", "replace").partition(" ")
-        self.problem = sentence
+        self.problem = told.decode("utf-8", "replace")
         self._found.set()
 
     def _end_in_time(self) -> None:
@@ -198,6 +196,12 @@ class Watch:
             return
         print(f"error: {self.problem}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def peek(store: Any, key: str) -> bytes | None:
+    """What is there under a key, without waiting for it. Not every torch has ``Store.check``."""
+    found = store.compare_set(key, _NOTHING, _NOTHING)
+    return None if found == _NOTHING.encode() else found
 
 
 def _beat(rank: int) -> str:
