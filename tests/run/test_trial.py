@@ -79,12 +79,13 @@ def test_it_encodes_one_batch_alone_the_largest_and_is_left_out_of_a_resumed_run
         DiffusionModel, "encode_images", lambda model, pixels: images.append(len(sizes)) or encode(model, pixels)
     )
     commands = TrainCommands()
-    run(settings, Listener(lambda report: commands.stop_and_save()), commands, batch_size=2)
+    whole = {"batch_size": 2, "max_train_steps": 3}  # all pictures
+    run(settings, Listener(lambda report: commands.stop_and_save()), commands, **whole)
     assert sizes[0] == (True, (2, 4, 8, 8)), "of the batches with two pictures and with one"
     assert images == [0, 0, 1, 1, 1], "two pictures before the step that is tried, the others after it"
     again = Listener()
-    run(settings, again, batch_size=2)
-    assert not any(name == "trying" for name, _, _ in again.phases) and len(again.steps) == 1
+    run(settings, again, **whole)
+    assert not any(name == "trying" for name, _, _ in again.phases) and len(again.steps) == 2
 
 
 def test_a_model_that_gives_no_number_ends_the_run_before_the_pictures_are_encoded(settings, monkeypatch):
