@@ -31,8 +31,7 @@ class ModelSettings:
     """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
 
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
-    """Run the Python code that lies in the base model's folder, which ChatGLM2 and 3 need. Only for folders that you
-    trust: that code can do anything."""
+    """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust the folder."""
 
     vae: str | None = setting(None, task="image", decides=False, path="read", or_name=True)
     """Another VAE file (.safetensors) to encode the pictures with; empty for the base model's own."""
@@ -55,8 +54,7 @@ class ModelSettings:
     card, therefore off."""
 
     exact: bool = setting(False, decides=False, given_by="file")
-    """Where several processes train together (torchrun): add the gradients in the order of one process, however large
-    they are, so that the LoRA is the same to the last bit. Small LoRAs are added so in any case."""
+    """Several processes (torchrun) add even large gradients in the order of one: the same LoRA to the last bit."""
 
     plugins: list[str] = setting([], decides=False, path="read", given_by="file")
     """Python files with further optimizers, schedulers, losses, augmentations, regularisers, captioners and model
@@ -402,10 +400,8 @@ class OutputSettings:
 class TrainConfig(
     OutputSettings, ObjectiveSettings, OptimizationSettings, AdapterSettings, DataSettings, ModelSettings
 ):
-    """One training run. Frozen: what a run was started with is what is saved beside its result.
-
-    Build it with ``lora_trainer.config.load`` or ``lora_trainer.config.from_mapping``, which check it.
-    """
+    """One training run, built by ``config.load`` or ``config.from_mapping``, which check it. Frozen: what a run was
+    started with is what is saved beside its result."""
 
     @property
     def effective_alpha(self) -> float:
