@@ -31,7 +31,7 @@ class ModelSettings:
     """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
 
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
-    """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust the folder."""
+    """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust it first."""
 
     vae: str | None = setting(None, task="image", decides=False, path="read", or_name=True)
     """Another VAE file (.safetensors) to encode the pictures with; empty for the base model's own."""
