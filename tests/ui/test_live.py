@@ -359,6 +359,7 @@ def test_a_run_that_waits_for_another_choice_in_the_webui_is_switched_back_by_a_
     train.allow(2)
     wait_for_text(page, "job_state", "training")
     wait_for_text(page, "job_facts", "step 4 of 20")
+    wait_for_text(page, "trouble", "own fields show it when the page is loaded again")  # the same model, another option
 
 
 def first_button(page):
