@@ -125,6 +125,37 @@ def test_pictures_go_from_the_gallery_to_the_trainer(page):
     until(page, "document.querySelector('#lora_trainer_pictures').innerText.includes('1 excluded')")
 
 
+CHECKPOINT = "(document.querySelector('.model_selection input, #setting_sd_model_checkpoint input') || {}).value"
+
+
+def test_the_webui_is_switched_back_by_a_button_and_its_own_field_shows_it(page, pictures, webui):
+    open_tab(page)
+    add(page, pictures)
+    page.fill("#lora_trainer_field_output_name", "switched back")
+    long = TRAINED.replace("epochs: 2", "max_train_steps: 4000").replace("max_train_steps: 8", "max_train_steps: 4000")
+    page.evaluate(f"() => {{ const {long}; for (const [name, value] of Object.entries(SETTINGS)) "
+                  "loraTrainer.form.set(name, value); return loraTrainer.estimate.now(); }")  # fmt: skip
+    page.click("#lora_trainer_start")
+    job = "(loraTrainer.live.job || {name: ''})"
+    until(page, f"{job}.name === 'switched back' && {job}.step > 1")
+    try:
+        first = page.evaluate(CHECKPOINT)
+        titles = [one["title"] for one in webui.get("/sdapi/v1/sd-models")]
+        other = next(title for title in titles if first.split(".")[0] not in title)
+        page.evaluate("(title) => selectCheckpoint(title)", other)
+        until(page, f"{CHECKPOINT} !== {first!r}")
+        page.evaluate("() => loraTrainer.host.openTab('txt2img')")
+        generate(page, "a red ellipse")
+        until(page, f"{job}.status === 'waiting' && {job}.switches_back")
+        page.evaluate("() => loraTrainer.host.openTab('lora_trainer')")
+        page.click("#lora_trainer_job_buttons >> text=Switch back")
+        until(page, f"{job}.status === 'running' && {CHECKPOINT} === {first!r}")
+        shot(page, "switched-back")
+    finally:
+        page.evaluate(f"() => loraTrainer.live.command({job}, 'stop')")
+        until(page, f"!{job}.active")
+
+
 def beside(page, field, words):
     """The sentence beside ``field``, once it holds ``words``."""
     page.wait_for_function("([id, words]) => document.getElementById(id).offsetParent && "
