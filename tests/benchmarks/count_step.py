@@ -29,6 +29,7 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Conditioning, ModelInfo, NoiseSchedule
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family
+from lora_trainer.models.families import parts
 from lora_trainer.models.families.unet import model as assembling
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
@@ -137,7 +138,7 @@ def _model(case: Case, weights: torch.dtype, compute: torch.dtype) -> assembling
     tensors = {name: torch.empty(shape, dtype=weights) for name, shape in case.shapes.items()}
     info = ModelInfo(case.family, "epsilon", "counted")
     schedule = NoiseSchedule(scaled_linear_alphas_cumprod(), "epsilon")
-    with patch.object(assembling, "weights_digest", lambda *arguments: ""):  # there is nothing to look at
+    with patch.object(parts, "weights_digest", lambda *arguments: ""):  # there is nothing to look at
         model = get_family(case.family).build(
             tensors,
             architecture,

@@ -25,11 +25,17 @@ class UNetShape:
 
 @dataclass(frozen=True)
 class VAEShape:
-    """channels: per level. layers: resnets per level of the encoder. scaling_factor: latents = scaling · VAE output."""
+    """channels: per level. layers: resnets per level of the encoder.
+
+    latents = (VAE output - shift) · scaling_factor. quant: it has the 1×1 convolutions around the latents.
+    """
 
     channels: tuple[int, ...]
     layers: int
     scaling_factor: float
+    shift: float = 0.0
+    latent_channels: int = 4
+    quant: bool = True
 
 
 @dataclass(frozen=True)

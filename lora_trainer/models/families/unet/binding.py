@@ -84,12 +84,13 @@ def build_vae(shape: VAEShape) -> tuple[AutoencoderKL, list[Binding]]:
         vae = AutoencoderKL(
             in_channels=3,
             out_channels=3,
-            latent_channels=4,
+            latent_channels=shape.latent_channels,
             block_out_channels=shape.channels,
             layers_per_block=shape.layers,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             scaling_factor=shape.scaling_factor,
+            **({} if shape.quant else {"use_quant_conv": False, "use_post_quant_conv": False}),
         )
     return vae, _bindings(vae, vae_table(levels, shape.layers), VAE)
 
