@@ -28,8 +28,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Conditioning, ModelInfo, NoiseSchedule
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families import get_family
-from lora_trainer.models.families import parts
+from lora_trainer.models.families import get_family, parts
 from lora_trainer.models.families.unet import model as assembling
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod

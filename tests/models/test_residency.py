@@ -7,8 +7,8 @@ import torch
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.models.families.unet.binding import Binding
 from lora_trainer.models.families.parts import PARTS
+from lora_trainer.models.families.unet.binding import Binding
 from tests.tiny import tiny_sd1
 
 
