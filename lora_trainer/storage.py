@@ -4,9 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+TensorT = TypeVar("TensorT", bound=Tensor)
+
+
+class Packing(Protocol):
+    """How a weight is stored whose numbers are not simply those of its tensor."""
+
+    def shape_of(self, stored: Tensor) -> tuple[int, ...]:
+        """Of the weight."""
+        ...
+
+    def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight, in its shape and in ``dtype``, on the device of ``stored``."""
+        ...
+
+    def to(self, device: torch.device) -> Packing:
+        """The same, for a tensor there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """fp8 whose numbers are to be multiplied by ``scale``, one number (ComfyUI's scaled fp8)."""
+
+    scale: Tensor
+
+    def shape_of(self, stored: Tensor) -> tuple[int, ...]:
+        return tuple(stored.shape)
+
+    def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored.to(dtype) * self.scale.to(dtype)
+
+    def to(self, device: torch.device) -> Scaled:
+        return Scaled(self.scale.to(device))
+
+
+def pack(stored: TensorT, packing: Packing) -> TensorT:
+    """The same tensor, of which ``dense_weight`` knows how it is stored."""
+    stored.packing = packing  # type: ignore[attr-defined]
+    return stored
+
+
+def packing_of(stored: Tensor) -> Packing | None:
+    return getattr(stored, "packing", None)
 
 
 def dense_weight(
@@ -18,15 +64,17 @@ def dense_weight(
     """A frozen weight in the format of the computation, without a gradient; the stored tensor itself where it is so.
 
     Whoever computes with it asks for it again in the backward pass instead of keeping it. All code that reads a frozen
-    weight calls this, so a further number format (fp8 with a scale, GGUF) is added here alone.
+    weight calls this, so a further number format is a further ``Packing``.
 
-    stored: in any floating-point format, or in bitsandbytes' 4 bits. shape: of the layer's weight, which the stored
-        tensor need not have. device: where it is needed, if not where it lies.
+    stored: in any floating-point format, packed (see ``pack``), or in bitsandbytes' 4 bits. shape: of the layer's
+        weight, which the stored tensor need not have. device: where it is needed, if not where it lies.
     """
     if (state := getattr(stored, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         stored = dequantize_4bit(stored.detach(), state)
+    elif (packing := packing_of(stored)) is not None:
+        stored = packing.unpack(stored.detach(), dtype)
     value = stored.detach().to(device=device, dtype=dtype)
     return value if shape is None else value.view(tuple(shape))
 

@@ -43,6 +43,9 @@ class Target(Protocol):
     @property
     def also_named(self) -> tuple[str, ...]: ...
 
+    @property
+    def split(self) -> tuple[tuple[str, int], ...]: ...
+
 
 def is_text_encoder(target: Target) -> bool:
     """Whether the layer is one of a text encoder beside the network that is trained first of all."""

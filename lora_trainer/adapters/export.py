@@ -63,7 +63,8 @@ def save_diffusers(adapters: AdapterSet, path: str | Path, metadata: Mapping[str
 
 def diffusers_tensors(layers: Iterable[tuple[Target, Tensor, Tensor]]) -> dict[str, Tensor]:
     """Factors under diffusers' names. layers: target, down (r, in[, kh, kw]), and up (out, r[, 1, 1]) with alpha/rank
-    in it. Lower ranks are filled up with zeros to the highest of their part."""
+    in it. Lower ranks are filled up with zeros to the highest of their part. A layer that diffusers splits gives each
+    of them the same down, and the rows of up that are theirs."""
     layers = list(layers)
     highest: dict[str, int] = {}
     for target, down, _ in layers:
@@ -73,8 +74,10 @@ def diffusers_tensors(layers: Iterable[tuple[Target, Tensor, Tensor]]) -> dict[s
         missing = highest[target.part] - len(down)
         down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
         up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
-        tensors[f"{target.diffusers_name}.lora_A.weight"] = down
-        tensors[f"{target.diffusers_name}.lora_B.weight"] = up
+        names, rows = zip(*(target.split or ((target.diffusers_name, len(up)),)))
+        for name, part in zip(names, up.split(list(rows))):
+            tensors[f"{name}.lora_A.weight"] = down.clone() if target.split else down
+            tensors[f"{name}.lora_B.weight"] = part.contiguous()
     return tensors
 
 

@@ -120,9 +120,20 @@ class LoraFile:
 
     def match(self, targets: Iterable[Target]) -> tuple[dict[str, ModuleWeights], list[str]]:
         """Whose layers are whose: weights by the target's kohya name, and the file's names that fit no target."""
+        targets = list(targets)
         known = {alias: target.kohya_name for target in targets for alias in _aliases(target)}
         matched = {known[name]: weights for name, weights in self.modules.items() if name in known}
-        return matched, [name for name in self.modules if name not in known]
+        used = set(known)
+        for target in targets:
+            if target.split and target.kohya_name not in matched:
+                parts = [(self._named(_network_aliases(name)), rows) for name, rows in target.split]
+                if found := [weights.name for weights, _ in parts if weights is not None]:
+                    matched[target.kohya_name] = _fused(self.path, target.kohya_name, parts)
+                    used.update(found)
+        return matched, [name for name in self.modules if name not in used]
+
+    def _named(self, names: Iterable[str]) -> ModuleWeights | None:
+        return next((self.modules[name] for name in names if name in self.modules), None)
 
     def left_out(self) -> list[str]:
         """What the file holds beside its layers, in sentences."""
@@ -326,9 +337,48 @@ def _aliases(target: Target) -> list[str]:
         encoders = ("clip_g",) if target.part == "text_encoder_2" else ("clip_l", "clip_h")
         stems = [f"{stem}{encoder}.transformer." for stem in ("", "text_encoders.") for encoder in encoders]
         return [*names, *(stem + path for stem in stems for path in paths)]
-    names.append(path)
+    names += _network_aliases(target.diffusers_name)
     if target.checkpoint_name:  # the names of the original implementations: input_blocks.1.1. …
         original = target.checkpoint_name.removeprefix("model.diffusion_model.")
         names += [f"{stem}{original}" for stem in ("model.diffusion_model.", "diffusion_model.", "unet.", "")]
-        names.append(f"lora_unet_{original.replace('.', '_')}")
+        names += [f"{prefix}_{original.replace('.', '_')}" for prefix in ("lora_unet", "lycoris")]
     return names
+
+
+def _network_aliases(diffusers_name: str) -> list[str]:
+    """The names of a layer of the denoiser in diffusers' words: PEFT's, OneTrainer's, kohya's and LyCORIS's."""
+    part, _, path = diffusers_name.partition(".")
+    joined = path.replace(".", "_")
+    return [diffusers_name, path, f"lora_{part}_{joined}", f"lora_unet_{joined}", f"lycoris_{joined}"]
+
+
+def _fused(path: Path, name: str, parts: Sequence[tuple[ModuleWeights | None, int]]) -> ModuleWeights:
+    """One layer's LoRA, exactly, of those of the layers that it is elsewhere; None: it is unchanged there.
+
+    parts: with how many of the layer's outputs each one has.
+    """
+    given = [weights for weights, _ in parts if weights is not None]
+    if any(weights.kind != "lora" or set(weights.tensors) != {_DOWN, _UP} for weights in given):
+        raise UserError(
+            f"{path.name}: {given[0].name} and its like are one layer in this model, and only plain LoRAs of them can "
+            "be put together.",
+            remedy="Use a file in kohya's layout.",
+        )
+    downs = [weights.tensors[_DOWN].float() for weights in given]
+    shared = len(given) == len(parts) and all(torch.equal(down, downs[0]) for down in downs[1:])
+    rank = len(downs[0]) if shared else sum(map(len, downs))
+    ups, start = [], 0
+    for weights, rows in parts:
+        up = torch.zeros(rows, rank)
+        if weights is not None:
+            own = weights.tensors[_UP].float() * weights.scale
+            if len(own) != rows:
+                raise UserError(
+                    f"{path.name}: {weights.name} has {len(own)} outputs instead of {rows}.",
+                    remedy="It was made for another model.",
+                )
+            up[:, start : start + own.shape[1]] = own
+            start += 0 if shared else own.shape[1]
+        ups.append(up)
+    down = downs[0] if shared else torch.cat(downs)
+    return ModuleWeights(name, "lora", {_DOWN: down, _UP: torch.cat(ups)}, None)

@@ -35,6 +35,7 @@ _DEPENDENCES = (
     _Dependence(("epochs",), lambda config: config.max_train_steps is None, "max_train_steps is set"),
     _Dependence(("conv_alpha",), lambda config: config.conv_rank > 0, "conv_rank is 0"),
     _Dependence(("lokr_factor",), lambda config: config.adapter == "lokr", "adapter is not lokr"),
+    _Dependence(("sigma_shift",), lambda config: config.sigma_sampling == "shift", "sigma_sampling is not shift"),
     _Dependence(("huber_c",), lambda config: config.loss != "mse", "loss is mse"),
     _Dependence(
         ("multires_noise_discount",),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lora_trainer.config.facts import Facts, setting
+from lora_trainer.config.output import OutputSettings
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "lion", "adafactor")
 MIN_SNR_GAMMA = 5.0
@@ -35,6 +36,10 @@ class ModelSettings:
 
     vae: str | None = setting(None, task="image", decides=False, path="read", or_name=True)
     """Another VAE file (.safetensors) to encode the pictures with; empty for the base model's own."""
+
+    text_encoders: list[str] = setting([], task="image", decides=False, path="read", given_by="file", separator="\n")
+    """Files of the text encoders, for a FLUX.1 that has none in its file: clip_l.safetensors and t5xxl_….safetensors,
+    with T5's tokenizer.json beside it."""
 
     v_prediction: bool | None = setting(None, task="image")
     """Whether the base model predicts v instead of noise; empty detects it from the model."""
@@ -329,71 +334,20 @@ class ObjectiveSettings:
     regularisers: dict[str, Any] = setting({}, given_by="file", plugin="regulariser")
     """Terms made by plug-ins that are added to the loss of every step, each with its weight: name: 0.01."""
 
+    sigma_sampling: Literal["auto", "flux_shift", "logit_normal", "sigmoid", "uniform", "shift"] = setting(
+        "auto", task="image"
+    )
+    """How the noise level is drawn, of models that learn by flow matching (FLUX.1). flux_shift: more noise for larger
+    pictures; logit_normal and sigmoid: most in the middle; shift: by sigma_shift. auto: the model's own way."""
+
+    sigma_shift: float = setting(3.0, task="image", above=0, maximum=100)
+    """Shift s of sigma_sampling: shift, which makes the noise level σ s·σ / (1 + (s - 1)·σ)."""
+
     latent_sampling: Literal["sample", "mean"] = setting("sample", task="image")
     """Train on a sample from the VAE's distribution, or on its mean."""
 
     clip_skip: int = setting(1, task="image", minimum=1, maximum=12)
     """Which layer of the text encoder is used, counted from the end (SD 1 only); 2 for anime models."""
-
-
-@dataclass(frozen=True)
-class OutputSettings:
-    output_dir: str = setting("./output", decides=False, path="write", given_by="job")
-    """Folder of the results: the LoRA, logs, states, this configuration."""
-
-    output_name: str = setting("", decides=False, given_by="steps")
-    """Name of the LoRA, as it will stand in <lora:name:0.8>; empty for the last part of output_dir."""
-
-    overwrite: bool = setting(False, decides=False)
-    """Replace a LoRA of this name if there is one."""
-
-    save_steps: int | None = setting(None, minimum=1, decides=False)
-    """Save the LoRA and the training state every so many steps."""
-
-    save_epochs: int | None = setting(None, minimum=1, decides=False)
-    """Save the LoRA and the training state every so many epochs."""
-
-    keep_checkpoints: int | None = setting(None, minimum=1, decides=False)
-    """How many of the LoRAs saved on the way to keep; empty keeps all."""
-
-    save_precision: Literal["fp16", "bf16", "fp32"] = setting("fp16", decides=False)
-    """Number format of the saved LoRA."""
-
-    export_diffusers: bool = setting(True, task="image", decides=False)
-    """Also write pytorch_lora_weights.safetensors, in diffusers' layout."""
-
-    merge_into_base: str | None = setting(None, decides=False, path="write")
-    """Also write the base model with the LoRA merged in, to this path."""
-
-    resume: str = setting("auto", decides=False, path="read", words=("auto", "never"))
-    """auto continues an interrupted run with the same settings; never starts anew; a path continues from that
-    state."""
-
-    validation_share: float = setting(0.0, minimum=0, maximum=0.5)
-    """Share of your pictures, or rows, that is not trained, at least two of them, to measure learning; 0 trains all."""
-
-    validation_steps: int | None = setting(None, minimum=1, decides=False)
-    """Measure every so many steps; empty measures as often as takes at most 5 % of the time, first and last in any
-    case."""
-
-    early_stopping: Literal["off", "advise", "stop"] = setting("advise", decides=False)
-    """What to do when what is held out is learned no better any more: nothing, say so, or stop and save."""
-
-    early_stopping_patience: int = setting(3, minimum=1, maximum=1000, decides=False)
-    """So many measurements in a row without a better one mean that it gets no better."""
-
-    preview_prompts: list[str] = setting([], task="image", decides=False, separator="\n")  # a prompt has commas
-    """Prompts of the pictures that are drawn during training; --w 768 --h 512 --s 30 --l 6 --d 1 --n blurry behind one
-    give width, height, steps, guidance, seed and a negative prompt."""
-
-    preview_steps: int | None = setting(None, task="image", minimum=1, decides=False)
-    """Draw the previews every so many steps; empty draws them whenever the LoRA is saved."""
-
-    description: str = setting("", task="image", decides=False)
-    """A sentence about the LoRA for its card and its metadata."""
-
-    tensorboard: bool | None = setting(None, decides=False)
-    """Write curves for TensorBoard under logs/; empty does it if tensorboard is installed."""
 
 
 @dataclass(frozen=True)

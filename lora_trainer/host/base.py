@@ -127,7 +127,7 @@ class PreviewRequest:
     width: int = 512
     height: int = 512
     steps: int = 20
-    cfg_scale: float = 7.0
+    cfg_scale: float | None = None  # None: what is usual for the model
     lora: Path | None = None
     lora_weight: float = 1.0
 

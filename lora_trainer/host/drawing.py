@@ -17,6 +17,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.host.base import PreviewRequest
 from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras
+from lora_trainer.training.preview import CFG
 
 _TEST_STEPS = 4
 
@@ -47,7 +48,7 @@ def draw(webui: Any, loras: HostLoras, request: PreviewRequest) -> Image.Image:
             width=request.width - request.width % webui.processing.opt_f,
             height=request.height - request.height % webui.processing.opt_f,
             steps=request.steps,
-            cfg_scale=request.cfg_scale,
+            cfg_scale=CFG if request.cfg_scale is None else request.cfg_scale,
             sampler_name="Euler",
             scheduler="Automatic",
             do_not_save_samples=True,

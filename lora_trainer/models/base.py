@@ -26,7 +26,8 @@ class ModelArchitecture(Protocol):
 class ModelInfo:
     """Which model is lent.
 
-    family: a name in ``models.families``. prediction_type: what the model predicts, "epsilon" or "v_prediction".
+    family: a name in ``models.families``. prediction_type: what the model predicts, "epsilon", "v_prediction" or
+        "flow" (ε - x0).
     architecture: as far as it is known before the model is loaded.
     """
 
@@ -47,6 +48,31 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def key(self) -> list[float]:
+        """What a run is known by."""
+        return self.alphas_cumprod.tolist()
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The straight way from a picture to noise, x_σ = (1-σ)·x0 + σ·ε with σ in [0, 1]; the model predicts ε - x0.
+
+    sampling: how training draws σ where the settings do not say (see ``objectives.flow``). mu: of the host's sampler,
+    whose σ are shifted by e^mu. guidance: that pictures are drawn with, of a model that reads one; None where guidance
+    takes a second prediction.
+    """
+
+    sampling: str
+    mu: float
+    guidance: float | None = None
+    prediction_type: str = "flow"
+
+    @property
+    def key(self) -> list[float]:
+        """What a run is known by."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,7 @@ class LoraTarget:
     block: kohya's count of UNet blocks, None in text encoders. SD 1 and 2: 0…11 in, 12 middle, 13…24 out; SDXL: 1…9 in,
         10…12 middle, 13…21 out.
     also_named: what a person may call it as well: a fused query_key_value is q_proj, k_proj and v_proj in one.
+    split: where diffusers has several layers for the one, their names and how many of its outputs each one gives.
     """
 
     kohya_name: str
@@ -129,6 +156,7 @@ class LoraTarget:
     block: int | None
     module: nn.Module
     also_named: tuple[str, ...] = ()
+    split: tuple[tuple[str, int], ...] = ()
 
 
 class LentNetwork(Protocol):
@@ -156,7 +184,7 @@ class LentNetwork(Protocol):
 class LentModel(LentNetwork, Protocol):
     """A lent image model, and the computations on it."""
 
-    schedule: NoiseSchedule
+    schedule: NoiseSchedule | FlowSchedule
     vae_key: str  # changes when the VAE's weights change; part of cache keys
     text_key: str  # the same for the text encoders and clip_skip
 
@@ -197,7 +225,7 @@ class LentModel(LentNetwork, Protocol):
     ) -> Tensor:
         """The model's prediction (B, C, h, w) in fp32.
 
-        timesteps: (B,). time_ids: what the family's ``time_ids`` makes of the pictures' sizes.
+        timesteps: (B,), of a flow model σ. time_ids: what the family's ``time_ids`` makes of the pictures' sizes.
         """
         ...
 

@@ -103,6 +103,8 @@ class CastEmbedding(nn.Embedding):
     compute_dtype: torch.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.weight.element_size() == 1:  # rows of fp8 are no numbers to torch's lookup
+            return self.weight.view(torch.uint8)[ids].view(self.weight.dtype).to(self.compute_dtype)
         return super().forward(ids).to(self.compute_dtype)
 
 

@@ -25,7 +25,8 @@ class FileLender(Lender):
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
-    vae: file of another VAE to use instead of the checkpoint's own.
+    vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
+        whose checkpoints lack them.
     v_prediction, zero_terminal_snr: override what the file says.
     tokenizer_dirs: folders to look for CLIP's vocabulary in, before the usual places.
     """
@@ -41,6 +42,7 @@ class FileLender(Lender):
         tokenizer_dirs: Sequence[Path] = (),
         compute_dtype: torch.dtype | None = None,
         clip_skip: int = 1,
+        text_encoders: Sequence[Path | str] = (),
     ):
         self.path = Path(path)
         self.device = torch.device(device)
@@ -48,6 +50,7 @@ class FileLender(Lender):
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
         self._vae = vae
+        self._text_encoders = tuple(Path(path) for path in text_encoders)
         self._v_prediction = v_prediction
         self._zero_terminal_snr = zero_terminal_snr
         self._tokenizer_dirs = tuple(tokenizer_dirs)
@@ -67,7 +70,8 @@ class FileLender(Lender):
         """Builds the model. Raises ``UserError`` when the file is none that can be trained."""
         tensors, info = self._open()
         family = get_family(info.family)
-        tokenizer = family.tokenizer([*self._tokenizer_dirs, self.path / "tokenizer"])
+        places = [path if path.is_dir() else path.parent for path in (self.path, *self._text_encoders)]
+        tokenizer = family.tokenizer([*self._tokenizer_dirs, self.path / "tokenizer", *places])
         tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
         model = family.build(
             tensors,
@@ -126,6 +130,9 @@ class FileLender(Lender):
             if self._vae:
                 with concerning("vae"):
                     family.add_vae(tensors, Path(self._vae))
+            for path in self._text_encoders:
+                with concerning("text_encoders"):
+                    family.add_text_encoders(tensors, path)
         architecture = detect(
             tensors.shapes,
             dtypes=tensors.dtypes,
@@ -136,11 +143,11 @@ class FileLender(Lender):
         return tensors, architecture, hints
 
     def _info(self, tensors: Tensors, architecture: Any, hints: Hints) -> ModelInfo:
-        prediction = hints.prediction_type
-        if self._v_prediction is not None:
+        prediction, family = hints.prediction_type, get_family(architecture.family)
+        if self._v_prediction is not None and "v_prediction" not in family.unused:
             prediction = "v_prediction" if self._v_prediction else "epsilon"
         elif prediction is None:
-            prediction = get_family(architecture.family).prediction_type(tensors, architecture)
+            prediction = family.prediction_type(tensors, architecture)
         zero = bool(hints.zero_terminal_snr) if self._zero_terminal_snr is None else self._zero_terminal_snr
         return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero, architecture)
 

@@ -123,6 +123,12 @@ class Family(ABC):
         """Replace the VAE in ``tensors`` by the one in ``path``. Raises UserError when there is none in it."""
         raise UserError(f"{self.title} takes no VAE file.", field="vae", remedy="Leave it empty.")
 
+    def add_text_encoders(self, tensors: Tensors, path: Path) -> None:
+        """Replace text encoders in ``tensors`` by those in ``path``. Raises UserError when there are none in it."""
+        raise UserError(
+            f"{self.title} has its text encoders in the checkpoint.", field="text_encoders", remedy="Leave it empty."
+        )
+
     @abstractmethod
     def claims(self, shapes: Shapes) -> bool:
         """Whether tensors of these names and shapes are a model of this family."""

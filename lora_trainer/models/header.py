@@ -31,11 +31,11 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 # Sizes in bytes of types that a base model's weights cannot have; they are known so that the file can be named.
 _OTHER_SIZES = {
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
     "F8_E8M0": 1,
     "F8_E4M3FNUZ": 1,
     "F8_E5M2FNUZ": 1,

@@ -17,6 +17,7 @@ from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.gguf import MAGIC, GgufSource
 from lora_trainer.models.header import DTYPES, read_header
+from lora_trainer.storage import Scaled, pack
 
 _RECENT = 4  # fused tensors are asked for once for each of their parts; no more than these are remembered
 
@@ -47,8 +48,8 @@ class SafetensorsSource:
         if stored is None:
             message = f"{self.path.name}: {name} has the number format {entry.dtype}, which cannot be trained on."
             raise UserError(message)
-        if not stored.is_floating_point:
-            dtype = None
+        if not stored.is_floating_point or stored.itemsize == 1:
+            dtype = None  # fp8 stays what it is: only files that are trained as they are hold it
         if entry.start == entry.stop:
             return torch.empty(entry.shape, dtype=dtype or stored, device=device)
         try:
@@ -171,6 +172,11 @@ class Tensors(Mapping[str, Tensor]):
         source, stored = self._where[name]
         keeps = self._as_stored is not None and name.startswith(self._as_stored)
         tensor = source.read(stored, self._device, None if keeps else self._dtype)
+        if tensor.element_size() == 1 and tensor.is_floating_point():
+            stem = name.removesuffix("weight")
+            for scale in (f"{stem}scale_weight", f"{stem}weight_scale"):
+                if scale in self._where:
+                    pack(tensor, Scaled(self[scale].float()))
         self._recent[name] = tensor
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)

@@ -31,6 +31,7 @@ class FakeTarget:
     block: int | None
     module: nn.Module
     also_named: tuple[str, ...] = ()
+    split: tuple[tuple[str, int], ...] = ()
 
 
 def layer_and_input(kind: str, seed: int = 0) -> tuple[nn.Module, Tensor]:

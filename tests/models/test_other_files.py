@@ -46,7 +46,7 @@ OTHERS = {
     "depth": in_channels(5),
     "refiner": refiner(),
     "Stable Diffusion 3": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (64, 64)},
-    "FLUX": {"double_blocks.0.img_attn.qkv.weight": (64, 64)},
+    "FLUX.1, but lacks layers": {"double_blocks.0.img_attn.qkv.weight": (64, 64)},
     "bitsandbytes": {**sd1_shapes(**SD1), f"{UNET}middle_block.1.proj_in.weight.quant_state.bitsandbytes__nf4": (8,)},
     "is a LoRA": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 64)},
     "is a LoRA,": {"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 64)},
@@ -122,7 +122,6 @@ def test_other_bytes_are_named(tmp_path, content, what):
 BLOCK = {"double_blocks.0.img_attn.qkv.weight": (64, 64)}
 # Names by which Forge and ComfyUI tell them.
 FAMILIES = {
-    "FLUX.1": BLOCK,
     "FLUX.2": {**BLOCK, "double_stream_modulation_img.lin.weight": (4, 4)},
     "Chroma": {**BLOCK, "distilled_guidance_layer.layers.0.in_layer.weight": (4, 4)},
     "a Hunyuan model": {**BLOCK, "txt_in.individual_token_refiner.blocks.0.norm1.weight": (4,)},
@@ -177,7 +176,7 @@ Q4_K, F16 = 12, 1
 
 
 @pytest.mark.parametrize(("shapes", "kind", "architecture", "message", "remedy"), [
-    (BLOCK, Q4_K, "flux", "is FLUX.1, in a GGUF file (Q4_K weights)", "SDXL"),
+    (BLOCK, Q4_K, "flux", "is FLUX.1, in a GGUF file (Q4_K weights)", "bf16"),
     (FAMILIES["Chroma"], Q4_K, "flux", "is Chroma, in a GGUF file (Q4_K weights)", "SDXL"),
     ({"blk.0.attn_q.weight": (4, 4)}, Q4_K, "llama",
      "is a language model. It is in a GGUF file (Q4_K weights)", "SDXL"),

@@ -31,7 +31,8 @@ from lora_trainer.run.saving import LoraSaver, run_facts
 from lora_trainer.run.workloads.base import Work, digest
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
-from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.objectives.of_pictures import picture_objective
+from lora_trainer.training.objectives.pictures import PictureObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.ranks import ALONE, Ranks
@@ -66,6 +67,7 @@ class Pictures:
             v_prediction=config.v_prediction,
             zero_terminal_snr=config.zero_terminal_snr,
             clip_skip=config.clip_skip,
+            text_encoders=config.text_encoders,
         )
 
     @staticmethod
@@ -126,7 +128,7 @@ class Pictures:
             "pictures": digest(samples),
             "pixels_version": PIXELS_VERSION,
             "base_model": digest(base),
-            "noise_schedule": digest(model.schedule.alphas_cumprod.tolist()),
+            "noise_schedule": digest(model.schedule.key),
         }
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
@@ -139,8 +141,8 @@ class Pictures:
         )
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
 
-        def objective(adapters: AdapterSet) -> DiffusionObjective:
-            return DiffusionObjective(config, model, source.encode_prompts, partial(adapters.enabled, False))
+        def objective(adapters: AdapterSet) -> PictureObjective:
+            return picture_objective(config, model, source.encode_prompts, partial(adapters.enabled, False))
 
         def targets() -> list[LoraTarget]:
             if config.text_encoders_learn:

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora_trainer.errors import UserError
 from lora_trainer.models.families.unet.architecture import TextShape, UNetShape, VAEShape
 from lora_trainer.models.families.unet.names import UNET, VAE, Table, open_clip_table, rename, unet_table, vae_table
+from lora_trainer.storage import Packing, pack, packing_of
 
 View = Callable[[Tensor], Tensor]
 
@@ -33,9 +34,13 @@ class Binding:
             tensor = tensors[self.source]
         except KeyError as error:
             raise UserError(f"The model lacks the tensor {self.source}.", remedy="The file may be damaged.") from error
+        packing = packing_of(tensor)
         if device is not None:
             tensor = tensor.to(device)
         value = tensor.detach()
+        if packing is not None:
+            self._bind_packed(value, packing)
+            return
         if self.view is not None:
             value = self.view(value)
         if value.dim() != len(self.shape) and value.numel() == self.shape.numel():
@@ -46,6 +51,17 @@ class Binding:
                 remedy="The model may be pruned or distilled; choose another.",
             )
         self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+
+    def _bind_packed(self, value: Tensor, packing: Packing) -> None:
+        """A weight whose numbers are not the tensor's: its layer asks ``dense_weight`` for them."""
+        shape = packing.shape_of(value)
+        if self.view is not None or shape != tuple(self.shape):
+            raise UserError(
+                f"The tensor {self.source} has the shape {shape} instead of {tuple(self.shape)}.",
+                remedy="The model may be pruned or distilled; choose another.",
+            )
+        parameter = nn.Parameter(value, requires_grad=False)
+        self.owner._parameters[self.name] = pack(parameter, packing.to(value.device))
 
     def unbind(self) -> None:
         """Let go of the tensor."""
@@ -127,7 +143,7 @@ def text_body(model: nn.Module) -> nn.Module:
 
 def _bindings(model: nn.Module, table: Table, prefix: str, *, text: bool = False) -> list[Binding]:
     bindings = []
-    for owner, name, path, shape in _parameters(model):
+    for owner, name, path, shape in parameters_of(model):
         source: str | None
         if text:
             source = path if path.startswith("text_projection.") else "text_model." + path.removeprefix("text_model.")
@@ -141,7 +157,7 @@ def _bindings(model: nn.Module, table: Table, prefix: str, *, text: bool = False
 
 def _open_clip_bindings(model: nn.Module, shape: TextShape) -> list[Binding]:
     table, width, bindings = open_clip_table(shape.layers), shape.width, []
-    for owner, name, path, size in _parameters(model):
+    for owner, name, path, size in parameters_of(model):
         path = path.removeprefix("text_model.")
         view: View | None = None
         if path == "text_projection.weight":
@@ -169,7 +185,7 @@ class _Rows:
         return tensor.narrow(0, self.start, self.length)
 
 
-def _parameters(model: nn.Module) -> list[tuple[nn.Module, str, str, torch.Size]]:
+def parameters_of(model: nn.Module) -> list[tuple[nn.Module, str, str, torch.Size]]:
     return [
         (module, name, f"{path}.{name}" if path else name, parameter.shape)
         for path, module in model.named_modules()

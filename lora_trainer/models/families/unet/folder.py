@@ -41,17 +41,17 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
             remedy="The folder is incomplete; download the model again.",
         )
     tensors = Tensors()
-    for source in _component(folder / "unet"):
+    for source in component(folder / "unet"):
         _add(tensors, source, _unet_table(source.shapes), UNET)
-    for source in _component(folder / "vae"):
-        _add_vae(tensors, source)
+    for source in component(folder / "vae"):
+        add_vae(tensors, source)
     second = folder / "text_encoder_2"
     if second.is_dir():
         encoders = {"conditioner.embedders.0.": folder / "text_encoder", "conditioner.embedders.1.": second}
     else:
         encoders = {"cond_stage_model.": folder / "text_encoder"}
     for stage, part in encoders.items():
-        for source in _component(part):
+        for source in component(part):
             for name in source.shapes:
                 # transformers 5.6 and later may leave the first level out.
                 bare = name.startswith(_CLIP_PARTS)
@@ -75,17 +75,17 @@ def add_vae_file(tensors: Tensors, path: Path) -> None:
         UserError: there is no VAE in it.
     """
     if path.is_dir():
-        sources = _component(path / "vae" if (path / "vae").is_dir() else path)
+        sources = component(path / "vae" if (path / "vae").is_dir() else path)
     else:
         sources = [open_source(path)]
     tensors.discard(VAE)
     for source in sources:
-        _add_vae(tensors, source)
+        add_vae(tensors, source)
     if f"{VAE}decoder.conv_in.weight" not in tensors or f"{VAE}encoder.conv_in.weight" not in tensors:
         raise UserError(f"{path.name} is not a VAE.", field="vae", remedy="Choose a VAE file for Stable Diffusion.")
 
 
-def _component(folder: Path) -> list[Source]:
+def component(folder: Path) -> list[Source]:
     """The weight file of one part of the model, or all of its shards."""
     for stem in _STEMS:
         for ending in _ENDINGS:
@@ -122,7 +122,7 @@ def _add(tensors: Tensors, source: Source, table: Table, prefix: str) -> None:
         tensors.add(prefix + (rename(name, table) or name), source, name)
 
 
-def _add_vae(tensors: Tensors, source: Source) -> None:
+def add_vae(tensors: Tensors, source: Source) -> None:
     names = source.shapes
     if not any(".down_blocks." in name or ".up_blocks." in name for name in names):
         whole = any(name.startswith(VAE) for name in names)

@@ -39,7 +39,7 @@ def lora_targets(
     """
     targets = _unet_targets(unet, architecture.unet, names_of_file, block_of)
     for index, (encoder, shape) in enumerate(zip(text_encoders, architecture.text_encoders)):
-        targets += _text_targets(text_body(encoder), shape, text_prefixes[index], index)
+        targets += text_targets(text_body(encoder), shape, text_prefixes[index], index)
     return targets
 
 
@@ -88,7 +88,7 @@ def _unet_targets(
     return targets
 
 
-def _text_targets(body: nn.Module, shape: TextShape, kohya: str, index: int) -> list[LoraTarget]:
+def text_targets(body: nn.Module, shape: TextShape, kohya: str, index: int) -> list[LoraTarget]:
     """The layers of one text encoder.
 
     body: see ``text_body``. kohya: prefix in the LoRA file. index: 0, or 1 for a second encoder.

@@ -19,7 +19,7 @@ def parts(
     yield from _Walk(architecture.unet, latents, resolution, config).parts()
     if config.text_encoders_learn:
         for shape in architecture.text_encoders:
-            yield from [_text_layer(shape, config)] * shape.layers
+            yield from [text_layer(shape, config)] * shape.layers
 
 
 def piece_operations(shape: UNetShape, latents: LatentFormat, resolution: tuple[int, int], level: int) -> float:
@@ -123,7 +123,7 @@ class _Walk:
             yield Part(forwards + attention, backwards + 2 * attention, kept, channels * area)
 
 
-def _text_layer(shape: TextShape, config: TrainConfig) -> Part:
+def text_layer(shape: TextShape, config: TrainConfig) -> Part:
     """A layer of a text encoder that learns."""
     tokens, width, hidden, rank = config.batch_size * CONTEXT_TOKENS, shape.width, shape.hidden, config.lora_rank
     learning = Learning(config)

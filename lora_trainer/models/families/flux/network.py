@@ -1,0 +1,232 @@
+"""FLUX.1's transformer with the layout and the parameter names of Black Forest Labs' files.
+
+q, k and v are one layer, and so are they and the MLP's first layer in the single blocks: a quantized weight cannot be
+cut, and LoRA files name the layers so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_trainer.models.families.flux.architecture import FluxShape
+
+TIME_CHANNELS = 256
+LARGEST_FP16 = 65504.0
+THETA = 10_000
+EPSILON = 1e-6
+
+Run = Callable[..., Any]
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · scale over the last dimension, computed in fp32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
+        return (exact * self.scale.float()).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm, self.key_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+
+
+class Embedder(nn.Module):
+    """Two layers with SiLU between them: (B, in) -> (B, width)."""
+
+    def __init__(self, inside: int, width: int):
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(inside, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """``count`` shifts, scales and gates, (B, 1, width) each, by the vector that everything else was put into."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.count, self.lin = count, nn.Linear(width, count * width)
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vector))[:, None].chunk(self.count, dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.qkv, self.norm, self.proj = nn.Linear(width, 3 * width), QKNorm(head_dim), nn.Linear(width, width)
+
+
+def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
+
+
+def _split_heads(qkv: Tensor, norm: QKNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, L, 3·width) -> three of (B, heads, L, head_dim); q and k normalized."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Neighbouring channels as complex numbers, turned. x: (B, H, L, D); rotation: (L, D/2, 2), cosine and sine."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotation.unbind(-1)
+    return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2).to(x.dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+    """(B, H, L, D) each -> (B, L, H·D)."""
+    mixed = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """fp16 cannot hold what the last blocks give for some prompts."""
+    return x.clamp(-LARGEST_FP16, LARGEST_FP16) if x.dtype == torch.float16 else x
+
+
+class DoubleBlock(nn.Module):
+    """Image and text, each with weights of its own, in one attention."""
+
+    def __init__(self, shape: FluxShape):
+        super().__init__()
+        self.heads, width = shape.heads, shape.width
+        for side in ("img", "txt"):
+            setattr(self, f"{side}_mod", Modulation(width, 6))
+            setattr(self, f"{side}_attn", SelfAttention(width, shape.head_dim))
+            mlp = nn.Sequential(nn.Linear(width, shape.hidden), nn.GELU("tanh"), nn.Linear(shape.hidden, width))
+            setattr(self, f"{side}_mlp", mlp)
+
+    def forward(self, img: Tensor, txt: Tensor, vector: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate, and again for the MLP
+        q, k, v = (
+            torch.cat(both, dim=2)  # the text comes first
+            for both in zip(
+                _split_heads(self.txt_attn.qkv(_norm(txt, *txt_mod[:2])), self.txt_attn.norm, self.heads),
+                _split_heads(self.img_attn.qkv(_norm(img, *img_mod[:2])), self.img_attn.norm, self.heads),
+            )
+        )
+        mixed = _attention(q, k, v, rotation)
+        from_txt, from_img = mixed.split([txt.shape[1], img.shape[1]], dim=1)
+        img = img + img_mod[2] * self.img_attn.proj(from_img)
+        img = img + img_mod[5] * self.img_mlp(_norm(img, *img_mod[3:5]))
+        txt = txt + txt_mod[2] * self.txt_attn.proj(from_txt)
+        txt = txt + txt_mod[5] * self.txt_mlp(_norm(txt, *txt_mod[3:5]))
+        return _finite(img), _finite(txt)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP beside each other, over text and image together."""
+
+    def __init__(self, shape: FluxShape):
+        super().__init__()
+        self.heads, self.width = shape.heads, shape.width
+        self.linear1 = nn.Linear(shape.width, 3 * shape.width + shape.hidden)
+        self.linear2 = nn.Linear(shape.width + shape.hidden, shape.width)
+        self.norm, self.modulation = QKNorm(shape.head_dim), Modulation(shape.width, 3)
+
+    def forward(self, x: Tensor, vector: Tensor, rotation: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(vector)
+        qkv, hidden = self.linear1(_norm(x, shift, scale)).tensor_split([3 * self.width], dim=-1)
+        mixed = _attention(*_split_heads(qkv, self.norm, self.heads), rotation)
+        return _finite(x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
+        return self.linear(_norm(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """Patches (B, h·w, 64), text (B, L, 4096), pooled text (B, 768), time and guidance (B,) -> (B, h·w, 64).
+
+    run: computes a block; with gradient checkpointing it is torch's ``checkpoint``.
+    """
+
+    def __init__(self, shape: FluxShape):
+        super().__init__()
+        self.axes, width = shape.axes, shape.width
+        self.img_in, self.txt_in = nn.Linear(shape.channels, width), nn.Linear(shape.context_dim, width)
+        self.time_in, self.vector_in = Embedder(TIME_CHANNELS, width), Embedder(shape.pooled_dim, width)
+        self.guidance_in = Embedder(TIME_CHANNELS, width) if shape.guidance else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(shape) for _ in range(shape.double))
+        self.single_blocks = nn.ModuleList(SingleBlock(shape) for _ in range(shape.single))
+        self.final_layer = LastLayer(width, shape.channels)
+        self.run: Run = directly
+
+    def forward(
+        self, img: Tensor, txt: Tensor, pooled: Tensor, time: Tensor, guidance: Tensor | None, size: tuple[int, int]
+    ) -> Tensor:
+        """size: (h, w) in patches. time: in [0, 1]."""
+        img, txt = self.img_in(img), self.txt_in(txt)
+        vector = self.time_in(sinusoids(time).to(img.dtype)) + self.vector_in(pooled)
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model reads its guidance")
+            vector = vector + self.guidance_in(sinusoids(guidance).to(img.dtype))
+        rotation = rotations(txt.shape[1], size, self.axes, img.device)
+        for block in self.double_blocks:
+            img, txt = self.run(block, img, txt, vector, rotation)
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = self.run(block, x, vector, rotation)
+        return self.final_layer(x[:, txt.shape[1] :], vector)
+
+
+def directly(block: nn.Module, *inputs: Tensor) -> Any:
+    return block(*inputs)
+
+
+def sinusoids(values: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
+    """cos and sin of 1000·value at falling frequencies: (B,) -> (B, channels) fp32."""
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=values.device)
+    angles = 1000 * values.float()[:, None] * torch.exp(-math.log(THETA) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotations(text: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> Tensor:
+    """Cosines and sines of every token's position, (L, D/2, 2) fp32: those of the text are all at 0, those of the image
+    at (0, row, column)."""
+    rows, columns = size
+    ids = torch.zeros(text + rows * columns, 3, dtype=torch.float64)
+    ids[text:, 1] = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    ids[text:, 2] = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    angles = torch.cat(
+        [
+            ids[:, axis, None] * THETA ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            for axis, channels in enumerate(axes)
+        ],
+        dim=-1,
+    )
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+
+
+def patches(latents: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) -> (B, h·w, 4C), in the order channel, row, column."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpatched(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, h·w, 4C) -> (B, C, 2h, 2w)."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, size), 2)
