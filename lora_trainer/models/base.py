@@ -184,9 +184,11 @@ class LentNetwork(Protocol):
 class LentModel(LentNetwork, Protocol):
     """A lent image model, and the computations on it."""
 
-    schedule: NoiseSchedule | FlowSchedule
     vae_key: str  # changes when the VAE's weights change; part of cache keys
     text_key: str  # the same for the text encoders and clip_skip
+
+    @property
+    def schedule(self) -> NoiseSchedule | FlowSchedule: ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> VAE moments (B, 2C, h, w) fp32: mean and log-variance, unscaled.

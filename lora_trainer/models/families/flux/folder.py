@@ -36,7 +36,7 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
 
 def add_text_encoders(tensors: Tensors, path: Path) -> None:
     """Replace CLIP-L or T5 in ``tensors`` by the one in ``path``: a file, or a folder. Raises UserError."""
-    found = set()
+    found: set[str] = set()
     for source in component(path) if path.is_dir() else [open_source(path)]:
         usual = [text_name(name) or "" for name in source.shapes]
         prefixes = {prefix for name in usual for prefix in (CLIP, T5) if name.startswith(prefix)}

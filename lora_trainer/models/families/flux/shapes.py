@@ -62,6 +62,7 @@ def check_complete(made_of: FluxArchitecture, source: str | Path) -> None:
                 field="text_encoders",
                 remedy=f"Name the file of {file} with text_encoders: …",
             )
+    assert made_of.t5 is not None and made_of.clip is not None
     if (made_of.t5.width, made_of.clip.width) != (made_of.transformer.context_dim, made_of.transformer.pooled_dim):
         raise UserError(
             f"{source}: the text encoders give {made_of.t5.width} and {made_of.clip.width} values and the transformer "

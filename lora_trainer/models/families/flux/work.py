@@ -43,6 +43,7 @@ def _block(shape: FluxShape, image: int, config: TrainConfig, *, double: bool) -
     length = image + LENGTH
     tokens = config.batch_size * length
     frozen = 2 * (4 * width**2 + 2 * width * hidden) * tokens
+    pairs: tuple[tuple[int, int], ...]
     if double:
         pairs = ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
         modulations = 12
