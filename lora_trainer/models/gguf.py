@@ -1,19 +1,23 @@
-"""The table of contents of a GGUF file: enough to say what model it holds. Its weights are not read.
+"""GGUF files: their table of contents, and their weights as they are stored (``gguf_blocks`` decodes those).
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_trainer.errors import UserError
+from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking, stored_bytes
 from lora_trainer.models.header import DOWNLOAD_AGAIN
+from lora_trainer.storage import pack
 
 MAGIC = b"GGUF"
 PREFIX = "GGUF "
@@ -27,17 +31,25 @@ _TYPES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16",
 }  # fmt: skip
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNMENT = "general.alignment"
 _MAX_TEXT, _MAX_ITEMS = 1 << 24, 1 << 22
 
 
+def can_be_read(dtype: str) -> bool:
+    """Whether weights in this number format, by its name here, can be computed with."""
+    return dtype.removeprefix(PREFIX) in (*_PLAIN, *FORMATS)
+
+
 class GgufSource:
-    """The names, shapes and number formats of a GGUF file, as a ``Source``."""
+    """A GGUF file, as a ``Source``. Quantized weights are handed out as their bytes, for ``storage.dense_weight``."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
+        self._offsets: dict[str, int] = {}
         try:
             with open(self.path, "rb") as file:
                 self._read(file)
@@ -47,24 +59,42 @@ class GgufSource:
             raise UserError(f"{self.path.name} is a GGUF file that is damaged.", remedy=DOWNLOAD_AGAIN) from error
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-        raise UserError(f"{self.path.name} is a GGUF file, whose weights are not read.", field="base_model")
+        """The weight, mapped from the file on the CPU; dtype: for those that are stored as plain numbers."""
+        shape, kind = self.shapes[name], self.dtypes[name].removeprefix(PREFIX)
+        try:
+            plain = _PLAIN.get(kind)
+            size = math.prod(shape) * plain.itemsize if plain is not None else stored_bytes(kind, shape)
+            data = np.memmap(self.path, mode="c", offset=self._offsets[name], shape=(size,))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.path.name}: {name} cannot be read as {kind} ({error}).", remedy=DOWNLOAD_AGAIN
+            ) from error
+        stored = torch.from_numpy(data)
+        if plain is not None:
+            return stored.view(plain).reshape(shape).to(device, dtype or plain)
+        return pack(stored.to(device), GgufPacking(kind, shape))
 
     def _read(self, file: BinaryIO) -> None:
         if file.read(4) != MAGIC or _number(file, "I") not in (2, 3):
             raise ValueError("another version")
         tensors, entries = _count(file), _count(file)
+        alignment = 32
         for _ in range(entries):
             name = _text(file)
             value = _value(file, _number(file, "I"))
+            if name == _ALIGNMENT and isinstance(value, int) and value > 0:
+                alignment = value
             if isinstance(value, str):
                 self.metadata[name] = value
         for _ in range(tensors):
             name = _text(file)
             sizes = [_number(file, "Q") for _ in range(min(_number(file, "I"), 8))]
             kind = _number(file, "I")
-            _number(file, "Q")  # where its data lie
+            self._offsets[name] = _number(file, "Q")
             self.shapes[name] = tuple(reversed(sizes))
             self.dtypes[name] = PREFIX + _TYPES.get(kind, f"type {kind}")
+        start = -(-file.tell() // alignment) * alignment
+        self._offsets = {name: start + offset for name, offset in self._offsets.items()}
 
 
 def _value(file: BinaryIO, kind: int) -> Any:

@@ -172,11 +172,11 @@ def gguf(path, shapes, kind, **metadata):
     return path
 
 
-Q4_K, F16 = 12, 1
+Q2_K, Q4_K, F16 = 10, 12, 1
 
 
 @pytest.mark.parametrize(("shapes", "kind", "architecture", "message", "remedy"), [
-    (BLOCK, Q4_K, "flux", "is FLUX.1, in a GGUF file (Q4_K weights)", "bf16"),
+    (BLOCK, Q2_K, "flux", "is FLUX.1, in a GGUF file (Q2_K weights)", "Q8_0"),
     (FAMILIES["Chroma"], Q4_K, "flux", "is Chroma, in a GGUF file (Q4_K weights)", "SDXL"),
     ({"blk.0.attn_q.weight": (4, 4)}, Q4_K, "llama",
      "is a language model. It is in a GGUF file (Q4_K weights)", "SDXL"),

@@ -11,6 +11,7 @@ from lora_trainer.models.families.flux.names import CLIP, FIRST_BLOCK, T5, TRANS
 from lora_trainer.models.families.unet.architecture import TextShape, VAEShape
 from lora_trainer.models.families.unet.names import VAE
 from lora_trainer.models.family import LatentFormat, Shapes
+from lora_trainer.models.gguf import can_be_read
 from lora_trainer.models.other_files import other_family, storage
 
 TITLE = "FLUX.1"
@@ -23,12 +24,15 @@ def claims(shapes: Shapes) -> bool:
 
 def refuse_storage(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path) -> None:
     """Raises UserError when the weights of the transformer are stored in a form that cannot be trained on."""
-    form = storage([name for name in shapes if name.startswith(TRANSFORMER)], dtypes)
-    if form is not None and "fp8" not in form:
+    names = [name for name in shapes if name.startswith(TRANSFORMER)]
+    form = storage(names, dtypes)
+    if form is None or "fp8" in form:
+        return
+    if not all(can_be_read(dtypes.get(name, "")) for name in names):
         raise UserError(
             f"{source} is {TITLE}, {form}, which cannot be trained on.",
             field="base_model",
-            remedy="Use the bf16, fp16 or fp8 version of this model.",
+            remedy="Use the bf16, fp16, fp8 or a GGUF (Q8_0, Q6_K, Q5_…, Q4_…) version of this model.",
         )
 
 

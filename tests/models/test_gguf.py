@@ -1,0 +1,169 @@
+"""GGUF: every block format against its definition in ggml, number by number; files; what is kept for backward."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.casting import cast_layers
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.gguf import GgufSource
+from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
+from lora_trainer.storage import dense_weight, pack
+from tests import flux as tiny
+
+
+def half(data: bytes, at: int) -> float:
+    return struct.unpack_from("<e", data, at)[0]
+
+
+def k_scale(data: bytes, j: int) -> tuple[int, int]:
+    """ggml's get_scale_min_k4."""
+    q = data[4:16]
+    if j < 4:
+        return q[j] & 63, q[j + 4] & 63
+    return (q[j + 4] & 0xF) | ((q[j - 4] >> 6) << 4), (q[j + 4] >> 4) | ((q[j] >> 6) << 4)
+
+
+def by_definition(kind: str, data: bytes) -> list[float]:
+    """ggml-quants.c's dequantize_row_…, written down as loops."""
+    d = half(data, 0)
+    out = [0.0] * FORMATS[kind].numbers
+    if kind == "Q8_0":
+        return [d * value for value in struct.unpack("<32b", data[2:])]
+    if kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+        one, five = kind.endswith("1"), kind.startswith("Q5")
+        m = half(data, 2) if one else 0.0
+        at = 4 if one else 2
+        high = struct.unpack_from("<I", data, at)[0] if five else 0
+        qs = data[at + (4 if five else 0) :]
+        for j in range(16):
+            for place, value in ((j, qs[j] & 15), (j + 16, qs[j] >> 4)):
+                value |= ((high >> place) & 1) << 4
+                out[place] = d * value + m if one else d * (value - (16 if five else 8))
+        return out
+    if kind in ("Q4_K", "Q5_K"):
+        dmin, high, qs = half(data, 2), data[16:48], data[16 if kind == "Q4_K" else 48 :]
+        for group in range(8):
+            scale, minimum = k_scale(data, group)
+            for i in range(32):
+                byte = qs[32 * (group // 2) + i]
+                value = byte >> 4 if group % 2 else byte & 15
+                if kind == "Q5_K":
+                    value |= (high[i] >> group & 1) << 4
+                out[32 * group + i] = d * scale * value - dmin * minimum
+        return out
+    ql, qh, scales, d = data[:128], data[128:192], struct.unpack("<16b", data[192:208]), half(data, 208)
+    for n in range(2):
+        for i in range(32):
+            low, next_low, high = ql[64 * n + i], ql[64 * n + 32 + i], qh[32 * n + i]
+            values = (low & 15 | (high & 3) << 4, next_low & 15 | (high >> 2 & 3) << 4,
+                      low >> 4 | (high >> 4 & 3) << 4, next_low >> 4 | (high >> 6 & 3) << 4)  # fmt: skip
+            for part, value in enumerate(values):
+                out[128 * n + 32 * part + i] = d * scales[8 * n + 2 * part + i // 16] * (value - 32)
+    return out
+
+
+def random_blocks(kind: str, count: int, seed: int = 0) -> torch.Tensor:
+    form = FORMATS[kind]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, form.bytes), generator=generator, dtype=torch.uint8)
+    scale = torch.tensor([0.013, -0.021], dtype=torch.float16).view(torch.uint8)
+    if kind == "Q6_K":
+        blocks[:, 208:210] = scale[:2]
+    else:
+        blocks[:, :4] = scale if form.bytes in (20, 24, 144, 176) else torch.cat([scale[:2], blocks[0, 2:4]])
+    return blocks
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_blocks_are_decoded_as_ggml_defines_them(kind):
+    blocks = random_blocks(kind, 3)
+    expected = torch.tensor([by_definition(kind, bytes(block.tolist())) for block in blocks])
+    shape = (3, FORMATS[kind].numbers)
+    stored = pack(blocks.flatten(), GgufPacking(kind, shape))
+    torch.testing.assert_close(dense_weight(stored, torch.float32), expected, atol=1e-6, rtol=1e-5)
+    assert dense_weight(stored, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_layer_has_the_gradient_of_its_dense_weight_and_keeps_no_copy():
+    kind = "Q4_K"
+    layer = torch.nn.Linear(256, 8, bias=False)
+    packing = GgufPacking(kind, (8, 256))
+    parameter = torch.nn.Parameter(random_blocks(kind, 8).flatten(), requires_grad=False)
+    layer._parameters["weight"] = pack(parameter, packing)
+    cast_layers(layer, torch.float32)
+    x = torch.randn(4, 256, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+    assert [tensor.dtype for tensor in kept] == [torch.uint8]
+    weight = dense_weight(parameter, torch.float32)
+    assert torch.equal(y, x @ weight.t())
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (x @ weight.t()).detach() @ weight)
+
+
+def write(path, tensors, alignment=32):
+    """tensors: name -> (number of ggml's type, shape, bytes)."""
+
+    def text(value):
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + text("general.architecture") + struct.pack("<I", 8)
+    content += text("flux")
+    data = b""
+    for name, (kind, shape, stored) in tensors.items():
+        data += bytes(-len(data) % alignment)
+        content += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        content += struct.pack("<IQ", kind, len(data))
+        data += stored
+    path.write_bytes(content + bytes(-len(content) % alignment) + data)
+    return path
+
+
+def quantized(weight: torch.Tensor) -> bytes:
+    """Q8_0 of a matrix."""
+    blocks = weight.reshape(-1, 32)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
+    numbers = (blocks / scale.float()).round().to(torch.int8)
+    return torch.cat([scale.view(torch.uint8), numbers.view(torch.uint8)], dim=1).numpy().tobytes()
+
+
+@torch.no_grad()
+def test_a_flux_in_q8_0_computes_with_what_is_stored(tmp_path):
+    base = tiny.tiny_flux(tmp_path / "base")
+    weights = load_file(base["base_model"])
+    tensors, dense = {}, {}
+    for name, tensor in weights.items():
+        if tensor.dim() == 2 and "blocks" in name:
+            stored = quantized(tensor)
+            tensors[name] = (8, tuple(tensor.shape), stored)
+            raw = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+            dense[name] = dense_weight(pack(raw, GgufPacking("Q8_0", tuple(tensor.shape))), torch.float32)
+        else:
+            tensors[name] = (0, tuple(tensor.shape), tensor.numpy().tobytes())
+            dense[name] = tensor
+    path = write(tmp_path / "flux.gguf", tensors)
+    options = {"vae": base["vae"], "text_encoders": base["text_encoders"]}
+    latents, sigmas = torch.randn(1, 16, 4, 4), torch.tensor([0.4])
+    predictions = []
+    from safetensors.torch import save_file
+
+    save_file(dense, str(tmp_path / "dense.safetensors"))
+    for file in (path, tmp_path / "dense.safetensors", base["base_model"]):
+        with FileLender(file, **options).borrow() as model:
+            predictions.append(model.predict(latents, sigmas, model.encode_prompts(["a red circle"]), None))
+    assert torch.equal(predictions[0], predictions[1])
+    assert 0 < (predictions[0] - predictions[2]).norm() < 0.05 * predictions[2].norm()
+
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(UserError, match="cannot be read as"):
+        source = GgufSource(cut)
+        for name in source.shapes:
+            source.read(name, torch.device("cpu"), None)
