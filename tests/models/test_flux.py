@@ -193,7 +193,7 @@ def test_weights_are_used_as_they_are_stored(base, tmp_path, form):
         else:
             stored[name] = dense[name] = tensor
     if form == "scaled fp8":
-        stored["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+        stored["scaled_fp8"] = torch.zeros(0).to(torch.float8_e4m3fn)
     files = {name: tmp_path / f"{name}.safetensors" for name in ("stored", "dense")}
     save_file(stored, str(files["stored"]))
     save_file(dense, str(files["dense"]))
