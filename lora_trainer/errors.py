@@ -129,4 +129,11 @@ def concerning(field: str) -> Iterator[None]:
 
 
 class RankFailedError(Exception):
-    """One of the processes of a run has failed, and the others end as well; ``str`` says which one, where and why."""
+    """One of the processes of a run has failed, and the others end as well; ``str`` says which one, where and why.
+
+    code: the exit code of all of them.
+    """
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,15 +21,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def runs(folder: Path, plan: dict[str, tuple[int, list[dict[str, Any]]]], timeout: float = 170) -> dict[str, Any]:
+def runs(folder: Path, plan: dict[str, Any], timeout: float = 400, **environment: str) -> dict[str, Any]:
     """Of each entry what its ranks said: [{"code": exit code, "said": text, "results": [...]}, ...], by name.
 
-    An entry is (processes, settings of one run after the other). A run's settings may have, besides those of
-    ``TrainConfig``, "_act": the name of a function in this module, which is called in each process before the run.
+    An entry is (processes, settings of one run after the other[, stage]); those of one stage run at the same time.
+    A run's settings may have, besides those of ``TrainConfig``, "_act": the name of a function in this module and its
+    arguments, which is called in each process before the run.
     """
     path = folder / "plan.json"
-    path.write_text(json.dumps(plan), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path.write_text(json.dumps({name: (*entry, 0)[:3] for name, entry in plan.items()}), encoding="utf-8")
+    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.several", str(path)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
@@ -37,9 +39,10 @@ def runs(folder: Path, plan: dict[str, tuple[int, list[dict[str, Any]]]], timeou
 
     def answer(name: str, rank: int) -> dict[str, Any]:
         written = folder / f"{name}.{rank}.json"
-        return {**json.loads(written.read_text()), "said": written.with_suffix(".txt").read_text()}
+        said = (folder / f"{name}.{rank}.txt").read_text()
+        return {**json.loads(written.read_text()), "said": said}
 
-    return {name: [answer(name, rank) for rank in range(size)] for name, (size, _) in plan.items()}
+    return {name: [answer(name, rank) for rank in range(entry[0])] for name, entry in plan.items()}
 
 
 def free_port() -> int:
@@ -56,20 +59,26 @@ def _main(plan_path: Path) -> None:
     import lora_trainer.run
     import lora_trainer.training.processes  # noqa: F401
 
-    for name, (size, settings) in json.loads(plan_path.read_text(encoding="utf-8")).items():
-        port, started = free_port(), time.monotonic()
-        children = []
-        for rank in range(size):
-            child = os.fork()
-            if child == 0:
-                _child(plan_path.parent / f"{name}.{rank}", rank, size, port, settings)
-            children.append(child)
-        for rank, child in enumerate(children):
-            _, status = os.waitpid(child, 0)
-            answer = plan_path.parent / f"{name}.{rank}.json"
-            results = json.loads(answer.read_text()) if answer.exists() else []
+    plan = json.loads(plan_path.read_text(encoding="utf-8"))
+    for stage in sorted({stage for _, _, stage in plan.values()}):  # what fails mostly waits: several at once
+        children = {}
+        for name, (size, settings, _) in plan.items():
+            if plan[name][2] == stage:
+                port = free_port()
+                for rank in range(size):
+                    answer = plan_path.parent / f"{name}.{rank}"
+                    child = os.fork()
+                    if child == 0:
+                        _child(answer, rank, size, port, settings)
+                    children[child] = answer
+        started = time.monotonic()
+        while children:
+            child, status = os.waitpid(-1, 0)
+            answer = children.pop(child)
+            written = answer.parent / f"{answer.name}.json"
+            results = json.loads(written.read_text()) if written.exists() else []
             code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
-            answer.write_text(json.dumps({"code": code, "results": results, "seconds": seconds}))
+            written.write_text(json.dumps({"code": code, "results": results, "seconds": seconds}))
 
 
 def _child(answer: Path, rank: int, size: int, port: int, settings: list[dict[str, Any]]) -> None:
@@ -107,13 +116,13 @@ def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
             for values in settings:
                 act = values.pop("_act", None)
                 if act is not None:
-                    globals()[act](ranks)
+                    globals()[act[0]](ranks, *act[1:])
                 config = from_mapping(values)
                 result = train(config, file_lender(config), callbacks=Listener(), ranks=ranks)
                 results.append({"status": result.status, "step": result.step, "loss": result.loss})
     except (UserError, RankFailedError) as error:
         print(f"error: {error}")
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else error.code
     finally:
         Path(f"{answer}.json").write_text(json.dumps(results))
     return 0
@@ -124,6 +133,34 @@ def all_reduce_alone(ranks: Any) -> None:
     from lora_trainer.training import gradients
 
     gradients.ORDERED_BYTES = 0
+
+
+def fail(ranks: Any, rank: int, where: str, how: str) -> None:
+    """One rank fails: killed, by an error, hanging, or with all its threads stopped."""
+    from lora_trainer.dataset.cache import TensorCache
+    from lora_trainer.training.state import StateStore
+    from lora_trainer.training.step import TrainingStep
+
+    if ranks.rank != rank:
+        return
+    of, method = {
+        "caching": (TensorCache, "put"), "step": (TrainingStep, "_until_it_fits"), "save": (StateStore, "save")
+    }[where]  # fmt: skip
+    original, calls = getattr(of, method), []
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 or where == "save":
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "error":
+                raise RuntimeError("something broke")
+            if how == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(300)
+        return original(*arguments, **named)
+
+    setattr(of, method, failing)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from lora_trainer import __version__
-from lora_trainer.cli import caption, compare, convert, demo, loras, report, text, tools, train, ui
+from lora_trainer.cli import caption, compare, convert, demo, loras, report, supervise, text, tools, train, ui
 from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.requirements import missing_package
 
@@ -26,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     options = build_parser().parse_args(arguments)
+    code = _run(options)
+    supervise.leave_exit_code(code)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except UserError as error:
@@ -33,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except RankFailedError as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return train.INTERRUPTED
@@ -66,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first, last = (train, convert, caption), (compare, report, demo, ui)
+    first, last = (train, supervise, convert, caption), (compare, report, demo, ui)
     several = (*tools.PARSERS, *text.PARSERS, *loras.PARSERS)
     for add in (*(one.add_parser for one in first), *several, *(one.add_parser for one in last)):
         add(commands)

@@ -34,6 +34,8 @@ Turn = Callable[[], AbstractContextManager[None]]
 
 COLLECTIVE_SECONDS = 1800.0
 """A collective gives up after so long. Nothing waits in one that long: what fails, the watch finds before."""
+BAD_INPUT = 2
+"""The exit code that says: started again, it fails again."""
 _LARGE = 2**20
 """A value of more bytes is broadcast instead of being put into the store."""
 _SOON, _SLOWEST_POLL = 0.05, 0.02
@@ -149,7 +151,7 @@ class Processes(Ranks):
         with self._watch.waiting():
             while True:
                 if self._watch.problem is not None:
-                    raise RankFailedError(self._watch.problem)
+                    raise self._watch.problem
                 with self._connection():
                     if (data := peek(self._store, key)) is not None:
                         return data
@@ -195,7 +197,7 @@ class Processes(Ranks):
     def _failure(self, error: Exception) -> RankFailedError:
         """Who is to blame for an error of torch.distributed."""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return RankFailedError(self._watch.verdict() or f"{self.name} has lost the others: {reason}")
+        return self._watch.verdict() or RankFailedError(f"{self.name} has lost the others: {reason}")
 
     # -- what the others must know
 
@@ -228,9 +230,10 @@ class Processes(Ranks):
 
     def close(self, error: BaseException | None = None) -> None:
         if error is not None and not isinstance(error, RankFailedError):
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            foreseen = isinstance(error, UserError)
+            text = str(error) if foreseen else f"{type(error).__name__}: {error}"
             with suppress(RuntimeError):
-                self._watch.fail(f"{self.name} failed: {text}")
+                self._watch.fail(f"{self.name} failed: {text}", BAD_INPUT if foreseen else 1)
                 time.sleep(0 if _launcher_keeps_store() else 3)  # the store ends with rank 0
         self._watch.leave()
         if error is None:

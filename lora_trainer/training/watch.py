@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from lora_trainer.errors import RankFailedError
+
 BEAT_SECONDS = 1.0
 _NOTHING = "-"
 
@@ -35,19 +37,20 @@ class Limits:
 
     @classmethod
     def from_environment(cls) -> Limits:
-        """``LORA_TRAINER_PATIENCE``: seconds without progress, where a device or a disk is slow."""
-        return cls(progress=float(os.environ.get("LORA_TRAINER_PATIENCE") or cls.progress))
+        """``LORA_TRAINER_PATIENCE``: other seconds without progress, where a device or a disk is slow."""
+        patience = float(os.environ.get("LORA_TRAINER_PATIENCE") or cls.progress)
+        return cls(min(cls.silence, patience / 3), patience, min(cls.leaving, patience / 3))
 
 
 class Watch:
     """Of one process. names: "rank 1 on HOST" of each. connect: opens a connection to the store of its own, as one
     that waits for an answer is not to be shared between threads.
 
-    problem: why the run cannot go on; None while it can.
+    problem: why the run cannot go on, and the exit code that says so; None while it can.
     """
 
     def __init__(self, rank: int, names: list[str], connect: Callable[[], Any], limits: Limits):
-        self.problem: str | None = None
+        self.problem: RankFailedError | None = None
         self.on_stop: Callable[[], None] = lambda: None
         self._rank, self._names, self._limits = rank, names, limits
         self._store = connect()
@@ -76,9 +79,9 @@ class Watch:
         """All processes' runs are to stop; safe in a signal handler."""
         self._stop_wanted.set()
 
-    def fail(self, sentence: str) -> None:
-        """This process's run fails, and the others' are to know why, unless another one's has failed before."""
-        told = self._store.compare_set("failed", "", sentence)
+    def fail(self, sentence: str, code: int = 1) -> None:
+        """A process fails, and the others are to know why, unless another one has failed before."""
+        told = self._store.compare_set("failed", "", f"{code} {sentence}")
         self._hear(told)
 
     def leave(self) -> None:
@@ -127,7 +130,7 @@ class Watch:
                 self._turn_since = time.monotonic()
             self._waiting -= 1
 
-    def verdict(self) -> str | None:
+    def verdict(self) -> RankFailedError | None:
         """What is wrong, when something is: it may take as long as a silence does to be seen."""
         self._found.wait(self._limits.silence + 4 * BEAT_SECONDS)
         return self.problem
@@ -178,24 +181,26 @@ class Watch:
             self.fail(f"{self._names[self._rank]} has made no progress for {stuck:.0f} seconds.")
 
     def _hear(self, told: bytes) -> None:
-        self.problem = told.decode("utf-8", "replace")
+        code, _, sentence = told.decode("utf-8", "replace").partition(" ")
+        self.problem = RankFailedError(sentence, int(code))
         self._found.set()
 
     def _end_in_time(self) -> None:
         """Ends the process where the run does not, and where the store is out of reach."""
         while not self._over.wait(BEAT_SECONDS / 2):
-            if self._found.is_set():
+            if self.problem is not None:
                 if self._over.wait(self._limits.leaving):
                     return
                 break
             if time.monotonic() - self._round_at > self._limits.silence + 2 * BEAT_SECONDS:
                 me, leader = self._names[self._rank], self._names[0]
-                self.problem = f"{me} has lost the connection to {leader} and to the launcher there."
+                self.problem = RankFailedError(f"{me} has lost the connection to {leader} and to the launcher there.")
                 self._found.set()
-        else:
+                break
+        if self.problem is None:
             return
         print(f"error: {self.problem}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(self.problem.code)
 
 
 def peek(store: Any, key: str) -> bytes | None:

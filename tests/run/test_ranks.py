@@ -60,7 +60,7 @@ def found(base, tmp_path_factory):
     add("text 2 by 1", 1, 2, "text")
     add("text 1 by 2", 2, 1, "text")
     for accumulation in (2, 4):
-        add(f"text {accumulation} all-reduced by 2", 2, accumulation, "text", _act="all_reduce_alone")
+        add(f"text {accumulation} all-reduced by 2", 2, accumulation, "text", _act=["all_reduce_alone"])
     said = runs(folder, plan)
     for ranks in said.values():
         assert [rank["code"] for rank in ranks] == [0] * len(ranks), "\n".join(rank["said"] for rank in ranks)

@@ -1,0 +1,73 @@
+"""One of several processes fails: the others say which one and end, and the run goes on from its last state."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+
+from tests.language_models import tiny_language_model, write_rows
+from tests.pictures import draw_dataset
+from tests.run.test_ranks import same, weights
+from tests.several import runs
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+PATIENCE = 12
+WHERE, HOW = {"caching": 1, "step": 1, "save": 0}, ("kill", "error", "hang")
+FEW = [("caching", "error"), ("step", "kill"), ("save", "hang")]
+ALL = [(where, how) for where, how in itertools.product(WHERE, HOW) if (where, how) not in FEW]
+
+
+def failures(folder, tiny_base, cases):
+    """Each case with two processes, and the same run again by one and by two."""
+    model, rows = tiny_language_model(folder / "model"), write_rows(folder / "rows.jsonl")
+    common = {"lora_rank": 2, "learning_rate": 1e-3, "save_precision": "fp32", "tensorboard": False, "batch_size": 1,
+              "gradient_accumulation_steps": 2, "epochs": 1, "output_name": "disc", "save_steps": 1}  # fmt: skip
+    kinds = {
+        "pictures": {**common, "base_model": str(tiny_base), "resolution": 64,
+                     "train_data_dir": str(draw_dataset(folder / "data", 8))},
+        "text": {**common, "task": "text", "base_model": str(model), "train_data_dir": str(rows), "dropout": 0.1},
+    }  # fmt: skip
+    plan = {}
+    for number, (where, how) in enumerate(cases):
+        kind = "pictures" if where == "caching" else "text"
+        settings = {**kinds[kind], "output_dir": str(folder / f"{where} {how}")}
+        plan[f"{where} {how}"] = (2, [{**settings, "_act": ["fail", WHERE[where], where, how]}], 0)
+        plan[f"{where} {how} again"] = (1 + number % 2, [settings], 1)
+        plan[f"{kind} whole"] = (1, [{**kinds[kind], "output_dir": str(folder / f"{kind} whole")}], 1)
+    return folder, runs(folder, plan, LORA_TRAINER_PATIENCE=str(PATIENCE))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, tiny_base):
+    return failures(tmp_path_factory.mktemp("failing"), tiny_base, FEW)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, tiny_base):
+    return failures(tmp_path_factory.mktemp("failing"), tiny_base, ALL)
+
+
+def look(found, where, how):
+    folder, said = found
+    failed, survivor = WHERE[where], said[f"{where} {how}"][1 - WHERE[where]]
+    assert survivor["code"] == 1 and survivor["seconds"] < 60, survivor["said"]
+    (sentence,) = [line for line in survivor["said"].splitlines() if line.startswith("error:")]
+    assert f"Rank {failed} on {os.uname().nodename} " in sentence
+    assert {"kill": "no sign of life", "error": "something broke", "hang": "no progress"}[how] in sentence
+    assert [rank["code"] for rank in said[f"{where} {how} again"]] == [0] * len(said[f"{where} {how} again"])
+    kind = "pictures" if where == "caching" else "text"
+    assert same(weights(folder / f"{kind} whole"), weights(folder / f"{where} {how}"))
+
+
+@pytest.mark.parametrize(("where", "how"), FEW)
+def test_the_others_end_and_the_run_goes_on(few, where, how):
+    look(few, where, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "how"), ALL)
+def test_wherever_it_fails(others, where, how):
+    look(others, where, how)
