@@ -87,6 +87,10 @@ def _child(answer: Path, rank: int, size: int, port: int, settings: list[dict[st
     out = os.open(f"{answer}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if (timeout := settings[0].pop("_timeout", None)) is not None:
+        from lora_trainer.training import processes
+
+        processes.COLLECTIVE_SECONDS = timeout
     if size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))  # fmt: skip
@@ -133,6 +137,23 @@ def all_reduce_alone(ranks: Any) -> None:
     from lora_trainer.training import gradients
 
     gradients.ORDERED_BYTES = 0
+
+
+def dawdle(ranks: Any, seconds: float) -> None:
+    """Rank 1 takes its time over a picture, rank 0 over previews and in a pause; the other one waits."""
+    from lora_trainer.dataset.cache import TensorCache
+    from lora_trainer.training.loop import Trainer
+
+    slow = {0: [(Trainer, "_obey"), (Trainer, "_draw_previews")], 1: [(TensorCache, "put")]}[ranks.rank]
+    def slowed(original: Any, left: list[int]) -> Any:
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(seconds * (left.pop() if left else 0))
+            return original(*arguments)
+
+        return slowly
+
+    for of, method in slow:
+        setattr(of, method, slowed(getattr(of, method), [1]))
 
 
 def fail(ranks: Any, rank: int, where: str, how: str) -> None:

@@ -60,13 +60,13 @@ def on_own_device(config: TrainConfig) -> TrainConfig:
 class Processes(Ranks):
     """``Ranks`` of more than one process.
 
-    device: on which gradients lie. timeout: of collectives, in seconds.
+    device: on which gradients lie.
 
     Raises:
         RankFailedError: in whatever waits for the others, when one of them has failed.
     """
 
-    def __init__(self, device: torch.device, timeout: float = COLLECTIVE_SECONDS, limits: Limits | None = None):
+    def __init__(self, device: torch.device, limits: Limits | None = None):
         if sys.platform == "win32":
             os.environ.setdefault("USE_LIBUV", "0")  # torch for Windows is built without it
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -74,8 +74,9 @@ class Processes(Ranks):
         self._count = 0  # of what all have done together
         self._told: list[str] = []  # keys that are still in the store
         self._on_gpu = device.type == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("nccl" if self._on_gpu else "gloo", timeout=timedelta(seconds=timeout))
-        self._small = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        dist.init_process_group("nccl" if self._on_gpu else "gloo", timeout=timeout)
+        self._small = dist.new_group(backend="gloo", timeout=timeout)
         self._token = _everywhere(os.urandom(8).hex(), self._small)
         self._store = self._connect()
         names = [""] * self.size
