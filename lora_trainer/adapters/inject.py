@@ -123,6 +123,15 @@ class AdapterSet(nn.Module):
         for _, adapter in self.items():
             adapter.multiplier = float(value)
 
+    @contextmanager
+    def multiplied(self, strength: float) -> Iterator[None]:
+        """Inside, the whole set has this strength."""
+        before, self.multiplier = self.multiplier, strength
+        try:
+            yield
+        finally:
+            self.multiplier = before
+
     def limit_norms(self, maximum: float) -> None:
         """Scale the change of each layer that learns down to this norm where it is larger."""
         for _, adapter in self.items():
@@ -227,7 +236,7 @@ def rank_and_alpha(target: Target, config: TrainConfig) -> tuple[int, float]:
     if target.group == "conv":
         return config.conv_rank, config.effective_conv_alpha
     rank = config.lora_rank if block_rank is None else block_rank
-    return rank, float(rank if config.alpha is None else config.alpha)
+    return rank, config.strength * (rank if config.alpha is None else config.alpha)
 
 
 def _lr_weight(target: Target, config: TrainConfig) -> float:

@@ -11,7 +11,7 @@ from lora_trainer.api.context import Context
 from lora_trainer.api.jobs import MAX_ID
 from lora_trainer.api.route import new_router
 from lora_trainer.comparison.drawing import comparisons
-from lora_trainer.comparison.plan import WEIGHTS, Wish, usual_prompts
+from lora_trainer.comparison.plan import Wish, usual_prompts, usual_weights
 
 
 def routes(context: Context) -> APIRouter:
@@ -22,6 +22,7 @@ def routes(context: Context) -> APIRouter:
     def look(job_id: int = Path(ge=1, le=MAX_ID)) -> dict[str, Any]:
         """The job's grids, and how far the one is that is being drawn."""
         job = manager.store.get(job_id)
+        config = manager.effective_config(job)
         task, output = manager.grids.task(job), manager.results.output(job)
         drawn = [{**one, "folder": f"{output.name}/{one['folder']}"} for one in comparisons(output)]
         return {
@@ -31,8 +32,8 @@ def routes(context: Context) -> APIRouter:
             "error": context.problem(task.error) if task else None,
             "waits_for": manager.grids.waits_for() if task and task.status == "waiting" else None,
             "steps": list(manager.results.loras(job)),
-            "weights": WEIGHTS,
-            "prompts": usual_prompts(manager.effective_config(job)),
+            "weights": usual_weights(config),
+            "prompts": usual_prompts(config),
             "comparisons": drawn,
         }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_trainer.config import TrainConfig
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.config.prompts import with_trigger
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import PreviewRequest, is_lora_weight
@@ -14,6 +15,8 @@ from lora_trainer.host.requests import preview_request
 from lora_trainer.models.base import ModelInfo
 
 WEIGHTS = (0.5, 0.8, 1.0)
+CHANGE_WEIGHTS = (-1.0, -0.5, 0.5, 1.0)
+"""Of a LoRA that learned a change, which goes both ways."""
 MOST_STEPS = 8
 """So many saved steps are compared where nobody says which."""
 MOST_PICTURES = 400
@@ -71,7 +74,7 @@ def make_plan(
     if not loras:
         raise UserError(f"{config.output_name} has no LoRA yet.", remedy="Let it finish, or choose stop and save.")
     steps = _few(tuple(loras), recommended) if wish.steps is None else _steps(wish.steps, loras)
-    weights = WEIGHTS if wish.weights is None else _weights(wish.weights)
+    weights = usual_weights(config) if wish.weights is None else _weights(wish.weights)
     given = usual_prompts(config) if wish.prompts is None else wish.prompts
     prompts = tuple(text for one in given if (text := one.strip()))
     if not prompts:
@@ -97,8 +100,15 @@ def make_plan(
 
 
 def usual_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """The run's own; without any, the word that it taught."""
-    return tuple(config.preview_prompts) or (config.trigger_word.strip() or config.output_name,)
+    """The run's own; without any, what it changes, or the word that it taught."""
+    named = config.original_prompt if config.task == "words" else config.trigger_word.strip()
+    if config.task in CHANGES and not named:
+        named = config.default_caption
+    return tuple(config.preview_prompts) or (named or config.output_name,)
+
+
+def usual_weights(config: TrainConfig) -> tuple[float, ...]:
+    return CHANGE_WEIGHTS if config.task in CHANGES else WEIGHTS
 
 
 def _few(steps: tuple[int, ...], recommended: int | None) -> tuple[int, ...]:

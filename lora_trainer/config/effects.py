@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.config.prompts import ignored_flags
-from lora_trainer.config.schema import FACTS, TrainConfig
+from lora_trainer.config.schema import FACTS, DataSettings, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,20 @@ _DEPENDENCES = (
     ),
 )
 
-
-_OF_OTHER_TASKS = {"text": "a language model is trained", "image": "no language model is trained"}
+_READ_BY_WORDS = ("cache_dir", "resolution", "weighted_captions", "max_token_length")
+_UNUSED_BY_WORDS = (
+    *(one.name for one in fields(DataSettings) if one.name not in _READ_BY_WORDS),
+    "vae", "epochs", "save_epochs", "loss", "huber_c", "min_snr_gamma", "debiased_estimation", "noise_offset",
+    "multires_noise_iterations", "multires_noise_discount", "input_perturbation", "latent_sampling",
+)  # fmt: skip
+_UNUSED_BY_PAIRS = (
+    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "loss", "huber_c", "min_snr_gamma",
+    "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
+    "input_perturbation", "latent_sampling",
+)  # fmt: skip
+_UNUSED_BY_CHANGES = (
+    "validation_share", "validation_steps", "early_stopping", "early_stopping_patience",
+)
 
 
 def without_effect(
@@ -80,18 +93,36 @@ def without_effect(
     """A sentence for each setting that is not at its default and changes nothing beside the others.
 
     unused: settings that the base model's family does not use, each with the reason (``Family.unused``).
-    task: what is trained, "image" or "text".
+    task: the kind of training, one of the setting ``task``.
     """
     default = TrainConfig()
     reasons = {name: it.otherwise for it in _DEPENDENCES if not it.when(config) for name in it.names} | dict(unused)
-    other = [name for name, facts in FACTS.items() if facts.task not in (None, task)]
-    reasons |= dict.fromkeys(other, _OF_OTHER_TASKS[task])
+    reasons |= _of_other_tasks(config, task)
     idle = [
         f"{name}: {_shown(getattr(config, name))} has no effect, because {reason}."
         for name, reason in reasons.items()
         if getattr(config, name) != getattr(default, name)
     ]
-    return idle + (ignored_flags(config.preview_prompts) if task == "image" else [])
+    return idle + (ignored_flags(config.preview_prompts) if task != "text" else [])
+
+
+def _of_other_tasks(config: TrainConfig, task: str) -> dict[str, str]:
+    """The settings that mean nothing in this kind of training, each with the reason."""
+    known = "a language model is trained" if task == "text" else "no language model is trained"
+    reasons = {}
+    for name, facts in FACTS.items():
+        if not facts.applies(task):
+            reasons[name] = f"task is not {facts.task}" if facts.task in CHANGES and task != "text" else known
+    if task == "words":
+        reasons |= dict.fromkeys(_UNUSED_BY_WORDS, "it is learned from words alone")
+    elif task == "pair" and config.pair_method == "alternating":
+        reasons |= dict.fromkeys(_UNUSED_BY_PAIRS, "the difference of two pictures is learned")
+        reasons |= dict.fromkeys(("copy_steps", "copied_lora"), "pair_method is not copier")
+    elif task == "pair":
+        reasons |= dict.fromkeys(("pair_weight", "pair_mask", "saved_strength"), "pair_method is copier")
+    if task in CHANGES:
+        reasons |= dict.fromkeys(_UNUSED_BY_CHANGES, "nothing is held out of a change")
+    return reasons
 
 
 def never_reached(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+CHANGES = ("words", "pair", "slider")
+"""The kinds of training in which an image model learns a change (``config.changes``)."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -20,7 +23,7 @@ class Facts:
     sets_pace: minutes that were measured with another value say nothing.
     separator: stands between the parts of a list that is one text; None for the comma.
     plugin: the kind of plug-in that adds choices.
-    task: the kind of training in which it has a meaning; None for all.
+    task: the kind of training in which it has a meaning: "image" for all of image models; None for all there are.
     """
 
     decides: bool = True
@@ -32,7 +35,11 @@ class Facts:
     sets_pace: bool = False
     separator: str | None = None
     plugin: str | None = None
-    task: Literal["image", "text"] | None = None
+    task: Literal["image", "words", "pair", "slider", "text"] | None = None
+
+    def applies(self, task: str) -> bool:
+        """Whether the setting means something in a training of this kind."""
+        return self.task in (None, task) or (self.task == "image" and task in CHANGES)
 
 
 def setting(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from lora_trainer.config.changes import ChangeSettings
 from lora_trainer.config.facts import Facts, setting
 from lora_trainer.config.output import OutputSettings
 
@@ -24,9 +25,12 @@ class ModelSettings:
     """Checkpoint to train on: a .safetensors file or a diffusers folder. Inside a WebUI: its name in the list,
     or empty for the one that is loaded."""
 
-    task: Literal["auto", "image", "text"] = setting("auto", decides=False, given_by="file")
-    """What is learned from: image (pictures with captions) or text (rows of prompts and answers, for a language
-    model). auto: text when base_model is a folder whose config.json names a language model."""
+    task: Literal["auto", "image", "words", "pair", "slider", "text"] = setting(
+        "auto", decides=False, sets_pace=True, given_by="file"
+    )
+    """What is learned from: image (pictures with captions), words (prompts alone), pair (pictures before and after a
+    change), slider (pictures of something and of its opposite) or text (rows of prompts and answers, for a language
+    model). auto: text when base_model is a folder whose config.json names a language model, else image."""
 
     quantize: Literal["no", "nf4"] = setting("no", fills_memory=True, sets_pace=True, task="text")
     """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
@@ -352,18 +356,29 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class TrainConfig(
-    OutputSettings, ObjectiveSettings, OptimizationSettings, AdapterSettings, DataSettings, ModelSettings
+    OutputSettings,
+    ObjectiveSettings,
+    OptimizationSettings,
+    AdapterSettings,
+    ChangeSettings,
+    DataSettings,
+    ModelSettings,
 ):
     """One training run, built by ``config.load`` or ``config.from_mapping``, which check it. Frozen: what a run was
     started with is what is saved beside its result."""
 
     @property
     def effective_alpha(self) -> float:
-        return float(self.lora_rank if self.alpha is None else self.alpha)
+        return self.strength * (self.lora_rank if self.alpha is None else self.alpha)
 
     @property
     def effective_conv_alpha(self) -> float:
-        return float(self.conv_rank if self.conv_alpha is None else self.conv_alpha)
+        return self.strength * (self.conv_rank if self.conv_alpha is None else self.conv_alpha)
+
+    @property
+    def strength(self) -> float:
+        """By what the alpha of the LoRA is larger than the one that it is trained with."""
+        return self.saved_strength if (self.task, self.pair_method) == ("pair", "alternating") else 1.0
 
     @property
     def effective_text_encoder_lr(self) -> float:
@@ -388,6 +403,7 @@ class TrainConfig(
 GROUPS: tuple[tuple[str, type], ...] = (
     ("model", ModelSettings),
     ("data", DataSettings),
+    ("change", ChangeSettings),
     ("adapter", AdapterSettings),
     ("optimization", OptimizationSettings),
     ("objective", ObjectiveSettings),

@@ -51,7 +51,7 @@ def scan(
     progress: called with (pictures done, pictures in all).
     measure: what tells a picture's (width, height) and digest or raises ``UserError``; the dataset checks, which have
         looked at every picture already, give what they know.
-    stand_in: the caption of training pictures that have none yet; "" refuses them.
+    stand_in: the caption of training pictures that have none yet; "" refuses them, a space says that none is needed.
 
     Raises:
         UncaptionedError: a picture without any caption.
@@ -223,7 +223,7 @@ def _scan_root(
     if not samples:
         raise _nothing_found(listing, skipped, setting)
     missing = [key for key in listing.pictures if key not in captions]
-    if captions and missing:
+    if captions and missing and not source.stand_in.isspace():
         notes.append(f"{len(missing)} pictures have no caption of their own: {some(missing)}.")
     return Dataset(root, tuple(samples), tuple(skipped), tuple(notes))
 

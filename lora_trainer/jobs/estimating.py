@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.errors import ConfigError, UserError, concerning
 from lora_trainer.jobs.execution import lender_of
 from lora_trainer.jobs.job import ACTIVE
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.jobs.submitting import check_beginning, check_settings, check_shown, name_taken, stored_config
+from lora_trainer.planning.changes import estimate_change
 from lora_trainer.planning.cost import PastRun
 from lora_trainer.planning.estimate import estimate, look_at_pictures
 from lora_trainer.planning.text import estimate_text, rows_of
@@ -41,6 +43,8 @@ def estimate_job(
     past = QueuedRuns(store)
     if config.task == "text":
         found = estimate_text(config, info, host, past)
+    elif config.task in CHANGES:
+        found = estimate_change(config, info, host, past)
     else:
         found = estimate(config, info, host, captioner_sources(host), past, gone)
     return {
@@ -74,7 +78,7 @@ def _with_all_others(found: UserError, config: TrainConfig, host: Host, gone: Ca
     from lora_trainer.run import look_at_data, with_all_others
 
     def look(config: TrainConfig) -> None:
-        if config.task == "text":
+        if config.task != "image":
             look_at_data(config)
         else:
             check_data(config, host, gone)
@@ -101,6 +105,11 @@ def check_data(config: TrainConfig, host: Host, gone: Callable[[], bool] = lambd
     """Raises UserError where there is nothing to train on, or a picture without a caption."""
     if config.task == "text":
         rows_of(config)
+        return
+    if config.task in CHANGES:
+        from lora_trainer.run import look_at_data
+
+        look_at_data(config)
         return
     _, _, problems = look_at_pictures(config, captioner_sources(host), gone)
     for problem in problems:

@@ -97,7 +97,7 @@ def _train(
     store.update(job.id, base_model=info.name, family=info.family, architecture=architecture, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
     previewer = None
-    if config.preview_prompts and config.task == "image" and host.name != "standalone":  # it has the run's own sampler
+    if config.preview_prompts and config.task != "text" and host.name != "standalone":  # it has the run's own sampler
         previewer = HostPreviewer(host, lender, config, info, Path(config.output_dir).parent)
     captioners = captioner_sources(host)
     return train(
@@ -107,7 +107,7 @@ def _train(
 
 def lender_of(host: Host, config: TrainConfig) -> Lender:
     """Of the base model of a run on this host. Raises UserError when there is none, or it cannot be trained."""
-    if config.task == "image":
+    if config.task != "text":
         return host.lender(config.base_model, lender_options(host, config))
     from lora_trainer.run.workloads.text import Texts
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import Job
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lora_trainer.jobs.store import JobStore
 
 PREFERRED_WEIGHT = 0.8
+CHANGE_WEIGHT = 1.0
+"""The weight at which a change was taught."""
 THUMBNAIL_SIDE = 512
 _MAX_CORE_TEXTS = 8
 
@@ -35,8 +38,9 @@ def check_weight(weight: float) -> float:
     return weight
 
 
-def make_card(job: Job, config: TrainConfig, picture: Path | None, weight: float = PREFERRED_WEIGHT) -> Card:
-    """The card of a finished job. ``picture``: a preview; without one the first training picture is shown."""
+def make_card(job: Job, config: TrainConfig, picture: Path | None, weight: float | None = None) -> Card:
+    """The card of a finished job. ``picture``: a preview; without one the first training picture is shown. weight:
+    None for the usual one."""
     from lora_trainer.host.base import Card
     from lora_trainer.models.families import find_family
 
@@ -44,7 +48,7 @@ def make_card(job: Job, config: TrainConfig, picture: Path | None, weight: float
     captions, first = _captions(config)
     return Card(
         activation_text=activation_text(config.trigger_word, captions),
-        preferred_weight=weight,
+        preferred_weight=(CHANGE_WEIGHT if config.task in CHANGES else PREFERRED_WEIGHT) if weight is None else weight,
         description=config.description,
         notes=notes(job, config, len(captions)),
         sd_version=family.card_version if family else "",
@@ -67,8 +71,12 @@ def notes(job: Job, config: TrainConfig, pictures: int) -> str:
     """How it was made, in a few lines that a person reads beside the LoRA."""
     rank = f"rank {config.lora_rank}, alpha {config.effective_alpha:g}"
     batch = f"{config.batch_size} × {config.gradient_accumulation_steps}"
+    taught = f"{pictures} pictures"
+    if config.task == "words":
+        prompts = (config.original_prompt, config.target_prompt, config.positive_prompt, config.negative_prompt)
+        taught = f"words: {' → '.join(repr(prompt) for prompt in prompts if prompt)}"
     lines = [
-        f"Trained on {job.base_model or config.base_model or 'the loaded model'} with {pictures} pictures.",
+        f"Trained on {job.base_model or config.base_model or 'the loaded model'} with {taught}.",
         f"{job.step} steps, batch {batch}, {config.adapter}, {rank}.",
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler}, seed {config.seed}.",
     ]
@@ -88,7 +96,7 @@ def publish(
     name: str,
     picture: Path | None,
     *,
-    weight: float = PREFERRED_WEIGHT,
+    weight: float | None = None,
     overwrite: bool,
     on_phase: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -164,6 +172,8 @@ def _captions(config: TrainConfig) -> tuple[list[str], Path | None]:
     from lora_trainer.dataset.caption_files import read_captions
     from lora_trainer.dataset.listing import list_folder
 
+    if config.task == "words":
+        return [], None
     try:
         root = Path(config.train_data_dir)
         listing = list_folder(root)

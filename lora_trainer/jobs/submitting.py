@@ -48,7 +48,7 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
         config = error.config
     config = _settled(config, host)
     is_text = config.task == "text"
-    if not config.train_data_dir:
+    if not config.train_data_dir and config.task != "words":
         message, remedy = "No pictures are chosen.", "Add pictures or choose a folder."
         if is_text:
             message, remedy = "No file with rows is chosen.", "Add a .jsonl or .json file."
@@ -137,7 +137,7 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
         if not config.overwrite and (reason := name_taken(store, host, name)):
             raise UserError(reason, field="output_name", remedy="Choose another name, or allow overwriting it.")
     else:
-        name = free_name(store, host, _plain_stem(config.train_data_dir))
+        name = free_name(store, host, _usual_name(config))
     # The model that is selected now is meant, whatever is selected when the job's turn comes.
     selected = None if config.task == "text" else host.selected()
     base_model = config.base_model or (selected.title if selected else "")
@@ -229,7 +229,12 @@ def last_part(output_dir: str) -> str:
     return "" if output_dir == TrainConfig().output_dir else name
 
 
-def _plain_stem(folder: str) -> str:
-    path = Path(folder)
+def _usual_name(config: TrainConfig) -> str:
+    """What a LoRA without a name is called: after its pictures, or its prompts."""
+    if config.task == "words":
+        prompts = (config.original_prompt, config.target_prompt or config.positive_prompt)
+        words = "_to_".join(word for prompt in prompts if (word := re.sub(r"\W+", "_", prompt)[:30].strip("_")))
+        return words if words and safe_name_problem(words) is None else "lora"
+    path = Path(config.train_data_dir)
     name = path.stem if path.suffix.lower() in ROW_FILES else path.name
     return name if safe_name_problem(name) is None else "lora"

@@ -26,7 +26,7 @@ from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.grids import Grids
 from lora_trainer.jobs.job import ACTIVE, Job, full_disk
 from lora_trainer.jobs.lease import WorkerLease
-from lora_trainer.jobs.publishing import PREFERRED_WEIGHT, check_weight, publish
+from lora_trainer.jobs.publishing import check_weight, publish
 from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
@@ -397,8 +397,7 @@ class JobManager:
         weight = job.result.get("chosen_weight") if weight is None else check_weight(weight)
         published = job if step is None else replace(job, step=step, loss=None)
         config = self.effective_config(job)
-        prefers = PREFERRED_WEIGHT if weight is None else weight
-        facts = publish(self.host, published, config, lora, name, picture, weight=prefers, overwrite=overwrite)
+        facts = publish(self.host, published, config, lora, name, picture, weight=weight, overwrite=overwrite)
         facts |= {"published_step": step, "chosen_step": step, "chosen_weight": weight}
         self.store.update(job_id, result={**job.result, **facts})
         self.store.add_event(job_id, "published", name, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_trainer.models.base import Lender, LentNetwork
 from lora_trainer.run.beginning import check_files, look_at_data, with_all_others
 from lora_trainer.run.environment import write_environment
 from lora_trainer.run.outputs import Outputs, output_name
+from lora_trainer.run.passes import Passes, first_pass, second_pass
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
 from lora_trainer.run.workloads import task_of, workload_of
 from lora_trainer.run.workloads.base import Workload, digest
@@ -84,6 +86,27 @@ def train(
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     ranks.listen(commands)
     config = with_work_for_all(dataclasses.replace(config, output_name=output_name(config)), ranks, callbacks)
+    before = first_pass(config)
+    if before is None:
+        return _train(config, lender, callbacks, commands, previewer, captioners, ranks)
+    after = config.max_train_steps or config.copy_steps
+    first = _train(before, lender, Passes(callbacks, 0, after), commands, None, captioners, ranks)
+    if first.status != "finished" or first.lora is None:
+        return dataclasses.replace(first, total_steps=first.total_steps + after, lora=None, usage=())
+    callbacks = Passes(callbacks, before.copy_steps, 0)
+    return _train(second_pass(config, first.lora), lender, callbacks, commands, previewer, captioners, ranks)
+
+
+def _train(
+    config: TrainConfig,
+    lender: Lender,
+    callbacks: TrainCallbacks,
+    commands: TrainCommands,
+    previewer: Previewer | None,
+    captioners: Sources | None,
+    ranks: Ranks,
+) -> Result:
+    """One pass; see ``train``."""
     try:
         initial = check_files(config)
         check_optimizer(config)
@@ -97,7 +120,7 @@ def train(
     commands.resting = lender.rest
 
     callbacks.on_phase("model", 0, 0)  # a WebUI may have to load it first
-    with lender.borrow() as model:
+    with lender.borrow() as model, ExitStack() as beneath:
         precision = resolve(model.device, config.mixed_precision, model.compute_dtype)
         run_key = _run_key(config, workload, model, precision.name, initial)
         _refuse_other_data(run_key, ranks)
@@ -110,6 +133,7 @@ def train(
         work = workload.work(model, precision, keep_model_parts=ours is not None, ranks=ranks)
         try:
             with turn():
+                beneath.enter_context(work.beneath())
                 # Building modules is part of a turn: hosts swap torch.nn's classes while they load a model.
                 adapters = AdapterSet.build(work.targets(), config, model.device)
             if initial:
@@ -211,8 +235,7 @@ def _run_key(
     config: TrainConfig, workload: Workload, model: LentNetwork, precision: str, initial: LoraFile | None
 ) -> dict[str, Any]:
     """Everything that determines the result, by name; two runs with the same key make the same LoRA."""
-    other_tasks = {"image", "text"} - {task_of(config)}
-    decisive = {name for name, facts in FACTS.items() if facts.decides and facts.task not in other_tasks}
+    decisive = {name for name, facts in FACTS.items() if facts.decides and facts.applies(task_of(config))}
     settings = {name: value for name, value in to_mapping(config).items() if name in decisive}
     used = plugin_fingerprints(config, model.info.family)
     return {

@@ -90,7 +90,6 @@ def run_facts(
     config: TrainConfig, info: ModelInfo, dataset: Dataset, plan: BatchPlan, precision: str, steps: int
 ) -> RunFacts:
     """What the metadata says of the data and the model. ``steps``: optimizer steps of the whole run."""
-    now = time.time()
     visits: Counter[bool] = Counter()
     pictures: Counter[tuple[bool, str, int]] = Counter()
     for sample in dataset.samples:
@@ -106,23 +105,11 @@ def run_facts(
 
     table = plan.table()
     captions = {sample.key: parse(sample.caption) for sample in dataset.samples if not sample.is_regularization}
-    return RunFacts(
-        base=get_family(info.family).lora_metadata(info.prediction_type),
-        prediction_type=info.prediction_type,
-        model_name=info.path.name if info.path else info.name,
-        model_path=info.path,
-        resolution=plan.resolution,
-        started_at=now,
-        finished_at=now,
-        epoch=0,
-        step=0,
-        total_epochs=config.epochs,
-        total_steps=steps,
+    return replace(
+        model_facts(config, info, plan.resolution, precision, steps),
         num_train_images=visits[False],
         num_reg_images=visits[True],
         num_batches_per_epoch=plan.steps_per_epoch,
-        mixed_precision=precision,
-        vae_name=Path(config.vae).name if config.vae else None,
         bucket_info={
             "buckets": {
                 str(index): {"resolution": list(row["resolution"]), "count": row["count"]}
@@ -133,6 +120,30 @@ def run_facts(
         tag_frequency=tag_frequency(captions, dataset.root.name),
         dataset_dirs=directories(False),
         reg_dataset_dirs=directories(True),
+    )
+
+
+def model_facts(
+    config: TrainConfig, info: ModelInfo, resolution: tuple[int, int], precision: str, steps: int
+) -> RunFacts:
+    """What the metadata says of a run without pictures."""
+    now = time.time()
+    return RunFacts(
+        base=get_family(info.family).lora_metadata(info.prediction_type),
+        prediction_type=info.prediction_type,
+        model_name=info.path.name if info.path else info.name,
+        model_path=info.path,
+        resolution=resolution,
+        started_at=now,
+        finished_at=now,
+        epoch=0,
+        step=0,
+        total_epochs=config.epochs,
+        total_steps=steps,
+        num_train_images=0,
+        num_batches_per_epoch=steps,
+        mixed_precision=precision,
+        vae_name=Path(config.vae).name if config.vae else None,
         zero_terminal_snr=info.zero_terminal_snr if config.zero_terminal_snr is None else config.zero_terminal_snr,
         implementation_version=__version__,
     )

@@ -44,11 +44,23 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
     for part in get_family(architecture.family).parts(architecture, resolution, config):
         inputs = part.inputs if config.gradient_checkpointing else None
         again = inputs is not None
-        # What is preserved needs the base's prediction as well.
-        operations += part.forwards * ((2 if again else 1) + config.preserve) + part.backwards
+        operations += part.forwards * ((2 if again else 1) + _further_forwards(config)) + part.backwards
         kept += part.kept if inputs is None else inputs
         largest = max(largest, part.kept if again else 0)
     return Work(operations, kept + _ANEW * largest)
+
+
+def _further_forwards(config: TrainConfig) -> float:
+    """Forward passes on a picture beside the one that learns: those whose predictions are targets."""
+    if config.task == "words":
+        terms = 3 if config.positive_prompt or config.negative_prompt else 1
+        denoising = config.denoised_steps  # two passes for guidance, in half of the steps on the average
+        return (terms + denoising + (1 + denoising if config.protected_prompts else 0)) / (
+            2 if config.protected_prompts else 1
+        )
+    if config.task == "pair":
+        return 1.0 if config.pair_method == "alternating" else 0.0
+    return config.preserve
 
 
 def memory_needed(

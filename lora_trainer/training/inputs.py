@@ -46,6 +46,7 @@ class Batch:
     mask: (B, 1, h, w) fp32 in [0, 1] or None. weights: (B,) fp32, of each picture in the loss.
     preserved: (B,) bool, the pictures whose caption does not name what is learned, and for which the base's answer is
     the target; None where there are none in the whole run.
+    strength: what the adapters are multiplied with while they learn from it; None for 1.
     """
 
     moments: Tensor
@@ -55,6 +56,7 @@ class Batch:
     mask: Tensor | None
     weights: Tensor
     preserved: Tensor | None = None
+    strength: float | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -69,6 +71,7 @@ class Batch:
             None if self.mask is None else self.mask[rows],
             self.weights[rows],
             None if self.preserved is None else self.preserved[rows],
+            self.strength,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -81,6 +84,7 @@ class Batch:
             to_device(self.mask, device),
             to_device(self.weights, device),
             to_device(self.preserved, device),
+            self.strength,
         )
 
 

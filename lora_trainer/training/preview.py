@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from lora_trainer.config import parse_prompt
-from lora_trainer.models.base import Conditioning, FlowSchedule, LentModel, NoiseSchedule
+from lora_trainer.models.base import FlowSchedule, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import LatentFormat
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.objectives.flow import shifted
+from lora_trainer.training.sampling import ddim_scheduler, guided_pred
 from lora_trainer.training.source import Turn
 
 CFG = 7.0
@@ -46,7 +46,7 @@ def sample(
     width, height = (side - side % latent_format.multiple for side in (width, height))
     if isinstance(model.schedule, FlowSchedule):
         return _sample_flow(model, model.schedule, latent_format, prompt, negative, (width, height), steps, cfg, seed)
-    scheduler = _scheduler(model.schedule)
+    scheduler = ddim_scheduler(model.schedule)
     scheduler.set_timesteps(steps)
     cfg = CFG if cfg is None else cfg
     guided = cfg != 1
@@ -58,7 +58,7 @@ def sample(
     latents = torch.randn(shape, generator=generator_for(seed, "preview"))
     latents = latents.to(model.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps.tolist():
-        model_pred = _guided_pred(model, latents, timestep, conditioning, time_ids, cfg)
+        model_pred = guided_pred(model, latents, timestep, conditioning, time_ids, cfg)
         latents = scheduler.step(model_pred, timestep, latents).prev_sample
     return _to_image(model.decode_latents(latents))
 
@@ -89,44 +89,8 @@ def _sample_flow(
     shape = (1, latent_format.channels, *reversed(latent_format.size(*size)))
     latents = torch.randn(shape, generator=generator_for(seed, "preview")).to(model.device)
     for sigma, following in pairwise(sigmas):
-        latents = latents + (following - sigma) * _guided_pred(model, latents, sigma, conditioning, None, scale)
+        latents = latents + (following - sigma) * guided_pred(model, latents, sigma, conditioning, None, scale)
     return _to_image(model.decode_latents(latents))
-
-
-def _guided_pred(
-    model: LentModel,
-    latents: Tensor,
-    timestep: float,
-    conditioning: Conditioning,
-    time_ids: Tensor | None,
-    cfg: float,
-) -> Tensor:
-    count = len(conditioning)
-    timesteps = torch.full((count,), timestep, device=latents.device)
-    model_pred = model.predict(latents.expand(count, -1, -1, -1), timesteps, conditioning, time_ids).float()
-    if count == 1:
-        return model_pred
-    negative, positive = model_pred.chunk(2)
-    return negative + cfg * (positive - negative)
-
-
-def _scheduler(schedule: NoiseSchedule) -> Any:
-    from diffusers import DDIMScheduler
-
-    # Under zero terminal SNR sampling must begin at the very last timestep (Lin et al. 2024, §3.3).
-    to_the_end = bool(schedule.alphas_cumprod[-1] == 0)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=len(schedule),
-        prediction_type=schedule.prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=0 if to_the_end else 1,
-        timestep_spacing="trailing" if to_the_end else "leading",
-    )
-    # The very schedule that is trained. For ε the sampler divides by √ᾱ, so it gets the floor that diffusers gives it.
-    floor = 0.0 if schedule.prediction_type == "v_prediction" else 2.0**-24
-    scheduler.alphas_cumprod = schedule.alphas_cumprod.float().clamp(min=floor)
-    return scheduler
 
 
 def _to_image(pixels: Tensor) -> Image.Image:

@@ -223,6 +223,11 @@ class TrainingStep:
 
     def _forward_backward(self, inputs: Any, count: Tensor) -> Tensor:
         """A micro-batch's share of the step's loss, detached; its gradients are added to the parameters'."""
+        strength = getattr(inputs, "strength", None)
+        with nullcontext() if strength is None else self.adapters.multiplied(strength):
+            return self._add_gradients(inputs, count)
+
+    def _add_gradients(self, inputs: Any, count: Tensor) -> Tensor:
         # Divided before the backward pass: in fp16 the gradient of a sum could overflow where a mean's does not.
         loss = self.objective.loss(inputs) / count
         if not loss.requires_grad:

@@ -53,6 +53,8 @@ def advanced() -> Markup:
     sections = []
     for group, kind in GROUPS:
         fields = [field(one.name) for one in dataclasses.fields(kind) if FACTS[one.name].given_by == "form"]
+        if not fields:
+            continue
         summary = tag("summary", tag("span", GROUP_TITLES[group]), tag("span", class_="changed", data_changed=group))
         sections.append(tag("details", summary, tag("div", *fields, class_="fields"), class_="group", data_group=group))
     return Markup("".join(sections))

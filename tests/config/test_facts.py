@@ -15,8 +15,8 @@ from lora_trainer.workspace.paths import confine_config
 
 LISTS = {"more_folders", "plugins", "text_encoders"}
 WORDS = {"device", "resolution", "caption_extension", "trigger_word", "default_caption", "secondary_separator",
-         "output_name", "system_prompt",
-         "description"}  # fmt: skip
+         "output_name", "system_prompt", "original_prompt", "target_prompt", "positive_prompt", "negative_prompt",
+         "pair_suffix", "description"}  # fmt: skip
 
 
 def test_every_setting_has_its_facts():
@@ -47,7 +47,7 @@ def test_what_names_a_place_or_concerns_the_files_does_not_decide():
         "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps",
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",
         "preview_prompts", "preview_steps", "description", "tensorboard", "gradient_checkpointing", "plugins",
-        "cuda_graphs", "exact", "task", "text_encoders", "trust_remote_code",
+        "cuda_graphs", "exact", "task", "text_encoders", "trust_remote_code", "copied_lora", "opposite_dir",
         "validation_steps", "early_stopping", "early_stopping_patience",
     }  # fmt: skip
     assert not [name for name, facts in FACTS.items() if facts.path and facts.decides]

@@ -25,7 +25,7 @@ from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run import Result, file_lender, summary, train
-from lora_trainer.run.workloads import pictures
+from lora_trainer.run.workloads import image_model
 from lora_trainer.run.workloads.pictures import Pictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.jobs.fakes import FakeLender
@@ -332,7 +332,7 @@ def test_a_merge_that_fails_leaves_the_finished_lora(settings, tmp_path, monkeyp
     def fail(*_, **__):
         raise UserError("the disk is full.")
 
-    monkeypatch.setattr(pictures, "merge", fail)
+    monkeypatch.setattr(image_model, "merge", fail)
     listener = Listener()
     result = run(settings, listener, merge_into_base=str(tmp_path / "merged.safetensors"))
     assert result.status == "finished" and result.lora.exists() and result.merged is None

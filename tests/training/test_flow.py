@@ -64,7 +64,7 @@ def objective(tmp_path, **settings) -> FlowObjective:
 def test_the_path_and_its_target(tmp_path):
     flow = objective(tmp_path)
     x0, noise, sigma = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 0.25, 1.0])
-    noisy = flow._add_noise(x0, noise, sigma)
+    noisy = flow.add_noise(x0, noise, sigma)
     assert torch.equal(noisy[0], x0[0]) and torch.equal(noisy[2], noise[2])
     velocity = flow._target(x0, noise, sigma)
     torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * velocity, x0)  # x0 = x_σ - σ·v
@@ -83,7 +83,7 @@ def test_settings_decide_on_the_levels(tmp_path):
     latents = torch.zeros(512, 16, 32, 32)
 
     def levels(**settings):
-        return objective(tmp_path, **settings)._draw_levels(latents, generator_for(1, "levels"))
+        return objective(tmp_path, **settings).draw_levels(latents, generator_for(1, "levels"))
 
     assert torch.equal(levels(), levels(sigma_sampling="flux_shift"))  # the model's own
     means = [float(levels(sigma_sampling=name, sigma_shift=6).mean()) for name in ("uniform", "flux_shift", "shift")]
@@ -91,6 +91,6 @@ def test_settings_decide_on_the_levels(tmp_path):
     few = levels(sigma_sampling="uniform", min_timestep=200, max_timestep=399)
     assert few.min() >= 0.2 and few.max() <= 0.4 and few.std() > 0.05
     ends = objective(tmp_path, min_timestep=200, max_timestep=399)
-    assert [ends._level_at(place) for place in (0.0, 1.0)] == pytest.approx([0.2, 0.4])
+    assert [ends.level_at(place) for place in (0.0, 1.0)] == pytest.approx([0.2, 0.4])
     with pytest.raises(UserError, match="sigma_sampling"):
         levels(sigma_sampling="other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class Work:
     objective: the loss of training these adapters.
     targets: finds the layers that adapters can attach to; called inside a turn.
     saver: writes the LoRAs of the run. validation: what is held out of the training, if anything is.
+    beneath: inside, what is active and frozen beside the base model; entered before adapters are built.
     """
 
     source: Source
@@ -40,6 +42,7 @@ class Work:
     targets: Callable[[], Sequence[LoraTarget]]
     saver: Callable[[Outputs, AdapterSet, TrainCallbacks], Saver]
     validation: ValidationData | None = None
+    beneath: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Workload(Protocol):

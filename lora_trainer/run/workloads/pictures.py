@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.adapters.inject import AdapterSet
-from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.dataset.buckets import BatchPlan
@@ -20,27 +19,23 @@ from lora_trainer.dataset.folder import UncaptionedError, scan
 from lora_trainer.dataset.held_out import Split, hold_out
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.unnamed import unnamed
-from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, LoraTarget, ModelInfo
-from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
 from lora_trainer.run.captioning import caption_for_training, training_captioner
-from lora_trainer.run.outputs import Outputs
-from lora_trainer.run.saving import LoraSaver, run_facts
+from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work, digest
+from lora_trainer.run.workloads.image_model import OfImageModel
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.objectives.of_pictures import picture_objective
 from lora_trainer.training.objectives.pictures import PictureObjective
 from lora_trainer.training.precision import Precision
-from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.ranks import ALONE, Ranks
-from lora_trainer.training.source import Turn
 from lora_trainer.training.validation import ValidationData
 
 
-class Pictures:
+class Pictures(OfImageModel):
     """The ``Workload`` of pictures. ``open`` makes it."""
 
     def __init__(
@@ -53,22 +48,9 @@ class Pictures:
         split: Split | None,
         on_warning: Callable[[str], None],
     ):
-        self._config, self._lender, self._info, self._dataset, self._plan = config, lender, info, dataset, plan
+        super().__init__(config, lender, info, plan.resolution)
+        self._dataset, self._plan = dataset, plan
         self._split, self._on_warning = split, on_warning
-
-    @staticmethod
-    def file_lender(config: TrainConfig, precision: Precision) -> FileLender:
-        """The lender of ``base_model`` as a file."""
-        return FileLender(
-            config.base_model,
-            device=precision.device,
-            weight_dtype=precision.weight_dtype,
-            vae=config.vae,
-            v_prediction=config.v_prediction,
-            zero_terminal_snr=config.zero_terminal_snr,
-            clip_skip=config.clip_skip,
-            text_encoders=config.text_encoders,
-        )
 
     @staticmethod
     def look(config: TrainConfig, captioners: Sources | None = None) -> None:
@@ -118,24 +100,11 @@ class Pictures:
         return cls(config, lender, info, dataset, plan, split, callbacks.on_warning)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
-        samples = [
-            (one.key, one.digest, one.caption, one.repeats, one.mask_path and sha256_file(one.mask_path))
-            for one in self._dataset.samples
-        ]
-        info = model.info
-        base = [info.family, info.prediction_type, model.network_key, model.vae_key, model.text_key]
-        return {
-            "pictures": digest(samples),
-            "pixels_version": PIXELS_VERSION,
-            "base_model": digest(base),
-            "noise_schedule": digest(model.schedule.key),
-        }
+        return {**super().run_key(model), **samples_key(self._dataset)}
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         config, plan = self._config, self._plan
-        folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
-        on_warning = self._on_warning if ranks.leads else ranks.say
-        cache = TensorCache(folder, on_warning, Path(config.train_data_dir).resolve())
+        cache = cache_of(config, self._on_warning if ranks.leads else ranks.say)
         source = BatchSource(
             config, model, self._dataset, plan, cache, precision, keep_model_parts, self._lender.make_room, ranks
         )
@@ -149,12 +118,9 @@ class Pictures:
                 model.hold("unet", "text_encoders")
             return model.lora_targets()
 
-        def saver(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> LoraSaver:
-            return LoraSaver(config, outputs, adapters, facts, callbacks, self._lender.model_hash)
-
         split = self._split
         validation = None if split is None else self._validation(split, model, cache, precision)
-        return Work(source, objective, targets, saver, validation)
+        return Work(source, objective, targets, self.saver(facts), validation)
 
     def _validation(self, split: Split, model: LentModel, cache: TensorCache, precision: Precision) -> ValidationData:
         """Sources that show each picture once, alone, and without anything that chance decides."""
@@ -191,33 +157,17 @@ class Pictures:
             untriggered=source(replace(split.held_out, samples=bare), replace(config, trigger_word="")),
         )
 
-    def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:
-        return ModelPreviewer(model, turn, self._plan.resolution)
 
-    def outputs(self, config: TrainConfig, digest: str) -> Outputs:
-        return Outputs.of(config, digest)
+def samples_key(dataset: Dataset) -> dict[str, Any]:
+    """Facts about the pictures that determine the result, by name."""
+    samples = [
+        (one.key, one.digest, one.caption, one.repeats, one.mask_path and sha256_file(one.mask_path))
+        for one in dataset.samples
+    ]
+    return {"pictures": digest(samples), "pixels_version": PIXELS_VERSION}
 
-    def merger(self, model: LentModel, outputs: Outputs) -> Callable[[], Path] | None:
-        config, base = self._config, model.info.path
-        if not config.merge_into_base:
-            return None
-        output = Path(config.merge_into_base)
-        if base is None:
-            raise UserError(
-                "The base model is no file that could be merged into.",
-                field="merge_into_base",
-                remedy="Leave it empty, and merge the finished LoRA elsewhere.",
-            )
-        with concerning("merge_into_base"):
-            check_paths(base, outputs.lora, output, config.overwrite)
 
-        def merged() -> Path:
-            targets = model.lora_targets()
-            return merge(base, outputs.lora, 1.0, output, targets=targets, overwrite=config.overwrite).path
-
-        return merged
-
-    def usage(self, lora: Path) -> tuple[str, ...]:
-        word = self._config.trigger_word
-        prompt = f"<lora:{lora.stem}:0.8>" + (f" {word}" if word else "")
-        return (f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}",)
+def cache_of(config: TrainConfig, on_warning: Callable[[str], None]) -> TensorCache:
+    """Where a run on pictures keeps what it encodes."""
+    folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
+    return TensorCache(folder, on_warning, Path(config.train_data_dir).resolve())

@@ -42,7 +42,10 @@ class Objective(Protocol):
 
     def inputs(self, drawn: Any) -> Any:
         """What ``loss`` reads of ``drawn``: a dataclass with tensors on the device. A field with anything else, other
-        than None, says that ``loss`` also does something on the CPU that no CUDA graph can repeat."""
+        than None, says that ``loss`` also does something on the CPU that no CUDA graph can repeat.
+
+        A field ``strength`` with a number is what the adapters are multiplied with while the loss and its gradients are
+        computed; 1 where there is none."""
         ...
 
     def loss(self, inputs: Any) -> Tensor:

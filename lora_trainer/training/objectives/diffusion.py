@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ def smooth_l1(difference: Tensor, c: Tensor) -> Tensor:
 LOSSES = {"huber": huber, "smooth_l1": smooth_l1}
 
 
+def trained_schedule(config: TrainConfig, schedule: NoiseSchedule, ends_in_noise: bool) -> NoiseSchedule:
+    """The schedule, which ends in pure noise where the settings, or else ``ends_in_noise``, say so."""
+    if not (ends_in_noise if config.zero_terminal_snr is None else config.zero_terminal_snr):
+        return schedule
+    # Does not change a schedule that ends at 0 already.
+    return replace(schedule, alphas_cumprod=rescale_zero_terminal_snr(schedule.alphas_cumprod))
+
+
 class DiffusionObjective(PictureObjective):
     """See ``PictureObjective``. Its tables live on the model's device, (T,) fp32 each."""
 
@@ -80,12 +89,7 @@ class DiffusionObjective(PictureObjective):
         assert isinstance(schedule, NoiseSchedule), "flow models have an objective of their own"
         self.prediction_type = schedule.prediction_type
         # Before any table is made: every one of them depends on it.
-        alphas_cumprod = schedule.alphas_cumprod
-        zero_terminal_snr = config.zero_terminal_snr
-        if zero_terminal_snr is None:
-            zero_terminal_snr = model.info.zero_terminal_snr
-        if zero_terminal_snr:  # does not change a schedule that ends at 0 already
-            alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
+        alphas_cumprod = trained_schedule(config, schedule, model.info.zero_terminal_snr).alphas_cumprod
         if config.debiased_estimation and self.prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
             raise UserError(
                 "the last noise level would get an infinite weight under zero terminal SNR.",
@@ -99,10 +103,10 @@ class DiffusionObjective(PictureObjective):
         self._weight = self._timestep_weights().float().to(device)
         self._huber_c = huber_threshold(self.alphas_cumprod, config.huber_c).float().to(device)
 
-    def _draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(self.min_timestep, self.max_timestep + 1, (len(latents),), generator=generator)
 
-    def _level_at(self, place: float) -> int:
+    def level_at(self, place: float) -> int:
         return round(self.min_timestep + place * (self.max_timestep - self.min_timestep))
 
     def _level_weights(self, timesteps: Tensor) -> Tensor:
@@ -137,7 +141,7 @@ class DiffusionObjective(PictureObjective):
     def _ends_in_noise(self) -> bool:
         return bool(self.alphas_cumprod[-1] == 0)
 
-    def _add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, (B, C, h, w)."""
         return self._signal[timesteps].view(-1, 1, 1, 1) * latents + self._noise[timesteps].view(-1, 1, 1, 1) * noise
 

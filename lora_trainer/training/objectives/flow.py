@@ -65,15 +65,15 @@ class FlowObjective(PictureObjective):
         self.sampling = schedule.sampling if config.sigma_sampling == "auto" else config.sigma_sampling
         self._lowest, self._highest = self.min_timestep / TIMESTEPS, (self.max_timestep + 1) / TIMESTEPS
 
-    def _draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         tokens = latents.shape[-2] * latents.shape[-1] / _PATCH
         sigmas = draw_sigmas(self.sampling, self.config.sigma_shift, len(latents), tokens, generator)
         return self._lowest + (self._highest - self._lowest) * sigmas
 
-    def _level_at(self, place: float) -> float:
+    def level_at(self, place: float) -> float:
         return self._lowest + (self._highest - self._lowest) * place
 
-    def _add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         sigmas = timesteps.view(-1, 1, 1, 1)
         return (1 - sigmas) * latents + sigmas * noise
 

@@ -82,7 +82,7 @@ class PictureInputs:
 
     captions: those of the batch and which of them are meant, where the loss encodes them; else None.
     preserved: (B,) bool, the pictures whose target is the base's prediction, and base_pred: (B, C, h, w) fp32, which
-    holds it for them; None in runs that preserve nothing.
+    holds it for them; None in runs that preserve nothing. strength: see ``Objective.inputs``.
     """
 
     latents: Tensor
@@ -96,6 +96,7 @@ class PictureInputs:
     captions: tuple[Sequence[str], slice] | None
     preserved: Tensor | None = None
     base_pred: Tensor | None = None
+    strength: float | None = None
 
 
 class PictureObjective(ABC):
@@ -127,15 +128,15 @@ class PictureObjective(ABC):
     # What the kinds differ in -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_levels(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """The noise level of each picture, (B,) on the CPU."""
 
     @abstractmethod
-    def _level_at(self, place: float) -> float:
+    def level_at(self, place: float) -> float:
         """The noise level at ``place``, from 0 (min_timestep) to 1 (max_timestep)."""
 
     @abstractmethod
-    def _add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model sees, (B, C, h, w)."""
 
     @abstractmethod
@@ -161,7 +162,7 @@ class PictureObjective(ABC):
         sampling = self.config.latent_sampling == "sample"
         latents = self.model.sample_latents(micro_batch.moments, generator if sampling else None)
         noise = self._draw_noise(latents.shape, generator)
-        timesteps = self._draw_levels(latents, generator)
+        timesteps = self.draw_levels(latents, generator)
         perturbed = self._perturb(noise, generator)
         return PictureDraws(micro_batch, latents, noise, perturbed, timesteps, range(len(micro_batch)))
 
@@ -172,7 +173,7 @@ class PictureObjective(ABC):
         """
         latents = self.model.sample_latents(micro_batch.moments, None)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.full((len(micro_batch),), self._level_at(place))
+        timesteps = torch.full((len(micro_batch),), self.level_at(place))
         return PictureDraws(micro_batch, latents, noise, noise, timesteps, range(len(micro_batch)))
 
     def inputs(self, drawn: PictureDraws) -> PictureInputs:
@@ -189,8 +190,9 @@ class PictureObjective(ABC):
             with torch.no_grad():
                 conditioning = self.encode(drawn.batch.captions, rows)
         inputs = PictureInputs(
-            latents, noise, perturbed, timesteps, conditioning, batch.time_ids, batch.weights, batch.mask, captions
-        )
+            latents, noise, perturbed, timesteps, conditioning, batch.time_ids, batch.weights, batch.mask, captions,
+            strength=batch.strength,
+        )  # fmt: skip
         if drawn.batch.preserved is None:
             return inputs
         chosen = drawn.batch.preserved[rows].nonzero().flatten()
@@ -224,7 +226,7 @@ class PictureObjective(ABC):
 
     def predict(self, inputs: PictureInputs) -> Tensor:
         """What the model predicts, (B, C, h, w) fp32."""
-        noisy_latents = self._add_noise(inputs.latents, inputs.perturbed, inputs.timesteps)
+        noisy_latents = self.add_noise(inputs.latents, inputs.perturbed, inputs.timesteps)
         conditioning = inputs.conditioning if inputs.captions is None else self.encode(*inputs.captions)
         assert conditioning is not None, "inputs have the captions or their encoding"
         return self.model.predict(noisy_latents, inputs.timesteps, conditioning, inputs.time_ids)

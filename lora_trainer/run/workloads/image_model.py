@@ -1,0 +1,106 @@
+"""What all runs on an image model have in common, whatever they learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.adapters.merge import check_paths, merge
+from lora_trainer.adapters.metadata import RunFacts
+from lora_trainer.config import TrainConfig
+from lora_trainer.errors import UserError, concerning
+from lora_trainer.models.base import Lender, LentModel, ModelInfo
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.run.outputs import Outputs
+from lora_trainer.run.saving import LoraSaver
+from lora_trainer.run.workloads.base import digest
+from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.precision import Precision
+from lora_trainer.training.preview import ModelPreviewer
+from lora_trainer.training.ranks import Ranks
+from lora_trainer.training.source import Turn
+
+Saver = Callable[[Outputs, AdapterSet, TrainCallbacks], LoraSaver]
+
+
+class OfImageModel:
+    """A part of a ``Workload``. size: of the pictures, (width, height) in pixels."""
+
+    def __init__(self, config: TrainConfig, lender: Lender, info: ModelInfo, size: tuple[int, int]):
+        self._config, self._lender, self._info, self._size = config, lender, info, size
+
+    @staticmethod
+    def file_lender(config: TrainConfig, precision: Precision) -> FileLender:
+        """The lender of ``base_model`` as a file."""
+        return FileLender(
+            config.base_model,
+            device=precision.device,
+            weight_dtype=precision.weight_dtype,
+            vae=config.vae,
+            v_prediction=config.v_prediction,
+            zero_terminal_snr=config.zero_terminal_snr,
+            clip_skip=config.clip_skip,
+            text_encoders=config.text_encoders,
+        )
+
+    def run_key(self, model: LentModel) -> dict[str, Any]:
+        info = model.info
+        base = [info.family, info.prediction_type, model.network_key, model.vae_key, model.text_key]
+        return {"base_model": digest(base), "noise_schedule": digest(model.schedule.key)}
+
+    def saver(self, facts: RunFacts) -> Saver:
+        def made(outputs: Outputs, adapters: AdapterSet, callbacks: TrainCallbacks) -> LoraSaver:
+            return LoraSaver(self._config, outputs, adapters, facts, callbacks, self._lender.model_hash)
+
+        return made
+
+    def previewer(self, model: LentModel, turn: Turn, precision: Precision) -> ModelPreviewer:
+        return ModelPreviewer(model, turn, self._size)
+
+    def outputs(self, config: TrainConfig, digest: str) -> Outputs:
+        return Outputs.of(config, digest)
+
+    def merger(self, model: LentModel, outputs: Outputs) -> Callable[[], Path] | None:
+        config, base = self._config, model.info.path
+        if not config.merge_into_base:
+            return None
+        output = Path(config.merge_into_base)
+        if base is None:
+            raise UserError(
+                "The base model is no file that could be merged into.",
+                field="merge_into_base",
+                remedy="Leave it empty, and merge the finished LoRA elsewhere.",
+            )
+        with concerning("merge_into_base"):
+            check_paths(base, outputs.lora, output, config.overwrite)
+
+        def merged() -> Path:
+            targets = model.lora_targets()
+            return merge(base, outputs.lora, 1.0, output, targets=targets, overwrite=config.overwrite).path
+
+        return merged
+
+    def usage(self, lora: Path) -> tuple[str, ...]:
+        word = self._config.trigger_word
+        prompt = f"<lora:{lora.stem}:0.8>" + (f" {word}" if word else "")
+        return (f"Copy the LoRA into models/Lora of your WebUI and prompt with {prompt}",)
+
+
+def refuse_text_encoders(config: TrainConfig) -> None:
+    """Raises UserError where the text encoders are to learn, which no change is taught to."""
+    if config.text_encoders_learn:
+        raise UserError(
+            "A change is learned by the UNet alone.",
+            field="train_text_encoder",
+            remedy="Leave it off, and text_encoder_lr empty.",
+        )
+
+
+def refuse_several(ranks: Ranks) -> None:
+    """Raises UserError where several processes are to train together, which a change is not learned by."""
+    if ranks.size > 1:
+        raise UserError(
+            f"A change is learned by one process, and these are {ranks.size}.", field="task", remedy="Start one alone."
+        )

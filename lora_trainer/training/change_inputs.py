@@ -1,0 +1,234 @@
+"""What the steps are fed with that learn a change: prompts, pairs of pictures, or pictures of two opposites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lora_trainer.config.schema import TrainConfig
+from lora_trainer.models.base import Conditioning, LentModel
+from lora_trainer.models.families import get_family
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.inputs import Batch, BatchSource
+from lora_trainer.training.objectives.change import PairBatch, WordBatch
+from lora_trainer.training.precision import Precision
+from lora_trainer.training.source import Turn
+
+WORD_STEPS = 300
+"""Steps of a run on words whose settings do not say how many."""
+
+Lesson = tuple[str, tuple[tuple[float, str], ...]]
+"""The student's prompt, and the terms of its target: weights and prompts."""
+
+
+def lessons(config: TrainConfig) -> tuple[Lesson, Lesson | None]:
+    """What is taught at weight 1, and at -1 if the settings want both ways."""
+    original, target, guidance = config.original_prompt, config.target_prompt, config.guidance
+
+    def slid(strength: float) -> Lesson:
+        more = (strength, config.positive_prompt), (-strength, config.negative_prompt)
+        return original, ((1.0, target or original), *more)
+
+    there: Lesson = (original, ((1.0, target),))
+    back: Lesson = (target, ((1.0, original),))
+    if config.positive_prompt or config.negative_prompt:
+        there, back = slid(guidance), slid(-guidance)
+    return there, back if config.both_ways else None
+
+
+class WordSource:
+    """The ``Source`` of runs on words. A step is one lesson, and one of protected prompts if there are some.
+
+    size: of the pictures, (width, height) in pixels.
+    """
+
+    sample, size_setting = "prompt", "resolution"
+    blame = "The model is damaged: choose another base_model"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LentModel,
+        size: tuple[int, int],
+        precision: Precision,
+        keep_model_parts: bool = False,
+    ):
+        self._config, self._model, self._precision = config, model, precision
+        self._family = get_family(model.info.family)
+        self._size, self._keep_model_parts = size, keep_model_parts
+        self._lessons = lessons(config)
+        self._encoded: dict[str, Conditioning] = {}
+        self.total_steps = self.steps_per_epoch = config.max_train_steps or WORD_STEPS
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that a step may need."""
+        found = ["", *self._config.protected_prompts]
+        for lesson in self._lessons:
+            if lesson is not None:
+                found += [lesson[0], *(prompt for _, prompt in lesson[1])]
+        return list(dict.fromkeys(found))
+
+    def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        self._encode(turn, callbacks)
+        if not self._keep_model_parts:
+            self._model.release("vae", "text_encoders")
+        return not commands.stopping
+
+    def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        return not commands.stopping
+
+    def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> WordBatch | None:
+        self._encode(turn, TrainCallbacks())
+        return None if commands.stopping else self.micro_batches(0, number)[0]
+
+    def micro_batches(self, epoch: int, position: int, share: slice = slice(None)) -> list[WordBatch]:
+        config, step = self._config, epoch * self.steps_per_epoch + position
+        there, back = self._lessons
+        forth = back is None or step % 2 == 0
+        student, terms = there if forth or back is None else back
+        strength, batches = 1.0 if forth else -1.0, []
+        for micro_step in range(config.gradient_accumulation_steps):
+            batches.append(self._batch([student] * config.batch_size, terms, strength))
+            if protected := config.protected_prompts:
+                first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
+                chosen = [protected[(first + row) % len(protected)] for row in range(config.batch_size)]
+                batches.append(self._batch(chosen, None, strength))
+        return batches[share]
+
+    def _batch(
+        self, students: Sequence[str], terms: Sequence[tuple[float, str]] | None, strength: float
+    ) -> WordBatch:
+        """terms: None for prompts that are to be answered as the base does."""
+        count, (width, height), empty = len(students), self._size, self._encoded[""]
+
+        def collated(prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
+            """Filled up to the longest of both."""
+            items = [self._encoded[prompt] for prompt in (*prompts, *beside)]
+            return self._family.collate(items, empty)[: len(prompts)]
+
+        latent_format, student = self._family.latents, collated(students)
+        across, down = latent_format.size(width, height)
+        same = [(1.0, student)]
+        return WordBatch(
+            (latent_format.channels, down, across),
+            student,
+            tuple(same if terms is None else [(weight, collated([prompt] * count)) for weight, prompt in terms]),
+            self._family.time_ids([(height, width, 0, 0, height, width)] * count),
+            strength,
+            collated([""] * count, students),
+        )
+
+    def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
+        """Prompts as this run reads them."""
+        config = self._config
+        return self._model.encode_prompts(captions, config.max_token_length, config.weighted_captions, rows)
+
+    def _encode(self, turn: Turn, callbacks: TrainCallbacks) -> None:
+        missing = [prompt for prompt in self.prompts if prompt not in self._encoded]
+        if not missing:
+            return
+        callbacks.on_phase("captions", 0, len(missing))
+        with turn(), torch.no_grad():
+            for prompt in missing:  # one by one: each as long as it is
+                encoded = self.encode_prompts([prompt])
+                self._encoded[prompt] = encoded.to("cpu", self._precision.compute_dtype)
+        callbacks.on_phase("captions", len(missing), len(missing))
+
+
+class _Sources:
+    """Two sources of pictures that are read side by side."""
+
+    sample, size_setting, blame = BatchSource.sample, BatchSource.size_setting, BatchSource.blame
+
+    def __init__(self, first: BatchSource, second: BatchSource):
+        self._both = first, second
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._both[0].steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self._both[0].total_steps
+
+    def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
+        return self._both[0].encode_prompts(captions, rows)
+
+    def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        """The first one keeps what encodes until the second has used it."""
+        first, second = self._both
+        kept, first.keep_model_parts = first.keep_model_parts, True
+        try:
+            return first.prepare(turn, callbacks, commands) and second.prepare(turn, callbacks, commands)
+        finally:
+            first.keep_model_parts = kept
+
+    def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        return all(one.prepare_epoch(epoch, turn, callbacks, commands) for one in self._both)
+
+
+class PairSource(_Sources):
+    """The ``Source`` of runs on pairs: even steps teach the way forth, odd ones the way back.
+
+    before, after: sources whose samples are in the same order, of the same sizes and keys, so that their plans agree.
+    """
+
+    def __init__(self, config: TrainConfig, before: BatchSource, after: BatchSource):
+        super().__init__(before, after)
+        # The LoRA is saved with an alpha that is higher by ``strength``, and trained as if it were not.
+        self._weight = config.pair_weight / config.strength
+
+    def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> PairBatch | None:
+        before, after = (one.trial_batch(number, turn, commands) for one in self._both)
+        return None if before is None or after is None else self._pair(before, after, number)
+
+    def micro_batches(self, epoch: int, position: int, share: slice = slice(None)) -> list[PairBatch]:
+        step = epoch * self.steps_per_epoch + position
+        both = (one.micro_batches(epoch, position, share) for one in self._both)
+        return [self._pair(before, after, step) for before, after in zip(*both)]
+
+    def _pair(self, before: Batch, after: Batch, step: int) -> PairBatch:
+        forth = step % 2 == 0
+        return PairBatch(before, after, forth, self._weight if forth else -self._weight)
+
+
+class SliderSource(_Sources):
+    """The ``Source`` of sliders from pictures: each step learns from a batch of the one kind at weight 1 and from one
+    of its opposite at weight -1. The kind with fewer pictures is gone through anew."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(one.steps_per_epoch for one in self._both)
+
+    @property
+    def total_steps(self) -> int:
+        config = self._both[0].config
+        return config.max_train_steps or config.epochs * self.steps_per_epoch
+
+    def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
+        for one in self._both:
+            first, last = (self._place(one, epoch, position)[0] for position in (0, self.steps_per_epoch - 1))
+            for round_ in range(first, last + 1):
+                if not one.prepare_epoch(round_, turn, callbacks, commands):
+                    return False
+        return True
+
+    def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> Batch | None:
+        """The largest batch of each kind."""
+        if number >= len(self._both):
+            return None
+        batch = self._both[number].trial_batch(0, turn, commands)
+        return batch and replace(batch, strength=(1.0, -1.0)[number])
+
+    def micro_batches(self, epoch: int, position: int, share: slice = slice(None)) -> list[Batch]:
+        batches = []
+        for one, strength in zip(self._both, (1.0, -1.0)):
+            found = one.micro_batches(*self._place(one, epoch, position))
+            batches += [replace(batch, strength=strength) for batch in found]
+        return batches[share]
+
+    def _place(self, one: BatchSource, epoch: int, position: int) -> tuple[int, int]:
+        return divmod(epoch * self.steps_per_epoch + position, one.steps_per_epoch)

@@ -1,0 +1,150 @@
+"""Runs that learn a change on a tiny model: from words, from a pair in both ways, from opposites."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_trainer.config import from_mapping
+from lora_trainer.errors import UserError
+from lora_trainer.run import file_lender, train
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+
+KINDS = {
+    "words": {"task": "words", "original_prompt": "a circle", "target_prompt": "a square", "both_ways": True,
+              "protected_prompts": ["a ring"], "batch_size": 2, "denoised_steps": 3},
+    "pair": {"task": "pair", "pair_mask": True, "saved_strength": 2.0},
+    "copier": {"task": "pair", "pair_method": "copier", "copy_steps": 3},
+    "slider": {"task": "slider"},
+}  # fmt: skip
+
+
+class Listener(TrainCallbacks):
+    def __init__(self):
+        self.steps, self.warnings = [], []
+
+    def on_step(self, report):
+        self.steps.append(report)
+
+    def on_warning(self, text):
+        self.warnings.append(text)
+
+
+class Stopper(Listener):
+    def __init__(self, step):
+        super().__init__()
+        self.commands, self._last = TrainCommands(), step
+
+    def on_step(self, report):
+        super().on_step(report)
+        if report.step == self._last:
+            self.commands.stop_and_save()
+
+
+def write_pictures(folder, names, tint=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(tint)
+    for name in names:
+        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_base):
+    pairs = write_pictures(tmp_path / "pairs", ["a.png", "a_after.png", "b.png", "b_after.png"])
+    opposite = write_pictures(tmp_path / "opposite", ["c.png"], tint=1)
+    for folder in (pairs, opposite):
+        (folder / "a.txt").write_text("a disc")
+
+    def of(kind, **changes):
+        common = {
+            "base_model": str(tiny_base), "output_dir": str(tmp_path / kind), "output_name": "it", "resolution": 64,
+            "bucket_step": 32, "lora_rank": 2, "alpha": 1, "max_train_steps": 4, "learning_rate": 1e-2,
+            "target_modules": ["to_q"], "save_precision": "fp32", "tensorboard": False, "train_data_dir": str(pairs),
+        }  # fmt: skip
+        if kind == "slider":
+            common |= {"opposite_dir": str(opposite), "default_caption": "a disc"}
+        if kind == "words":
+            del common["train_data_dir"], common["bucket_step"]
+        return {**common, **KINDS[kind], **changes}
+
+    return of
+
+
+def run(settings, listener=None, commands=None):
+    config = from_mapping(settings)
+    return train(config, file_lender(config), callbacks=listener or Listener(), commands=commands)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [one if one in ("words", "copier") else pytest.param(one, marks=pytest.mark.slow) for one in KINDS],
+)
+def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_bytes(settings, tmp_path, kind):
+    whole = run(settings(kind))
+    assert whole.status == "finished" and whole.lora.name == "it.safetensors"
+    wanted = load_file(str(whole.lora))
+    assert any(tensor.abs().max() > 0 for name, tensor in wanted.items() if "lora_up" in name)
+    places = (2, 5) if kind == "copier" else (2,)  # in either pass
+    changes = {"output_dir": str(tmp_path / "again")}
+    for place in places:
+        stopping = Stopper(place)
+        stopped = run(settings(kind, **changes), stopping, stopping.commands)
+        assert stopped.status == "stopped" and len(stopping.steps) < whole.total_steps + 3
+        assert (stopped.lora is None) == (kind == "copier" and place == 2), "the first LoRA is no result"
+    listener = Listener()
+    resumed = run(settings(kind, **changes), listener)
+    assert listener.steps[0].step > places[-1] and resumed.status == "finished"
+    assert listener.warnings == [text for text in listener.warnings if "finished before" not in text]
+    found = load_file(str(resumed.lora))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_a_run_leaves(settings, tmp_path):
+    """The LoRA as every other: kohya's layout and diffusers', with the alpha that it is saved with."""
+    listener = Listener()
+    result = run(settings("pair", max_train_steps=1, preview_prompts=["a disc --s 1"]), listener)
+    assert result.diffusers is not None and list((tmp_path / "pair" / "previews").iterdir())
+    with safe_open(str(result.lora), "pt") as file:
+        metadata = file.metadata()
+        alphas = {file.get_tensor(name).item() for name in file.keys() if name.endswith("alpha")}  # noqa: SIM118
+    assert alphas == {2.0} and metadata["ss_network_alpha"] == "2.0" and metadata["ss_num_train_images"] == "2"
+    assert not listener.warnings
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "field"),
+    [
+        ("words", {"target_prompt": "a circle"}, "original_prompt"),
+        ("words", {"positive_prompt": "old", "negative_prompt": "old"}, "positive_prompt"),
+        ("words", {"train_text_encoder": True}, "train_text_encoder"),
+        ("pair", {"pair_suffix": "_then"}, "train_data_dir"),
+        ("slider", {"opposite_dir": None}, "opposite_dir"),
+        ("copier", {"copied_lora": "nothing.safetensors"}, "copied_lora"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_with_its_setting(settings, kind, changes, field):
+    with pytest.raises(UserError) as caught:
+        run(settings(kind, **changes))
+    assert caught.value.field == field
+
+
+def test_pictures_of_a_pair_must_be_alike_and_others_are_left_out(settings, tmp_path):
+    listener = Listener()
+    write_pictures(tmp_path / "pairs", ["alone.png"])
+    run(settings("pair", max_train_steps=1, flip=True), listener)
+    assert listener.warnings == ["1 pictures belong to no pair and are left out: alone.png."]
+    Image.new("RGB", (96, 64)).save(tmp_path / "pairs" / "a_after.png")
+    with pytest.raises(UserError, match=r"a\.png and a_after\.png have different sizes: 64×64 and 96×64"):
+        run(settings("pair"))
+
+
+def test_settings_of_other_tasks_are_said_to_have_no_effect(settings):
+    listener = Listener()
+    run(settings("words", max_train_steps=1, flip=True, pair_suffix="_b", min_snr_gamma=3.0), listener)
+    assert {text.partition(":")[0] for text in listener.warnings} == {"flip", "pair_suffix", "min_snr_gamma"}

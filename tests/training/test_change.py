@@ -1,0 +1,216 @@
+"""The losses and targets of learning a change, against the formulas in NumPy and float64."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import TrainConfig
+from lora_trainer.models.base import Conditioning
+from lora_trainer.models.schedule import rescale_zero_terminal_snr
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.change_inputs import WordSource
+from lora_trainer.training.inputs import Batch
+from lora_trainer.training.objectives.base import generator_for
+from lora_trainer.training.objectives.change import DENOISING_CFG, PairBatch, PairObjective, WordObjective
+from lora_trainer.training.precision import Precision
+from lora_trainer.training.step import TrainingStep
+from tests.adapters.layers import randomize
+from tests.training.fakes import CONTEXT, FakeModel, Turns
+
+PRECISION = Precision(torch.device("cpu"), torch.float32, None)
+SIDE = 64
+ALPHAS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+
+
+def prepared(prediction_type="epsilon", **settings):
+    """A model with adapters that change something."""
+    model = FakeModel(prediction_type=prediction_type)
+    config = TrainConfig(**{"lora_rank": 2, "target_modules": ["attention"], "learning_rate": 1e-9, **settings})
+    adapters = AdapterSet.build(model.lora_targets(), config)
+    randomize(adapters)
+    return model, config, adapters
+
+
+def base_of(model, adapters):
+    """The bare network, in float64: predict(latents, timesteps, prompt)."""
+
+    def predict(latents, timesteps, prompt):
+        context = model.encode_prompts([prompt]).context.expand(len(latents), -1, -1)
+        with torch.no_grad(), adapters.enabled(False):
+            return model.predict(torch.tensor(latents).float(), torch.tensor(timesteps), Conditioning(context), None)
+
+    return lambda *arguments: predict(*arguments).double().numpy()
+
+
+def words(model, config, step=0):
+    source = WordSource(config, model, (SIDE, SIDE), PRECISION, keep_model_parts=True)
+    assert source.prepare(Turns(), TrainCallbacks(), TrainCommands())
+    return source.micro_batches(0, step)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("kind", ["replace", "slide"])
+def test_the_target_of_words(prediction_type, step, kind):
+    prompts = {"original_prompt": "a circle", "target_prompt": "a square"}
+    if kind == "slide":
+        prompts = {"original_prompt": "a disc", "positive_prompt": "old", "negative_prompt": "new", "guidance": 2.5}
+    model, config, adapters = prepared(
+        prediction_type, both_ways=True, batch_size=3, protected_prompts=["a ring", "a star"], min_timestep=200,
+        max_timestep=800, **prompts,
+    )  # fmt: skip
+    with adapters:
+        objective = WordObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        change, kept = words(model, config, step)
+        assert (change.strength, kept.strength) == ((1, 1) if step == 0 else (-1, -1))
+        drawn = objective.draw(change, generator_for(1, "x"))
+        noise, timesteps = drawn.noise.double().numpy(), drawn.timesteps.numpy()
+        assert noise.shape == (3, 4, 8, 8) and np.all((timesteps >= 200) & (timesteps <= 800))
+        base = base_of(model, adapters)
+        if kind == "replace":
+            student, wanted = ("a circle", "a square") if step == 0 else ("a square", "a circle")
+            target = base(noise, timesteps, wanted)
+        else:
+            student, sign = "a disc", 1 if step == 0 else -1
+            target = base(noise, timesteps, "a disc")
+            target = target + sign * 2.5 * (base(noise, timesteps, "old") - base(noise, timesteps, "new"))
+        inputs = objective.inputs(drawn)
+        assert np.abs(inputs.target.double().numpy() - target).max() < 1e-5
+        adapters.multiplier = inputs.strength
+        context = model.encode_prompts([student]).context.expand(3, -1, -1)
+        seen = model.predict(drawn.noise, drawn.timesteps, Conditioning(context), None).detach().double().numpy()
+        wanted_loss = ((seen - target) ** 2).mean((1, 2, 3)).sum()
+        assert objective.loss(inputs).item() == pytest.approx(wanted_loss, rel=1e-5)
+        # Protected prompts are answered as the base does.
+        drawn = objective.draw(kept, generator_for(1, "x"))
+        inputs = objective.inputs(drawn)
+        first = 3 * step
+        for row in range(3):
+            prompt = ["a ring", "a star"][(first + row) % 2]
+            one = base(drawn.noise[row : row + 1].numpy(), drawn.timesteps[row : row + 1].numpy(), prompt)
+            assert np.abs(inputs.target[row].double().numpy() - one[0]).max() < 1e-5
+            same = model.encode_prompts([prompt]).context
+            assert torch.allclose(inputs.conditioning.context[row], same[0])
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_latents_that_are_partly_denoised(prediction_type, zero_terminal):
+    """By DDIM with guidance on the original prompt, with the LoRA as it is (Song et al. 2021, eq. 12, σ = 0)."""
+    if prediction_type == "epsilon" and zero_terminal:
+        pytest.skip("there is no x0 in pure noise that ε would tell")
+    model, config, adapters = prepared(
+        prediction_type, original_prompt="a circle", denoised_steps=5, zero_terminal_snr=zero_terminal
+    )
+    alphas = rescale_zero_terminal_snr(model.schedule.alphas_cumprod).double().numpy() if zero_terminal else ALPHAS
+    with adapters:
+        objective = WordObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        draws = [objective.draw(words(model, config)[0], generator_for(seed)) for seed in range(30)]
+        drawn = next(one for one in draws if one.steps == 3)
+        found = objective.inputs(drawn)
+        times = [999, 799, 599, 399, 199] if zero_terminal else [801, 601, 401, 201, 1]
+        assert drawn.timesteps.tolist() == [times[3]]
+        latents = drawn.noise.double().numpy()
+        contexts = {prompt: model.encode_prompts([prompt]) for prompt in ("", "a circle")}
+        for now, after in itertools.pairwise(times[:4]):
+            with torch.no_grad():
+                free, told = (
+                    model.predict(torch.tensor(latents).float(), torch.tensor([now]), contexts[prompt], None)
+                    for prompt in ("", "a circle")
+                )
+            pred = (free + DENOISING_CFG * (told - free)).double().numpy()
+            a, sigma = np.sqrt(alphas[now]), np.sqrt(1 - alphas[now])
+            if prediction_type == "epsilon":
+                x0, noise = (latents - sigma * pred) / a, pred
+            else:
+                x0, noise = a * latents - sigma * pred, a * pred + sigma * latents
+            latents = np.sqrt(alphas[after]) * x0 + np.sqrt(1 - alphas[after]) * noise
+        assert np.abs(found.noisy_latents.double().numpy() - latents).max() < 1e-4
+        assert np.abs(found.target.double().numpy() - base_of(model, adapters)(latents, [times[3]], "")).max() < 1e-4
+
+
+def pair_of_batches(count=2):
+    generator = torch.Generator().manual_seed(3)
+
+    def batch():
+        moments = torch.randn(count, 8, 8, 8, generator=generator)
+        return Batch(moments, ("a disc",) * count, Conditioning(torch.randn(count, 77, CONTEXT, generator=generator)),
+                     None, None, torch.ones(count))  # fmt: skip
+
+    before, after = batch(), batch()
+    after.moments[:, :, 4:] = before.moments[:, :, 4:]  # the lower half is the same
+    return before, after
+
+
+def around(places):
+    """These and their neighbours."""
+    padded = np.pad(places, 1)
+    return sum(padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)) > 0
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("forth", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_target_of_a_pair(forth, masked, zero_terminal):
+    model, config, adapters = prepared("v_prediction", pair_mask=masked, zero_terminal_snr=zero_terminal)
+    before, after = pair_of_batches()
+    strength = 0.25 if forth else -0.25
+    alphas = rescale_zero_terminal_snr(model.schedule.alphas_cumprod).double().numpy() if zero_terminal else ALPHAS
+    with adapters:
+        objective = PairObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        drawn = objective.draw(PairBatch(before, after, forth, strength), generator_for(5))
+        inputs = objective.inputs(drawn)
+        first, second = (batch.moments[:, :4].double().numpy() * 0.18215 for batch in (before, after))
+        a = alphas[drawn.timesteps.numpy()].reshape(-1, 1, 1, 1)
+        noise = drawn.noise.double().numpy()
+        noisy = {name: np.sqrt(a) * x + np.sqrt(1 - a) * noise for name, x in (("before", first), ("after", second))}
+        student, teacher = ("after", "before") if forth else ("before", "after")
+        with torch.no_grad(), adapters.enabled(False):
+            target = model.predict(torch.tensor(noisy[teacher]).float(), drawn.timesteps, before.conditioning, None)
+        assert torch.allclose(inputs.target, target, atol=1e-5)
+        with adapters.multiplied(strength):
+            seen = model.predict(torch.tensor(noisy[student]).float(), drawn.timesteps, before.conditioning, None)
+        squares = (seen.detach() - target).double().numpy() ** 2
+        if masked:
+            distance = np.abs(second - first).mean(1)
+            mask = np.stack([around(d >= 0.1 * d.max()) for d in distance])
+            assert 0 < mask.mean() < 1
+            wanted = ((squares * mask[:, None]).sum((1, 2, 3)) / (4 * mask.sum((1, 2)))).sum()
+        else:
+            wanted = squares.mean((1, 2, 3)).sum()
+        with adapters.multiplied(inputs.strength):
+            assert objective.loss(inputs).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_strength_holds_in_the_backward_pass_and_ends_with_it():
+    """A layer that is computed anew for its gradient, as with gradient checkpointing, has the same strength again."""
+    model, config, adapters = prepared(learning_rate=1e-2)
+    seen = []
+    with adapters:
+        objective = PairObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        step = TrainingStep(config, objective, adapters, PRECISION, 10)
+        (up,) = [adapter.lora_up for target, adapter in adapters.items() if target.kohya_name.endswith("to_q")]
+        up.register_hook(lambda grad: seen.append(adapters.multiplier))
+        for strength in (0.25, -0.25):
+            assert step(0, [PairBatch(*pair_of_batches(), strength > 0, strength)]) is not None
+            assert seen.pop() == strength and adapters.multiplier == 1
+
+
+def test_what_is_saved_stronger_is_trained_alike():
+    """Twice the alpha, at half the weight."""
+    plain = TrainConfig(task="pair", lora_rank=2, alpha=1, conv_rank=2, conv_alpha=1)
+    stronger = TrainConfig(task="pair", lora_rank=2, alpha=1, conv_rank=2, conv_alpha=1, saved_strength=2.0)
+    model = FakeModel()
+    alphas = [
+        [adapter.alpha for _, adapter in AdapterSet.build(model.lora_targets(), config).items()]
+        for config in (plain, stronger)
+    ]
+    assert alphas == [[1] * 4, [2] * 4] and stronger.effective_alpha == 2
+    assert [config.pair_weight / config.strength for config in (plain, stronger)] == [0.25, 0.125]
+    assert TrainConfig(saved_strength=2.0).strength == 1, "pictures know no such thing"
