@@ -44,7 +44,7 @@ PAUSE_POLL_SECONDS = 0.5
 SLOW_DISK = 10 * 2**20
 """Bytes a second that saving is granted at least, before other processes take it for one that hangs."""
 FINISHED_BEFORE = "This run had finished before"
-"""Begins the warning of a run with nothing left to do."""
+"""Begins the warning of a run with nothing left to do, below."""
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ class Trainer:
         self.measurements = measurements_of(progress)
         if state.finished and self.step >= self.total_steps:
             self.callbacks.on_warning(
-                f"{FINISHED_BEFORE}; its LoRA is written again. For more steps raise epochs and set resume: "
+                "This run had finished before; its LoRA is written again. For more steps raise epochs and set resume: "
                 f"{self.states.path(self.step)}; set resume: never to train anew."
             )
 
