@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,12 @@ def merge(
     plan = _plan(matched, targets)
     with open_tensors(base) as handle:
         specs = {spec.name: spec for spec in specs_of(handle, base)}
+        plan = {_name_in(key, specs): parts for key, parts in plan.items()}
+        if scaled := [key for key in plan if key.removesuffix("weight") + "scale_weight" in specs]:
+            raise UserError(
+                f"{base.name} holds scaled fp8 ({scaled[0]}), which nothing is merged into.",
+                remedy="Merge into its bf16 or fp16 version.",
+            )
         absent = [part.weights.name for key, parts in plan.items() if key not in specs for part in parts]
         plan = {key: parts for key, parts in plan.items() if key in specs}
         if not plan:
@@ -82,6 +88,12 @@ def merge(
         with atomic_path(output) as temporary, open(temporary, "wb") as file:
             write_tensors(file, specs.values(), load, handle.metadata())
     return MergeResult(output, sum(map(len, plan.values())), (*unmatched, *absent), tuple(lora.left_out()))
+
+
+def _name_in(key: str, names: Container[str]) -> str:
+    """The name of a tensor in a file that holds a whole model, or its denoiser alone under bare names."""
+    bare = key.removeprefix("model.diffusion_model.")
+    return bare if key not in names and bare in names else key
 
 
 def check_paths(base: Path, lora: Path, output: Path, overwrite: bool) -> None:

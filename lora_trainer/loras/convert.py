@@ -89,8 +89,11 @@ def _write_peft(layers: Layers, output: Path, precision: str) -> None:
     factors = layers.factors()
     for target in layers.targets:
         if target.kohya_name in factors:
-            path = target.diffusers_name.partition(".")[2]
-            parts.setdefault(target.part, {})[path] = factors[target.kohya_name]
+            whole = factors[target.kohya_name]
+            names, rows = zip(*(target.split or ((target.diffusers_name, len(whole.up)),)))
+            for name, up in zip(names, whole.up.split(list(rows))):
+                part, _, path = name.partition(".")
+                parts.setdefault(part, {})[path] = Factors(whole.down, up)
     for part, modules in parts.items():
         rank = max(one.rank for one in modules.values())
         lower = {path: one.rank for path, one in modules.items() if one.rank != rank}
