@@ -36,22 +36,27 @@ var loraTrainer = window.loraTrainer || {};
             const found = text.includes(longest) && expression.exec(text);
             if (!found) continue;
             const filled = () => translated.replace(/\{(\d)\}/g, (all, index) => inner(found[Number(index) + 1]));
-            if (!found.slice(1).some((part) => /[.!?] [A-Z]|\n/.test(part))) return filled();
+            if (!found.slice(1).some((part) => ACROSS.test(part))) return filled();
             across = across || filled;
         }
-        const each = sentences.length > 1 ? sentences.map(app.said) : [placed(text)];
-        if (across && !each.every((one, index) => one !== sentences[index])) return across();
-        return each.join(text.includes("\n") ? "\n" : " ");
+        const each = sentences.length > 1 ? sentences.map(app.said) : [];
+        const joined = each.join(text.includes("\n") ? "\n" : " ");
+        if (each.length && each.every((one, index) => one !== sentences[index])) return joined;
+        return placed(text) || (across ? across() : joined || text);
     };
-    /** A sentence behind the place that it is about, such as "metadata.csv, line 3: …". */
+    /** A sentence behind the place that it is about, such as "metadata.csv, line 3: …"; empty for another text. */
     const placed = function(text) {
         const [, place, what] = /^(.*?): (.+)$/.exec(text) || [];
-        const translated = what && app.said(what);
-        return translated && translated !== what ? app.said(place) + app.t(": ") + translated : text;
+        const translated = what && !ACROSS.test(place) && app.said(what);
+        return translated && translated !== what ? app.said(place) + app.t(": ") + translated : "";
     };
     /** A part of a sentence: a reason ("it is empty"), sentences, or the name of something, which stays. Of reasons that
      * begin otherwise those of three words and more are known: no name is likely to be one. */
-    const inner = (text) => (REASON.test(text) || (/ .+ /.test(text) && known(window.localization, text)) ? app.said(text) : text);
+    const inner = function(text) {
+        const isReason = REASON.test(text) || (/ .+ /.test(text) && known(window.localization, text));
+        return isReason ? app.said(text) : text.replace(/and \d+ more$/, (rest) => app.said(rest)); // the end of a list
+    };
+    const ACROSS = /[.!?] [A-Z]|\n/;
     const REASON = /^(its?|is|an?|the|there|in|quantized) |[.!?]$|\n/;
     let saidIn = null;
     let patterns = [];
@@ -59,7 +64,8 @@ var loraTrainer = window.loraTrainer || {};
         const pieces = key.split(/\{\d\}/);
         return {
             longest: pieces.reduce((one, other) => (other.length > one.length ? other : one)),
-            expression: new RegExp("^" + pieces.map(escaped).join("([^]*?)") + "$"),
+            // Lines are numbers: "{0}, line {1}" is a place, and what comes behind it is not.
+            expression: new RegExp("^" + pieces.map(escaped).join("([^]*?)").replace(/\b([Ll]ine )\(.*?\)/g, "$1(\\d+)") + "$"),
             translated: window.localization[key],
         };
     };

@@ -190,10 +190,10 @@
         if (!told) return;
         const taken = told.taken.map((one) => `${one.theirs} → ${one.ours}: ${one.value}`).join(", ");
         const lines = [app.t("Settings of {tool}, {n} taken: {list}", {tool: told.tool, n: told.taken.length, list: taken})];
-        const unmet = told.unmet.map((one) => `${one.theirs}: ${one.value} (${one.reason})`).join(", ");
+        const unmet = told.unmet.map((one) => `${one.theirs}: ${one.value} (${app.said(one.reason)})`).join(", ");
         if (unmet) lines.push(app.t("Cannot be honored here: {list}", {list: unmet}));
         if (told.ignored.length) lines.push(app.t("Mean nothing here: {list}", {list: told.ignored.join(", ")}));
-        place.replaceChildren(...[...lines, ...told.notes].map((line) => app.el("li", {}, line)));
+        place.replaceChildren(...[...lines, ...told.notes.map(app.said)].map((line) => app.el("li", {}, line)));
     }
 
     estimate.yamlDownload = async function() {

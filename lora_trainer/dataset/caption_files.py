@@ -59,9 +59,12 @@ def read_captions(
         rows = _read_metadata(path, listing, names, found)
         other = [key for key, row in rows.items() if key in captions and captions[key].text != row.text]
         if other:
-            message = f"counts, and {len(other)} of its captions are not those of {captions[other[0]].path.name}"
-            more = "" if len(other) == 1 else " and others like it"
-            found.append(CaptionProblem(path, None, f"{message}{more}. Remove the ones that are not meant."))
+            beside = captions[other[0]].path.name + ("" if len(other) == 1 else f" and {len(other) - 1} more")
+            message = (
+                f"counts, and {len(other)} of its captions are not those of {beside}. "
+                "Remove the ones that are not meant."
+            )
+            found.append(CaptionProblem(path, None, message))
         captions.update(rows)
     if problems is not None:
         problems.extend(found)
@@ -72,7 +75,8 @@ def read_captions(
 
 def some(items: Sequence[str], separator: str = ", ") -> str:
     shown = separator.join(items[:_SHOWN])
-    return shown if len(items) <= _SHOWN else f"{shown}{separator}and {len(items) - _SHOWN} more"
+    rest = f"and {len(items) - _SHOWN} more"
+    return shown if len(items) <= _SHOWN else f"{shown}{separator}{rest}"
 
 
 def caption_files(listing: Listing, names: NameIndex, key: str, extension: str) -> list[Path]:
@@ -127,8 +131,10 @@ def _read_metadata(
     for row in rows:
         key = names.find(prefix + row.filename) or names.find(row.filename) or names.find_below(row.filename)
         if key is None or key not in listing.pictures:
-            reason = "is not in the folder" if key is None else "is no picture that can be trained on"
-            problems.append(CaptionProblem(path, row.line, f"{row.filename} {reason}; the row is left out."))
+            message = f"{row.filename} is not in the folder; the row is left out."
+            if key is not None:
+                message = f"{row.filename} is no picture that can be trained on; the row is left out."
+            problems.append(CaptionProblem(path, row.line, message))
         elif key in captions:
             message = f"names {row.filename} again; line {captions[key].line} counts."
             problems.append(CaptionProblem(path, row.line, message))
@@ -137,7 +143,9 @@ def _read_metadata(
     if rows and not captions:
         del problems[lost:]
         row = rows[0]
-        message = f"none of its {len(rows)} rows names a picture in {listing.root}. First, line {row.line}: "
-        message += f"{row.filename} is not in the folder. Give file names as they are there."
+        message = (
+            f"none of its {len(rows)} rows names a picture in {listing.root}. First, line {row.line}: "
+            f"{row.filename} is not in the folder. Give file names as they are there."
+        )
         problems.append(CaptionProblem(path, None, message, fatal=True))
     return captions

@@ -208,12 +208,12 @@ def _folder_findings(listing: Listing, problems: Sequence[CaptionProblem]) -> It
     for problem in problems:
         if problem.empty and problem.line is None:
             continue  # reported for its picture
-        place = f"Line {problem.line}: " if problem.line else ""
+        place = f"Line {problem.line}"
         yield Finding(
             _relative(listing, problem.path),
             "empty-caption" if problem.empty else "caption-file",
             "error" if problem.fatal else "warning",
-            f"{place}{problem.message}",
+            f"{place}: {problem.message}" if problem.line else problem.message,
             "Describe the picture." if problem.empty else "Correct the file; nothing in it was changed.",
         )
 
@@ -292,7 +292,9 @@ def _without_caption(
     lacking = [key for key in pictures if key not in captioned]
     if lacking and len(lacking) == len(pictures) and not empty:
         stand_in = bool(trigger_word) or any(kohya_folder(listing.root, key) for key in lacking)
-        message = "No picture has a caption" + ("; each is trained with the same words." if stand_in else ".")
+        message = "No picture has a caption."
+        if stand_in:
+            message = "No picture has a caption; each is trained with the same words."
         remedy = "Describe them, or let the caption command do it."
         yield Finding("", "no-captions", "info" if stand_in else "error", message, remedy)
         return

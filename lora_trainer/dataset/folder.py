@@ -34,6 +34,13 @@ REGULARIZATION_PREFIX = "reg:"
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _KINDS_SHOWN = 5
 _NOTES_SHOWN = 3
+_CAPTION_THEM = (
+    "Write <picture>.txt beside each, add rows to metadata.csv, name the folder 1_<class>, set trigger_word, or let "
+    "the caption command do it."
+)
+_CAPTION_THE_CLASS = (
+    "Write <picture>.txt beside each, add rows to metadata.csv, name the folder 1_<class> (such as 1_dog)."
+)
 
 
 class UncaptionedError(UserError):
@@ -217,8 +224,7 @@ def _scan_root(
             f"{len(without_caption)} of {len(listing.pictures)} pictures have no caption: "
             f"{some([str(path) for path in without_caption])}." + "".join(f"\n{note}" for note in row_notes[:3]),
             field=setting,
-            remedy="Write <picture>.txt beside each, add rows to metadata.csv, name the folder 1_<class>"
-            + (" (such as 1_dog)." if is_regularization else ", set trigger_word, or let the caption command do it."),
+            remedy=_CAPTION_THE_CLASS if is_regularization else _CAPTION_THEM,
         )
     if not samples:
         raise _nothing_found(listing, skipped, setting)

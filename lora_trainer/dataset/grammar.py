@@ -261,8 +261,11 @@ def _parse_item(text: str, warnings: list[str]) -> Item:
         position = start + width
     for span in spans:
         if (span.core or span.mood) and not any(character.isalnum() for character in span.text):
-            what = f"the emphasis {span.text!r} has no letters" if span.text.strip() else "an emphasis is empty"
-            warnings.append(rf"{text!r}: {what}. Write \* for a star that is meant as a star.")
+            warnings.append(
+                rf"{text!r}: the emphasis {span.text!r} has no letters. Write \* for a star that is meant as a star."
+                if span.text.strip()
+                else rf"{text!r}: an emphasis is empty. Write \* for a star that is meant as a star."
+            )
     return Item(tuple(spans))
 
 

@@ -34,7 +34,7 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Split:
     """
     training = [sample for sample in dataset.samples if not sample.is_regularization]
     contents = sorted({sample.digest for sample in training}, key=lambda digest: _mark(seed, digest))
-    out, measured = map(set, first_shares(contents, share, "different pictures", "pictures"))
+    out, measured = map(set, first_shares(contents, share, "pictures"))
     kept = tuple(one for one in dataset.samples if one.is_regularization or one.digest not in out)
     return Split(
         trained=replace(dataset, samples=kept),
@@ -43,20 +43,21 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Split:
     )
 
 
-def first_shares(marks: Sequence[str], share: float, what: str, more: str) -> tuple[Sequence[str], Sequence[str]]:
+def first_shares(marks: Sequence[str], share: float, what: str) -> tuple[Sequence[str], Sequence[str]]:
     """The first marks, which are held out, and as many after them, which are measured as trained ones.
 
-    what: the things that the marks stand for, and more: what to add of, in messages.
+    what: "pictures" or "rows", which the marks stand for.
 
     Raises:
         UserError: there are too few.
     """
     if len(marks) < 2 * FEWEST:
-        raise UserError(
-            f"{len(marks)} {what} are too few to hold some of them out.",
-            field="validation_share",
-            remedy=f"Add {more}, at least {2 * FEWEST} in all, or set validation_share: 0.",
-        )
+        message = f"{len(marks)} different pictures are too few to hold some of them out."
+        remedy = f"Add pictures, at least {2 * FEWEST} in all, or set validation_share: 0."
+        if what == "rows":
+            message = f"{len(marks)} rows with different prompts are too few to hold some of them out."
+            remedy = f"Add rows, at least {2 * FEWEST} in all, or set validation_share: 0."
+        raise UserError(message, field="validation_share", remedy=remedy)
     count = min(max(FEWEST, round(share * len(marks))), len(marks) // 2)
     return marks[:count], marks[count : 2 * count]
 

@@ -218,8 +218,10 @@ def _open(path: Path, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
         if data[4:12] in (b"ftypavif", b"ftypavis"):
-            remedy = "install pillow 11.3 or pillow-avif-plugin"
-            message = f"{path.name} is an AVIF picture, which this Pillow cannot read; {remedy}."
+            message = (
+                f"{path.name} is an AVIF picture, which this Pillow cannot read; "
+                "install pillow 11.3 or pillow-avif-plugin."
+            )
         elif data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"):
             message = f"{path.name} is a HEIC picture, which cannot be read; convert it to PNG or JPEG."
         else:

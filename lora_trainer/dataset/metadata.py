@@ -92,11 +92,11 @@ def read_rows(path: Path, problems: list[CaptionProblem]) -> list[Row]:
 
 
 def path_problem(filename: str) -> str | None:
-    """Why a row must not name its picture so, or None: only paths inside the data folder are followed."""
+    """Why a row must not name its picture {0} so, or None: only paths inside the data folder are followed."""
     if filename.startswith(("/", "\\", "~")) or _DRIVE.match(filename):
-        return "is an absolute path; pictures are named relative to the data folder"
+        return "{0} is an absolute path; pictures are named relative to the data folder; the row is left out."
     if ".." in filename.replace("\\", "/").split("/"):
-        return "leads out of the folder with '..'"
+        return "{0} leads out of the folder with '..'; the row is left out."
     return None
 
 
@@ -104,20 +104,20 @@ def _usable(path: Path, rows: Iterator[Row], problems: list[CaptionProblem]) -> 
     for row in rows:
         shown = ascii(row.filename)[1:-1] if not row.filename.isprintable() else row.filename
         if not row.filename:
-            problem = "names no picture"
+            problem = "names no picture; the row is left out."
         elif has_half_characters(row.filename) or "\0" in row.filename:
-            problem = f"{shown} is no file name"
+            problem = f"{shown} is no file name; the row is left out."
         elif reason := path_problem(row.filename):
-            problem = f"{shown} {reason}"
+            problem = reason.format(shown)
         elif not row.caption:
-            problem = f"{shown} has no caption"
+            problem = f"{shown} has no caption; the row is left out."
         elif has_half_characters(row.caption) or "\0" in row.caption:
-            problem = f"the caption of {shown} is not valid Unicode text"
+            problem = f"the caption of {shown} is not valid Unicode text; the row is left out."
         else:
             yield row
             continue
         empty = bool(row.filename) and not row.caption
-        problems.append(CaptionProblem(path, row.line, f"{problem}; the row is left out.", empty=empty))
+        problems.append(CaptionProblem(path, row.line, problem, empty=empty))
 
 
 def _csv_rows(path: Path, text: str, problems: list[CaptionProblem]) -> Iterator[Row]:

@@ -36,21 +36,21 @@ def with_notes(dataset: Dataset, config: TrainConfig) -> Dataset:
 def notes(dataset: Dataset, config: TrainConfig) -> Iterator[Note]:
     """What ``with_notes`` adds, one by one."""
     training = [sample for sample in dataset.samples if not sample.is_regularization]
-    pictures = f"{len(training)} pictures"
+    pictures = len(training)
     yield from _caption_notes(dataset, config, training, pictures)
     masked = [sample for sample in training if sample.mask_path is not None]
     if masked and not config.use_masks:
-        message = f"{len(masked)} of {pictures} have a mask, and use_masks is off: the masks are not used."
+        message = f"{len(masked)} of {pictures} pictures have a mask, and use_masks is off: the masks are not used."
         yield Note(message, samples=masked)
     if config.use_masks and not masked and not any(_may_be_transparent(sample) for sample in training):
-        yield Note(f"use_masks has no effect: none of {pictures} has a mask or transparency.")
+        yield Note(f"use_masks has no effect: none of {pictures} pictures has a mask or transparency.")
     named = [sample for sample in training if kohya_folder(dataset.root, sample.key)]
     if config.repeats != 1 and len(named) == len(training):
-        yield Note(f"repeats: {config.repeats} has no effect: the folders of all {pictures} say their own.")
+        yield Note(f"repeats: {config.repeats} has no effect: the folders of all {pictures} pictures say their own.")
 
 
 def _caption_notes(
-    dataset: Dataset, config: TrainConfig, training: Sequence[Sample], pictures: str
+    dataset: Dataset, config: TrainConfig, training: Sequence[Sample], pictures: int
 ) -> Iterator[Note]:
     if literal := [sample for sample in training if has_trigger(sample.caption)]:
         message = f"{len(literal)} captions hold [trigger], and trigger_word is empty: {_some(literal)}."
@@ -62,16 +62,18 @@ def _caption_notes(
         )
         yield Note(message, "With wildcards: true one of them is taken each time the picture is seen.", choices)
     if config.wildcards and not choices:
-        yield Note(f"wildcards has no effect: no caption of {pictures} has several lines or {{a|b}}.")
+        yield Note(f"wildcards has no effect: no caption of {pictures} pictures has several lines or {{a|b}}.")
     if config.shuffle_tags and not any(len(parse(sample.caption).items) > 1 for sample in training):
-        yield Note(f"shuffle_tags has no effect: no caption of {pictures} has more than one part.")
+        yield Note(f"shuffle_tags has no effect: no caption of {pictures} pictures has more than one part.")
     if config.default_caption.strip() and all(sample.caption_from != "default_caption" for sample in training):
-        yield Note(f"default_caption has no effect: each of {pictures} has a caption without it.")
+        yield Note(f"default_caption has no effect: each of {pictures} pictures has a caption without it.")
     ending = config.caption_extension
     if ending != TrainConfig().caption_extension and not any(
         sample.caption_from.casefold().endswith(ending.casefold()) for sample in dataset.samples
     ):
-        yield Note(f"caption_extension: {ending} has no effect: no caption of {pictures} comes from such a file.")
+        yield Note(
+            f"caption_extension: {ending} has no effect: no caption of {pictures} pictures comes from such a file."
+        )
 
 
 def _some(samples: Sequence[Sample]) -> str:

@@ -307,9 +307,11 @@ class WebuiLender(Lender):
         self._select(self.checkpoint.title)
 
     def _could_not_load(self, error: Exception | None = None) -> UserError:
-        reason = f": {error}" if error is not None else "."
+        message = f"The WebUI could not load {self.checkpoint.title}."
+        if error is not None:
+            message = f"The WebUI could not load {self.checkpoint.title}: {error}"
         return UserError(
-            f"The WebUI could not load {self.checkpoint.title}{reason}", field="base_model",
+            message, field="base_model",
             remedy="Choose another base model, or look into the WebUI's console.",
         )  # fmt: skip
 

@@ -194,8 +194,8 @@ def _publish(
         facts = publish(host, job, config, lora, job.name, picture, overwrite=overwrite, on_phase=reporter.on_phase)
         facts |= {"published_step": step, "chosen_step": step}
     except UserError as error:
-        remedy = f"{error.remedy or ''} The LoRA is safe in the job; publish it from there.".strip()
-        reporter.warn(Problem(error.message, error.field, remedy))
+        safe = "The LoRA is safe in the job; publish it from there."
+        reporter.warn(Problem(error.message, error.field, f"{error.remedy} {safe}" if error.remedy else safe))
         return {}
     except Exception as error:  # the host's code; the job itself is done
         log.exception("Publishing failed")

@@ -14,6 +14,7 @@ FOLDER = Path(lora_trainer.__file__).resolve().parents[1] / "localizations"
 
 # As in javascript/lora_trainer.js.
 _BETWEEN_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+_ACROSS = re.compile(r"[.!?] [A-Z]|\n")
 _REASON = re.compile(r"^(its?|is|an?|the|there|in|quantized) |[.!?]\Z|\n")
 
 
@@ -42,26 +43,31 @@ class Words:
             if found := pattern.fullmatch(text):
                 filled = re.sub(r"\{(\d)\}", lambda place, found=found: self._part(found[int(place[1]) + 1]),
                                 self._table[template])  # fmt: skip
-                if not any(_BETWEEN_SENTENCES.search(part) or "\n" in part for part in found.groups()):
+                if not any(_ACROSS.search(part) for part in found.groups()):
                     return filled
                 across = across or filled
-        each = [self.said(one) for one in sentences] if len(sentences) > 1 else [self._placed(text)]
-        if across and any(one == before for one, before in zip(each, sentences)):
-            return across
-        return ("\n" if "\n" in text else " ").join(each)
+        each = [self.said(one) for one in sentences] if len(sentences) > 1 else []
+        joined = ("\n" if "\n" in text else " ").join(each)
+        if each and all(one != before for one, before in zip(each, sentences)):
+            return joined
+        return self._placed(text) or across or joined or text
 
     def _placed(self, text: str) -> str:
-        """A sentence behind the place that it is about, such as "metadata.csv, line 3: …"."""
+        """A sentence behind the place that it is about, such as "metadata.csv, line 3: …"; empty for another text."""
         place, _, what = text.partition(": ")
+        if "\n" in text or _ACROSS.search(place):
+            return ""
         translated = self.said(what) if what else what
-        return f"{self.said(place)}{self(': ')}{translated}" if translated != what else text
+        return f"{self.said(place)}{self(': ')}{translated}" if translated != what else ""
 
     def _part(self, text: str) -> str:
         """Of a sentence: a reason, another sentence, or the name of something, which stays.
 
         Of reasons that begin otherwise those of three words and more are known: no name is likely to be one.
         """
-        return self.said(text) if _REASON.search(text) or (text.count(" ") > 1 and text in self._table) else text
+        if _REASON.search(text) or (text.count(" ") > 1 and text in self._table):
+            return self.said(text)
+        return re.sub(r"and \d+ more\Z", lambda rest: self.said(rest[0]), text)  # the end of a list
 
 
 def languages() -> list[str]:
@@ -92,5 +98,7 @@ def _patterns(name: str) -> list[tuple[str, re.Pattern[str]]]:
     found = []
     for text in templates:
         pieces = [re.escape(piece) for piece in re.split(r"\{\d\}", text)]
-        found.append((text, re.compile("(.*?)".join(pieces), re.DOTALL)))
+        # Lines are numbers: "{0}, line {1}" is a place, and what comes behind it is not.
+        expression = re.sub(r"\b([Ll]ine\\ )\(.*?\)", r"\1(\\d+)", "(.*?)".join(pieces))
+        found.append((text, re.compile(expression, re.DOTALL)))
     return found

@@ -161,7 +161,7 @@ class DatasetLibrary:
         if target.exists() and not (new.casefold() == name.casefold() and target.samefile(path)):
             raise UserError(f"There is a dataset {new} already.", field="name", remedy="Choose another name.")
         (path / _MARK).touch()
-        _move(path, target, f"{name} could not be renamed")
+        _move(path, target, "{0} could not be renamed: {1}.", name)
         rename_user(self._cache, path.resolve(), target.resolve())
         return target
 
@@ -176,7 +176,7 @@ class DatasetLibrary:
         edits = load_edits(path)
         for file, picture in list_folder(path).pictures.items():
             self.thumbnails.forget(picture, edits.get(file, UNTOUCHED))
-        _move(path, self.root / f"{_DELETED}{secrets.token_hex(6)}", f"{name} could not be deleted")
+        _move(path, self.root / f"{_DELETED}{secrets.token_hex(6)}", "{0} could not be deleted: {1}.", name)
         forget(self._cache, path.resolve())
 
     def purge(self) -> None:
@@ -329,11 +329,11 @@ def _files(folder: str) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def _move(source: Path, target: Path, failed: str) -> None:
+def _move(source: Path, target: Path, failed: str, name: str) -> None:
     try:
         os.rename(source, target)
     except OSError as error:
-        message = f"{failed}: {error.strerror}."
+        message = failed.format(name, error.strerror)
         raise UserError(message, field="dataset", remedy="Close what uses it and try again.") from error
 
 

@@ -34,7 +34,7 @@ def hold_out_rows(rows: Sequence[EncodedRow], share: float, seed: int) -> RowSpl
         prompt = [token for token, learned in zip(row.tokens, row.learned) if not learned]
         by_prompt.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest(), []).append(row)
     marks = sorted(by_prompt)
-    out, measured = first_shares(marks, share, "rows with different prompts", "rows")
+    out, measured = first_shares(marks, share, "rows")
     held = set(out)
     return RowSplit(
         trained=tuple(row for mark, alike in by_prompt.items() if mark not in held for row in alike),

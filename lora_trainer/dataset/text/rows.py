@@ -70,9 +70,9 @@ def text_files(path: Path) -> list[Path]:
         return [path]
     found = sorted(one for one in path.glob("*") if one.suffix.lower() in ENDINGS) if path.is_dir() else []
     if not found:
-        what = f"{path.name} holds no .jsonl or .json file" if path.is_dir() else f"There is no {path}"
+        message = f"{path.name} holds no .jsonl or .json file." if path.is_dir() else f"There is no {path}."
         remedy = 'Give a file with lines such as {"prompt": "…", "response": "…"}.'
-        raise UserError(f"{what}.", field="train_data_dir", remedy=remedy)
+        raise UserError(message, field="train_data_dir", remedy=remedy)
     return found
 
 

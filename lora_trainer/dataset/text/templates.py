@@ -134,9 +134,8 @@ def choose_template(wanted: str, tokenizer: Any, usual: str) -> tuple[str, Templ
     own = getattr(tokenizer, "chat_template", None) or getattr(tokenizer, "init_kwargs", {}).get("chat_template")
     usable = bool(own) and hasattr(tokenizer, "apply_chat_template")
     if wanted == "own" and not usable:
-        reason = "needs transformers 4.34" if own else "is not there"
         raise UserError(
-            f"The model's own template {reason}.",
+            "The model's own template needs transformers 4.34." if own else "The model has no template of its own.",
             field="chat_template",
             remedy=f"Choose one of {', '.join(TEMPLATES)}.",
         )

@@ -94,7 +94,7 @@ def family_of(config: Mapping[str, Any], source: str, trust_remote_code: bool) -
     family = LANGUAGE_FAMILIES.get(name)
     if family is None:
         raise UserError(
-            f"{source} is a {name or 'language'} model, which cannot be trained here.",
+            f"{source} is a language model of the kind {name!r}, which cannot be trained here.",
             field="base_model",
             remedy=f"Choose one of {', '.join(one.title for one in _TABLE)}.",
         )
