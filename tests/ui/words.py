@@ -69,7 +69,8 @@ def words_of_the_server() -> set[str]:
     """Every text of the package, with {0}, {1} for what it names: what a person may be told is among them."""
     said: set[str] = set()
     for path in (ROOT / "lora_trainer").rglob("*.py"):
-        said.update(text for node in ast.walk(_tree(path)) for text in _templates(node))
+        texts = (node for node in ast.walk(_tree(path)) if isinstance(node, (ast.Constant, ast.JoinedStr)))
+        said.update(text for node in texts for text in _templates(node))
     return said
 
 
@@ -77,7 +78,7 @@ def words_of_the_server() -> set[str]:
 def sentences_of_file(path: Path) -> frozenset[str]:
     """What a file may say to a person: texts that begin as a sentence or with a name, and end as a sentence.
 
-    Left out are docstrings, the help of the command line and what goes into the log.
+    Left out are docstrings and what goes into the log.
     """
     tree, elsewhere = _tree(path), set()
     for node in ast.walk(tree):
@@ -85,10 +86,11 @@ def sentences_of_file(path: Path) -> frozenset[str]:
             elsewhere.add(node.value)
         if isinstance(node, ast.JoinedStr):
             elsewhere |= {part for value in node.values for part in ast.walk(value)}
-        if isinstance(node, ast.Call) and getattr(getattr(node.func, "value", None), "id", "") in ("log", "re"):
+        called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        if called and (getattr(called.value, "id", "") in ("log", "re") or called.attr == "give_up"):  # logs the reason
             elsewhere |= set(ast.walk(node))
-    texts = {text for node in ast.walk(tree) if node not in elsewhere for text in _templates(node)
-             if isinstance(node, (ast.Constant, ast.JoinedStr))}  # fmt: skip
+    texts = {text for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr))
+             and node not in elsewhere for text in _templates(node)}  # fmt: skip
     return frozenset(text for text in texts if re.fullmatch(_SENTENCE, text, re.DOTALL)) | problems_of_file(path)
 
 
