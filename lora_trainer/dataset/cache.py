@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import string
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 PIXELS_VERSION = 1
 """Raised whenever ``images.load_pixels`` gives other pixels for the same picture."""
 
+_Stamp = tuple[int, int]  # size in bytes, time of the last change in nanoseconds
+_FRESH = 2 * 10**9
+"""Nanoseconds in which a file may change twice without its time telling: a younger one is read."""
+_DIGITS = frozenset(string.hexdigits)
 _SUFFIX = ".cache"  # not .safetensors: a WebUI that scans the folder must not take it for a model
 _log = logging.getLogger(__name__)
 
@@ -43,9 +49,10 @@ class TensorCache:
         self, directory: Path, on_warning: Callable[[str], None] = _log.warning, user: Path | None = None
     ):
         self.directory = Path(directory)
+        self._root = str(self.directory)
         self._on_warning = on_warning
         self._list = None if user is None else _list_of(self.directory, user)
-        self._listed = set() if self._list is None else _keys(self._list)
+        self._listed = {} if self._list is None else _entries(self._list)
         self._unwritten: dict[str, dict[str, Tensor]] = {}
         self._writable = True
 
@@ -54,25 +61,46 @@ class TensorCache:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a key (on the CPU), or None if there is no intact file of it."""
-        import safetensors.torch
-
         if key in self._unwritten:
             return dict(self._unwritten[key])
+        tensors = self._intact(key)
+        if (tensors is None) == (self._listed.get(key) is not None):  # it is listed as what it is not
+            self._note(key, None if tensors is None else self._stamp(key))
+        return tensors
+
+    def _intact(self, key: str) -> dict[str, Tensor] | None:
+        import safetensors.torch
+
         try:
             data = self.path(key).read_bytes()
             header, payload = _split(data)
             if header.pop("__metadata__", None) != {"sha256": _checksum(key, header, payload)}:
                 return None
-            tensors = safetensors.torch.load(data)
+            return safetensors.torch.load(data)
         # Whatever is wrong with the file, its content can be made again.
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
             return None
-        self._note(key)
-        return tensors
 
     def __contains__(self, key: str) -> bool:
-        """Whether ``get`` would answer: a damaged file is not contained."""
-        return self.get(key) is not None
+        """Whether ``get`` would answer: a damaged file is not contained.
+
+        A file that has the size and the time that it had when it was last written, or read as a whole, is not read
+        again. Damage that changes neither is found by ``get``, after which the file does not count any more.
+        """
+        if key in self._unwritten:
+            return True
+        known = self._listed.get(key)
+        if known is None:
+            return self.get(key) is not None
+        stamp = self._stamp(key)
+        if stamp is None:
+            return False
+        if stamp == known and time.time_ns() - stamp[1] > _FRESH:
+            return True
+        found = self.get(key) is not None
+        if found and stamp != known:
+            self._note(key, stamp)
+        return found
 
     contains = __contains__
 
@@ -87,29 +115,38 @@ class TensorCache:
             header["__metadata__"] = {"sha256": _checksum(key, header, payload)}
             try:
                 atomic_write(self.path(key), _join(header, payload))
-                self._note(key)
+                self._note(key, self._stamp(key))
                 return
             except UserError as error:
                 self._writable = False
                 self._on_warning(f"The cache is kept in memory from now on: {error}")
         self._unwritten[key] = copies
 
-    def _note(self, key: str) -> None:
-        if self._list is None or key in self._listed:
+    def _stamp(self, key: str) -> _Stamp | None:
+        """Of a key's file as it is now; None where there is none."""
+        try:
+            found = os.stat(f"{self._root}/{key[:2]}/{key}{_SUFFIX}")
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
+
+    def _note(self, key: str, stamp: _Stamp | None) -> None:
+        """List a key with the stamp of its intact file, or as one whose file is not known to be intact."""
+        if self._list is None:
             return
-        self._listed.add(key)
+        self._listed[key] = stamp
         with suppress(OSError):  # of a full disk: what is not listed stays
             self._list.parent.mkdir(parents=True, exist_ok=True)
             with self._list.open("a", encoding="ascii") as file:
-                file.write(f"{key}\n")
+                file.write(f"{key}\n" if stamp is None else f"{key} {stamp[0]} {stamp[1]}\n")
 
 
 def forget(directory: Path, user: Path) -> None:
     """Delete what the pictures of a folder alone have used."""
     own = _list_of(directory, user)
-    others = set().union(*(_keys(one) for one in own.parent.glob("*.keys") if one != own))
+    others = set().union(*(_entries(one) for one in own.parent.glob("*.keys") if one != own))
     cache = TensorCache(directory)
-    for key in _keys(own) - others:
+    for key in _entries(own).keys() - others:
         with suppress(OSError):
             cache.path(key).unlink()
     own.unlink(missing_ok=True)
@@ -126,12 +163,19 @@ def _list_of(directory: Path, user: Path) -> Path:
     return Path(directory) / "users" / f"{mark[:32]}.keys"
 
 
-def _keys(listed: Path) -> set[str]:
+def _entries(listed: Path) -> dict[str, _Stamp | None]:
+    """The keys of a list, each with what its last line says of it."""
     try:
         lines = listed.read_text("ascii").split("\n")
     except (OSError, ValueError):
-        return set()
-    return {line for line in lines if len(line) == 64 and set(line) <= set(string.hexdigits)}
+        return {}
+    entries: dict[str, _Stamp | None] = {}
+    for line in lines:
+        key, *numbers = line.split(" ")
+        if len(key) == 64 and set(key) <= _DIGITS:
+            whole = len(numbers) == 2 and all(number.isdigit() for number in numbers)
+            entries[key] = (int(numbers[0]), int(numbers[1])) if whole else None
+    return entries
 
 
 def cache_key(**parts: Any) -> str:

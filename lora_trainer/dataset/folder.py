@@ -178,7 +178,7 @@ def _scan_root(
 
     edits = load_edits(root)
     skipped = list(listing.skipped)
-    excluded = [key for key in listing.pictures if edits.get(key, UNTOUCHED).excluded]
+    excluded = {key: True for key in listing.pictures if edits.get(key, UNTOUCHED).excluded}  # in their order
     skipped += [Skipped(listing.pictures[key], "it is excluded in the editor") for key in excluded]
     listing = dataclasses.replace(
         listing, pictures={key: path for key, path in listing.pictures.items() if key not in excluded}

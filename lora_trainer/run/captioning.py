@@ -99,7 +99,8 @@ def caption_folder(
         if (job.keys is None or key in job.keys) and not edits.get(key, UNTOUCHED).excluded
     ]  # fmt: skip
     todo = [key for key in wanted if job.mode != "keep" or not current.text(key)]
-    kept = {key: current.text(key) for key in wanted if key not in todo}
+    left = set(todo)
+    kept = {key: current.text(key) for key in wanted if key not in left}
     name = choose(job.captioner, sources) if todo else job.captioner
     skipped: list[tuple[str, str]] = []
 

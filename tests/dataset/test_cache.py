@@ -188,3 +188,25 @@ def test_everything_that_changes_an_encoded_caption_changes_its_key():
     ]
     assert len(set(keys)) == len(keys)
     assert json.dumps(keys)
+
+
+def test_what_is_known_to_be_there_is_not_read_again_and_damage_is_found_when_it_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    TensorCache(tmp_path, user=folder).put(KEY, tensors())
+    path = TensorCache(tmp_path).path(KEY)
+    old = path.stat().st_mtime_ns - 10**10
+    os.utime(path, ns=(old, old))
+    assert KEY in TensorCache(tmp_path, user=folder), "its time has changed: it is read, and noted as it is now"
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    cache = TensorCache(tmp_path, user=folder)
+    assert KEY in cache and not read
+    data = bytearray(read_bytes(path))
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(old, old))  # as a disk damages a file
+    assert KEY in cache and cache.get(KEY) is None
+    assert KEY not in cache and KEY not in TensorCache(tmp_path, user=folder), "it is made again"
+    path.unlink()
+    assert KEY not in cache
