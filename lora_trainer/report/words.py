@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +42,7 @@ class Words:
         across = None  # where a name would hold the end of a sentence: more likely these are several sentences
         for template, pattern in _patterns(self._name):
             if found := pattern.fullmatch(text):
-                filled = re.sub(r"\{(\d)\}", lambda place, found=found: self._part(found[int(place[1]) + 1]),
-                                self._table[template])  # fmt: skip
+                filled = self._filled(self._table[template], found.groups())
                 if not any(_ACROSS.search(part) for part in found.groups()):
                     return filled
                 across = across or filled
@@ -51,6 +51,9 @@ class Words:
         if each and all(one != before for one, before in zip(each, sentences)):
             return joined
         return self._placed(text) or across or joined or text
+
+    def _filled(self, translated: str, parts: Sequence[str]) -> str:
+        return re.sub(r"\{(\d)\}", lambda place: self._part(parts[int(place[1])]), translated)
 
     def _placed(self, text: str) -> str:
         """A sentence behind the place that it is about, such as "metadata.csv, line 3: …"; empty for another text."""
