@@ -19,6 +19,9 @@ from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras
 from lora_trainer.training.preview import CFG
 
+DISTILLED_CFG = 3.5
+"""Guidance of a model that reads it, where a prompt does not say."""
+
 _TEST_STEPS = 4
 
 
@@ -48,7 +51,7 @@ def draw(webui: Any, loras: HostLoras, request: PreviewRequest) -> Image.Image:
             width=request.width - request.width % webui.processing.opt_f,
             height=request.height - request.height % webui.processing.opt_f,
             steps=request.steps,
-            cfg_scale=CFG if request.cfg_scale is None else request.cfg_scale,
+            **_guidance(webui.shared.sd_model, request.cfg_scale),
             sampler_name="Euler",
             scheduler="Automatic",
             do_not_save_samples=True,
@@ -87,6 +90,13 @@ def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
     if np.array_equal(np.asarray(without), np.asarray(with_lora)):
         return "The LoRA changes nothing in a test picture; it may have been trained too briefly."
     return None
+
+
+def _guidance(sd_model: Any, scale: float | None) -> dict[str, float]:
+    """The arguments that guide a picture. scale: None for the usual strength."""
+    if not getattr(sd_model, "use_distilled_cfg_scale", False):
+        return {"cfg_scale": CFG if scale is None else scale}
+    return {"cfg_scale": 1.0, "distilled_cfg_scale": DISTILLED_CFG if scale is None else scale}
 
 
 @contextmanager

@@ -23,19 +23,21 @@ from lora_trainer.host.snapshot import WeightSnapshot
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.families import get_family
+from lora_trainer.models.families.flux.model import FluxModel
 from lora_trainer.models.families.unet.folder import add_vae_file
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.models.tensors import Tensors
-from lora_trainer.models.tokenizer import Tokenizer
 from lora_trainer.storage import main_dtype
 from lora_trainer.training.precision import resolve
 
 log = logging.getLogger(__name__)
 
 PARTS = frozenset({"unet", "vae", "text_encoders"})
+PartedLentModel = DiffusionModel | FluxModel
 
 
 class LoadedModel(Protocol):
@@ -53,7 +55,7 @@ class LoadedModel(Protocol):
         """What shapes do not tell."""
         ...
 
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Any: ...
 
     def alphas_cumprod(self) -> Tensor:
         """The noise schedule that the model was trained with, whatever generations made of it."""
@@ -68,12 +70,14 @@ class WebuiLender(Lender):
 
     _choices: tuple[str, ...] = ()
     """The WebUI's options that decide on the form in which the model is there."""
+    _adds_modules = False
+    """Whether the WebUI adds text encoders and VAE to files that have none."""
 
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         self._webui, self._turns, self._options = webui, turns, options
         self.checkpoint = checkpoint
         self._host: Any = None
-        self._model: DiffusionModel | None = None
+        self._model: PartedLentModel | None = None
 
     # Lender -------------------------------------------------------------------------------------------------------
 
@@ -85,11 +89,12 @@ class WebuiLender(Lender):
             return self._info(host, host.architecture(host.tensors(PARTS), host.hints()))
         path = Path(self.checkpoint.filename)
         file = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
-                          zero_terminal_snr=self._options.zero_terminal_snr)  # fmt: skip
+                          zero_terminal_snr=self._options.zero_terminal_snr,
+                          complete=not self._adds_modules)  # fmt: skip
         return file.describe()
 
     @contextmanager
-    def borrow(self) -> Iterator[DiffusionModel]:
+    def borrow(self) -> Iterator[PartedLentModel]:
         with self._turns.hold() if self._options.hold else nullcontext():
             try:
                 with self._turns.take():
@@ -138,7 +143,7 @@ class WebuiLender(Lender):
         return indexed(self._webui.devices.device)
 
     @property
-    def _lent(self) -> DiffusionModel:
+    def _lent(self) -> PartedLentModel:
         """The model, which is there from the beginning of ``borrow`` to its end."""
         assert self._model is not None
         return self._model
@@ -169,7 +174,7 @@ class WebuiLender(Lender):
         """``_host``'s weights are where the turn needs them, and free of merged LoRAs."""
 
     @abstractmethod
-    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel: ...
+    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor | None) -> PartedLentModel: ...
 
     @abstractmethod
     def _bind(self, tensors: dict[str, Tensor]) -> None:
@@ -222,7 +227,7 @@ class WebuiLender(Lender):
             self._own_vae = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE)}
         info = self._info(self._host, self._host.architecture(tensors, hints))
         schedule = self._host.alphas_cumprod()
-        if info.zero_terminal_snr:
+        if info.zero_terminal_snr and schedule is not None:
             schedule = rescale_zero_terminal_snr(schedule.float().cpu())
         self._model = self._assemble(tensors, info, schedule)
         self._snapshot = WeightSnapshot(self._tensors())
@@ -233,8 +238,11 @@ class WebuiLender(Lender):
 
     def _info(self, host: LoadedModel, architecture: Any) -> ModelInfo:
         hints, options = host.hints(), self._options
+        family = get_family(architecture.family)
         prediction = hints.prediction_type or "epsilon"
-        if options.v_prediction is not None:
+        if "v_prediction" in family.unused:
+            prediction = family.prediction_type({}, architecture)
+        elif options.v_prediction is not None:
             prediction = "v_prediction" if options.v_prediction else "epsilon"
         zero = bool(hints.zero_terminal_snr) if options.zero_terminal_snr is None else options.zero_terminal_snr
         path = Path(self.checkpoint.filename)

@@ -26,7 +26,7 @@ class FileLender(Lender):
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
-        whose checkpoints lack them.
+        whose checkpoints lack them. complete: False for one that is only described, and that somebody else completes.
     v_prediction, zero_terminal_snr: override what the file says.
     tokenizer_dirs: folders to look for CLIP's vocabulary in, before the usual places.
     """
@@ -43,13 +43,14 @@ class FileLender(Lender):
         compute_dtype: torch.dtype | None = None,
         clip_skip: int = 1,
         text_encoders: Sequence[Path | str] = (),
+        complete: bool = True,
     ):
         self.path = Path(path)
         self.device = torch.device(device)
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
-        self._vae = vae
+        self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)
         self._v_prediction = v_prediction
         self._zero_terminal_snr = zero_terminal_snr
@@ -112,7 +113,8 @@ class FileLender(Lender):
 
     def _open(self) -> tuple[Tensors, ModelInfo]:
         tensors, architecture, hints = self._read()
-        get_family(architecture.family).check_complete(architecture, self.path.name)
+        if self._complete:
+            get_family(architecture.family).check_complete(architecture, self.path.name)
         if self._described is None:
             self._described = self._info(tensors, architecture, hints)
         return tensors, self._described

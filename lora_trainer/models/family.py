@@ -79,6 +79,7 @@ class Family(ABC):
     roomy_bytes: free memory from which on presets suggest batches of several pictures; tight_bytes: below it they
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
+    quantized: a WebUI may keep the weights in fp8 or GGUF: the model computes with them as they are.
     unused: settings that change nothing with this family, each with the reason.
     usual: what the models that people use are made of, without a VAE: it names the layers of a LoRA whose base is not
     at hand. None where there is no such model.
@@ -93,6 +94,7 @@ class Family(ABC):
     roomy_bytes: int = 8 << 30
     tight_bytes: int = 4 << 30
     assume_roomy: bool = True
+    quantized: bool = False
     presets: Mapping[str, Mapping[str, Any]] = {}
     unused: Mapping[str, str] = {}
     usual: ModelArchitecture | None = None

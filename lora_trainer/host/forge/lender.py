@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from lora_trainer.devices import indexed
 from lora_trainer.host.forge.loras import holds_loras
 from lora_trainer.host.forge.memory import Residence
 from lora_trainer.host.forge.model import LOW_BITS, ForgeModel, patchers, refuse_storage, refuse_unsuitable
-from lora_trainer.host.lending import PARTS, WebuiLender
+from lora_trainer.host.lending import PARTS, PartedLentModel, WebuiLender
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.families import get_family
+from lora_trainer.models.families.flux.model import FluxModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.other_files import USE_FP16
+from lora_trainer.storage import Scaled, pack
 
 _TRIES = 3
 _FORM = "'additional_modules'"
@@ -33,10 +36,12 @@ class ForgeLender(WebuiLender):
     """
 
     _choices = ("forge_additional_modules", "forge_unet_storage_dtype")
+    _adds_modules = True
 
     def describe(self) -> ModelInfo:
         info = super().describe()  # what the model is comes before the form in which Forge would keep it
-        refuse_storage(self._low_bits() or torch.float32, "UNet", self._remedy("unet"))
+        quantized = get_family(info.family).quantized
+        refuse_storage(self._low_bits() or torch.float32, "UNet", self._remedy("unet"), quantized)
         return info
 
     def _low_bits(self) -> Any:
@@ -66,7 +71,7 @@ class ForgeLender(WebuiLender):
     def _refuse_unsuitable(self, sd_model: Any) -> None:
         refuse_unsuitable(sd_model, self._remedy)
 
-    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
+    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor | None) -> PartedLentModel:
         device = indexed(self._webui.memory_management.get_torch_device())
         model = get_family(info.family).build(
             aliases(tensors),
@@ -78,7 +83,7 @@ class ForgeLender(WebuiLender):
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
-        assert isinstance(model, DiffusionModel), "other kinds are refused"
+        assert isinstance(model, (DiffusionModel, FluxModel)), "other kinds are refused"
         return model
 
     # Every turn ---------------------------------------------------------------------------------------------------
@@ -206,7 +211,39 @@ def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Forge's are inference tensors, and so is whatever detach, view or Parameter make of them; only a new tensor that is
     set onto their storage is none.
     """
-    return {name: alias(tensor) for name, tensor in tensors.items()}
+    found = {name: alias(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if getattr(tensor, "gguf_cls", None) is not None:
+            pack(found[name], HostGguf(tensor.gguf_cls, tuple(tensor.shape), tensor.computation_dtype))
+        elif tensor.element_size() == 1:
+            scale = found.get(f"{name.removesuffix('weight')}scale_weight")
+            if scale is not None:
+                pack(found[name], Scaled(scale.float()))
+    return found
+
+
+@dataclass(frozen=True)
+class HostGguf:
+    """See ``storage.Packing``: GGUF's blocks in the order that Forge brings them into when it loads them ("baked").
+
+    kind: Forge's class of the format. scale_dtype: of the blocks' scales.
+    """
+
+    kind: Any
+    shape: tuple[int, ...]
+    scale_dtype: torch.dtype
+
+    def shape_of(self, stored: Tensor) -> tuple[int, ...]:
+        return self.shape
+
+    def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        as_forge_has_it = SimpleNamespace(
+            data=stored, baked=True, shape=torch.Size(self.shape), computation_dtype=self.scale_dtype
+        )
+        return self.kind.dequantize_pytorch(as_forge_has_it).to(dtype)
+
+    def to(self, device: torch.device) -> HostGguf:
+        return self
 
 
 def alias(tensor: Tensor) -> Tensor:

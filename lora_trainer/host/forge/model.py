@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families.flux.tokenizer import FluxTokenizer
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import Hints, file_hints, merged
@@ -22,11 +23,15 @@ from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 _FIELD = "base_model"
 LOW_BITS = 'Set "Diffusion in Low Bits" (shown with "UI: all", at the top) to Automatic.'
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8, "gguf")
+"""What models of a ``Family.quantized`` may be kept in as well; bytes are GGUF's blocks."""
 _PREFIXES = {
     ("clip_l",): ("cond_stage_model.",),
     ("clip_h",): ("cond_stage_model.",),
     ("clip_g", "clip_l"): ("conditioner.embedders.1.", "conditioner.embedders.0."),
+    ("clip_l", "t5xxl"): ("text_encoders.clip_l.", "text_encoders.t5xxl."),
 }
+_FLUX, _FLOW = ("clip_l", "t5xxl"), "const"
 """Forge's names of the text encoders -> what their tensors' names start with in a single file."""
 
 
@@ -50,6 +55,8 @@ class ForgeModel:
 
     def hints(self) -> Hints:
         """What shapes do not tell: what the file says, and over it what Forge made of it."""
+        if is_flow(self.sd_model):
+            return Hints()  # its shapes tell everything
         path = Path(self.sd_model.sd_checkpoint_info.filename)
         header = read_header(path) if path.suffix.lower() == ".safetensors" and path.is_file() else None
         from_file = file_hints(path, header.shapes, header.metadata) if header else Hints()
@@ -62,16 +69,28 @@ class ForgeModel:
         )
         return merged(from_file, from_host)
 
-    def tokenizer(self) -> Tokenizer:
-        """A copy of Forge's: ours sets another maximal length."""
+    def tokenizer(self) -> Tokenizer | FluxTokenizer:
+        """Copies of Forge's: ours set another maximal length."""
         tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
+        if is_flow(self.sd_model):
+            file = Path(tokenizers["t5xxl"].name_or_path) / "tokenizer.json"
+            return FluxTokenizer(Tokenizer(partial(copy.copy, tokenizers["clip_l"])), file)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))
         return load_tokenizer()
 
-    def alphas_cumprod(self) -> Tensor:
-        return self.sd_model.forge_objects_original.unet.model.predictor.alphas_cumprod  # only sigmas are rewritten
+    def alphas_cumprod(self) -> Tensor | None:
+        """None for a flow model, which has none."""
+        predictor = self.sd_model.forge_objects_original.unet.model.predictor
+        return None if is_flow(self.sd_model) else predictor.alphas_cumprod  # only sigmas are rewritten
+
+
+def is_flow(sd_model: Any) -> bool:
+    """Whether it is a FLUX.1, by what Forge says of it."""
+    objects = sd_model.forge_objects_original
+    encoders = tuple(sorted(name for name, _ in objects.clip.cond_stage_model.named_children()))
+    return encoders == _FLUX and getattr(objects.unet.model.predictor, "prediction_type", None) == _FLOW
 
 
 def patchers(sd_model: Any) -> dict[str, Any]:
@@ -90,7 +109,8 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
     if encoders == ("clip_g",):
         raise UserError(f"{name} is the SDXL refiner.", field=_FIELD, remedy="Choose the SDXL base model.")
     prediction = getattr(objects.unet.model.predictor, "prediction_type", None)
-    if encoders not in _PREFIXES or prediction not in ("epsilon", "v_prediction"):
+    flow = is_flow(sd_model)
+    if encoders not in _PREFIXES or (prediction not in ("epsilon", "v_prediction") and not flow):
         path = Path(sd_model.sd_checkpoint_info.filename)
         if path.suffix.lower() in (".safetensors", ".gguf"):
             FileLender(path).architecture()  # which says what it is
@@ -103,17 +123,18 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
             field=_FIELD,
             remedy="Choose the model that it was made from.",
         )
-    refuse_storage(objects.unet.model.storage_dtype, "UNet", remedy("unet"))
+    refuse_storage(objects.unet.model.storage_dtype, "UNet", remedy("unet"), flow)
     for weight in objects.clip.cond_stage_model.parameters():
-        refuse_storage(weight.dtype, "text encoder", remedy("clip"))
+        refuse_storage(weight.dtype, "text encoder", remedy("clip"), flow)
 
 
-def refuse_storage(dtype: Any, what: str, remedy: str) -> None:
+def refuse_storage(dtype: Any, what: str, remedy: str, quantized: bool = False) -> None:
     """Raises UserError when weights are kept in a format too coarse to train on.
 
     dtype: a torch.dtype, or Forge's name of a format that torch does not have ("nf4", "fp4", "gguf").
+    quantized: see ``Family.quantized``.
     """
-    if dtype in _FLOATS:
+    if dtype in _FLOATS or (quantized and dtype in _QUANTIZED):
         return
     raise UserError(
         f"Forge keeps the {what} in {str(dtype).removeprefix('torch.')}, which is too coarse to train on.",

@@ -298,7 +298,7 @@ def test_the_family_is_told_before_the_format(forge, fake_forge, tmp_path):
     with pytest.raises(UserError) as error:
         forge.lender("flux-nf4", OPTIONS).describe()
     assert error.value.message.startswith("flux-nf4.safetensors is FLUX.1, quantized (bitsandbytes nf4), which")
-    assert "Low Bits" not in error.value.remedy and "fp16" not in error.value.remedy
+    assert "Low Bits" not in error.value.remedy and "fp8" in error.value.remedy
 
 
 def test_what_is_loaded_is_called_what_its_file_is(forge, fake_forge, tmp_path):

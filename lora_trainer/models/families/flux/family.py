@@ -43,6 +43,7 @@ class FluxFamily(Family):
     latents = LatentFormat(channels=16, factor=8, multiple=16, scale=0.3611, shift=0.1159)
     as_stored = ""  # every tensor: 12 billion numbers are not converted, each layer casts its own
     lora_versions = ("flux",)
+    quantized = True
     roomy_bytes, tight_bytes, assume_roomy = 60 << 30, 10 << 30, False
     presets: Mapping[str, Mapping[str, Any]] = {
         kind: {"learning_rate": 1e-4, "lora_rank": 16, "alpha": 16, "batch_size": 1, "gradient_checkpointing": True}

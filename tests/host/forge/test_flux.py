@@ -1,0 +1,149 @@
+"""FLUX.1 as Forge keeps it: its own tensors in bf16, fp8 and GGUF, used where they lie and given back as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import from_mapping
+from lora_trainer.errors import UserError
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
+from lora_trainer.models.tokenizer import load_tokenizer
+from lora_trainer.storage import dense_weight, pack
+from tests import flux as tiny
+from tests.host.a1111.fake import Info, module_tree
+from tests.host.conftest import OPTIONS, storages
+from tests.host.forge.fake import Engine, Patcher
+from tests.models.test_gguf import quantized
+
+LATENTS, SIGMAS = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.6])
+
+
+class Q8(SimpleNamespace):
+    """Forge's class of a GGUF format; its blocks' scales are of the computation's format once they are baked."""
+
+    @staticmethod
+    def dequantize_pytorch(tensor):
+        assert tensor.baked and tensor.computation_dtype == torch.float16
+        return FORMATS["Q8_0"].decode(tensor.data.view(-1, 34)).view(tensor.shape)
+
+
+class ParameterGGUF(nn.Parameter):
+    """Bytes whose shape is that of the weight."""
+
+    gguf_cls, computation_dtype, real_shape = Q8, torch.float16, torch.Size()
+
+    @property
+    def shape(self):
+        return self.real_shape
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny.tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+def kept(weights, form: str):
+    """What Forge makes of the transformer's weights, and the dense ones that are meant."""
+    stored, dense = {}, {}
+    for name, tensor in weights.items():
+        if form == "gguf" and tensor.dim() == 2 and "blocks" in name:
+            raw = torch.frombuffer(bytearray(quantized(tensor)), dtype=torch.uint8).view(-1, 34)
+            stored[name] = torch.Tensor._make_subclass(ParameterGGUF, raw, False)
+            stored[name].real_shape = tensor.shape
+            packed = pack(raw.flatten().clone(), GgufPacking("Q8_0", tuple(tensor.shape)))
+            dense[name] = dense_weight(packed, torch.float32)
+        else:
+            kind = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "gguf": torch.float32}[form]
+            stored[name] = tensor.to(kind)
+            dense[name] = stored[name].float()
+    return stored, dense
+
+
+@pytest.fixture
+def load(files, fake_forge, forge):
+    """Makes the fake load the small FLUX in a number format; returns its lender and the dense weights."""
+
+    @torch.inference_mode()
+    def loaded(form: str, storage):
+        stored, dense = kept(load_file(files["base_model"]), form)
+        unet = module_tree({f"diffusion_model.{name}": tensor for name, tensor in stored.items()})
+        for name, tensor in stored.items():
+            if isinstance(tensor, ParameterGGUF):  # which module_tree would wrap
+                path, _, last = name.rpartition(".")
+                unet.get_submodule(f"diffusion_model.{path}")._parameters[last] = tensor
+        unet.predictor = SimpleNamespace(prediction_type="const")
+        unet.storage_dtype = storage
+        vae = module_tree(load_file(files["vae"]))
+        vae.config = SimpleNamespace(scaling_factor=0.3611)
+        clip_file, t5_file = files["text_encoders"]
+        clip = module_tree(
+            {f"clip_l.transformer.{name}": tensor for name, tensor in load_file(clip_file).items()}
+            | {f"t5xxl.transformer.{name}": tensor for name, tensor in load_file(t5_file).items()}
+        )
+        t5 = SimpleNamespace(name_or_path=files["base_model"].rpartition("/")[0])
+        tokenizers = SimpleNamespace(clip_l=load_tokenizer()._source, t5xxl=t5)
+        info = Info(Path(files["base_model"]))
+        objects = SimpleNamespace(
+            unet=Patcher(unet), vae=SimpleNamespace(patcher=Patcher(vae), first_stage_model=vae),
+            clip=SimpleNamespace(patcher=Patcher(clip), cond_stage_model=clip, tokenizer=tokenizers),
+        )  # fmt: skip
+        engine = Engine(
+            forge_objects_original=objects, forge_objects_after_applying_lora=objects, sd_checkpoint_info=info,
+            current_lora_hash=str([]), is_inpaint=False, is_sdxl=False, model_config=SimpleNamespace(),
+        )  # fmt: skip
+        fake_forge.sd_models.checkpoints_list[info.title] = info
+        fake_forge._build = lambda *arguments: engine
+        fake_forge.shared.opts.data["sd_model_checkpoint"] = info.title
+        fake_forge._refresh_model_loading_parameters()
+        return forge.lender("flux", OPTIONS), dense
+
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("form", "storage"), [("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("gguf", "gguf")]
+)
+def test_it_is_trained_as_it_lies_and_is_the_files_model(load, fake_forge, files, tmp_path, form, storage):
+    lender, dense = load(form, storage)
+    assert lender.describe().family == "flux" and lender.describe().prediction_type == "flow"
+    save_file(dense, str(tmp_path / "dense.safetensors"))
+    file = FileLender(tmp_path / "dense.safetensors", vae=files["vae"], text_encoders=files["text_encoders"])
+    with file.borrow() as one:
+        conditioning = one.encode_prompts(["a red circle"])
+        expected = one.predict(LATENTS, SIGMAS, conditioning, None)
+    with lender.borrow() as model, lender.turn():
+        before = [(name, tensor.clone()) for part in fake_forge.parts() for name, tensor in part.state_dict().items()]
+        bound = list(model.bound().values())
+        assert storages(bound) <= {s for part in fake_forge.parts() for s in storages(part.parameters())}, "no copy"
+        assert not any(tensor.is_inference() for tensor in bound)
+        ours = model.encode_prompts(["a red circle"])
+        assert torch.equal(ours.context, conditioning.context) and torch.equal(ours.pooled, conditioning.pooled)
+        torch.testing.assert_close(model.predict(LATENTS, SIGMAS, ours, None), expected, atol=1e-5, rtol=1e-5)
+
+        adapters = AdapterSet.build(model.lora_targets(), from_mapping({"base_model": "x", "train_data_dir": "x"}))
+        saved: list[torch.Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+        with adapters, hooks:
+            model.predict(LATENTS, SIGMAS, ours.map(torch.Tensor.detach), None).square().sum().backward()
+        ups = [adapter.lora_up.grad for _, adapter in adapters.items()]
+        assert all(torch.isfinite(up).all() for up in ups) and sum(bool(up.any()) for up in ups) > 20
+        weights = {tuple(weight.shape) for name, weight in dense.items() if weight.dim() == 2 and "blocks" in name}
+        dense_kept = [t for t in saved if t.dtype == torch.float32 and tuple(t.shape) in weights]
+        assert not dense_kept, "a weight in the format of the computation"
+    after = [(name, tensor) for part in fake_forge.parts() for name, tensor in part.state_dict().items()]
+    assert [name for name, _ in before] == [name for name, _ in after]
+    assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for (_, x), (_, y) in zip(before, after))
+
+
+def test_nf4_is_refused_with_the_family_known(load):
+    lender, _ = load("bf16", "nf4")
+    with pytest.raises(UserError, match="nf4, which is too coarse"), lender.borrow():
+        pass
