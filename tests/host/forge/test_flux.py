@@ -74,7 +74,8 @@ def load(files, fake_forge, forge):
     @torch.inference_mode()
     def loaded(form: str, storage):
         stored, dense = kept(load_file(files["base_model"]), form)
-        plain = {name: tensor.data.clone() if type(tensor) is ParameterGGUF else tensor for name, tensor in stored.items()}
+        plain = {name: tensor.data.clone() if type(tensor) is ParameterGGUF else tensor
+                 for name, tensor in stored.items()}  # fmt: skip
         unet = module_tree({f"diffusion_model.{name}": tensor for name, tensor in plain.items()})
         for name, tensor in stored.items():
             if isinstance(tensor, ParameterGGUF):  # which module_tree would wrap
