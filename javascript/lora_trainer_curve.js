@@ -1,136 +1,190 @@
-// The loss curve: every step faint, its average strong; where pictures are held out, their loss and that of trained ones
-// as lines with dots. Lines change in place; no node comes or goes while it grows.
+// The curves of one run, or of several laid over each other: which measure is drawn, how smooth, on which scale; and the
+// previews on the time line.
 (function(app) {
     "use strict";
 
-    const HEIGHT = 220;
-    const MARGIN = {left: 46, right: 10, top: 10, bottom: 22};
     const MAX_POINTS = 4000;
+    const COLORS = 6; // series0 … series5 in the style sheet
+    const PARTS = {loss: "Loss", validation: "Loss on the same noise", drift: "Drift from the base model", grad_norm: "Gradient norm", lr: "Learning rate", speed: "Steps per second"};
+    const TIPS = {
+        loss: "How far the model's guesses are from your pictures: it should sink and then settle. It always trembles; the thick line is its average.",
+        validation: "Of held-out and of trained pictures, with the same noise each time: where the first rises and the second falls, it memorises.",
+        drift: "How far the model moved for captions that do not name what is learned: less keeps more of what it knew.",
+        grad_norm: "How strongly a step pulls at the weights, before clipping: high peaks mean a learning rate that is too high.",
+    };
+    const CHOSEN = {measure: "loss", smoothing: 10, log: false}; // smoothing: percent of the steps that are averaged
 
-    /** A curve in node; reading is where the value under the pointer is written. */
+    /** Curves in node; reading is where the values at the pointer are written. compare: the runs that may be laid over,
+     * as {id, name}; fetchPoints(id) gives their points. onCompared(ids): after another one was laid over or taken away. */
     app.Curve = class {
-        constructor(node, reading) {
-            this.reading = reading;
-            this.series = [];
-            this.svg = app.el("svg", {class: "plot", role: "img", "aria-label": app.t("Loss over the steps"), height: HEIGHT});
-            this.lines = [0, 1].map((index) => ({
-                raw: app.el("path", {class: "raw series" + index}),
-                mean: app.el("path", {class: "mean series" + index}),
-            }));
-            this.measured = ["validation", "training"].map((name) => ({name, line: app.el("path", {class: "measured " + name})}));
-            this.grid = app.el("path", {class: "grid"});
-            this.cursor = app.el("path", {class: "cursor"});
-            this.labels = Array.from({length: 5}, () => app.el("text", {class: "tick"}, ""));
-            this.svg.append(this.grid, ...this.lines.flatMap((pair) => [pair.raw, pair.mean]),
-                ...this.measured.map((one) => one.line), this.cursor, ...this.labels);
-            node.replaceChildren(this.svg);
-            this.node = node;
-            new ResizeObserver(() => this.draw()).observe(node);
-            this.svg.addEventListener("pointermove", (event) => this.point(event));
-            this.svg.addEventListener("pointerleave", () => this.point(null));
+        constructor(node, reading, {compare = [], fetchPoints, onCompared} = {}) {
+            Object.assign(this, {own: {id: null, name: "", points: []}, others: [], marks: [], fetchPoints, onCompared});
+            this.chosen = {...CHOSEN, ...app.recall("curve")};
+            const change = (name, value) => {
+                this.chosen[name] = value;
+                app.remember("curve", this.chosen);
+                this.draw();
+            };
+            this.measure = app.el("select", {"aria-label": app.t("Measure"), onchange: () => change("measure", this.measure.value)});
+            this.smoothing = app.el("input", {type: "range", min: 0, max: 50, step: 1, value: this.chosen.smoothing, oninput: () => change("smoothing", Number(this.smoothing.value))});
+            this.log = app.el("input", {type: "checkbox", onchange: () => change("log", this.log.checked)});
+            this.log.checked = this.chosen.log;
+            this.compare = compare.length ? app.el("select", {"aria-label": app.t("Lay another run's curve over it"), onchange: () => this.lay(compare)},
+                app.el("option", {value: ""}, app.t("compare with …")), ...compare.map((one) => app.el("option", {value: one.id}, one.name))) : null;
+            this.smoothField = app.el("label", {class: "curve_choice", title: app.t("The average of each step with those before it")}, app.t("Smoothing"), this.smoothing);
+            const place = app.el("div", {class: "curve_plot"});
+            this.timeline = app.el("div", {class: "timeline", role: "group", "aria-label": app.t("Previews on the time line")});
+            this.legend = app.el("div", {class: "legend"});
+            node.replaceChildren(
+                app.el("div", {class: "curve_choices"}, this.measure, this.smoothField, app.el("label", {class: "curve_choice"}, this.log, app.t("Log scale")), this.compare),
+                place, this.timeline, this.legend);
+            this.plot = new app.Plot(place, reading, (step) => this.say(step));
+            this.plot.onDrawn = () => this.placeMarks();
         }
 
-        /** One or two lists of {step, loss}, the second laid over the first; measurements of the first are shown. */
-        set(...series) {
-            this.series = series.map((points) => ({
-                points: thin(points.filter((point) => !point.kind && point.loss !== null)),
-                measured: points.filter((point) => point.kind === "validation"),
-                mean: null,
-            }));
-            this.series.forEach((one) => (one.mean = average(one.points)));
+        /** The points of the run itself, as the server gives them: one of each step, and measurements with a kind. */
+        set(points, name = "") {
+            this.own = {id: null, name, points: app.thinned(points)};
             this.draw();
         }
 
-        draw() {
-            const width = this.node.clientWidth;
-            const all = this.series.flatMap((one) => one.points);
-            if (!width) return;
-            this.svg.setAttribute("width", width);
-            const steps = all.map((point) => point.step);
-            const first = Math.min(0, ...steps);
-            const last = Math.max(1, ...steps);
-            const [low, high] = span(this.series);
-            this.x = (step) => MARGIN.left + ((step - first) / (last - first)) * (width - MARGIN.left - MARGIN.right);
-            this.y = (loss) => MARGIN.top + (1 - (Math.min(loss, high) - low) / (high - low)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
-            const right = width - MARGIN.right;
-            const rows = all.length ? [low, (low + high) / 2, high] : [];
-            if (!rows.length) [0, 1, 2].forEach((index) => this.label(index, 0, 0, "", "end"));
-            this.grid.setAttribute("d", rows.map((loss) => `M${MARGIN.left} ${this.y(loss)}H${right}`).join(""));
-            rows.forEach((loss, index) => this.label(index, MARGIN.left - 6, this.y(loss) + 4, app.loss(loss), "end"));
-            this.label(3, MARGIN.left, HEIGHT - 5, all.length ? app.t("step {n}", {n: first}) : "", "start");
-            this.label(4, right, HEIGHT - 5, all.length ? app.t("step {n}", {n: last}) : "", "end");
-            this.lines.forEach((pair, index) => {
-                const one = this.series[index];
-                pair.raw.setAttribute("d", one ? this.path(one.points, one.points.map((point) => point.loss)) : "");
-                pair.mean.setAttribute("d", one ? this.path(one.points, one.mean) : "");
-            });
-            const measured = this.series.length ? this.series[0].measured : [];
-            this.measured.forEach(({name, line}) => line.setAttribute("d", this.dotted(measured, measured.map((one) => one[name]))));
+        /** Previews: {step, address} in order; choose(step) shows one. Nodes change only where they are others. */
+        mark(marks, choose) {
+            const key = JSON.stringify(marks);
+            if (key === this.marked) return;
+            this.marked = key;
+            this.marks = marks.map(({step, address}) => ({step, node: app.el("button", {
+                type: "button", class: "mark", "aria-label": step ? app.t("Preview at step {n}", {n: step}) : app.t("Preview before the training"), onclick: () => choose(step),
+            }, app.el("span", {class: "mark_picture"}, address ? app.el("img", {src: address, alt: "", loading: "lazy"}) : "", step ? app.t("step {n}", {n: step}) : app.t("before")))}));
+            this.timeline.replaceChildren(...this.marks.map((one) => one.node));
+            this.placeMarks();
         }
 
-        label(index, x, y, text, anchor) {
-            const node = this.labels[index];
-            node.setAttribute("x", x);
-            node.setAttribute("y", y);
-            node.setAttribute("text-anchor", anchor);
-            app.setText(node, text);
-        }
-
-        path(points, values) {
-            return points.map((point, index) => `${index ? "L" : "M"}${this.x(point.step).toFixed(1)} ${this.y(values[index]).toFixed(1)}`).join("");
-        }
-
-        /** A line with a dot at each of its points. */
-        dotted(points, values) {
-            const dot = (point, index) => `M${this.x(point.step).toFixed(1)} ${this.y(values[index]).toFixed(1)}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0`;
-            return this.path(points, values) + points.map(dot).join("");
-        }
-
-        point(event) {
-            const one = this.series[0];
-            if (!event || !one || !one.points.length) {
-                this.cursor.setAttribute("d", "");
-                app.setText(this.reading, "");
-                return;
+        placeMarks() {
+            app.show(this.timeline, this.marks.length && this.plot.x);
+            const last = this.plot.x ? this.plot.x(this.plot.last) : 0;
+            for (const {step, node} of this.marks) {
+                if (!this.plot.x) continue;
+                const x = this.plot.x(Math.min(step, this.plot.last));
+                node.style.left = x + "px";
+                node.classList.toggle("lora_trainer_late", x > last / 2); // its picture opens to the other side
             }
-            const x = event.clientX - this.svg.getBoundingClientRect().left;
-            const nearest = one.points.reduce((best, point, index) =>
-                Math.abs(this.x(point.step) - x) < Math.abs(this.x(one.points[best].step) - x) ? index : best, 0);
-            const {step, loss} = one.points[nearest];
-            this.cursor.setAttribute("d", `M${this.x(step)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}`);
-            const before = one.measured.filter((each) => each.step <= step).pop();
-            const held = before && app.t("held out {validation}, trained {training} (step {step})", {
-                validation: app.loss(before.validation), training: app.loss(before.training), step: before.step,
+        }
+
+        /** Lay the run over that was chosen in the list. */
+        lay(runs) {
+            const id = Number(this.compare.value);
+            this.compare.value = "";
+            const run = runs.find((one) => one.id === id);
+            if (!run || this.others.some((one) => one.id === id)) return null;
+            return app.attempt(async() => {
+                const points = app.thinned(await this.fetchPoints(id));
+                if (this.others.some((one) => one.id === id)) return null;
+                this.others.push({id, name: run.name, points});
+                this.draw();
+                return this.onCompared(this.others.map((one) => one.id));
+            }, this.compare);
+        }
+
+        take(id) {
+            this.others = this.others.filter((one) => one.id !== id);
+            this.draw();
+            return this.onCompared(this.others.map((one) => one.id));
+        }
+
+        draw() {
+            const runs = [this.own, ...this.others];
+            const there = Object.keys(PARTS).filter((name) => name === "loss" || runs.some((run) => values(run.points, name).length));
+            const measure = there.includes(this.chosen.measure) ? this.chosen.measure : "loss";
+            if (this.measure.childElementCount !== there.length) {
+                this.measure.replaceChildren(...there.map((name) => app.el("option", {value: name}, app.t(PARTS[name]))));
+            }
+            this.measure.value = measure;
+            this.measure.title = TIPS[measure] ? app.t(TIPS[measure]) : "";
+            const smooth = ["loss", "grad_norm", "speed"].includes(measure);
+            app.show(this.smoothField, smooth);
+            this.lines = runs.flatMap((run, index) => linesOf(run, measure, smooth ? this.chosen.smoothing / 100 : 0).map((line) => ({...line, run, series: index % COLORS})));
+            this.plot.set(app.t("{measure} over the steps", {measure: app.t(PARTS[measure])}), this.lines, this.chosen.log);
+            this.explain(runs);
+        }
+
+        /** The legend: kinds of lines where there is one run, names where there are several. */
+        explain(runs) {
+            const entries = runs.length > 1
+                ? runs.map((run, index) => ({kind: "mean", series: index % COLORS, name: run.name, id: run.id}))
+                : this.lines.filter((line) => line.points.length).map((line) => ({...line, name: app.t(line.name)}));
+            const key = JSON.stringify(entries.map(({kind, series, name}) => [kind, series, name]));
+            if (this.legend.dataset.key === key) return;
+            this.legend.dataset.key = key;
+            this.legend.replaceChildren(...(entries.length > 1 ? entries : []).map(({kind, series, name, id}) => app.el("span", {class: "legend_entry"},
+                app.el("span", {class: `legend_line ${kind} series${series}`, "aria-hidden": "true"}), name,
+                id && app.el("button", {type: "button", class: "legend_take", "aria-label": app.t("Take {name} away", {name}), onclick: (event) => app.attempt(() => this.take(id), event.currentTarget)}, "×"))));
+        }
+
+        /** The values at a step, in words. */
+        say(step) {
+            const several = this.others.length > 0;
+            const parts = this.lines.filter((line) => line.points.length && !(several && line.kind === "raw")).map((line) => {
+                const [at, value] = app.nearest(line.points, step);
+                const name = several ? line.run.name + (line.dots ? ` (${app.t(line.name)})` : "") : app.t(line.name);
+                return app.t("{name} {value}", {name, value: app.loss(value)}) + (at === step || !line.dots ? "" : ` (${app.t("step {n}", {n: at})})`);
             });
-            const said = app.t("step {step}: {loss}, average {mean}", {step, loss: app.loss(loss), mean: app.loss(one.mean[nearest])});
-            app.setText(this.reading, held ? `${said} · ${held}` : said);
+            return [app.t("step {n}", {n: step}), ...parts].join(" · ");
         }
     };
 
-    /** Exponential average over about a tenth of what there is, without the bias of its beginning. */
-    function average(points) {
-        const keep = 1 - 1 / Math.max(5, Math.min(100, points.length / 10));
+    /** [step, value] of a measure. */
+    function values(points, name) {
+        const measured = ["validation", "training", "drift"].includes(name);
+        const found = points.filter((one) => (one.kind === "validation") === measured);
+        const value = name === "speed" ? (one) => (one.seconds ? 1 / one.seconds : null) : (one) => one[name];
+        return found.map((one) => [one.step, value(one)]).filter(([, number]) => typeof number === "number");
+    }
+
+    /** What is drawn of a run: {kind, name, points, dots}. */
+    function linesOf({points}, measure, smoothing) {
+        const dotted = (name, title, kind = "measured " + name) => ({kind, name: title, points: values(points, name), dots: true});
+        const held = [dotted("validation", "held out"), dotted("training", "trained")];
+        if (measure === "validation") return held;
+        if (measure === "drift") return [dotted("drift", PARTS.drift, "measured drift")];
+        const raw = values(points, measure);
+        const lines = measure === "lr" || !smoothing
+            ? [{kind: "mean", name: PARTS[measure], points: raw}]
+            : [{kind: "raw", name: "each step", points: raw}, {kind: "mean", name: "average", points: average(raw, smoothing)}];
+        return measure === "loss" ? [...lines, ...held] : lines;
+    }
+
+    /** Exponential average over a share of what there is, without the bias of its beginning. */
+    function average(points, share) {
+        const keep = 1 - 1 / Math.max(5, points.length * share);
         let sum = 0;
         let weight = 0;
-        return points.map(({loss}) => {
-            sum = keep * sum + (1 - keep) * loss;
+        return points.map(([step, value]) => {
+            sum = keep * sum + (1 - keep) * value;
             weight = keep * weight + (1 - keep);
-            return sum / weight;
+            return [step, sum / weight];
         });
     }
 
-    /** From lowest to highest, without the few highest: one outlier must not flatten the rest. */
-    function span(series) {
-        const values = series.flatMap((one) => [...one.points.map((point) => point.loss)]).sort((a, b) => a - b);
-        if (!values.length) return [0, 1];
-        const measured = series.slice(0, 1).flatMap((one) => one.measured.flatMap((each) => [each.validation, each.training]));
-        const low = Math.min(values[0], ...measured);
-        const high = Math.max(values[Math.floor((values.length - 1) * 0.98)], ...series.flatMap((one) => one.mean.slice(-1)), ...measured.slice(-2));
-        return high > low ? [low, high] : [low * 0.9, low * 1.1 || 1];
-    }
+    const AVERAGED = ["loss", "grad_norm", "seconds"];
 
-    function thin(points) {
-        const every = Math.ceil(points.length / MAX_POINTS);
-        return every > 1 ? points.filter((point, index) => index % every === 0 || index === points.length - 1) : points;
-    }
+    /** No more steps than can be drawn, and all measurements: neighbours become one with their mean, as on the server. */
+    app.thinned = function(points) {
+        const every = Math.ceil(points.filter((one) => !one.kind).length / MAX_POINTS);
+        if (every < 2) return points;
+        const found = [];
+        let group = [];
+        const close = () => {
+            if (!group.length) return;
+            const means = AVERAGED.map((name) => [name, group.map((one) => one[name]).filter((value) => typeof value === "number")]);
+            found.push({...group[group.length - 1], ...Object.fromEntries(means.map(([name, all]) => [name, all.length ? all.reduce((one, other) => one + other) / all.length : null]))});
+            group = [];
+        };
+        for (const one of points) {
+            if (one.kind) found.push(one);
+            else if (group.push(one) === every || !found.length) close();
+        }
+        close();
+        return found.sort((one, other) => one.step - other.step);
+    };
 })(loraTrainer);

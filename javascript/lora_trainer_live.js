@@ -21,6 +21,7 @@
         live.curve = new app.Curve(app.get("curve"), app.get("curve_reading"));
         live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (choice) =>
             app.runs.publish(live.job, choice).then(live.look, live.complain));
+        live.previews.onSteps = (marks) => live.curve.mark(marks, (step) => live.previews.show(step));
         app.get("log_box").addEventListener("toggle", loadLog);
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
         live.look();
@@ -100,7 +101,7 @@
     function takePoints({metrics_job: job, points, points_follow: follow}) {
         if (!follow || live.pointsOf !== job) live.points = [];
         live.pointsOf = job;
-        live.points.push(...points);
+        live.points = app.thinned([...live.points, ...points]);
     }
 
     async function show(job) {

@@ -61,8 +61,15 @@
             if (this.comparing) this.build();
         }
 
+        /** Show one step, also out of the comparison. */
+        show(step) {
+            if (this.comparing) this.compare(false);
+            this.choose(step);
+        }
+
         build() {
             const inOrder = (steps) => [...new Set(steps)].sort((one, other) => one - other);
+            if (this.onSteps) this.onSteps(inOrder(this.steps.keys()).map((step) => ({step, address: this.steps.get(step).get(this.prompts[0])})));
             const worthComparing = inOrder([...this.steps.keys(), ...this.saved]);
             if (this.comparing && worthComparing.length) return this.buildComparison(worthComparing);
             const order = (this.order = inOrder(this.steps.keys()));

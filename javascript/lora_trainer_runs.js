@@ -170,9 +170,6 @@
                 app.complain(error, message);
             }
         });
-        const others = app.el("select", {"aria-label": app.t("Lay another run's curve over it")},
-            app.el("option", {value: ""}, app.t("compare with …")),
-            ...runs.jobs.filter((one) => one.id !== job.id).map((one) => app.el("option", {value: one.id}, one.name)));
         const node = app.el("div", {class: "inside"},
             ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
             app.el("div", {class: "row"}, ...app.live.actions(job, previews).map((action) => app.button(...action)),
@@ -181,19 +178,19 @@
                 job.active ? null : deleting(job, message)),
             message,
             app.el("div", {class: "panels"},
-                app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Loss")), reading, others), place),
+                app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Curves")), reading), place),
                 app.el("figure", {class: "panel"}, app.el("figcaption", {}, app.el("span", {}, app.t("Previews")), step), strip)),
             table,
             app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Files")), fileList(job, files)),
             app.el("details", {class: "quiet"}, app.el("summary", {}, app.t("Settings")),
                 app.el("pre", {tabindex: 0}, job.effective_config || job.config)));
-        const curve = new app.Curve(place, reading);
-        curve.set(points);
-        others.addEventListener("change", () => app.attempt(async() => {
-            const second = others.value ? (await app.fetchJson(`/jobs/${others.value}/metrics`)).points : [];
-            curve.set(...[points, second].filter((one) => one === points || one.length));
-            table.replaceChildren(...(others.value ? await runs.many.differences(job, Number(others.value)) : []));
-        }, others));
+        const curve = new app.Curve(place, reading, {
+            compare: runs.jobs.filter((one) => one.id !== job.id),
+            fetchPoints: async(id) => (await app.fetchJson(`/jobs/${id}/metrics`)).points,
+            onCompared: async(ids) => table.replaceChildren(...(await Promise.all(ids.map((id) => runs.many.differences(job, id)))).flat()),
+        });
+        curve.set(points, job.name);
+        previews.onSteps = (marks) => curve.mark(marks, (step) => previews.show(step));
         previews.isThere(app.live.stepThere(job), job.chosen_weight);
         previews.add(events);
         return node;

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.curves import thinned
+
 MAX_POINTS = 1000
 """More points than a curve has pixels are thinned out."""
 
@@ -41,7 +43,7 @@ def has_grown(path: Path, offset: int) -> bool:
 
 
 def read_points(path: Path, offset: int = 0, limit: int = MAX_POINTS) -> Points:
-    """Whole lines after byte ``offset``, at most ``limit`` points, evenly thinned (the newest always among them).
+    """Whole lines after byte ``offset``, at most ``limit`` points of steps (see ``curves.thinned``).
 
     A resumed run cuts the file back to the step it goes on from: then everything is read again.
     """
@@ -59,7 +61,7 @@ def read_points(path: Path, offset: int = 0, limit: int = MAX_POINTS) -> Points:
         return Points([], 0, offset == 0)
     end = data.rfind(b"\n") + 1
     points = [point for line in data[:end].splitlines() if (point := _parse(line)) is not None]
-    return Points(_thin(points, limit), start + end, fresh or offset == 0)
+    return Points(list(thinned(points, limit)), start + end, fresh or offset == 0)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -74,12 +76,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _is_endless(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _thin(points: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """At most ``limit`` steps, evenly chosen, and all measurements, which are few."""
-    steps = [index for index, point in enumerate(points) if "kind" not in point]
-    if len(steps) <= limit:
-        return points
-    kept = {steps[round(index * (len(steps) - 1) / (limit - 1))] for index in range(limit)}
-    return [point for index, point in enumerate(points) if index in kept or "kind" in point]

@@ -10,7 +10,8 @@ from lora_trainer.report.html import Html, element, joined
 
 WIDTH, HEIGHT = 720, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 22
-_MOST_POINTS = 720
+MOST_POINTS = 720
+"""More points than the picture has pixels are not drawn."""
 _OUTLIERS = 0.02  # so many of the highest values may lie above the picture
 
 Points = Sequence[tuple[int, float]]
@@ -51,7 +52,7 @@ def chart(title: str, lines: Sequence[Line]) -> Html | None:
     ]
     drawn = []
     for line in lines:
-        places = [(x(step), y(value)) for step, value in thinned(line.points)]
+        places = [(x(step), y(value)) for step, value in line.points]
         path = "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in places)
         drawn.append(element("path", d=path, class_=f"line {line.kind}"))
         if line.dots or len(places) == 1:
@@ -81,12 +82,6 @@ def average(points: Points) -> list[tuple[int, float]]:
         weight = keep * weight + (1 - keep)
         smooth.append((step, total / weight))
     return smooth
-
-
-def thinned(points: Points) -> Points:
-    """At most ``_MOST_POINTS`` of them, the last one always among them."""
-    every = -(-len(points) // _MOST_POINTS)
-    return [point for index, point in enumerate(points) if index % every == 0 or index == len(points) - 1]
 
 
 def number(value: float) -> str:

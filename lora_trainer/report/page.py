@@ -15,8 +15,9 @@ import lora_trainer
 from lora_trainer.adapters.peft_folder import WEIGHTS
 from lora_trainer.config import FACTS, TrainConfig
 from lora_trainer.config.docs import field_docs
+from lora_trainer.curves import thinned
 from lora_trainer.planning.presets import PRESETS
-from lora_trainer.report.curves import Line, average, chart
+from lora_trainer.report.curves import MOST_POINTS, Line, average, chart
 from lora_trainer.report.data import facts_of
 from lora_trainer.report.html import Html, element, joined
 from lora_trainer.report.pictures import GRID, PREVIEW, data_address
@@ -83,7 +84,7 @@ def _head(run: RunFolder, words: Words) -> Html:
 
 
 def _curves(run: RunFolder, words: Words) -> Html:
-    lines = run.metrics
+    lines = thinned(run.metrics, MOST_POINTS)
     steps = [line for line in lines if "kind" not in line]
     measured = [line for line in lines if line.get("kind") == VALIDATION]
 

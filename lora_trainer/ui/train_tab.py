@@ -190,7 +190,7 @@ def _live() -> Markup:
                tag("span", id_="job_percent", class_="percent"), class_="strip")  # fmt: skip
     facts = tag("p", id_="job_facts", class_="status")  # which a screen reader would speak at every step
     buttons = tag("div", id_="job_buttons", class_="row")
-    curve = tag("figure", tag("figcaption", tag("span", "Loss", title=_LOSS_HELP), tag("span", id_="curve_reading")),
+    curve = tag("figure", tag("figcaption", tag("span", "Curves"), tag("span", id_="curve_reading")),
                 tag("div", id_="curve", class_="curve"), class_="panel")  # fmt: skip
     previews = tag("figure", tag("figcaption", tag("span", "Previews"), tag("span", id_="preview_step")),
                    tag("div", id_="previews", class_="previews"), class_="panel", id_="preview_panel")  # fmt: skip
@@ -203,9 +203,3 @@ def _live() -> Markup:
                   hidden=True)  # fmt: skip
     queue = tag("section", tag("h3", "Queue"), tag("ol", id_="queue_list"), id_="queue", class_="card", hidden=True)
     return Markup(cut_off + job + queue)
-
-
-_LOSS_HELP = (
-    "How far the model's guesses are from your pictures: it should sink and then settle. It always trembles; the"
-    " thick line is its average."
-)

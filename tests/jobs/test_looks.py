@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_trainer.curves import thinned
 from lora_trainer.jobs.metrics import read_points
 from lora_trainer.jobs.status import Cursor, look
 from tests.jobs.fakes import wait_for
@@ -50,6 +51,17 @@ def test_long_curves_are_thinned_and_keep_both_ends(tmp_path, count):
     lines(path, range(1, count + 1))
     steps = [point["step"] for point in read_points(path).points]
     assert len(steps) == min(count, 1000) and steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
+
+
+def test_thinned_points_are_means_of_the_steps_between_and_measurements_stay():
+    steps = [{"step": step, "loss": None if step == 50 else step % 2, "lr": step} for step in range(1, 2001)]
+    measured = [{"kind": "validation", "step": 700, "validation": 0.5}]
+    found = thinned([*steps[:700], *measured, *steps[700:]], 101)
+    points = [line for line in found if "kind" not in line]
+    assert [line for line in found if "kind" in line] == measured
+    assert len(points) == 101 and points[0]["step"] == 1 and points[-1]["step"] == 2000
+    assert all(0.44 < line["loss"] < 0.56 and line["lr"] == line["step"] for line in points[1:])
+    assert found[[line["step"] for line in found].index(700) + 1]["step"] > 699, "in their order"
 
 
 def test_a_page_follows_a_job_without_missing_or_repeating_a_point(manager, train, settings):

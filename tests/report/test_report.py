@@ -144,7 +144,14 @@ def test_the_curves_lie_where_the_values_are():
     assert places[0][0] < places[1][0] < places[2][0] and places[1][0] * 2 == pytest.approx(places[0][0] + places[2][0])
     assert places[0][1] - places[2][1] == pytest.approx(places[2][1] - places[1][1]), "upwards"
     assert chart("Loss", [Line("each step", "raw", [])]) is None
-    assert len(chart("Loss", [Line("a", "raw", [(step, step % 7) for step in range(50_000)])])) < 20_000
+
+
+def test_the_curves_of_a_long_run_are_thinned(tmp_path):
+    out = make_run(tmp_path, preview_prompts=[])
+    with (out / "logs" / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "loss": step % 7, "lr": 1e-4}) + "\n" for step in range(41, 20_000))
+    drawn = [attributes["d"] for attributes in Reader(report_of(RunFolder(out))).named("path")]
+    assert 600 < max(path.count("L") for path in drawn) < 800
 
 
 @pytest.mark.parametrize("gone", ["my pictures", "out/logs", "out/previews", "out/disc.safetensors", "out/compare"])

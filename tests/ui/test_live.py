@@ -345,7 +345,7 @@ def test_held_out_pictures_have_a_curve_of_their_own(page, files, train):
     assert page.get_attribute("#lora_trainer_curve .lora_trainer_raw", "d").count("L") == 4
     box = page.locator("#lora_trainer_curve svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 50)
-    assert "held out 0.600, trained 0.500 (step 4)" in text(page, "curve_reading")
+    assert "held out 0.600 (step 4) · trained 0.500 (step 4)" in text(page, "curve_reading")
 
 
 def test_a_run_that_waits_for_another_choice_in_the_webui_is_switched_back_by_a_button(page, files, train):
