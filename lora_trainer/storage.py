@@ -55,6 +55,20 @@ def packing_of(stored: Tensor) -> Packing | None:
     return getattr(stored, "packing", None)
 
 
+def form_of(stored: Tensor) -> tuple[object, object]:
+    """How a weight is stored. Autograd may hand a saved tensor back as another object: whoever saves one keeps this
+    beside it, for ``as_stored``."""
+    return packing_of(stored), getattr(stored, "quant_state", None)
+
+
+def as_stored(saved: Tensor, form: tuple[object, object]) -> Tensor:
+    """A tensor that was saved for the backward pass, as ``dense_weight`` takes it."""
+    for name, value in zip(("packing", "quant_state"), form):
+        if value is not None:
+            setattr(saved, name, value)
+    return saved
+
+
 def dense_weight(
     stored: Tensor,
     dtype: torch.dtype,

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lora_trainer.devices import without_autocast
-from lora_trainer.storage import dense_weight
+from lora_trainer.storage import as_stored, dense_weight, form_of
 
 
 class LoraLinear(torch.autograd.Function):
@@ -57,6 +57,7 @@ class LoraLinear(torch.autograd.Function):
             hidden.view(*x.shape[:-1], -1).mul_(keep)
         output.addmm_(hidden, up.to(dtype).t(), alpha=scale)
         ctx.save_for_backward(rows, weight, down, up, gain, keep, hidden)
+        ctx.form = form_of(weight)
         ctx.scale, ctx.dtype, ctx.input_shape, ctx.input_dtype = scale, dtype, x.shape, x.dtype
         return output.view(*x.shape[:-1], -1)
 
@@ -70,7 +71,7 @@ class LoraLinear(torch.autograd.Function):
         grad_hidden = _masked(grad.mm(up.to(dtype)), keep, ctx.input_shape, ctx.scale)
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
-            matrix, low_down = dense_weight(weight, dtype).flatten(1), down.to(dtype)
+            matrix, low_down = dense_weight(as_stored(weight, ctx.form), dtype).flatten(1), down.to(dtype)
             if rows.stride(0) == 1:  # a picture seen as tokens: its gradient lies in memory as the picture does
                 grad_x = matrix.t().mm(grad.t()).addmm_(low_down.t(), grad_hidden.t()).t()
             else:
@@ -119,6 +120,7 @@ class LoraLinears(torch.autograd.Function):
             torch.mm(rows, dense_weight(weight, dtype).t(), out=output)
         outputs.baddbmm_(_by_layer(hidden, count), up.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(rows, hidden, keep, *tensors)
+        ctx.forms = [form_of(weight) for weight in weights]
         ctx.scale, ctx.dtype, ctx.count, ctx.input_shape, ctx.input_dtype = scale, dtype, count, x.shape, x.dtype
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
@@ -126,7 +128,7 @@ class LoraLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, keep, *tensors = ctx.saved_tensors
-        weights, factors = tensors[: ctx.count], tensors[ctx.count :]
+        weights, factors = list(map(as_stored, tensors[: ctx.count], ctx.forms)), tensors[ctx.count :]
         down, up = _stacked(factors, ctx.dtype)
         grad = torch.stack([grad.reshape(len(rows), -1) for grad in grad_outputs]).to(ctx.dtype)  # (n, tokens, out)
         grad_hidden = torch.empty_like(hidden)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from lora_trainer.storage import dense_weight
+from lora_trainer.storage import as_stored, dense_weight, form_of
 
 
 def cast_layers(module: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -36,14 +36,14 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtypes = x.dtype, dtype
+        ctx.dtypes, ctx.form = (x.dtype, dtype), form_of(weight)
         return F.linear(x.to(dtype), dense_weight(weight, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         x_dtype, dtype = ctx.dtypes
-        return (grad.to(dtype) @ dense_weight(weight, dtype)).to(x_dtype), None, None, None
+        return (grad.to(dtype) @ dense_weight(as_stored(weight, ctx.form), dtype)).to(x_dtype), None, None, None
 
 
 class _Conv2dFunction(torch.autograd.Function):
