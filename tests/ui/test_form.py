@@ -127,7 +127,7 @@ NOT_FOR_THE_PAGE = {
     "config/foreign/report.py": {"{0}: settings of {1}."},
     "dataset/text/templates.py": {"{0}{1}. Write a response that appropriately completes the request."},
     "jobs/publishing.py": {
-        "Trained on {0} with {1} pictures.", "{0} steps, batch {1}, {2}, {3}.",
+        "Trained on {0} with {1}.", "{0} steps, batch {1}, {2}, {3}.",
         "{0}, learning rate {1}, {2}, seed {3}.", "Last loss {0}.",
     },
     "training/graphs.py": {"too little memory is free for their activations."},
