@@ -214,7 +214,7 @@ def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {name: alias(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if getattr(tensor, "gguf_cls", None) is not None:
-            pack(found[name], HostGguf(tensor.gguf_cls, tuple(tensor.shape), tensor.computation_dtype))
+            pack(found[name], HostGguf(tensor.gguf_cls, tuple(map(int, tensor.shape)), tensor.computation_dtype))
         elif tensor.element_size() == 1:
             scale = found.get(f"{name.removesuffix('weight')}scale_weight")
             if scale is not None:

@@ -50,7 +50,8 @@ class ForgeModel:
         return {name: module._parameters[key] for part, name, module, key in self._slots if part in parts}
 
     def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Any:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        # A GGUF parameter's are numpy's numbers, which torch takes for no sizes.
+        shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in tensors.items()}
         return detect(shapes, source=self.sd_model.sd_checkpoint_info.name_for_extra, hints=hints)
 
     def hints(self) -> Hints:

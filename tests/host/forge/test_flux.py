@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,7 +58,7 @@ def kept(weights, form: str):
         if form == "gguf" and tensor.dim() == 2 and "blocks" in name:
             raw = torch.frombuffer(bytearray(quantized(tensor)), dtype=torch.uint8).view(-1, 34)
             stored[name] = torch.Tensor._make_subclass(ParameterGGUF, raw, False)
-            stored[name].real_shape = tensor.shape
+            stored[name].real_shape = tuple(map(np.uint64, tensor.shape))  # as Forge's reader gives them
             packed = pack(raw.flatten().clone(), GgufPacking("Q8_0", tuple(tensor.shape)))
             dense[name] = dense_weight(packed, torch.float32)
         else:
