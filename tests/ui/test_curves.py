@@ -10,6 +10,7 @@ pytest.importorskip("playwright.sync_api")
 from PIL import Image
 
 from lora_trainer.jobs.job import Job
+from tests.ui.person import text
 
 INSIDE = ".lora_trainer_inside"
 
@@ -29,6 +30,7 @@ def run_of(manager, name, steps, factor=1.0) -> Job:
             lines.append({"kind": "validation", "step": step, "epoch": 1, "validation": factor * (0.5 + step / steps),
                           "training": 0.4, "drift": 1e-14 + 0.01 * step / steps})  # fmt: skip
     (output / "logs" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (output / f"{name}.config.yaml").write_text(f"output_name: {name}\nlora_rank: 7\n")
     (output / "previews").mkdir()
     for step, color in ((0, "red"), (steps // 2, "blue")):
         path = output / "previews" / f"{name}-step{step:08d}-0.png"
@@ -122,3 +124,16 @@ def test_curves(page, manager, runs):
     legend.get_by_label("Take hat_v2 away").click()
     page.wait_for_selector(f"{INSIDE} path.lora_trainer_series1", state="detached")
     assert len(paths(page, "mean")) == 1
+
+    # The report opens as a page of its own, with the same curves.
+    with page.context.expect_page() as report:
+        page.click(f"{INSIDE} button:text-is('Report')")
+    report.value.wait_for_selector("svg")
+    assert report.value.inner_text("h1") == "hat_v1" and report.value.locator("svg").count() == 5
+    report.value.close()
+
+    # The next page begins with what was chosen.
+    page.reload()
+    page.wait_for_selector("#lora_trainer_field_base_model option:nth-child(1)", state="attached")
+    opened(page, small)
+    assert page.input_value(f"{INSIDE} input[type=range] >> nth=0") == "20" and text(page, "runs_count")
