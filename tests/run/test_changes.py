@@ -13,6 +13,7 @@ from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from tests.flux import tiny_flux
 
 KINDS = {
     "words": {"task": "words", "original_prompt": "a circle", "target_prompt": "a square", "both_ways": True,
@@ -148,3 +149,10 @@ def test_settings_of_other_tasks_are_said_to_have_no_effect(settings):
     listener = Listener()
     run(settings("words", max_train_steps=1, flip=True, pair_suffix="_b", min_snr_gamma=3.0), listener)
     assert {text.partition(":")[0] for text in listener.warnings} == {"flip", "pair_suffix", "min_snr_gamma"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flow_model_is_refused(settings, kind, tmp_path):
+    with pytest.raises(UserError, match="flux is a flow model") as refused:
+        run(settings(kind, denoised_steps=0) | tiny_flux(tmp_path / "flux"))
+    assert refused.value.field == "task"

@@ -104,3 +104,13 @@ def refuse_several(ranks: Ranks) -> None:
         raise UserError(
             f"A change is learned by one process, and these are {ranks.size}.", field="task", remedy="Start one alone."
         )
+
+
+def refuse_flow(info: ModelInfo) -> None:
+    """Raises UserError for a flow model: learning a change was never tried on one."""
+    if info.prediction_type == "flow":
+        raise UserError(
+            f"A change is learned by diffusion models, and {info.family} is a flow model.",
+            field="task",
+            remedy="Choose another base model, or train on pictures.",
+        )

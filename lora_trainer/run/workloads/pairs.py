@@ -28,7 +28,7 @@ from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.families import get_family
 from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work
-from lora_trainer.run.workloads.image_model import OfImageModel, refuse_several, refuse_text_encoders
+from lora_trainer.run.workloads.image_model import OfImageModel, refuse_flow, refuse_several, refuse_text_encoders
 from lora_trainer.run.workloads.pictures import cache_of, samples_key
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import PairSource, SliderSource
@@ -93,6 +93,7 @@ class TwoDatasets(OfImageModel):
         refuse_several(ranks)
         cls.check(config)
         info = lender.describe()
+        refuse_flow(info)
         for sentence in without_effect(config, get_family(info.family).unused, cls.task):
             callbacks.on_warning(sentence)
         first, second, warnings = cls.read(config, lambda done, total: callbacks.on_phase("pictures", done, total))

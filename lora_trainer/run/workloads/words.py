@@ -12,7 +12,7 @@ from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.run.saving import model_facts
 from lora_trainer.run.workloads.base import Work
-from lora_trainer.run.workloads.image_model import OfImageModel, refuse_several, refuse_text_encoders
+from lora_trainer.run.workloads.image_model import OfImageModel, refuse_flow, refuse_several, refuse_text_encoders
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import WordSource
 from lora_trainer.training.objectives.change import WordObjective
@@ -54,6 +54,7 @@ class Words(OfImageModel):
         refuse_several(ranks)
         cls.look(config)
         info = lender.describe()
+        refuse_flow(info)
         family = get_family(info.family)
         for sentence in without_effect(config, family.unused, "words"):
             callbacks.on_warning(sentence)

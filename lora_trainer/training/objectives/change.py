@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
-from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import trained_schedule
@@ -157,9 +156,7 @@ class WordObjective(_ChangeObjective):
         self._sampler, self._times, self._places = None, [], list[int]()
         if not config.denoised_steps:
             return
-        if not isinstance(model.schedule, NoiseSchedule):
-            message = "The sampler that denoises partly is for diffusion models, and this is a flow model."
-            raise UserError(message, field="denoised_steps", remedy="Set it to 0.")
+        assert isinstance(model.schedule, NoiseSchedule), "the workloads refuse flow models"
         schedule = trained_schedule(config, model.schedule, model.info.zero_terminal_snr)
         self._sampler = ddim_scheduler(schedule)
         self._sampler.set_timesteps(config.denoised_steps)
