@@ -141,7 +141,7 @@
         return found;
     }
 
-    /** Powers of ten, between them 2 and 5 where there is room; the ends where there is none between. */
+    /** Powers of ten, between them 2 and 5 where there is room; round numbers where that gives too few. */
     function decades(low, high) {
         const count = Math.log10(high / low);
         const every = Math.ceil(count / ROWS);
@@ -151,7 +151,7 @@
             if (power % every === 0) found.push(...factors.map((factor) => factor * 10 ** power));
         }
         const inside = found.filter((value) => value >= low && value <= high).slice(0, ROWS + 2);
-        return inside.length > 1 ? inside : [low, high];
+        return inside.length > 2 ? inside : ticks(low, high, ROWS);
     }
 
     /** From lowest to highest, without the few highest of each step: one outlier must not flatten the rest. */
