@@ -112,7 +112,7 @@ def test_every_word_is_in_chinese(page):
     said |= {kind.title for kind in KINDS.values()} | set(HOST_CAPTIONERS)
     said |= {*FINDINGS, "Exclude the picture", "Crop to 2:1 around the center"}
     assert not (missing := said - set(CHINESE)), f"not translated: {missing}"
-    assert not set(CHINESE) - said - words_of_the_server(), "not said any more"
+    assert not (gone := set(CHINESE) - said - words_of_the_server()), f"not said any more: {gone}"
 
 
 ON_THE_COMMAND_LINE = ("cli/", "demo/", "run/engine.py", "training/processes.py", "training/watch.py")
