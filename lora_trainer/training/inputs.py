@@ -195,7 +195,8 @@ class BatchSource:
         batches, size = self._visited(epoch), self.config.gradient_accumulation_steps
         steps = (batches[first : first + size] for first in range(0, len(batches), size))
         views = [view for step in steps for batch in step[self.ranks.share] for view in batch]
-        return self._encode_latents(views, turn, callbacks, commands)
+        with self.ranks.working():
+            return self._encode_latents(views, turn, callbacks, commands)
 
     def _visited(self, epoch: int) -> list[list[View]]:
         """The batches of an epoch that the run comes to."""
@@ -223,7 +224,8 @@ class BatchSource:
         done = total - len(missing)
         callbacks.on_phase("latents", done, total)
         for key, pixels in ahead(self._load_pixels, missing.items()):
-            commands.wait_while_paused()
+            with self.ranks.unhurried():
+                commands.wait_while_paused()
             if commands.stopping:
                 return False
             self.cache.put(key, {"moments": self._encode(pixels, turn)})
@@ -264,7 +266,8 @@ class BatchSource:
         done = len(captions) - len(missing)
         callbacks.on_phase("captions", done, len(captions))
         for start in range(0, len(missing), CAPTIONS_PER_TURN):
-            commands.wait_while_paused()
+            with self.ranks.unhurried():
+                commands.wait_while_paused()
             if commands.stopping:
                 return False
             some = missing[start : start + CAPTIONS_PER_TURN]

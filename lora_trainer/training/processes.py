@@ -217,6 +217,9 @@ class Processes(Ranks):
 
         return guarded
 
+    def working(self) -> AbstractContextManager[None]:
+        return self._watch.in_turn()
+
     def expect_progress(self) -> None:
         self._watch.guard()
 

@@ -73,6 +73,10 @@ class Ranks:
         """``turn``, in which this process is expected to make progress."""
         return turn
 
+    def working(self) -> AbstractContextManager[None]:
+        """Inside, progress is expected as in a turn."""
+        return nullcontext()
+
     def expect_progress(self) -> None:
         """From now on a process that makes none inside a turn is taken for one that hangs."""
 
