@@ -166,9 +166,9 @@ def _train(
                 _save_configuration(config, outputs)
                 write_environment(outputs, model.device, precision.name)
             with adapters:
+                ranks.expect_progress()
                 if not all(ranks.meet(try_one_step(trainer, adapters))):
                     raise StoppedWhileWaiting
-                ranks.expect_progress()
                 measurable = validator is None or validator.prepare(turn, callbacks, commands)
                 if not all(ranks.meet(measurable)):
                     raise StoppedWhileWaiting

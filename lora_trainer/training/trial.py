@@ -40,11 +40,13 @@ def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     losses: list[float] = []
     silent: list[str] = []
     for number in range(ATTEMPTS):
-        micro_batch = trainer.source.trial_batch(number, trainer.turn, trainer.commands)
+        with trainer.ranks.working():
+            micro_batch = trainer.source.trial_batch(number, trainer.turn, trainer.commands)
         if micro_batch is None:
             break
         try:
-            with _own_random_state(trainer.model.device), trainer.turn():
+            # the first step of all takes longer than any other
+            with _own_random_state(trainer.model.device), trainer.ranks.unhurried(), trainer.turn():
                 losses.append(trainer.train_step.try_out(micro_batch, number))
                 silent = without_gradient(adapters)
         except OutOfMemoryError as error:

@@ -56,7 +56,7 @@ def look(found, where, how):
     assert survivor["code"] == 1 and survivor["seconds"] < 60, survivor["said"]
     (sentence,) = [line for line in survivor["said"].splitlines() if line.startswith("error:")]
     assert f"Rank {failed} on {os.uname().nodename} " in sentence
-    words = {"kill": ("no sign of life", "lost the connection"), "error": ("something broke",), "hang": ("no progress",)}
+    words = {"kill": ("no sign of life", "lost the conn"), "error": ("something broke",), "hang": ("no progress",)}
     assert any(one in sentence for one in words[how])  # here rank 0 keeps the store, which ends with it
     assert [rank["code"] for rank in said[f"{where} {how} again"]] == [0] * len(said[f"{where} {how} again"])
     kind = "pictures" if where == "caching" else "text"
