@@ -239,6 +239,9 @@ class Processes(Ranks):
             with suppress(RuntimeError):
                 self._watch.fail(f"{self.name} failed: {text}", BAD_INPUT if foreseen else 1)
                 time.sleep(0 if _launcher_keeps_store() else 3)  # the store ends with rank 0
+        if error is None:
+            with self._collective():  # rank 0 may keep the store, which the others still read
+                dist.barrier(group=self._small)
         self._watch.leave()
         if error is None:
             dist.destroy_process_group()
