@@ -128,7 +128,8 @@ def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
         print(f"error: {error}")
         return 2 if isinstance(error, UserError) else error.code
     finally:
-        Path(f"{answer}.json").write_text(json.dumps(results))
+        Path(f"{answer}.part").write_text(json.dumps(results))  # the watch may end this process at any moment
+        os.replace(f"{answer}.part", f"{answer}.json")
     return 0
 
 
