@@ -20,6 +20,7 @@ from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.causal_lm.folder import is_language_model
+from lora_trainer.storage import dense_weight, packing_of
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import sample
 
@@ -161,6 +162,12 @@ def _picture(model: LentModel, request: PreviewRequest) -> Image.Image:
     )
 
 
+def _dense_dtype(stored: torch.Tensor) -> torch.dtype:
+    """The stored format, where it is fine enough for a LoRA's change to show."""
+    fine = packing_of(stored) is None and stored.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return stored.dtype if fine else torch.float16
+
+
 @contextmanager
 def _merged(model: LentModel, lora: Path, weight: float) -> Iterator[None]:
     """Inside, the model's layers have the LoRA's change in them. The bound weights themselves are not written to."""
@@ -171,9 +178,9 @@ def _merged(model: LentModel, lora: Path, weight: float) -> Iterator[None]:
     bound = {name: modules[name].weight for name in matched}
     try:
         for name, weights in matched.items():
-            base = bound[name].detach().float()
+            base = dense_weight(bound[name], torch.float32)
             merged = base + weight * weights.change(base.cpu()).to(base.device)
-            modules[name].weight = torch.nn.Parameter(merged.to(bound[name].dtype), requires_grad=False)
+            modules[name].weight = torch.nn.Parameter(merged.to(_dense_dtype(bound[name])), requires_grad=False)
         yield
     finally:
         for name, parameter in bound.items():

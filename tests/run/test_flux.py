@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.adapters.describe import describe
 from lora_trainer.adapters.initialize import init_from
@@ -15,6 +15,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.cli.main import main
 from lora_trainer.config import from_mapping
+from lora_trainer.host.standalone import _merged
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import family_of_lora
 from lora_trainer.run import file_lender, train
@@ -105,6 +106,34 @@ def test_the_saved_lora_changes_what_the_model_predicts_and_the_export_is_the_sa
     torch.testing.assert_close(predictions[1], predictions[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["fp32", "fp8", "scaled fp8"])
+def test_a_grid_draws_with_the_lora_merged_into_the_weights_whatever_their_format(trained, tmp_path, form):
+    stored = load_file(trained.base_model)
+    if form != "fp32":
+        stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored.items()}
+    if form == "scaled fp8":
+        stored |= {name.replace("weight", "scale_weight"): torch.tensor([0.5]) for name, tensor in stored.items()
+                   if name.endswith("weight") and tensor.dim() == 2}  # fmt: skip
+        stored["scaled_fp8"] = torch.zeros(0).to(torch.float8_e4m3fn)
+    save_file(stored, str(tmp_path / "base.safetensors"))
+    base = FileLender(str(tmp_path / "base.safetensors"), vae=trained.vae, text_encoders=trained.text_encoders)
+    latents, sigmas, lora = torch.randn(1, 16, 4, 4), torch.tensor([0.5]), _out(trained) / "taught.safetensors"
+    with base.borrow() as model, torch.no_grad():
+        conditioning = model.encode_prompts(["a red circle"])
+        bare = model.predict(latents, sigmas, conditioning, None)
+        config = from_mapping({"base_model": "x", "train_data_dir": "x", "lora_rank": 4})
+        adapters = AdapterSet.build(model.lora_targets(), config, model.device)
+        init_from(adapters, read_lora(lora))
+        with adapters:
+            adapters.eval()
+            expected = model.predict(latents, sigmas, conditioning, None)
+        with _merged(model, lora, 1.0):
+            merged = model.predict(latents, sigmas, conditioning, None)
+        assert torch.equal(model.predict(latents, sigmas, conditioning, None), bare), "and it is taken out again"
+    change = (expected - bare).abs().max()
+    assert change > 1e-3 and (merged - expected).abs().max() < change / 20
+
+
 def test_it_resumes_and_checkpointing_changes_nothing(trained, tmp_path):
     losses = {}
     for name, more in {"whole": {}, "checkpointed": {"gradient_checkpointing": True}}.items():
@@ -121,8 +150,6 @@ def test_it_resumes_and_checkpointing_changes_nothing(trained, tmp_path):
 
 
 def test_fp8_learns_what_full_precision_learns(settings, tmp_path):
-    from safetensors.torch import save_file
-
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(settings["base_model"]).items()}
     save_file(stored, str(tmp_path / "fp8.safetensors"))
     save_file({name: tensor.float() for name, tensor in stored.items()}, str(tmp_path / "dense.safetensors"))
