@@ -137,7 +137,8 @@
         const power = 10 ** Math.floor(Math.log10(raw));
         const step = [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999) * power;
         const found = [];
-        for (let number = Math.ceil(low / step - 1e-9); number * step <= high + step * 1e-9; number++) found.push(number * step);
+        const from = Math.ceil(low / step - 1e-9);
+        for (let index = 0; index <= 2 * wanted && (from + index) * step <= high + step * 1e-9; index++) found.push((from + index) * step);
         return found;
     }
 

@@ -76,7 +76,8 @@ class LenderOptions:
     compute_dtype: number format of the computation; None for what suits the weights and the device. The weights that a
         WebUI lends keep theirs; those of a file are converted to it.
     device: where to compute; None for where the host does. A WebUI computes nowhere else.
-    vae: file of another VAE; None for the one that the host uses.
+    vae: file of another VAE; None for the one that the host uses. text_encoders: files of those that a base model's
+        file does not hold; a WebUI chooses them itself.
     hold: keep the host to ourselves for the whole run instead of step by step.
     wait_for_model: a checkpoint switch by the user waits until the run is over, instead of pausing the run.
     """
@@ -87,6 +88,7 @@ class LenderOptions:
     compute_dtype: torch.dtype | None = torch.float32
     device: torch.device | None = None
     vae: str | None = None
+    text_encoders: tuple[str, ...] = ()
     hold: bool = False
     wait_for_model: bool = False
 

@@ -95,7 +95,10 @@ def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
 def _guidance(sd_model: Any, scale: float | None) -> dict[str, float]:
     """The arguments that guide a picture. scale: None for the usual strength."""
     if not getattr(sd_model, "use_distilled_cfg_scale", False):
-        return {"cfg_scale": CFG if scale is None else scale}
+        objects = getattr(sd_model, "forge_objects_original", None)
+        prediction = None if objects is None else getattr(objects.unet.model.predictor, "prediction_type", None)
+        usual = 1.0 if prediction == "const" else CFG  # a flow model without that input is distilled to need none
+        return {"cfg_scale": usual if scale is None else scale}
     return {"cfg_scale": 1.0, "distilled_cfg_scale": DISTILLED_CFG if scale is None else scale}
 
 

@@ -82,12 +82,24 @@ class WebuiLender(Lender):
     # Lender -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> ModelInfo:
+        if self._options.text_encoders:
+            raise UserError(
+                "The WebUI chooses the text encoders that belong to its model.",
+                field="text_encoders",
+                remedy="Leave it empty, and choose them in the WebUI.",
+            )
         sd_model = self._loaded()
         if sd_model is not None and self._is_ours(sd_model) and not self._is_outdated():
             self._refuse_unsuitable(sd_model)
             host = self._read(sd_model)
             return self._info(host, host.architecture(host.tensors(PARTS), host.hints()))
         path = Path(self.checkpoint.filename)
+        if not self._adds_modules and FileLender(path, complete=False).describe().prediction_type == "flow":
+            raise UserError(
+                f"{path.name} is a flow model, which this WebUI does not load.",
+                field="base_model",
+                remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL.",
+            )
         file = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
                           zero_terminal_snr=self._options.zero_terminal_snr,
                           complete=not self._adds_modules)  # fmt: skip

@@ -35,6 +35,21 @@ class WeightSnapshot:
         """Those of ``names`` whose values are not what they were. The same values in a finer format are the same."""
         return [name for name, content in contents(tensors, names).items() if self._contents.get(name) != content]
 
+    def rounded(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> bool:
+        """Whether the values of ``names`` are what they were, rounded to fp16 or bf16."""
+        for name, content in contents(tensors, names).items():
+            dtype, before = tensors[name].dtype, self._contents.get(name)
+            if before is None or dtype not in (torch.float16, torch.bfloat16):
+                return False
+            values = torch.from_numpy(np.frombuffer(before, np.float32).copy())
+            if values.to(dtype).float().numpy().tobytes() != content:
+                return False
+        return True
+
+    def take(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Take the values of ``names`` as the right ones from now on."""
+        self._contents.update(contents(tensors, names))
+
     def settle(self, tensors: Mapping[str, Tensor]) -> None:
         """Take these addresses as the right ones from now on."""
         self._places = {name: place(tensor) for name, tensor in tensors.items()}

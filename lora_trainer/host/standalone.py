@@ -81,6 +81,7 @@ class StandaloneHost(Host):
             device=device,
             weight_dtype=dtype,
             vae=options.vae,
+            text_encoders=options.text_encoders,
             v_prediction=options.v_prediction,
             zero_terminal_snr=options.zero_terminal_snr,
             compute_dtype=dtype,

@@ -127,6 +127,7 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
         compute_dtype=None if config.mixed_precision == "auto" else precision.compute_dtype,
         device=precision.device,
         vae=config.vae,
+        text_encoders=tuple(config.text_encoders),
         hold=bool(host.option(HOLD_OPTION, False)),
         wait_for_model=bool(host.option(WAIT_OPTION, False)),
     )

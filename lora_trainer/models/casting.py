@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from lora_trainer.storage import as_stored, dense_weight, form_of
+from lora_trainer.storage import as_stored, dense_weight, form_of, packing_of
 
 
 def cast_layers(module: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -104,7 +104,9 @@ class CastEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.weight.element_size() == 1:  # rows of fp8 are no numbers to torch's lookup
-            return self.weight.view(torch.uint8)[ids].view(self.weight.dtype).to(self.compute_dtype)
+            rows = self.weight.view(torch.uint8)[ids].view(self.weight.dtype)
+            packing = packing_of(self.weight)  # of fp8: one scale for all rows
+            return rows.to(self.compute_dtype) if packing is None else packing.unpack(rows, self.compute_dtype)
         return super().forward(ids).to(self.compute_dtype)
 
 

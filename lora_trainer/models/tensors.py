@@ -176,6 +176,12 @@ class Tensors(Mapping[str, Tensor]):
             stem = name.removesuffix("weight")
             for scale in (f"{stem}scale_weight", f"{stem}weight_scale"):
                 if scale in self._where:
+                    if self[scale].numel() != 1:
+                        raise UserError(
+                            f"{name} is fp8 with a scale for each row, which cannot be trained on.",
+                            field="base_model",
+                            remedy="Choose this model in bf16, fp16, or fp8 with one scale for each weight.",
+                        )
                     pack(tensor, Scaled(self[scale].float()))
         self._recent[name] = tensor
         if len(self._recent) > _RECENT:

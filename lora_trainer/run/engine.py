@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_trainer import plugins
 from lora_trainer.adapters.initialize import init_from
@@ -35,7 +35,7 @@ from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.state import StateStore, differences, named_state, run_digest
 from lora_trainer.training.trial import try_one_step
-from lora_trainer.training.validation import Validator
+from lora_trainer.training.validation import Measurable, Validator
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _train(
                     callbacks.on_warning(warning)
             objective, validator = work.objective(adapters), None
             if work.validation is not None and ranks.leads:
-                validator = Validator(objective, adapters, work.validation, config.seed)
+                validator = Validator(cast(Measurable, objective), adapters, work.validation, config.seed)
             # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
                 config,
@@ -236,6 +236,8 @@ def _run_key(
 ) -> dict[str, Any]:
     """Everything that determines the result, by name; two runs with the same key make the same LoRA."""
     decisive = {name for name, facts in FACTS.items() if facts.decides and facts.applies(task_of(config))}
+    if model.info.prediction_type != "flow":  # a run of before there were flow models goes on
+        decisive -= {"sigma_sampling", "sigma_shift"}
     settings = {name: value for name, value in to_mapping(config).items() if name in decisive}
     used = plugin_fingerprints(config, model.info.family)
     return {

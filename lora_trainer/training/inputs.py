@@ -201,6 +201,8 @@ class BatchSource:
     def _visited(self, epoch: int) -> list[list[View]]:
         """The batches of an epoch that the run comes to."""
         steps = self.total_steps - epoch * self.steps_per_epoch
+        if steps <= 0:  # a slider's smaller kind is gone through more often than by itself
+            return self._epoch_batches(epoch)
         return self._epoch_batches(epoch)[: steps * self.config.gradient_accumulation_steps]
 
     def _views(self) -> list[View]:

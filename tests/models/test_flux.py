@@ -7,10 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning
+from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.storage import Scaled, pack
 from tests import flux as tiny
 
 LATENTS, SIGMAS = torch.randn(2, 16, 6, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.31, 1.0])
@@ -228,3 +231,21 @@ def test_what_is_missing_is_named(base, tmp_path):
     save_file(fill, str(tmp_path / "fill.safetensors"))
     with pytest.raises(UserError, match="also reads another picture"):
         FileLender(tmp_path / "fill.safetensors").describe()
+
+
+def test_an_embedding_in_scaled_fp8_is_scaled():
+    weight = torch.randn(5, 4).to(torch.float8_e4m3fn)
+    layer = nn.Embedding(5, 4, _weight=weight).requires_grad_(False)
+    pack(layer.weight, Scaled(torch.tensor([3.0])))
+    cast_layers(layer, torch.float32)
+    assert torch.equal(layer(torch.tensor([4, 1])), 3 * weight.float()[[4, 1]])
+
+
+def test_fp8_with_a_scale_for_each_row_is_refused(base, tmp_path):
+    weights = load_file(base["base_model"])
+    name = next(name for name, tensor in weights.items() if tensor.dim() == 2 and "blocks" in name)
+    weights[name.replace("weight", "scale_weight")] = torch.ones(len(weights[name]), 1)
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, str(tmp_path / "rows.safetensors"))
+    with pytest.raises(UserError, match="a scale for each row"):
+        lend({**base, "base_model": tmp_path / "rows.safetensors"}).borrow().__enter__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,12 @@ def test_a_flow_model_is_refused(settings, kind, tmp_path):
     with pytest.raises(UserError, match="flux is a flow model") as refused:
         run(settings(kind, denoised_steps=0) | tiny_flux(tmp_path / "flux"))
     assert refused.value.field == "task"
+
+
+def test_the_smaller_kind_of_a_slider_is_cropped_anew_each_time_it_is_gone_through(settings):
+    wanted = settings("slider", random_crop=True, enable_bucket=False, max_train_steps=None, epochs=2)
+    for folder in (wanted["train_data_dir"], wanted["opposite_dir"]):
+        for path in Path(folder).glob("*.png"):
+            Image.open(path).resize((208, 96)).save(path)
+    result = run(wanted)
+    assert result.status == "finished" and result.step == 2 * 4, "four pictures, and one of their opposite"

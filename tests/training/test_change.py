@@ -66,7 +66,8 @@ def test_the_target_of_words(prediction_type, step, kind):
         max_timestep=800, **prompts,
     )  # fmt: skip
     with adapters:
-        objective = WordObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        bare = partial(adapters.enabled, False)
+        objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
         change, kept = words(model, config, step)
         assert (change.strength, kept.strength) == ((1, 1) if step == 0 else (-1, -1))
         drawn = objective.draw(change, generator_for(1, "x"))
@@ -110,7 +111,8 @@ def test_latents_that_are_partly_denoised(prediction_type, zero_terminal):
     )
     alphas = rescale_zero_terminal_snr(model.schedule.alphas_cumprod).double().numpy() if zero_terminal else ALPHAS
     with adapters:
-        objective = WordObjective(config, model, model.encode_prompts, partial(adapters.enabled, False))
+        bare = partial(adapters.enabled, False)
+        objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
         draws = [objective.draw(words(model, config)[0], generator_for(seed)) for seed in range(30)]
         drawn = next(one for one in draws if one.steps == 3)
         found = objective.inputs(drawn)

@@ -127,6 +127,11 @@ class ForgeLender(WebuiLender):
         return 2, family.latents.channels, height, width
 
     def _repaired(self, tensors: dict[str, Tensor], altered: list[str]) -> dict[str, Tensor]:
+        # Layers of a GGUF replace what is stored plainly, as biases are, by what they compute with, once.
+        storage = self._host.sd_model.forge_objects_original.unet.model.storage_dtype
+        if storage == "gguf" and self._snapshot.rounded(tensors, altered):
+            self._snapshot.take(tensors, altered)
+            return tensors
         raise ModelAwayError(
             f"{self.checkpoint.title} was loaded in another form than the training began with. It goes on when VAE, "
             'text encoder and "Diffusion in Low Bits" are chosen as before.'

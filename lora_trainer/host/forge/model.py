@@ -31,8 +31,8 @@ _PREFIXES = {
     ("clip_g", "clip_l"): ("conditioner.embedders.1.", "conditioner.embedders.0."),
     ("clip_l", "t5xxl"): ("text_encoders.clip_l.", "text_encoders.t5xxl."),
 }
-_FLUX, _FLOW = ("clip_l", "t5xxl"), "const"
 """Forge's names of the text encoders -> what their tensors' names start with in a single file."""
+_FLUX, _FLOW = ("clip_l", "t5xxl"), "const"
 
 
 class ForgeModel:
@@ -115,9 +115,8 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
         path = Path(sd_model.sd_checkpoint_info.filename)
         if path.suffix.lower() in (".safetensors", ".gguf"):
             FileLender(path).architecture()  # which says what it is
-        raise UserError(
-            f"{name} is no Stable Diffusion 1, 2 or XL.", field=_FIELD, remedy="Choose one of these models."
-        )
+        message = f"{name} is no Stable Diffusion 1, 2 or XL, and no FLUX.1."
+        raise UserError(message, field=_FIELD, remedy="Choose one of these models.")
     if sd_model.is_inpaint:
         raise UserError(
             f"{name} is an inpainting, depth or edit model, which cannot be trained here.",
@@ -126,7 +125,8 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
         )
     refuse_storage(objects.unet.model.storage_dtype, "UNet", remedy("unet"), flow)
     for weight in objects.clip.cond_stage_model.parameters():
-        refuse_storage(weight.dtype, "text encoder", remedy("clip"), flow)
+        packed = hasattr(weight, "quant_state")  # bitsandbytes' 4 bits, whose bytes are uint8 like GGUF's
+        refuse_storage("nf4 or fp4" if packed else weight.dtype, "text encoder", remedy("clip"), flow)
 
 
 def refuse_storage(dtype: Any, what: str, remedy: str, quantized: bool = False) -> None:

@@ -13,7 +13,7 @@ from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.architecture import Architecture, UNetShape, clip_l, open_clip_text
 from lora_trainer.models.families.unet.binding import build_unet, text_body
-from lora_trainer.models.families.unet.family import UNetFamily
+from lora_trainer.models.families.unet.family import NO_SIGMA, UNetFamily
 from lora_trainer.models.families.unet.shapes import ADDED, CLASSES, TextRules, linear_projections
 from lora_trainer.models.family import Shapes
 
@@ -66,7 +66,7 @@ class SD2(UNetFamily):
     card_version = "SD2"
     lora_versions = ("sd_v2",)
     is_v2 = True
-    unused: Mapping[str, str] = {"clip_skip": "Stable Diffusion 2 fixes the layer of its text encoder"}
+    unused: Mapping[str, str] = {"clip_skip": "Stable Diffusion 2 fixes the layer of its text encoder", **NO_SIGMA}
     text_encoders = (TextRules("cond_stage_model.", open_clip=True, skips_last=True),)
     usual = Architecture(
         "sd2",

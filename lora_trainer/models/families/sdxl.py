@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.families.unet.architecture import Architecture, UNetShape, clip_l, open_clip_text
-from lora_trainer.models.families.unet.family import UNetFamily
+from lora_trainer.models.families.unet.family import NO_SIGMA, UNetFamily
 from lora_trainer.models.families.unet.names import block_of_sgm_name
 from lora_trainer.models.families.unet.shapes import ADDED, TextRules
 from lora_trainer.models.family import Shapes
@@ -40,7 +40,7 @@ class SDXL(UNetFamily):
     )
     names_of_file = True
     text_prefixes = ("lora_te1", "lora_te2")
-    unused: Mapping[str, str] = {"clip_skip": "SDXL fixes the layer of its text encoders"}
+    unused: Mapping[str, str] = {"clip_skip": "SDXL fixes the layer of its text encoders", **NO_SIGMA}
     implementation = "https://github.com/Stability-AI/generative-models"
     roomy_bytes, tight_bytes, assume_roomy = 20 << 30, 10 << 30, False
 

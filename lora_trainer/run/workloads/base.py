@@ -20,11 +20,7 @@ from lora_trainer.training.precision import Precision
 from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Source, Turn
-from lora_trainer.training.validation import Measurable, ValidationData
-
-
-class MeasurableObjective(Objective, Measurable, Protocol):
-    """An objective that the validator can measure with as well."""
+from lora_trainer.training.validation import ValidationData
 
 
 @dataclass(frozen=True)
@@ -33,12 +29,13 @@ class Work:
 
     objective: the loss of training these adapters.
     targets: finds the layers that adapters can attach to; called inside a turn.
-    saver: writes the LoRAs of the run. validation: what is held out of the training, if anything is.
+    saver: writes the LoRAs of the run. validation: what is held out of the training, if anything is; the objective is
+        a ``Measurable`` then.
     beneath: inside, what is active and frozen beside the base model; entered before adapters are built.
     """
 
     source: Source
-    objective: Callable[[AdapterSet], MeasurableObjective]
+    objective: Callable[[AdapterSet], Objective]
     targets: Callable[[], Sequence[LoraTarget]]
     saver: Callable[[Outputs, AdapterSet, TrainCallbacks], Saver]
     validation: ValidationData | None = None

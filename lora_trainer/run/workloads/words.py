@@ -70,6 +70,7 @@ class Words(OfImageModel):
         facts = model_facts(config, self._info, self._size, precision.name, source.total_steps)
 
         def objective(adapters: AdapterSet) -> WordObjective:
-            return WordObjective(config, model, source.encode_prompts, partial(adapters.enabled, False))
+            bare = partial(adapters.enabled, False)
+            return WordObjective(config, model, source.encode_prompts, bare, adapters.multiplied)
 
         return Work(source, objective, model.lora_targets, self.saver(facts))

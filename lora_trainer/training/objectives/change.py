@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
+from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
 from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import trained_schedule
@@ -73,11 +74,6 @@ class _ChangeObjective:
             return squares.mean(dim=(1, 2, 3)).sum()
         shown = inputs.mask.sum(dim=(1, 2, 3)) * squares.shape[1]
         return ((squares * inputs.mask).sum(dim=(1, 2, 3)) / shown.clamp_min(1)).sum()
-
-    def predict(self, inputs: ChangeInputs) -> Tensor:
-        return self.model.predict(
-            inputs.noisy_latents, inputs.timesteps, inputs.conditioning, inputs.time_ids
-        ).float()
 
     def addresses(self) -> tuple[int, ...]:
         return self.model.addresses()
@@ -143,6 +139,7 @@ class WordObjective(_ChangeObjective):
     """Learning from prompts alone (LECO; Gandikota et al. 2023, "Erasing Concepts from Diffusion Models").
 
     x_t is noise, drawn anew for each step, or what a sampler makes of it in the steps before t, with the LoRA as it is.
+    at: inside, the adapters have the strength that is given.
     """
 
     def __init__(
@@ -151,8 +148,10 @@ class WordObjective(_ChangeObjective):
         model: LentModel,
         encode: Callable[[Sequence[str], slice], Conditioning],
         bare: Callable[[], AbstractContextManager[None]],
+        at: Callable[[float], AbstractContextManager[None]],
     ):
         super().__init__(config, model, encode, bare)
+        self._at = at
         self._sampler, self._times, self._places = None, [], list[int]()
         if not config.denoised_steps:
             return
@@ -163,6 +162,12 @@ class WordObjective(_ChangeObjective):
         self._times = self._sampler.timesteps.tolist()
         low, high = self._levels.min_timestep, self._levels.max_timestep
         self._places = [place for place, time in enumerate(self._times) if low <= time <= high]
+        if not self._places:
+            raise UserError(
+                "No step of the sampler lies between min_timestep and max_timestep.",
+                field="denoised_steps",
+                remedy="Raise it, or widen what lies between min_timestep and max_timestep.",
+            )
 
     def draw(self, micro_batch: WordBatch, generator: torch.Generator) -> WordDraws:
         count = len(micro_batch)
@@ -172,18 +177,14 @@ class WordObjective(_ChangeObjective):
         place = self._places[int(torch.randint(len(self._places), (), generator=generator))]
         return WordDraws(micro_batch, noise, torch.full((count,), self._times[place]), place)
 
-    def fixed_draws(self, micro_batch: WordBatch, place: float, generator: torch.Generator) -> WordDraws:
-        """Noise at one noise level. place: from 0 (min_timestep) to 1 (max_timestep)."""
-        noise = torch.randn((len(micro_batch), *micro_batch.shape), generator=generator)
-        return WordDraws(micro_batch, noise, torch.full((len(micro_batch),), self._levels.level_at(place)))
-
     def inputs(self, drawn: WordDraws) -> ChangeInputs:
         device, batch = self.model.device, drawn.batch
         student, time_ids = _on(batch.student, device), to_device(batch.time_ids, device)
         latents, timesteps = to_device(drawn.noise, device), to_device(drawn.timesteps, device)
         with torch.no_grad():
             if drawn.steps:
-                latents = self._denoised(latents, drawn.steps, _on(batch.negative, device), student, time_ids)
+                with self._at(batch.strength):
+                    latents = self._denoised(latents, drawn.steps, _on(batch.negative, device), student, time_ids)
             with self.bare():
                 target = torch.zeros_like(latents)
                 for weight, conditioning in batch.terms:
@@ -254,11 +255,6 @@ class PairObjective(_ChangeObjective):
         noise = torch.randn(shape, generator=generator)
         timesteps = self._levels.draw_levels(noise, generator)
         return PairDraws(micro_batch, noise, timesteps, range(len(micro_batch)))
-
-    def fixed_draws(self, micro_batch: PairBatch, place: float, generator: torch.Generator) -> PairDraws:
-        """One noise level. place: from 0 (min_timestep) to 1 (max_timestep)."""
-        drawn = self.draw(micro_batch, generator)
-        return replace(drawn, timesteps=torch.full_like(drawn.timesteps, self._levels.level_at(place)))
 
     def inputs(self, drawn: PairDraws) -> ChangeInputs:
         rows, device = slice(drawn.rows.start, drawn.rows.stop), self.model.device

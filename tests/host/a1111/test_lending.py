@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
 from lora_trainer.run.waiting import patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from tests.flux import tiny_flux
+from tests.host.a1111.fake import Info
 from tests.host.conftest import OPTIONS, sha, storages
 from tests.host.test_contract import answer
 
@@ -395,3 +398,10 @@ def test_captions_take_their_turn_on_the_hosts_device(a1111, webui):
         with turn():
             assert lock._lock.locked() if hasattr(lock, "_lock") else lock.locked()
         assert not (lock._lock.locked() if hasattr(lock, "_lock") else lock.locked())
+
+
+def test_a_flow_model_is_refused_for_what_it_is(a1111, webui, tmp_path):
+    info = Info(Path(str(tiny_flux(tmp_path)["base_model"])))
+    webui.sd_models.checkpoints_list[info.title] = info
+    with pytest.raises(UserError, match="is a flow model, which this WebUI does not load"):
+        a1111.lender(info.title, OPTIONS).describe()

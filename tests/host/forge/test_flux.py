@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from torch import nn
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
+from lora_trainer.host.drawing import _guidance
+from lora_trainer.models.base import ModelAwayError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
 from lora_trainer.models.tokenizer import load_tokenizer
@@ -21,7 +24,7 @@ from lora_trainer.storage import dense_weight, pack
 from tests import flux as tiny
 from tests.host.a1111.fake import Info, module_tree
 from tests.host.conftest import OPTIONS, storages
-from tests.host.forge.fake import Engine, Patcher
+from tests.host.forge.fake import Engine, Patcher, put
 from tests.models.test_gguf import quantized
 
 LATENTS, SIGMAS = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.6])
@@ -150,3 +153,39 @@ def test_nf4_is_refused_with_the_family_known(load):
     lender, _ = load("bf16", "nf4")
     with pytest.raises(UserError, match="nf4, which is too coarse"), lender.borrow():
         pass
+
+
+def test_a_gguf_whose_biases_forge_has_rounded_by_computing_goes_on(load, fake_forge):
+    lender, _ = load("gguf", "gguf")
+    with lender.borrow():
+        with lender.turn():
+            pass
+        unet = fake_forge.model.forge_objects_original.unet.model
+        biases = [(module, module.bias) for module in unet.modules() if getattr(module, "bias", None) is not None]
+        assert biases
+        for module, bias in biases:  # as Forge's GGUF layers do when they first compute, in fp16 on older cards
+            put(module, "bias", torch.nn.Parameter(bias.detach().half(), requires_grad=False))
+        with lender.turn():
+            pass
+        with torch.inference_mode(False), torch.no_grad():
+            module, bias = biases[0]
+            put(module, "bias", torch.nn.Parameter(bias.detach().half() + 1, requires_grad=False))
+        with pytest.raises(ModelAwayError), lender.turn():
+            pass
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_a_preview_without_the_guidance_input_has_no_guidance_at_all(load, fake_forge, dev):
+    load("bf16", torch.bfloat16)
+    model = fake_forge._build(None, None)
+    model.use_distilled_cfg_scale = dev
+    usual = _guidance(model, None)
+    assert usual["cfg_scale"] == 1.0 and ("distilled_cfg_scale" in usual) == dev
+    assert _guidance(model, 2.5)["distilled_cfg_scale" if dev else "cfg_scale"] == 2.5
+
+
+def test_text_encoders_of_a_file_are_refused_where_the_webui_chooses_them(load, forge, files):
+    load("bf16", torch.bfloat16)
+    with pytest.raises(UserError) as refused:
+        forge.lender("flux", replace(OPTIONS, text_encoders=tuple(files["text_encoders"]))).describe()
+    assert refused.value.field == "text_encoders"

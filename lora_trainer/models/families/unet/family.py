@@ -34,6 +34,9 @@ _ENCODER_COPIES = 5
 """Pictures of the VAE's first width that are there at once while one is encoded (measured)."""
 
 
+NO_SIGMA = dict.fromkeys(("sigma_sampling", "sigma_shift"), "only flow models draw their noise levels so")
+
+
 class UNetFamily(Family):
     """A UNet with cross-attention, CLIP text encoders and a KL autoencoder with 4 channels.
 
@@ -45,6 +48,7 @@ class UNetFamily(Family):
 
     latents = LatentFormat(channels=reading.LATENT_CHANNELS, factor=8, multiple=8, scale=0.18215)
     as_stored = VAE
+    unused: Mapping[str, str] = NO_SIGMA
     text_encoders: tuple[reading.TextRules, ...]
     heads: int | None = None
     names_of_file = False
