@@ -12,8 +12,11 @@ class UserError(Exception):
     """Something the user can put right. Shown as one message, never as a traceback.
 
     ``message`` says what is wrong and names the file or value, ``field`` the setting it concerns (the tab shows
-    the message beside it), ``remedy`` what to do about it.
+    the message beside it), ``remedy`` what to do about it. ``code``: the exit code; 2 says that the same command fails
+    again.
     """
+
+    code = 2
 
     def __init__(self, message: str, *, field: str | None = None, remedy: str | None = None):
         super().__init__(message)
@@ -24,6 +27,12 @@ class UserError(Exception):
     def __str__(self) -> str:
         text = f"{self.field}: {self.message}" if self.field else self.message
         return f"{text} {self.remedy}" if self.remedy else text
+
+
+class RetryError(UserError):
+    """What the same command puts right when it is started again."""
+
+    code = 1
 
 
 class ConfigError(UserError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from lora_trainer.errors import UserError
+from lora_trainer.errors import RankFailedError, UserError
 
 Value = TypeVar("Value")
 
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     ``OutOfMemoryError`` of torch is recognized by its name: it is no class of its own in every release.
     """
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, RankFailedError)):  # they may quote such words
         return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -26,7 +26,7 @@ def runs(folder: Path, plan: dict[str, Any], timeout: float = 400, **environment
 
     An entry is (processes, settings of one run after the other[, stage]); those of one stage run at the same time.
     A run's settings may have, besides those of ``TrainConfig``, "_act": the name of a function in this module and its
-    arguments, which is called in each process before the run.
+    arguments, which is called in each process before the run. "_command": it is run as the command does, with signals.
     """
     path = folder / "plan.json"
     path.write_text(json.dumps({name: (*entry, 0)[:3] for name, entry in plan.items()}), encoding="utf-8")
@@ -104,7 +104,7 @@ def _child(answer: Path, rank: int, size: int, port: int, settings: list[dict[st
 
 
 def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
-    from lora_trainer.cli.train import joined
+    from lora_trainer.cli.train import joined, run_training
     from lora_trainer.config import TrainConfig, from_mapping
     from lora_trainer.errors import RankFailedError, UserError
     from lora_trainer.run import file_lender, train
@@ -116,7 +116,13 @@ def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
 
     results = []
     try:
-        with joined(TrainConfig(device="cpu")) as (_, ranks):
+        if settings[0].pop("_command", False):
+            act = settings[0].pop("_act")
+            globals()[act[0]](*act[1:])
+            code, result = run_training(from_mapping(settings[0]))
+            results.append({"status": result.status})
+            return code
+        with joined(TrainConfig(device="cpu")) as ranks:
             for values in settings:
                 act = values.pop("_act", None)
                 if act is not None:
@@ -126,7 +132,7 @@ def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
                 results.append({"status": result.status, "step": result.step, "loss": result.loss})
     except (UserError, RankFailedError) as error:
         print(f"error: {error}")
-        return 2 if isinstance(error, UserError) else error.code
+        return error.code
     finally:
         Path(f"{answer}.part").write_text(json.dumps(results))  # the watch may end this process at any moment
         os.replace(f"{answer}.part", f"{answer}.json")
@@ -155,6 +161,23 @@ def dawdle(ranks: Any, seconds: float) -> None:
 
     for of, method in slow:
         setattr(of, method, slowed(getattr(of, method), [1]))
+
+
+def interrupt(rank: int) -> None:
+    """One rank is sent SIGTERM in its first step."""
+    from lora_trainer.training.step import TrainingStep
+
+    if int(os.environ["RANK"]) != rank:
+        return
+    original, sent = TrainingStep.__call__, []
+
+    def slowly(*arguments: Any) -> Any:
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        time.sleep(0.1)
+        return original(*arguments)
+
+    TrainingStep.__call__ = slowly
 
 
 def fail(ranks: Any, rank: int, where: str, how: str) -> None:

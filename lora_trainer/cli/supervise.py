@@ -41,14 +41,16 @@ def run(options: argparse.Namespace) -> int:
     child: list[subprocess.Popen] = []
 
     def stop() -> None:
-        if child:
+        if child and sys.platform != "win32":  # there the console has told it, and terminate would kill it
             child[-1].terminate()
 
     with interruptible(stop, "Stopping the command; it is not started again.", passed_on=True) as stopped:
         for restart in range(options.restarts + 1):
             code = _once(command, child)
+            if stopped and code not in (_DONE, _BAD_INPUT):
+                return _INTERRUPTED
             if stopped or code in (_DONE, _BAD_INPUT, _INTERRUPTED) or restart == options.restarts:
-                return code
+                return 1 if code < 0 else code  # negative: a signal has ended it
             left = f"{restart + 1} of {options.restarts}"
             print(f"The command failed (exit code {code}); it is started again ({left}).", file=sys.stderr, flush=True)
             time.sleep(options.wait)

@@ -71,7 +71,7 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
     from lora_trainer.cli.progress import ProgressBar, Silence
     from lora_trainer.training.callbacks import TrainCommands
 
-    with joined(config) as (config, ranks):
+    with joined(config) as ranks:
         commands = TrainCommands()
         callbacks = ProgressBar() if ranks.leads else Silence()
         try:
@@ -87,26 +87,28 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
         stopping = interruptible(stop, sentence, passed_on=ranks.size > 1)
         with closing(callbacks), stopping as interrupted:  # a message is not to end on the bar's line
             result = engine.train(config, lender, callbacks=callbacks, commands=commands, ranks=ranks)
+        signalled = any(ranks.meet(bool(interrupted)))  # a signal to one of them stops all
         if ranks.leads:
             print(engine.summary(result, config.resume))
-    return INTERRUPTED if interrupted and result.status != "finished" else 0, result
+    return INTERRUPTED if signalled and result.status != "finished" else 0, result
 
 
 @contextmanager
-def joined(config: TrainConfig) -> Iterator[tuple[TrainConfig, Ranks]]:
-    """The settings of this process, and the processes that it trains with. Whatever ends it, the others learn why."""
+def joined(config: TrainConfig) -> Iterator[Ranks]:
+    """The processes that this one trains with, each on its own GPU where there are some. Whatever ends this one, the
+    others learn why."""
     from lora_trainer.training.ranks import ALONE
 
     if not is_one_of_several():
-        yield config, ALONE
+        yield ALONE
         return
     from lora_trainer.training.precision import resolve
-    from lora_trainer.training.processes import Processes, on_own_device
+    from lora_trainer.training.processes import Processes, choose_own_device
 
-    config = on_own_device(config)
+    choose_own_device(config.device)
     ranks = Processes(resolve(config.device, config.mixed_precision).device)
     try:
-        yield config, ranks
+        yield ranks
     except BaseException as error:
         ranks.close(error)
         raise

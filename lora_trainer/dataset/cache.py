@@ -1,7 +1,8 @@
 """Encoded pictures and captions on disk, named by everything that changes them.
 
-A cache never decides the result: a file that is missing, cut off or damaged is made again, and what cannot be written
-(a full disk, a folder without permission) is kept in memory for this run.
+A cache never decides the result: a file that is missing, cut off or damaged is made again before training, or, where
+neither its size nor its time shows it, when the run that comes upon it is started again. What cannot be written (a full
+disk, a folder without permission) is kept in memory for this run.
 """
 
 from __future__ import annotations
@@ -52,9 +53,15 @@ class TensorCache:
         self._root = str(self.directory)
         self._on_warning = on_warning
         self._list = None if user is None else _list_of(self.directory, user)
-        self._listed = {} if self._list is None else _entries(self._list)
+        self._listed: dict[str, _Stamp | None] = {}
+        self.refresh()
         self._unwritten: dict[str, dict[str, Tensor]] = {}
         self._writable = True
+
+    def refresh(self) -> None:
+        """Read the list again: other processes may have added to it, and what is listed need not be read."""
+        if self._list is not None:
+            self._listed.update(_entries(self._list))
 
     def path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}{_SUFFIX}"

@@ -22,7 +22,7 @@ from lora_trainer.dataset.images import load_mask, load_view
 from lora_trainer.dataset.samples import Dataset, View
 from lora_trainer.dataset.unnamed import unnamed_captions
 from lora_trainer.devices import to_device
-from lora_trainer.errors import UserError
+from lora_trainer.errors import RetryError, UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
@@ -172,7 +172,7 @@ class BatchSource:
         return True
 
     def _shared_out(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], bool]) -> bool:
-        return shared_out(items, encode, self.cache.directory, self.ranks)
+        return shared_out(items, encode, self.cache, self.ranks)
 
     def _tell_cut_captions(self, callbacks: TrainCallbacks) -> None:
         longest = self.config.max_token_length
@@ -325,7 +325,7 @@ class BatchSource:
         Reads the disk only; safe in a thread.
 
         Raises:
-            UserError: the cache was damaged or removed while the run was going on.
+            RetryError: the cache was damaged or removed while the run was going on.
         """
         size = self.config.gradient_accumulation_steps
         batches = self._epoch_batches(epoch)
@@ -424,7 +424,7 @@ class BatchSource:
     def _read(self, key: str) -> dict[str, Tensor]:
         tensors = self.cache.get(key)
         if tensors is None:
-            raise UserError(
+            raise RetryError(
                 f"{self.cache.path(key).name} was damaged or removed while the training was going on.",
                 field="cache_dir",
                 remedy="Start the run again: it makes the file anew and goes on from its last state.",

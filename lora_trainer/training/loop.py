@@ -43,6 +43,8 @@ AVERAGED_STEPS = 100
 PAUSE_POLL_SECONDS = 0.5
 SLOW_DISK = 10 * 2**20
 """Bytes a second that saving is granted at least, before other processes take it for one that hangs."""
+FIRST_STEP_SECONDS = 600
+"""So much longer may take the first step of a process that has tried none before, because the run is resumed."""
 FINISHED_BEFORE = "This run had finished before"
 """Begins the warning of a run with nothing left to do, below."""
 
@@ -184,7 +186,8 @@ class Trainer:
         started = time.monotonic()
         rates = learning_rates(self.train_step.optimizer)
         try:
-            with self.turn():
+            hurry = 0 if self.train_step.computed else FIRST_STEP_SECONDS
+            with self.turn(), self.ranks.unhurried(hurry):
                 watch = Stopwatch()
                 loss = self.train_step(self.step, micro_batches)
                 working = watch.lap(computing=self.model.device.type == "cpu")
@@ -334,7 +337,7 @@ class Trainer:
     def _save_lora(self, kind: str) -> None:
         self.saver.prepare()
         self._enter("saving")
-        with self.turn(), self.train_step.averaged():
+        with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK), self.train_step.averaged():
             self.lora = self.saver(self.step, self.epoch, kind)
         self.callbacks.on_saved(self.lora, self.step, "lora")
 

@@ -7,7 +7,6 @@ longer than that.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import socket
@@ -22,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_trainer.config import TrainConfig
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.training.callbacks import TrainCommands
@@ -34,27 +32,25 @@ Turn = Callable[[], AbstractContextManager[None]]
 
 COLLECTIVE_SECONDS = 1800.0
 """A collective gives up after so long. Nothing waits in one that long: what fails, the watch finds before."""
-BAD_INPUT = 2
-"""The exit code that says: started again, it fails again."""
 _LARGE = 2**20
 """A value of more bytes is broadcast instead of being put into the store."""
 _SOON, _SLOWEST_POLL = 0.05, 0.02
 
 
-def on_own_device(config: TrainConfig) -> TrainConfig:
-    """The settings with this process's own GPU. Raises UserError when there is none for it."""
+def choose_own_device(device: str) -> None:
+    """Make this process's own GPU the one that "auto" and "cuda" stand for, so that the settings, which are saved, name
+    none. Raises UserError when there is none for it."""
     index = int(os.environ.get("LOCAL_RANK") or 0)
-    if config.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        if config.device.startswith("cuda:"):
-            message = f"{config.device} is one GPU, and each of several processes needs its own."
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        if device.startswith("cuda:"):
+            message = f"{device} is one GPU, and each of several processes needs its own."
             raise UserError(message, field="device", remedy="Use auto.")
-        return config
+        return
     count = torch.cuda.device_count()
     if index >= count:
         message = f"There is no GPU for process {index} of this machine."
         raise UserError(message, field="device", remedy=f"Use --nproc-per-node {count}.")
     torch.cuda.set_device(index)
-    return dataclasses.replace(config, device=f"cuda:{index}")
 
 
 class Processes(Ranks):
@@ -138,8 +134,9 @@ class Processes(Ranks):
     def _together(self) -> None:
         """All processes are here: what they were told before has been read."""
         if self.leads:
-            for key in self._told:
-                self._store.delete_key(key)
+            with self._connection():
+                for key in self._told:
+                    self._store.delete_key(key)
             self._told.clear()
 
     def _put(self, key: str, data: bytes) -> None:
@@ -234,10 +231,9 @@ class Processes(Ranks):
 
     def close(self, error: BaseException | None = None) -> None:
         if error is not None and not isinstance(error, RankFailedError):
-            foreseen = isinstance(error, UserError)
-            text = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             with suppress(RuntimeError):
-                self._watch.fail(f"{self.name} failed: {text}", BAD_INPUT if foreseen else 1)
+                self._watch.fail(f"{self.name} failed: {text}", error.code if isinstance(error, UserError) else 1)
                 time.sleep(0 if _launcher_keeps_store() else 3)  # the store ends with rank 0
         if error is None:
             with self._collective():  # rank 0 may keep the store, which the others still read

@@ -8,25 +8,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.training.ranks import Ranks
 
 Item = TypeVar("Item")
 
 
-def shared_out(items: Sequence[Item], encode: Callable[[Sequence[Item]], bool], folder: Path, ranks: Ranks) -> bool:
-    """``encode(items)``, which leaves out what the folder has: each process encodes some, then what is missing still.
+def shared_out(
+    items: Sequence[Item], encode: Callable[[Sequence[Item]], bool], cache: TensorCache, ranks: Ranks
+) -> bool:
+    """``encode(items)``, which leaves out what the cache has: each process encodes some, then what is missing still.
 
     Where the processes do not all see one folder, those that do share the work. Something is missing where a file
     could not be written, or has not come through the network yet. Returns False when any of them was stopped.
     """
     if ranks.size == 1:
         return encode(items)
-    share = _share(folder, ranks)
+    share = _share(cache.directory, ranks)
     for some in (items[share], items):
         with ranks.working():
             done = encode(some)
         if not all(ranks.meet(done)):
             return False
+        cache.refresh()
     return True
 
 

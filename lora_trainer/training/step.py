@@ -51,6 +51,7 @@ class TrainingStep:
     ranks: the processes that compute a step together, each some of its micro-batches.
     grad_norm: of the last step, before it was clipped; None where it was not finite. samples: in the last step.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
+    computed: this process has computed a micro-batch before, which takes longest the first time.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TrainingStep:
             self.graphs.give_up("there are regularisers.")
         self.recovery = recovery
         self.measures = MemoryMeasures() if recovery is None else recovery.measures
-        self.updating = False
+        self.updating = self.computed = False
         self.grad_norm: float | None = None
         self.samples = 0
         self._in_update = False
@@ -148,8 +149,20 @@ class TrainingStep:
                 return 0.0
 
         self._until_it_fits(step, drawn, compute)
-        shared.reduce()
+        self._reduce(shared)
         return self._until_it_fits(step, drawn, lambda step, drawn: self._update(shared.give()))
+
+    def _reduce(self, shared: SharedGradients) -> None:
+        # Never a second time: the others may have what this process had to tell.
+        try:
+            shared.reduce()
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        release_memory()
+        raise OutOfMemoryError(reason)
 
     def _move_optimizer_like_others(self, step: int) -> None:
         """Some process has had to move its optimizer to the CPU, which rounds otherwise: all do, and go on from what
@@ -158,7 +171,7 @@ class TrainingStep:
         move_optimizer_to_cpu(self.optimizer)
         state = self.ranks.first(lambda: on_cpu(self.state_dict()))
         if not self.ranks.leads:
-            self.load_state_dict(state, step)
+            self.load_state_dict({**state, "memory": self.measures.state_dict()}, step)
 
     def _until_it_fits(
         self, step: int, drawn: Sequence[Drawn], compute: Callable[[int, Sequence[Drawn]], Loss]
@@ -205,6 +218,8 @@ class TrainingStep:
         """
         divisor = torch.full((), float(count), device=self.precision.device)
         losses = [torch.zeros((), device=self.precision.device)] if not drawn else []
+        if not drawn and self.scaler is not None:
+            self.scaler.scale(losses[0])  # without it a scaler that is new, or was just loaded, has no scale
         for place, (micro_step, micro_batch) in enumerate(self.ranks.numbered(drawn)):
             for part in self.measures.parts(len(micro_batch)):
                 self.adapters.begin_step(step, micro_step, part)
@@ -212,6 +227,7 @@ class TrainingStep:
                 losses.append(compute(self.objective.inputs(computed), divisor))
                 if shared is not None and shared.in_order:
                     shared.take(place, losses[-1])
+                self.computed = True
                 self.ranks.progress()
         if self.regularisers and self.ranks.leads:
             penalty = sum(weight * regulariser(self.adapters) for regulariser, weight in self.regularisers)

@@ -178,7 +178,10 @@ class Watch:
             return
         stuck = time.monotonic() - since
         if stuck > max(self._limits.progress, 5 * self._longest) + extra:
-            self.fail(f"{self._names[self._rank]} has made no progress for {stuck:.0f} seconds.")
+            self.fail(
+                f"{self._names[self._rank]} has made no progress for {stuck:.0f} seconds. If it is only slow, raise "
+                f"LORA_TRAINER_PATIENCE (now {self._limits.progress:g})."
+            )
 
     def _hear(self, told: bytes) -> None:
         code, _, sentence = told.decode("utf-8", "replace").partition(" ")

@@ -21,11 +21,12 @@ NOTE = "pathlib.Path(os.environ['LORA_TRAINER_EXIT_CODES'], '0').write_text(sys.
     [
         ("sys.exit(0)", 0, 1),
         ("sys.exit(1)", 1, 3),
-        ("os.kill(os.getpid(), 9)", -9, 3),
+        ("os.kill(os.getpid(), 9)", 1, 3),
         ("sys.exit(0 if len(tried.read_text()) == 2 else 1)", 0, 2),
         ("sys.exit(2)", 2, 1),
         (NOTE + "sys.exit(1)", 2, 1),
         ("sys.exit(130)", 130, 1),
+        ("import time; os.kill(os.getppid(), 15); time.sleep(9)", 130, 1),
     ],
 )
 def test_what_is_started_again(tmp_path, ends, code, times):
@@ -34,6 +35,13 @@ def test_what_is_started_again(tmp_path, ends, code, times):
     arguments = ["supervise", "--restarts", "2", "--wait", "0", "--", sys.executable, "-S", "-c", FAILS + ends]
     assert main([*arguments, str(tried), "2"]) == code
     assert tried.read_text() == "x" * times
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_on_windows_the_console_has_told_the_command_and_it_may_finish(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    ends = "import os, time; os.kill(os.getppid(), 2); time.sleep(0.3)"
+    assert main(["supervise", "--wait", "0", "--", sys.executable, "-S", "-c", ends]) == 0
 
 
 def test_a_command_that_is_not_there_is_a_sentence(capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,3 +211,13 @@ def test_what_is_known_to_be_there_is_not_read_again_and_damage_is_found_when_it
     assert KEY not in cache and KEY not in TensorCache(tmp_path, user=folder), "it is made again"
     path.unlink()
     assert KEY not in cache
+
+
+def test_what_another_process_has_made_is_not_read_once_the_list_was(tmp_path, monkeypatch):
+    mine, other = (TensorCache(tmp_path, user=tmp_path / "pictures") for _ in range(2))
+    other.put(KEY, tensors())
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    mine.refresh()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    assert KEY in mine

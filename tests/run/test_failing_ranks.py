@@ -37,6 +37,8 @@ def failures(folder, tiny_base, cases):
         plan[f"{where} {how}"] = (2, [{**settings, "_act": ["fail", WHERE[where], where, how]}], 0)
         plan[f"{where} {how} again"] = (1 + number % 2, [settings], 1)
         plan[f"{kind} whole"] = (1, [{**kinds[kind], "output_dir": str(folder / f"{kind} whole")}], 1)
+    signal = {**kinds["text"], "epochs": 100, "output_dir": str(folder / "signal")}
+    plan["signal"] = (2, [{**signal, "_act": ["interrupt", 1], "_command": True}], 0)
     return folder, runs(folder, plan, LORA_TRAINER_PATIENCE=str(PATIENCE))
 
 
@@ -56,7 +58,8 @@ def look(found, where, how):
     assert survivor["code"] == 1 and survivor["seconds"] < 60, survivor["said"]
     (sentence,) = [line for line in survivor["said"].splitlines() if line.startswith("error:")]
     assert f"Rank {failed} on {os.uname().nodename} " in sentence
-    words = {"kill": ("no sign of life", "lost the conn"), "error": ("something broke",), "hang": ("no progress",)}
+    raised = f"raise LORA_TRAINER_PATIENCE (now {PATIENCE})"
+    words = {"kill": ("no sign of life", "lost the conn"), "error": ("something broke",), "hang": (raised,)}
     assert any(one in sentence for one in words[how])  # here rank 0 keeps the store, which ends with it
     assert [rank["code"] for rank in said[f"{where} {how} again"]] == [0] * len(said[f"{where} {how} again"])
     kind = "pictures" if where == "caching" else "text"
@@ -66,6 +69,11 @@ def look(found, where, how):
 @pytest.mark.parametrize(("where", "how"), FEW)
 def test_the_others_end_and_the_run_goes_on(few, where, how):
     look(few, where, how)
+
+
+def test_a_signal_to_one_of_them_is_every_ones_exit_code(few):
+    ranks = few[1]["signal"]
+    assert [(rank["code"], rank["results"]) for rank in ranks] == [(130, [{"status": "stopped"}])] * 2, ranks
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def test_a_damaged_file_is_made_again_and_one_lost_while_training_is_named(tmp_p
     with pytest.raises(UserError) as error:
         run.source.micro_batches(0, 0)
     assert "damaged or removed" in error.value.message and error.value.field == "cache_dir"
+    assert error.value.code == 1, "it may be started again"
 
 
 def test_another_model_or_precision_or_caption_is_another_entry(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from lora_trainer.errors import UserError
 from lora_trainer.training import loop, preview
 from lora_trainer.training.metrics import MetricsLog
+from lora_trainer.training.ranks import Ranks
 from tests.training.fakes import FakeModel, Run, configuration, same
 
 OPTIMIZERS = [
@@ -359,6 +360,22 @@ def test_fp16_scaling_skips_and_resumes(tmp_path):
     resumed = scaled(config)
     resumed.trainer.run()
     assert same(resumed.final, whole.final)
+
+
+def test_the_first_step_after_a_resume_and_every_save_may_take_longer(tmp_path):
+    class Asked(Ranks):
+        def __init__(self):
+            self.seconds = []
+
+        def unhurried(self, seconds=None):
+            self.seconds.append(seconds)
+            return nullcontext()
+
+    run = Run(configuration(tmp_path, epochs=1))
+    run.trainer.ranks = Asked()
+    assert run.trainer.run().step == 2
+    save = run.trainer.train_step.bytes / loop.SLOW_DISK
+    assert run.trainer.ranks.seconds == [loop.FIRST_STEP_SECONDS, 0, save, save, save], "a state, the LoRA, the state"
 
 
 def test_out_of_memory_saves_the_state_and_names_what_helps(tmp_path):

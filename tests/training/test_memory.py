@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_trainer.config import TrainConfig
-from lora_trainer.errors import UserError
+from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.out_of_memory import is_out_of_memory, with_room
 from lora_trainer.training.memory import (
     MemoryMeasures,
@@ -46,7 +46,8 @@ def test_what_says_that_memory_is_short(error):
 
 @pytest.mark.parametrize("error", [
     RuntimeError("CUDA error: device-side assert triggered"), ValueError("mat1 and mat2 shapes cannot be multiplied"),
-    UserError("There is not enough memory to describe a single picture."), KeyError("memory"),
+    UserError("There is not enough memory to describe a single picture."),
+    RankFailedError("Rank 1 failed: CUDA out of memory."), KeyError("memory"),
 ], ids=str)  # fmt: skip
 def test_what_does_not(error):
     assert not is_out_of_memory(error)
