@@ -64,6 +64,21 @@ def test_train_prints_where_the_file_is_and_how_to_use_it(capsys, config, tmp_pa
     assert str(tmp_path / "out" / "my face.safetensors") in out and "<lora:my face:0.8> zwx" in out
 
 
+def test_a_damaged_cache_fails_as_what_may_be_tried_again_which_mends_it(capsys, config, tmp_path, monkeypatch):
+    command = "train", "--config", config, "resume=never", "max_train_steps=1"
+    assert call(capsys, *command)[0] == 0
+    path = max((tmp_path / "out" / "cache").rglob("*.cache"), key=lambda path: path.stat().st_size)
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a disk damages a file
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    code, _, err = call(capsys, *command)
+    assert code == 1 and "damaged or removed" in err
+    assert call(capsys, *command)[0] == 0
+
+
 def test_info_and_merge_and_check(capsys, config, tmp_path, tiny_base):
     call(capsys, "train", "--config", config)
     lora = tmp_path / "out" / "out.safetensors"
