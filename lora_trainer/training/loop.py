@@ -186,8 +186,7 @@ class Trainer:
         started = time.monotonic()
         rates = learning_rates(self.train_step.optimizer)
         try:
-            hurry = 0 if self.train_step.computed else FIRST_STEP_SECONDS
-            with self.turn(), self.ranks.unhurried(hurry):
+            with self.turn(), self.ranks.unhurried(0 if self.train_step.computed else FIRST_STEP_SECONDS):
                 watch = Stopwatch()
                 loss = self.train_step(self.step, micro_batches)
                 working = watch.lap(computing=self.model.device.type == "cpu")
@@ -442,8 +441,7 @@ class Trainer:
         return self._outcome("stopped")
 
     def _outcome(self, status: str) -> Outcome:
-        losses = self.recent_losses
-        loss = sum(losses) / len(losses) if losses else None
+        loss = sum(self.recent_losses) / len(self.recent_losses) if self.recent_losses else None
         found = verdict(self.measurements, self.config.early_stopping_patience)
         return Outcome(status, self.step, self.total_steps, self.epoch, loss, self.seconds, self.lora, found)
 
