@@ -75,9 +75,9 @@ def test_a_missing_file_and_a_plain_folder(tmp_path):
         FileLender(tmp_path / "missing.safetensors").describe()
     with pytest.raises(UserError, match="not a diffusers model folder"):
         FileLender(tmp_path).describe()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
     (tmp_path / "unet").mkdir()
-    with pytest.raises(UserError, match="FluxPipeline"):
+    with pytest.raises(UserError, match="PixArtAlphaPipeline"):
         FileLender(tmp_path).describe()
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match="holds no weights"):

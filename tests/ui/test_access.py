@@ -51,7 +51,7 @@ CONTRASTS = """() => {
         const drawn = node.namespaceURI.endsWith("svg");
         const said = typeof node.value === "string" ? node.value : own ? node.textContent.trim() : "";
         const heard = node.closest(".lora_trainer_spoken");
-        if (!said || heard || !node.checkVisibility() || node.disabled) continue;
+        if (!said || heard || !node.checkVisibility() || node.disabled || node.type === "range") continue;
         for (const back of behind(node)) {
             const front = light(over(numbers(getComputedStyle(node)[drawn ? "fill" : "color"]), back));
             const [high, low] = [front, light(back)].sort((one, other) => other - one);
