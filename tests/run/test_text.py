@@ -257,8 +257,8 @@ def test_held_out_rows_are_measured_and_end_the_run_when_they_get_worse(settings
     result = run({**settings, "train_data_dir": str(write_rows(tmp_path / "r.jsonl", rows))}, listener, **changes)
     assert any(text.startswith("Not trained, but measured: r.jsonl:") for text in listener.warnings)
     assert result.step < 200, "it stopped early"
-    (said,) = [text for text in listener.warnings if "held-out rows has risen" in text]
-    assert "that of trained rows fell" in said and "it memorises them" in said
+    (said,) = [text for text in listener.warnings if "loss of held-out data has risen" in text]
+    assert "That of training data fell" in said and "it memorises them" in said
     with pytest.raises(UserError) as caught:
         run({**settings, "train_data_dir": str(write_rows(tmp_path / "few.jsonl", rows[:3]))}, validation_share=0.5)
     assert caught.value.field == "validation_share"

@@ -50,17 +50,17 @@ def test_runs_are_searched_and_ordered_with_what_runs_now_first(runs, manager, t
 
 def test_the_settings_in_which_two_runs_differ(runs):
     runs.click("#lora_trainer_run_3 > button")
-    others = runs.locator("#lora_trainer_run_3 select")
+    others = runs.locator("#lora_trainer_run_3").get_by_label("Lay another run's curve over it")
     others.select_option(label="beta")
     table = runs.locator("#lora_trainer_run_3 table")
     table.wait_for()
     assert [row.split() for row in table.inner_text().splitlines() if row.strip()] == [
         ["Setting", "gamma", "beta"], ["lora_rank", "8", "4"],
     ]  # fmt: skip
+    runs.locator("#lora_trainer_run_3").get_by_label("Take beta away").click()
+    runs.wait_for_selector("#lora_trainer_run_3 table", state="detached")
     others.select_option(label="alpha")
     runs.locator("#lora_trainer_run_3 >> text=Both runs have the same settings.").wait_for()
-    others.select_option("")
-    runs.wait_for_selector("#lora_trainer_run_3 table", state="detached")
 
 
 def test_many_runs_are_deleted_after_a_question(runs, manager):
