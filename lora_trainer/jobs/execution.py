@@ -195,14 +195,14 @@ def _publish(
         facts = publish(host, job, config, lora, job.name, picture, overwrite=overwrite, on_phase=reporter.on_phase)
         facts |= {"published_step": step, "chosen_step": step}
     except UserError as error:
-        safe = "The LoRA is safe in the job; publish it from there."
+        safe = "The LoRA is safe in the run; publish it from there."
         reporter.warn(Problem(error.message, error.field, f"{error.remedy} {safe}" if error.remedy else safe))
         return {}
     except Exception as error:  # the host's code; the job itself is done
         log.exception("Publishing failed")
         problem = Problem(
             f"The LoRA could not be published: {type(error).__name__}: {error}",
-            remedy="It is safe in the job; publish it from there. The job's log has the details.",
+            remedy="It is safe in the run; publish it from there. The run's log has the details.",
         )
         reporter.warn(problem)
         return {}

@@ -49,7 +49,7 @@ class JobFolders:
             if isinstance(error, FileExistsError) and not exist_ok:
                 raise
             raise UserError(
-                f"The job's folder {path} cannot be made: {error.strerror}.",
+                f"The run's folder {path} cannot be made: {error.strerror}.",
                 remedy="Free some space, or choose another folder with --lora-trainer-dir.",
             ) from error
         return path
@@ -83,7 +83,7 @@ class JobFolders:
             marked = False
         if not marked:
             raise UserError(
-                f"{path.name} does not look like the folder of job {job.id}; nothing was deleted.",
+                f"{path.name} does not look like the folder of run {job.id}; nothing was deleted.",
                 remedy="Look into it, and delete it yourself if nothing in it is needed.",
             )
         try:

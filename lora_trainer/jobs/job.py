@@ -21,7 +21,7 @@ class UnknownJobError(UserError):
     """There is no job of this number (any more)."""
 
     def __init__(self, job_id: object):
-        super().__init__(f"There is no job {job_id}.", remedy="It may have been deleted; reload the list.")
+        super().__init__(f"There is no run {job_id}.", remedy="It may have been deleted; reload the list.")
 
 
 def full_disk(folder: Path) -> Problem:

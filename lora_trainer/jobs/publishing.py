@@ -150,7 +150,7 @@ def _copied(host: Host, lora: Path, name: str, card: Card, *, overwrite: bool) -
         raise UserError(
             f"{name} could not be copied into the LoRA folder: {error.strerror or error}.",
             field="output_name",
-            remedy="Free some space or mend the folder's permissions, then publish it again from the job.",
+            remedy="Free some space or mend the folder's permissions, then publish it again from the run.",
         ) from error
 
 

@@ -56,7 +56,7 @@ class JobStore:
         except sqlite3.DatabaseError as error:
             self.close()
             raise UserError(
-                f"The job list {self.path} cannot be opened: {error}.",
+                f"The list of runs {self.path} cannot be opened: {error}.",
                 remedy="Rename the file to start with an empty list; the jobs' folders beside it stay.",
             ) from error
 

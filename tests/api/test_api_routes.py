@@ -367,7 +367,7 @@ def test_many_jobs_are_deleted_and_their_loras_stay(client, manager, host, train
     manager.store.update(held, status="running", active=True)
     answer = client.post("/jobs/delete", json={"jobs": [trained, held, trained, 99], "confirm": True}).json()
     assert answer["deleted"] == [trained]
-    assert [problem["message"] for problem in answer["refused"]] == ["dog is being trained.", "There is no job 99."]
+    assert [problem["message"] for problem in answer["refused"]] == ["dog is being trained.", "There is no run 99."]
     assert published.exists() and manager.store.ids() == [held]
     manager.store.update(held, status="stopped", active=False)
 
