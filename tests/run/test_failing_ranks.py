@@ -55,8 +55,9 @@ def others(tmp_path_factory, tiny_base):
 def look(found, where, how):
     folder, said = found
     failed, survivor = WHERE[where], said[f"{where} {how}"][1 - WHERE[where]]
-    assert survivor["code"] == 1 and survivor["seconds"] < 60, survivor["said"]
-    (sentence,) = [line for line in survivor["said"].splitlines() if line.startswith("error:")]
+    assert survivor["code"] == 1 and survivor["seconds"] < 90, survivor["said"]  # 60 and the start of a busy machine
+    # On a busy machine the run says it, and the watch as well, since the run takes long to leave.
+    (sentence,) = {line for line in survivor["said"].splitlines() if line.startswith("error:")}
     assert f"Rank {failed} on {os.uname().nodename} " in sentence
     raised = f"raise LORA_TRAINER_PATIENCE (now {PATIENCE})"
     words = {"kill": ("no sign of life", "lost the conn"), "error": ("something broke",), "hang": (raised,)}
