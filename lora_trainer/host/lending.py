@@ -94,16 +94,18 @@ class WebuiLender(Lender):
             host = self._read(sd_model)
             return self._info(host, host.architecture(host.tensors(PARTS), host.hints()))
         path = Path(self.checkpoint.filename)
-        if not self._adds_modules and FileLender(path, complete=False).describe().prediction_type == "flow":
+        info = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
+                          zero_terminal_snr=self._options.zero_terminal_snr, complete=False).describe()  # fmt: skip
+        if self._adds_modules:
+            return info
+        if info.prediction_type == "flow":
             raise UserError(
                 f"{path.name} is a flow model, which this WebUI does not load.",
                 field="base_model",
                 remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL.",
             )
-        file = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
-                          zero_terminal_snr=self._options.zero_terminal_snr,
-                          complete=not self._adds_modules)  # fmt: skip
-        return file.describe()
+        get_family(info.family).check_complete(info.architecture, path.name)
+        return info
 
     @contextmanager
     def borrow(self) -> Iterator[PartedLentModel]:

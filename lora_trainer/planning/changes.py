@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, never_reached, parse_resolution, without_effect
-from lora_trainer.planning.cost import PastRuns, cost
+from lora_trainer.planning.cost import PastRuns, cost, counts
 from lora_trainer.planning.duration import Length
 
 if TYPE_CHECKING:
@@ -63,15 +63,7 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
         ],
         "buckets": buckets,
         "visits_per_epoch": visits_per_epoch,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "accumulation": config.gradient_accumulation_steps,
-        "stops_at": config.max_train_steps,
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps,
-        "base_model": info.name,
-        "family": info.family,
-        "resolution": str(side) if config.resolution == "auto" else config.resolution,
+        **counts(config, info, side, steps, steps_per_epoch),
         **cost(dataclasses.replace(config, preserve=0.0), info, length, host, past),
     }
 

@@ -95,6 +95,22 @@ def precision_of(config: TrainConfig, host: Host) -> Precision:
     return resolve(device, config.mixed_precision, None if config.task == "text" else host.weight_dtype())
 
 
+def counts(config: TrainConfig, info: ModelInfo, side: int, steps: int, steps_per_epoch: int) -> dict[str, Any]:
+    """What every forecast on an image model says of the run itself, by the names of ``planning.estimate``. side: of the
+    pictures in pixels, where the setting leaves it to the model."""
+    return {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "accumulation": config.gradient_accumulation_steps,
+        "stops_at": config.max_train_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "base_model": info.name,
+        "family": info.family,
+        "resolution": str(side) if config.resolution == "auto" else config.resolution,
+    }
+
+
 def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past: PastRuns) -> dict[str, Any]:
     """``minutes`` (expected), ``minutes_low``, ``minutes_high``, their ``parts`` and ``memory`` (bytes), with ``basis``
     and ``memory_basis``, the jobs that they are taken from, and ``basis_name``. ``shorter``: what a run on a CPU would

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_trainer.config import TrainConfig, never_reached, without_effect
 from lora_trainer.errors import Problem
-from lora_trainer.planning.cost import PastRuns, cost
+from lora_trainer.planning.cost import PastRuns, cost, counts
 from lora_trainer.planning.duration import Length
 
 if TYPE_CHECKING:
@@ -74,15 +74,7 @@ def estimate(
         "buckets": plan.table(),
         "visits_per_epoch": plan.visits_per_epoch,
         "repeats": repeats.pop() if len(repeats) == 1 and not regularization else None,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "accumulation": config.gradient_accumulation_steps,
-        "stops_at": config.max_train_steps,
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps,
-        "base_model": info.name,
-        "family": info.family,
-        "resolution": str(side) if config.resolution == "auto" else config.resolution,
+        **counts(config, info, side, steps, steps_per_epoch),
         **cost(config, info, Length(visits, len(dataset.samples), steps, steps_per_epoch), host, past),
     }
 

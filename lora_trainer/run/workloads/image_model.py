@@ -9,10 +9,11 @@ from typing import Any
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.merge import check_paths, merge
 from lora_trainer.adapters.metadata import RunFacts
-from lora_trainer.config import TrainConfig
+from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.families import get_family
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.workloads.base import digest
@@ -96,6 +97,16 @@ def refuse_text_encoders(config: TrainConfig) -> None:
             field="train_text_encoder",
             remedy="Leave it off, and text_encoder_lr empty.",
         )
+
+
+def describe_for_change(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks, task: str) -> ModelInfo:
+    """The model that is to learn a change; settings that do nothing with it are told. Raises UserError for one that
+    cannot."""
+    info = lender.describe()
+    refuse_flow(info)
+    for sentence in without_effect(config, get_family(info.family).unused, task):
+        callbacks.on_warning(sentence)
+    return info
 
 
 def refuse_several(ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import TrainConfig, without_effect
+from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.pairs import NO_CAPTION, pairs_of
@@ -28,7 +28,12 @@ from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.families import get_family
 from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work
-from lora_trainer.run.workloads.image_model import OfImageModel, refuse_flow, refuse_several, refuse_text_encoders
+from lora_trainer.run.workloads.image_model import (
+    OfImageModel,
+    describe_for_change,
+    refuse_several,
+    refuse_text_encoders,
+)
 from lora_trainer.run.workloads.pictures import cache_of, samples_key
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import PairSource, SliderSource
@@ -92,10 +97,7 @@ class TwoDatasets(OfImageModel):
         """Scan the folders. Raises UserError where there is nothing to learn from, or the model cannot be trained."""
         refuse_several(ranks)
         cls.check(config)
-        info = lender.describe()
-        refuse_flow(info)
-        for sentence in without_effect(config, get_family(info.family).unused, cls.task):
-            callbacks.on_warning(sentence)
+        info = describe_for_change(lender, config, callbacks, cls.task)
         first, second, warnings = cls.read(config, lambda done, total: callbacks.on_phase("pictures", done, total))
         for dataset in (first, second):
             for skipped in dataset.skipped:

@@ -6,13 +6,18 @@ from functools import partial
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import TrainConfig, parse_resolution, without_effect
+from lora_trainer.config import TrainConfig, parse_resolution
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.run.saving import model_facts
 from lora_trainer.run.workloads.base import Work
-from lora_trainer.run.workloads.image_model import OfImageModel, refuse_flow, refuse_several, refuse_text_encoders
+from lora_trainer.run.workloads.image_model import (
+    OfImageModel,
+    describe_for_change,
+    refuse_several,
+    refuse_text_encoders,
+)
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import WordSource
 from lora_trainer.training.objectives.change import WordObjective
@@ -53,11 +58,8 @@ class Words(OfImageModel):
         """Raises UserError for prompts that say no change, or a model that cannot be trained."""
         refuse_several(ranks)
         cls.look(config)
-        info = lender.describe()
-        refuse_flow(info)
+        info = describe_for_change(lender, config, callbacks, "words")
         family = get_family(info.family)
-        for sentence in without_effect(config, family.unused, "words"):
-            callbacks.on_warning(sentence)
         size, side = parse_resolution(config.resolution), family.default_resolution(info)
         width, height = size if isinstance(size, tuple) else (side, side)
         multiple = family.latents.multiple

@@ -13,6 +13,7 @@ import torch
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import LenderOptions, PreviewRequest
 from lora_trainer.models.base import ModelAwayError
+from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run.waiting import patient_turns
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.flux import tiny_flux
@@ -405,3 +406,10 @@ def test_a_flow_model_is_refused_for_what_it_is(a1111, webui, tmp_path):
     webui.sd_models.checkpoints_list[info.title] = info
     with pytest.raises(UserError, match="is a flow model, which this WebUI does not load"):
         a1111.lender(info.title, OPTIONS).describe()
+
+
+def test_a_file_is_read_once_to_be_described(a1111, monkeypatch):
+    read, calls = FileLender._read, []
+    monkeypatch.setattr(FileLender, "_read", lambda lender: calls.append(lender.path) or read(lender))
+    assert a1111.lender("third", OPTIONS).describe().name == "third"
+    assert len(calls) == 1
