@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
-from lora_trainer.models.families.flux.tokenizer import FluxTokenizer
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import Hints, file_hints, merged
@@ -70,12 +70,12 @@ class ForgeModel:
         )
         return merged(from_file, from_host)
 
-    def tokenizer(self) -> Tokenizer | FluxTokenizer:
+    def tokenizer(self) -> Tokenizer | FlowTokenizer:
         """Copies of Forge's: ours set another maximal length."""
         tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
         if is_flow(self.sd_model):
             file = Path(tokenizers["t5xxl"].name_or_path) / "tokenizer.json"
-            return FluxTokenizer(Tokenizer(partial(copy.copy, tokenizers["clip_l"])), file)
+            return FlowTokenizer(Tokenizer(partial(copy.copy, tokenizers["clip_l"])), file)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))

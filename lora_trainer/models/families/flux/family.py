@@ -18,9 +18,9 @@ from lora_trainer.models.families.flux.architecture import FluxArchitecture, Flu
 from lora_trainer.models.families.flux.model import FluxModel
 from lora_trainer.models.families.flux.names import CLIP, T5, usual_name
 from lora_trainer.models.families.flux.network import Flux
-from lora_trainer.models.families.flux.t5 import T5Encoder
+from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flux.targets import lora_targets
-from lora_trainer.models.families.flux.tokenizer import FluxTokenizer, load_tokenizers
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, load_tokenizers
 from lora_trainer.models.families.flux.work import parts, trial
 from lora_trainer.models.families.unet.architecture import clip_l
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_vae
@@ -99,14 +99,14 @@ class FluxFamily(Family):
 
     # Computation --------------------------------------------------------------------------------------------------
 
-    def tokenizer(self, folders: Sequence[Path]) -> FluxTokenizer:
+    def tokenizer(self, folders: Sequence[Path]) -> FlowTokenizer:
         return load_tokenizers(folders)
 
     def build(
         self,
         tensors: Mapping[str, Tensor],
         architecture: FluxArchitecture,
-        tokenizer: FluxTokenizer,
+        tokenizer: FlowTokenizer,
         *,
         info: ModelInfo,
         device: torch.device | str = "cpu",

@@ -14,8 +14,8 @@ from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.flux.architecture import FluxArchitecture
 from lora_trainer.models.families.flux.names import TRANSFORMER
 from lora_trainer.models.families.flux.network import Flux, directly, patches, unpatched
-from lora_trainer.models.families.flux.t5 import T5Encoder
-from lora_trainer.models.families.flux.tokenizer import FluxTokenizer
+from lora_trainer.models.families.flow.t5 import T5Encoder
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
 from lora_trainer.models.families.parts import PartedModel, checkpoint, needs
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_vae, parameters_of
 from lora_trainer.models.prompts import CHUNK, Chunk, chunks_of, parse_weights, token_ids
@@ -38,7 +38,7 @@ class FluxModel(PartedModel):
         family: FluxFamily,
         tensors: Mapping[str, Tensor],
         architecture: FluxArchitecture,
-        tokenizer: FluxTokenizer,
+        tokenizer: FlowTokenizer,
         info: ModelInfo,
         device: torch.device,
         compute_dtype: torch.dtype,

@@ -22,7 +22,7 @@ _CACHED = (("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
 
 
 @dataclass(frozen=True)
-class FluxTokenizer:
+class FlowTokenizer:
     """clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read."""
 
     clip: Tokenizer
@@ -55,7 +55,7 @@ class FluxTokenizer:
         return torch.tensor(rows, dtype=torch.int64)
 
 
-def load_tokenizers(folders: Iterable[Path]) -> FluxTokenizer:
+def load_tokenizers(folders: Iterable[Path]) -> FlowTokenizer:
     """CLIP's vocabulary as for Stable Diffusion; T5's from the first of ``folders`` with a tokenizer.json, or from the
     local cache of Hugging Face.
 
@@ -66,12 +66,12 @@ def load_tokenizers(folders: Iterable[Path]) -> FluxTokenizer:
     for folder in folders:
         for place in (folder, folder / "tokenizer_2", folder / "t5xxl"):
             if (place / "tokenizer.json").is_file() and not (place / "merges.txt").is_file():
-                return FluxTokenizer(load_tokenizer(folders), place / "tokenizer.json")
+                return FlowTokenizer(load_tokenizer(folders), place / "tokenizer.json")
     from huggingface_hub import try_to_load_from_cache
 
     for repository, name in _CACHED:
         if isinstance(found := try_to_load_from_cache(repository, name), str):
-            return FluxTokenizer(load_tokenizer(folders), Path(found))
+            return FlowTokenizer(load_tokenizer(folders), Path(found))
     raise UserError(
         "T5's tokenizer was not found on this machine.",
         field="text_encoders",
