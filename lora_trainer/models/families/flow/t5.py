@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_trainer.models.families.flux.architecture import T5Shape
+from lora_trainer.models.families.flow.architecture import T5Shape
 
 MAX_DISTANCE = 128
 EPSILON = 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_trainer.models.families.flow.architecture import T5Shape
 from lora_trainer.models.families.unet.architecture import TextShape, VAEShape
 
 
@@ -27,20 +28,6 @@ class FluxShape:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
-
-
-@dataclass(frozen=True)
-class T5Shape:
-    """The encoder of a T5 v1.1. inner: channels of all heads. buckets: of relative positions."""
-
-    prefix: str
-    width: int
-    layers: int
-    inner: int
-    heads: int
-    hidden: int
-    vocabulary: int
-    buckets: int
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import FlowSchedule, LoraTarget, ModelInfo
+from lora_trainer.models.families.flow.architecture import T5Shape
+from lora_trainer.models.families.flow.folder import add_text_encoders
+from lora_trainer.models.families.flow.names import CLIP_L, T5
+from lora_trainer.models.families.flow.shapes import refuse_storage
+from lora_trainer.models.families.flow.t5 import T5Encoder
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, load_tokenizers
 from lora_trainer.models.families.flux import folder as files
 from lora_trainer.models.families.flux import shapes as reading
-from lora_trainer.models.families.flux.architecture import FluxArchitecture, FluxShape, T5Shape
+from lora_trainer.models.families.flux.architecture import FluxArchitecture, FluxShape
 from lora_trainer.models.families.flux.model import FluxModel
-from lora_trainer.models.families.flux.names import CLIP, T5, usual_name
+from lora_trainer.models.families.flux.names import usual_name
 from lora_trainer.models.families.flux.network import Flux
-from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flux.targets import lora_targets
-from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, load_tokenizers
 from lora_trainer.models.families.flux.work import parts, trial
 from lora_trainer.models.families.unet.architecture import clip_l
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_vae
@@ -30,6 +34,7 @@ from lora_trainer.models.hints import Hints
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.work import Part
 
+_ENCODERS = {CLIP_L: ("CLIP-L", "clip_l.safetensors"), T5: ("T5", "t5xxl_fp16.safetensors (or fp8)")}
 _ENCODER_COPIES = 5  # as of Stable Diffusion's VAE, whose encoder this one's is
 _FLOW = "FLUX.1 learns by flow matching"
 _GUIDANCE = 3.5  # that the hosts draw with
@@ -64,7 +69,7 @@ class FluxFamily(Family):
         "flux",
         FluxShape(19, 38, 3072, 24, 12288, 64, 4096, 768, (16, 56, 56), guidance=True),
         None,
-        clip_l(CLIP),
+        clip_l(CLIP_L),
         T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32),
     )
 
@@ -80,7 +85,7 @@ class FluxFamily(Family):
         add_vae_file(tensors, path)
 
     def add_text_encoders(self, tensors: Tensors, path: Path) -> None:
-        files.add_text_encoders(tensors, path)
+        add_text_encoders(tensors, path, _ENCODERS)
 
     def claims(self, shapes: Shapes) -> bool:
         return reading.claims(shapes)
@@ -88,7 +93,7 @@ class FluxFamily(Family):
     def architecture(
         self, shapes: Shapes, *, dtypes: Mapping[str, str], source: str | Path, hints: Hints
     ) -> FluxArchitecture:
-        reading.refuse_storage(shapes, dtypes, source)
+        refuse_storage(shapes, dtypes, source, self.title)
         return reading.architecture(shapes, self.name, self.latents, source)
 
     def check_complete(self, architecture: FluxArchitecture, source: str | Path) -> None:

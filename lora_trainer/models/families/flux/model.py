@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lora_trainer.devices import to_device
 from lora_trainer.models.base import Conditioning, FlowSchedule, LoraTarget, ModelInfo
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.families.flux.architecture import FluxArchitecture
-from lora_trainer.models.families.flux.names import TRANSFORMER
-from lora_trainer.models.families.flux.network import Flux, directly, patches, unpatched
+from lora_trainer.models.families.flow.names import TRANSFORMER
+from lora_trainer.models.families.flow.network import directly
 from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
+from lora_trainer.models.families.flux.architecture import FluxArchitecture
+from lora_trainer.models.families.flux.network import Flux, patches, unpatched
 from lora_trainer.models.families.parts import PartedModel, checkpoint, needs
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_vae, parameters_of
 from lora_trainer.models.prompts import CHUNK, Chunk, chunks_of, parse_weights, token_ids

@@ -1,19 +1,15 @@
-"""The names of FLUX.1's tensors: in single files, in diffusers folders, and in the files that lie beside them."""
+"""The names of FLUX.1's tensors in single files and in diffusers folders."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lora_trainer.models.families.flow.names import TRANSFORMER, Layer
 from lora_trainer.models.families.flux.architecture import FluxShape
-from lora_trainer.models.families.unet.names import UNET, VAE
+from lora_trainer.models.families.unet.names import VAE
 
-TRANSFORMER = UNET
-CLIP = "text_encoders.clip_l.transformer."
-T5 = "text_encoders.t5xxl.transformer."
 FIRST_BLOCK = "double_blocks.0.img_attn.qkv.weight"
-_CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 
 
 def usual_name(name: str, names: Mapping[str, Any]) -> str:
@@ -23,31 +19,6 @@ def usual_name(name: str, names: Mapping[str, Any]) -> str:
     if f"{TRANSFORMER}{FIRST_BLOCK}" in names and name.startswith("vae."):
         return VAE + name.removeprefix("vae.")
     return name
-
-
-def text_name(name: str) -> str | None:
-    """The name, in an all-in-one file, of a tensor of a text encoder's own file; None for what is not needed."""
-    if name.startswith(("shared.", "encoder.block.", "encoder.final_layer_norm.")):
-        return T5 + name
-    if name.startswith("text_model."):
-        return CLIP + name
-    if name.startswith(_CLIP_PARTS):  # transformers 5.6 and later leave the first level out
-        return f"{CLIP}text_model.{name}"
-    return None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the transformer. name: Black Forest Labs'. parts: diffusers' names of what it is, and their rows.
-
-    group: see ``LoraTarget``; "" for layers that adapters do not attach to. swapped: diffusers has its halves the other
-    way round.
-    """
-
-    name: str
-    parts: tuple[tuple[str, int], ...]
-    group: str = ""
-    swapped: bool = False
 
 
 def layers(shape: FluxShape) -> Iterator[Layer]:

@@ -6,22 +6,14 @@ cut, and LoRA files name the layers so.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_trainer.models.families.flow.network import EPSILON, THETA, TIME_CHANNELS, Run, directly, finite, sinusoids
 from lora_trainer.models.families.flux.architecture import FluxShape
-
-TIME_CHANNELS = 256
-LARGEST_FP16 = 65504.0
-THETA = 10_000
-EPSILON = 1e-6
-
-Run = Callable[..., Any]
 
 
 class RMSNorm(nn.Module):
@@ -94,11 +86,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _finite(x: Tensor) -> Tensor:
-    """fp16 cannot hold what the last blocks give for some prompts."""
-    return x.clamp(-LARGEST_FP16, LARGEST_FP16) if x.dtype == torch.float16 else x
-
-
 class DoubleBlock(nn.Module):
     """Image and text, each with weights of its own, in one attention."""
 
@@ -126,7 +113,7 @@ class DoubleBlock(nn.Module):
         img = img + img_mod[5] * self.img_mlp(_norm(img, *img_mod[3:5]))
         txt = txt + txt_mod[2] * self.txt_attn.proj(from_txt)
         txt = txt + txt_mod[5] * self.txt_mlp(_norm(txt, *txt_mod[3:5]))
-        return _finite(img), _finite(txt)
+        return finite(img), finite(txt)
 
 
 class SingleBlock(nn.Module):
@@ -143,7 +130,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vector)
         qkv, hidden = self.linear1(_norm(x, shift, scale)).tensor_split([3 * self.width], dim=-1)
         mixed = _attention(*_split_heads(qkv, self.norm, self.heads), rotation)
-        return _finite(x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
+        return finite(x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
 
 
 class LastLayer(nn.Module):
@@ -191,18 +178,6 @@ class Flux(nn.Module):
         for block in self.single_blocks:
             x = self.run(block, x, vector, rotation)
         return self.final_layer(x[:, txt.shape[1] :], vector)
-
-
-def directly(block: nn.Module, *inputs: Tensor) -> Any:
-    return block(*inputs)
-
-
-def sinusoids(values: Tensor, channels: int = TIME_CHANNELS) -> Tensor:
-    """cos and sin of 1000·value at falling frequencies: (B,) -> (B, channels) fp32."""
-    half = channels // 2
-    steps = torch.arange(half, dtype=torch.float32, device=values.device)
-    angles = 1000 * values.float()[:, None] * torch.exp(-math.log(THETA) * steps / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotations(text: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> Tensor:

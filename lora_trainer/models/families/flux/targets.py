@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from lora_trainer.models.base import LoraTarget
+from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.models.families.flux.architecture import FluxArchitecture
-from lora_trainer.models.families.flux.names import TRANSFORMER, layers
+from lora_trainer.models.families.flux.names import layers
 from lora_trainer.models.families.unet.binding import text_body
 from lora_trainer.models.families.unet.targets import text_targets
 

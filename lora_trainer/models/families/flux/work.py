@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.casting import cast_layers
+from lora_trainer.models.families.flow.tokenizer import LENGTH
 from lora_trainer.models.families.flux.architecture import FluxArchitecture, FluxShape
 from lora_trainer.models.families.flux.network import SingleBlock, rotations
-from lora_trainer.models.families.flow.tokenizer import LENGTH
 from lora_trainer.models.families.unet.work import text_layer
 from lora_trainer.models.family import LatentFormat, Trial
 from lora_trainer.models.work import Learning, Part, lora_work
