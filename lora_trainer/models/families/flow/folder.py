@@ -1,0 +1,96 @@
+"""Parts of flow models in diffusers folders and in files of their own, under the names of an all-in-one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_trainer.errors import UserError
+from lora_trainer.models.families.flow.names import TRANSFORMER, Layer, text_names
+from lora_trainer.models.families.unet.folder import component
+from lora_trainer.models.tensors import Source, Tensors, open_source
+
+
+def add_text_encoders(tensors: Tensors, path: Path, kinds: Mapping[str, tuple[str, str]]) -> None:
+    """Replace text encoders in ``tensors`` by the one in ``path``: a file, or a folder.
+
+    kinds: those that the family has, by what their names start with: what each is called, and its usual file.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    found: set[str] = set()
+    for source in component(path) if path.is_dir() else [open_source(path)]:
+        usual = text_names(source.shapes).values()
+        prefixes = {prefix for name in usual for prefix in kinds if name.startswith(prefix)}
+        for prefix in prefixes - found:
+            tensors.discard(prefix)
+        found |= prefixes
+        add_text(tensors, source, tuple(kinds))
+    if not found:
+        *titles, last = (title for title, _ in kinds.values())
+        raise UserError(
+            f"{path.name} is none of {', '.join(titles)} and {last}." if len(titles) > 1
+            else f"{path.name} is neither {titles[0]} nor {last}." if titles else f"{path.name} is not {last}.",
+            field="text_encoders",
+            remedy=f"Choose {', '.join(file for _, file in kinds.values())}.",
+        )  # fmt: skip
+
+
+def add_text(tensors: Tensors, source: Source, prefixes: tuple[str, ...] = ("",)) -> None:
+    """Add what of a text encoder's file is needed, where its name then starts with one of ``prefixes``."""
+    for name, usual in text_names(source.shapes).items():
+        if usual.startswith(prefixes):
+            tensors.add(usual, source, name)
+
+
+def add_fused(
+    tensors: Tensors, where: dict[str, Source], layers: Iterable[Layer], others: Iterable[tuple[str, str]]
+) -> None:
+    """Add diffusers' transformer. where: the source of each of its tensors. others: the names of what is no layer, in
+    single files and in diffusers'."""
+    fused = Fused(where, layers, others)
+    for name in fused.shapes:
+        tensors.add(name, fused, name)
+
+
+@dataclass
+class Fused:
+    """A ``Source`` of diffusers' transformer: layers that are one in single files are put together as they are read.
+    See ``add_fused``."""
+
+    where: dict[str, Source]
+    layers: InitVar[Iterable[Layer]]
+    others: InitVar[Iterable[tuple[str, str]]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self, layers: Iterable[Layer], others: Iterable[tuple[str, str]]) -> None:
+        self._made_of: dict[str, tuple[list[str], bool]] = {}
+        for layer in layers:
+            for kind in ("weight", "bias"):
+                self._add(f"{layer.name}.{kind}", [f"{part}.{kind}" for part, _ in layer.parts], layer)
+        for ours, theirs in others:
+            self._add(ours, [theirs], None)
+
+    def _add(self, name: str, parts: list[str], layer: Layer | None) -> None:
+        if any(part not in self.where for part in parts):
+            return  # what is missing is said by who reads the architecture
+        shapes = [self.where[part].shapes[part] for part in parts]
+        name = TRANSFORMER + name
+        self.shapes[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        self.dtypes[name] = self.where[parts[0]].dtypes[parts[0]]
+        self._made_of[name] = parts, layer is not None and layer.swapped
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        parts, swapped = self._made_of[name]
+        tensors = [self.where[part].read(part, device, dtype) for part in parts]
+        if swapped:
+            scale, shift = tensors[0].chunk(2)
+            return torch.cat([shift, scale])
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
