@@ -80,6 +80,9 @@ class WordSource:
     def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         return not commands.stopping
 
+    def worth_trying(self) -> bool:
+        return False  # a few prompts are encoded in no time
+
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> WordBatch | None:
         self._encode(turn, TrainCallbacks())
         return None if commands.stopping else self.micro_batches(0, number)[0]
@@ -156,6 +159,9 @@ class _Sources:
 
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
         return self._both[0].encode_prompts(captions, rows)
+
+    def worth_trying(self) -> bool:
+        return any(one.worth_trying() for one in self._both)
 
     def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         """The first one keeps what encodes until the second has used it."""

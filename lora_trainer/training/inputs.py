@@ -163,13 +163,16 @@ class BatchSource:
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            texts = {self._text(index, None) for index in {view.sample for view in views}}
-            captions = sorted({"", *texts, *self.unnamed})
-            if not self._shared_out(captions, lambda captions: self._encode_captions(captions, *how)):
+            if not self._shared_out(self._captions(views), lambda captions: self._encode_captions(captions, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
         return True
+
+    def _captions(self, views: Sequence[View]) -> list[str]:
+        """All that are encoded before the steps."""
+        texts = {self._text(index, None) for index in {view.sample for view in views}}
+        return sorted({"", *texts, *self.unnamed})
 
     def _shared_out(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], bool]) -> bool:
         return shared_out(items, encode, self.cache, self.ranks)
@@ -299,6 +302,16 @@ class BatchSource:
         ``rows``: those that are encoded; they are padded to the length of the longest of all ``captions``.
         """
         return self.model.encode_prompts(captions, self.config.max_token_length, self.config.weighted_captions, rows)
+
+    def worth_trying(self) -> bool:
+        """See ``Source``: not where the cache has everything."""
+        if self._pictures_vary:
+            return True
+        views = self._views()
+        if any(self._latent_key(view) not in self.cache for view in views):
+            return True
+        captions = self._captions(views) if self.caches_prompts else []
+        return any(self._prompt_key(caption) not in self.cache for caption in captions)
 
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> Batch | None:
         """See ``Source``. What it encodes is found again by ``prepare``."""

@@ -44,6 +44,11 @@ class Source(Protocol):
         """Encode what this epoch reads in addition (epochs count from 0). Returns False when it was stopped."""
         ...
 
+    def worth_trying(self) -> bool:
+        """Whether a step is tried before ``prepare``: what the first steps read must be encoded first, or the batches
+        differ so much in size that memory may suffice for the first ones alone."""
+        ...
+
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> MicroBatch | None:
         """A micro-batch of the first epoch, encoded: 0 is that of the most memory, the others follow. None where there
         are not so many, or when it was stopped."""

@@ -52,6 +52,7 @@ class TrainingStep:
     grad_norm: of the last step, before it was clipped; None where it was not finite. samples: in the last step.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     computed: this process has computed a micro-batch before, which takes longest the first time.
+    on_first_gradients: called once with the loss, when the gradients of a step are there and finite for the first time.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class TrainingStep:
         self.updating = self.computed = False
         self.grad_norm: float | None = None
         self.samples = 0
+        self.on_first_gradients: Callable[[float], None] | None = None
         self._in_update = False
         self._fits = False  # an update was done with the memory that there is
         self._before: dict[str, Any] | None = None  # what the update in hand changes, until one was seen to fit
@@ -266,6 +268,9 @@ class TrainingStep:
         loss, norm = torch.stack([total, norm]).tolist()  # the one place where the CPU waits for the GPU
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.grad_norm = norm if math.isfinite(norm) else None
+        if finite and self.on_first_gradients is not None:
+            self.on_first_gradients(loss)
+            self.on_first_gradients = None
         self._before = None if self._fits or self.recovery is None else self._snapshot()
         self.updating = True
         if finite:

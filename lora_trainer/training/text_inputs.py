@@ -35,6 +35,9 @@ class RowSource:
     def prepare_epoch(self, epoch: int, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         return not commands.stopping
 
+    def worth_trying(self) -> bool:
+        return True  # rows differ in length
+
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> TokenBatch | None:
         batches = [[self._rows[row] for row in rows] for step in self._steps(0) for rows in step]
         batches.sort(key=lambda rows: -len(rows) * max(map(len, rows)))

@@ -27,12 +27,18 @@ _NAMED = 3
 
 def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     """Try the largest batch of the first epoch with the adapters attached. A run that is resumed has done its steps
-    before, so nothing is tried. Returns False when it was stopped.
+    before, so nothing is tried. Where nothing is left to encode, the first step comes as soon as a trial would: its
+    gradients are judged instead, unless a plug-in takes part, whose errors are told here. Returns False when it was stopped.
 
     Raises:
         UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
     """
     if trainer.ranks.first(lambda: trainer.states.has_one(trainer.config.resume)):
+        return True
+    if not (trainer.source.worth_trying() or _plugins_used(trainer.config)):
+        trainer.train_step.on_first_gradients = lambda loss: _judge_gradients(
+            trainer, adapters, loss, without_gradient(adapters)
+        )
         return True
     trainer.callbacks.on_phase("trying", 0, 0)
     trainer.recovery.apply()
@@ -79,14 +85,18 @@ def without_gradient(adapters: AdapterSet) -> list[str]:
 
 
 def _judge(trainer: Trainer, adapters: AdapterSet, losses: Sequence[float], silent: Sequence[str]) -> None:
-    config = trainer.config
     if not math.isfinite(losses[-1]):
         raise UserError(
             f"{len(losses)} batches were tried, and none of them gave a finite loss (NaN).",
             field="base_model",
             remedy=" ".join([trainer.source.blame, *other_precision(trainer.train_step.precision.name)]),
         )
-    if not silent or losses[-1] == 0:  # of pictures that do not count nothing is learned, and that is no fault
+    _judge_gradients(trainer, adapters, losses[-1], silent)
+
+
+def _judge_gradients(trainer: Trainer, adapters: AdapterSet, loss: float, silent: Sequence[str]) -> None:
+    config = trainer.config
+    if not silent or loss == 0:  # of pictures that do not count nothing is learned, and that is no fault
         return
     learning = sum(any(one.requires_grad for one in adapter.parameters()) for _, adapter in adapters.items())
     if len(silent) == learning and config.module_dropout == 0:
@@ -108,8 +118,7 @@ def _plugin_in_doubt(config: TrainConfig, error: Exception) -> UserError | None:
     """``error`` as a sentence, where code of a plug-in took part in the step."""
     if isinstance(error, UserError):
         return None
-    used = [("loss", "loss", config.loss), *(("regularisers", "regulariser", name) for name in config.regularisers)]
-    found = [(field, name) for field, kind, name in used if plugins.fingerprint(kind, name) is not None]
+    found = _plugins_used(config)
     if not found:
         return None
     field, name = found[0][0], ", ".join(name for _, name in found)
@@ -118,3 +127,9 @@ def _plugin_in_doubt(config: TrainConfig, error: Exception) -> UserError | None:
         field=field,
         remedy="Correct the plug-in's file, or choose another.",
     )
+
+
+def _plugins_used(config: TrainConfig) -> list[tuple[str, str]]:
+    """The settings and names of the plug-ins that take part in a step's gradients."""
+    used = [("loss", "loss", config.loss), *(("regularisers", "regulariser", name) for name in config.regularisers)]
+    return [(field, name) for field, kind, name in used if plugins.fingerprint(kind, name) is not None]

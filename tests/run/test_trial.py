@@ -88,6 +88,16 @@ def test_it_encodes_one_batch_alone_the_largest_and_is_left_out_of_a_resumed_run
     assert not any(name == "trying" for name, _, _ in again.phases) and len(again.steps) == 2
 
 
+def test_nothing_is_tried_where_everything_is_encoded(settings):
+    run(settings)
+    listener = Listener()
+    run(settings, listener, lora_rank=3, output_name="again")
+    assert not any(name == "trying" for name, _, _ in listener.phases) and len(listener.steps) == 2
+    cropped = Listener()
+    run(settings, cropped, random_crop=True, output_name="cropped")
+    assert any(name == "trying" for name, _, _ in cropped.phases), "an epoch's crops are encoded before its steps"
+
+
 def test_a_model_that_gives_no_number_ends_the_run_before_the_pictures_are_encoded(settings, monkeypatch):
     tried = []
 
@@ -141,7 +151,10 @@ def bypass(adapter):
     adapter.forward = lambda x: adapter.base(x)
 
 
-def test_a_layer_outside_of_the_computation_is_named(settings, monkeypatch):
+@pytest.mark.parametrize("encoded_before", [False, True])
+def test_a_layer_outside_of_the_computation_is_named(settings, monkeypatch, encoded_before):
+    if encoded_before:
+        run(settings, output_name="before")
     built_with(monkeypatch, lambda adapters: bypass(next(iter(adapters.items()))[1]))
     listener = Listener()
     assert run(settings, listener).status == "finished"
@@ -157,7 +170,10 @@ def test_a_loss_that_depends_on_no_layer_ends_the_run(settings, monkeypatch):
     assert caught.value.field == "target_modules" and not encoded(listener)
 
 
-def test_layers_whose_gradient_is_zero_end_the_run(settings, monkeypatch):
+@pytest.mark.parametrize("encoded_before", [False, True])
+def test_layers_whose_gradient_is_zero_end_the_run(settings, monkeypatch, encoded_before):
+    if encoded_before:
+        run(settings, output_name="before")
     loss = DiffusionObjective.loss
     monkeypatch.setattr(
         DiffusionObjective, "loss", lambda *arguments: 0 * loss(*arguments) + loss(*arguments).detach()
@@ -166,18 +182,22 @@ def test_layers_whose_gradient_is_zero_end_the_run(settings, monkeypatch):
         run(settings)
 
 
-def test_a_loss_of_a_plugin_that_fails_is_named(settings, tmp_path):
+@pytest.mark.parametrize("encoded_before", [False, True])
+def test_a_loss_of_a_plugin_that_fails_is_named(settings, tmp_path, encoded_before):
+    if encoded_before:
+        run(settings, output_name="before")
+    name = f"halved_{encoded_before}"  # a name is registered once
     file = tmp_path / "mine.py"
     file.write_text(
         "from lora_trainer import plugins\n\n"
-        "@plugins.register('loss', 'halved')\n"
-        "def halved(difference, c):\n    return difference.no_such_thing()\n"
+        f"@plugins.register('loss', '{name}')\n"
+        f"def {name}(difference, c):\n    return difference.no_such_thing()\n"
     )
     plugins.load([file])
     listener = Listener()
-    with pytest.raises(UserError, match="it failed with halved: AttributeError") as caught:
-        run(settings, listener, loss="halved", plugins=[str(file)])
-    assert caught.value.field == "loss" and not encoded(listener)
+    with pytest.raises(UserError, match=f"it failed with {name}: AttributeError") as caught:
+        run(settings, listener, loss=name, plugins=[str(file)])
+    assert caught.value.field == "loss" and not encoded(listener) and not listener.steps
 
 
 def test_rows_of_text_are_tried_too_and_learned_as_without_it(tmp_path, monkeypatch):
