@@ -28,7 +28,8 @@ _NAMED = 3
 def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     """Try the largest batch of the first epoch with the adapters attached. A run that is resumed has done its steps
     before, so nothing is tried. Where nothing is left to encode, the first step comes as soon as a trial would: its
-    gradients are judged instead, unless a plug-in takes part, whose errors are told here. Returns False when it was stopped.
+    gradients are judged instead, unless a plug-in takes part, whose errors are told here. Returns False when it was
+    stopped.
 
     Raises:
         UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
