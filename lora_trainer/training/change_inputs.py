@@ -11,8 +11,9 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.inputs import Batch, BatchSource
+from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.objectives.change import PairBatch, WordBatch
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.source import Turn
 

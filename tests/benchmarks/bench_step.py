@@ -31,8 +31,8 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.step import TrainingStep
 from tests.benchmarks.sides import autocast

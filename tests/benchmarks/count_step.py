@@ -32,8 +32,8 @@ from lora_trainer.models.families import get_family, parts
 from lora_trainer.models.families.unet import model as assembling
 from lora_trainer.models.families.unet.binding import build_unet
 from lora_trainer.models.schedule import scaled_linear_alphas_cumprod
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import TrainingStep
 from tests.benchmarks.counting import GPUS, Count, as_on_cuda

@@ -22,8 +22,8 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.demo.base import build_base
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision, resolve
 from lora_trainer.training.step import TrainingStep
 from tests.tiny import SD1_FULL, SDXL_FULL, tiny_sd1, tiny_sdxl

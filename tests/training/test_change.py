@@ -15,9 +15,9 @@ from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import WordSource
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.objectives.change import DENOISING_CFG, PairBatch, PairObjective, WordObjective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import TrainingStep
 from tests.adapters.layers import randomize

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives import diffusion
 from lora_trainer.training.objectives.base import generator_for
+from lora_trainer.training.objectives.pictures import Batch
 from tests.adapters.layers import randomize
 from tests.training.fakes import FakeModel, Run, configuration
 

@@ -22,8 +22,8 @@ from lora_trainer.models.families import get_family, meta_model
 from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Work, memory_needed, step_bytes, work_on_batch
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import resolve
 from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 

@@ -18,9 +18,9 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
-from lora_trainer.training.inputs import Batch
 from lora_trainer.training.objectives.diffusion import trained_schedule
 from lora_trainer.training.objectives.of_pictures import picture_objective
+from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.sampling import ddim_scheduler, guided_pred
 
 DENOISING_CFG = 3.0

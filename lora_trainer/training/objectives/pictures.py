@@ -19,9 +19,60 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel
-from lora_trainer.training.inputs import Batch
 
 TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one bucket.
+
+    moments: (B, 2C, h, w) fp32, the VAE's mean and log-variance. captions: the texts that the step trains with.
+    conditioning: their encoding, or None when the step encodes them. time_ids: what the model is told of the pictures'
+    sizes, (B, …), or None.
+    mask: (B, 1, h, w) fp32 in [0, 1] or None. weights: (B,) fp32, of each picture in the loss.
+    preserved: (B,) bool, the pictures whose caption does not name what is learned, and for which the base's answer is
+    the target; None where there are none in the whole run.
+    strength: what the adapters are multiplied with while they learn from it; None for 1.
+    """
+
+    moments: Tensor
+    captions: tuple[str, ...]
+    conditioning: Conditioning | None
+    time_ids: Tensor | None
+    mask: Tensor | None
+    weights: Tensor
+    preserved: Tensor | None = None
+    strength: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of its pictures; the tensors are views."""
+        return Batch(
+            self.moments[rows],
+            self.captions[rows],
+            None if self.conditioning is None else self.conditioning[rows],
+            None if self.time_ids is None else self.time_ids[rows],
+            None if self.mask is None else self.mask[rows],
+            self.weights[rows],
+            None if self.preserved is None else self.preserved[rows],
+            self.strength,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """On ``device``, copied without waiting for it."""
+        return Batch(
+            to_device(self.moments, device),
+            self.captions,
+            self.conditioning and self.conditioning.map(lambda tensor: to_device(tensor, device)),
+            to_device(self.time_ids, device),
+            to_device(self.mask, device),
+            to_device(self.weights, device),
+            to_device(self.preserved, device),
+            self.strength,
+        )
 
 # ---- noise ----------------------------------------------------------------------------------------------------
 
