@@ -32,6 +32,10 @@ class ChangeSettings:
     protected_prompts: list[str] = setting([], task="words", separator="\n", given_by="file")
     """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change."""
 
+    prompt_templates: list[str] = setting([], task="words", separator="\n", given_by="file")
+    """Whole prompts in which the prompts above stand where they have {}, one a line, such as "a photo of {} in a park".
+    Each picture of a step draws one. Empty uses the prompts alone."""
+
     denoised_steps: int = setting(0, task="words", minimum=0, maximum=50, given_by="file")
     """Learn on partly denoised pictures of the original prompt, by a sampler with so many steps, as it is with the LoRA
     so far: several times slower. 0 learns on noise."""

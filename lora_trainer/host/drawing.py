@@ -17,7 +17,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.host.base import PreviewRequest
 from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras
-from lora_trainer.training.preview import CFG
+from lora_trainer.training.sampling import CFG
 
 DISTILLED_CFG = 3.5
 """Guidance of a model that reads it, where a prompt does not say."""

@@ -22,9 +22,7 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
     """
     from lora_trainer.models.families import get_family
     from lora_trainer.run import look_at_data
-    from lora_trainer.run.workloads.image_model import refuse_flow
 
-    refuse_flow(info)
     family = get_family(info.family)
     side = family.default_resolution(info)
     each = config.batch_size * config.gradient_accumulation_steps

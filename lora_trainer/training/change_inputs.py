@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,15 @@ def lessons(config: TrainConfig) -> tuple[Lesson, Lesson | None]:
     return there, back if config.both_ways else None
 
 
+PLACE = "{}"
+"""Where a prompt stands in a template."""
+
+
+def filled(template: str, prompt: str) -> str:
+    """The template with the prompt in its place; the empty prompt, which erases, leaves no template around it."""
+    return template.replace(PLACE, prompt) if prompt else ""
+
+
 class WordSource:
     """The ``Source`` of runs on words. A step is one lesson, and one of protected prompts if there are some.
 
@@ -59,18 +69,18 @@ class WordSource:
         self._config, self._model, self._precision = config, model, precision
         self._family = get_family(model.info.family)
         self._size, self._keep_model_parts = size, keep_model_parts
-        self._lessons = lessons(config)
+        self._lessons, self._templates = lessons(config), config.prompt_templates or [PLACE]
         self._encoded: dict[str, Conditioning] = {}
         self.total_steps = self.steps_per_epoch = config.max_train_steps or WORD_STEPS
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt that a step may need."""
-        found = ["", *self._config.protected_prompts]
+        found = list(self._config.protected_prompts)
         for lesson in self._lessons:
             if lesson is not None:
                 found += [lesson[0], *(prompt for _, prompt in lesson[1])]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(["", *(filled(template, one) for template in self._templates for one in found)]))
 
     def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
         self._encode(turn, callbacks)
@@ -95,34 +105,40 @@ class WordSource:
         student, terms = there if forth or back is None else back
         strength, batches = 1.0 if forth else -1.0, []
         for micro_step in range(config.gradient_accumulation_steps):
-            batches.append(self._batch([student] * config.batch_size, terms, strength))
+            first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
+            rows = range(first, first + config.batch_size)
+            batches.append(self._batch([student] * len(rows), terms, strength, rows))
             if protected := config.protected_prompts:
-                first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
-                chosen = [protected[(first + row) % len(protected)] for row in range(config.batch_size)]
-                batches.append(self._batch(chosen, None, strength))
+                chosen = [protected[row % len(protected)] for row in rows]
+                batches.append(self._batch(chosen, None, strength, rows))
         return batches[share]
 
     def _batch(
-        self, students: Sequence[str], terms: Sequence[tuple[float, str]] | None, strength: float
+        self, students: Sequence[str], terms: Sequence[tuple[float, str]] | None, strength: float, rows: range
     ) -> WordBatch:
-        """terms: None for prompts that are to be answered as the base does."""
-        count, (width, height), empty = len(students), self._size, self._encoded[""]
+        """terms: None for prompts that are to be answered as the base does. rows: their numbers in the run, by which
+        templates are drawn."""
+        (width, height), empty = self._size, self._encoded[""]
+        templates = [random.Random(f"{self._config.seed} template {row}").choice(self._templates) for row in rows]
 
         def collated(prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
             """Filled up to the longest of both."""
             items = [self._encoded[prompt] for prompt in (*prompts, *beside)]
             return self._family.collate(items, empty)[: len(prompts)]
 
-        latent_format, student = self._family.latents, collated(students)
+        seen = [filled(*one) for one in zip(templates, students)]
+        latent_format, student = self._family.latents, collated(seen)
         across, down = latent_format.size(width, height)
-        same = [(1.0, student)]
+        target = [(1.0, student)]
+        if terms is not None:
+            target = [(weight, collated([filled(one, prompt) for one in templates])) for weight, prompt in terms]
         return WordBatch(
             (latent_format.channels, down, across),
             student,
-            tuple(same if terms is None else [(weight, collated([prompt] * count)) for weight, prompt in terms]),
-            self._family.time_ids([(height, width, 0, 0, height, width)] * count),
+            tuple(target),
+            self._family.time_ids([(height, width, 0, 0, height, width)] * len(rows)),
             strength,
-            collated([""] * count, students),
+            collated([""] * len(rows), seen),
         )
 
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:

@@ -2,36 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
+from lora_trainer.models.base import Conditioning, FlowSchedule, LentModel, NoiseSchedule
+from lora_trainer.training.objectives.flow import shifted
+
+CFG = 7.0
+"""Guidance of a diffusion model in a preview whose prompt does not say."""
+
+
+class Sampler(Protocol):
+    """levels: the noise levels in the order of the steps, as the model is told of them: timesteps, or σ."""
+
+    levels: Sequence[float]
+
+    def step(self, model_pred: Tensor, index: int, latents: Tensor) -> Tensor:
+        """From the latents at ``levels[index]`` to those at the next one, (B, C, h, w); the last step ends in x0."""
+        ...
+
+
+class DdimSampler:
+    """Diffusers' DDIM (η = 0) on the very schedule that is trained."""
+
+    def __init__(self, schedule: NoiseSchedule, steps: int):
+        self._scheduler = _ddim_scheduler(schedule)
+        self._scheduler.set_timesteps(steps)
+        self.levels: list[float] = self._scheduler.timesteps.tolist()
+
+    def step(self, model_pred: Tensor, index: int, latents: Tensor) -> Tensor:
+        return self._scheduler.step(model_pred, self.levels[index], latents).prev_sample
+
+
+class EulerSampler:
+    """Euler's method along dx/dσ = prediction, from σ = 1 to 0, shifted by e^mu."""
+
+    def __init__(self, schedule: FlowSchedule, steps: int):
+        spread = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        self._sigmas: list[float] = shifted(spread, math.exp(schedule.mu)).tolist()
+        self.levels = self._sigmas[:-1]
+
+    def step(self, model_pred: Tensor, index: int, latents: Tensor) -> Tensor:
+        return latents + (self._sigmas[index + 1] - self._sigmas[index]) * model_pred
+
+
+def sampler_of(schedule: NoiseSchedule | FlowSchedule, steps: int) -> Sampler:
+    return (EulerSampler if isinstance(schedule, FlowSchedule) else DdimSampler)(schedule, steps)  # type: ignore[arg-type]
+
+
+def usual_cfg(schedule: NoiseSchedule | FlowSchedule) -> float:
+    """Guidance where nobody says: a flow model's own, or none."""
+    if not isinstance(schedule, FlowSchedule):
+        return CFG
+    return 1.0 if schedule.guidance is None else schedule.guidance
+
+
+def takes_negative(schedule: NoiseSchedule | FlowSchedule, cfg: float) -> bool:
+    """Whether guidance takes a second prediction, for the negative prompt."""
+    distilled = isinstance(schedule, FlowSchedule) and schedule.guidance is not None
+    return not distilled and cfg != 1
+
+
+def told_of_guidance(schedule: NoiseSchedule | FlowSchedule, conditioning: Conditioning, cfg: float) -> Conditioning:
+    """The same for a sampler: a model that reads its guidance is told of it."""
+    if not isinstance(schedule, FlowSchedule) or schedule.guidance is None:
+        return conditioning
+    guidance = torch.full((len(conditioning),), float(cfg), device=conditioning.context.device)
+    return replace(conditioning, extra={**conditioning.extra, "guidance": guidance})
 
 
 def guided_pred(
     model: LentModel,
     latents: Tensor,
-    timestep: float,
+    level: float,
     conditioning: Conditioning,
     time_ids: Tensor | None,
     cfg: float,
 ) -> Tensor:
-    """ε or v by classifier-free guidance, (B, C, h, w). latents: (B, C, h, w). conditioning, time_ids: (2B, …), the
-    negative prompts first; (B, …) predicts without guidance."""
+    """ε, v or the velocity by classifier-free guidance, (B, C, h, w). latents: (B, C, h, w). conditioning, time_ids:
+    (2B, …), the negative prompts first; (B, …) predicts without guidance."""
     count = len(conditioning)
-    timesteps = torch.full((count,), timestep, device=latents.device)
+    levels = torch.full((count,), level, device=latents.device)
     repeated = latents.repeat(count // len(latents), 1, 1, 1)
-    model_pred = model.predict(repeated, timesteps, conditioning, time_ids).float()
+    model_pred = model.predict(repeated, levels, conditioning, time_ids).float()
     if count == len(latents):
         return model_pred
     negative, positive = model_pred.chunk(2)
     return negative + cfg * (positive - negative)
 
 
-def ddim_scheduler(schedule: NoiseSchedule) -> Any:
-    """Diffusers' DDIM sampler on the very schedule that is trained."""
+def _ddim_scheduler(schedule: NoiseSchedule) -> Any:
     from diffusers import DDIMScheduler
 
     # Under zero terminal SNR sampling must begin at the very last timestep (Lin et al. 2024, §3.3).

@@ -100,10 +100,8 @@ def refuse_text_encoders(config: TrainConfig) -> None:
 
 
 def describe_for_change(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks, task: str) -> ModelInfo:
-    """The model that is to learn a change; settings that do nothing with it are told. Raises UserError for one that
-    cannot."""
+    """The model that is to learn a change; settings that do nothing with it are told."""
     info = lender.describe()
-    refuse_flow(info)
     for sentence in without_effect(config, get_family(info.family).unused, task):
         callbacks.on_warning(sentence)
     return info
@@ -114,14 +112,4 @@ def refuse_several(ranks: Ranks) -> None:
     if ranks.size > 1:
         raise UserError(
             f"A change is learned by one process, and these are {ranks.size}.", field="task", remedy="Start one alone."
-        )
-
-
-def refuse_flow(info: ModelInfo) -> None:
-    """Raises UserError for a flow model: learning a change was never tried on one."""
-    if info.prediction_type == "flow":
-        raise UserError(
-            f"A change is learned by diffusion models, and {info.family} is a flow model.",
-            field="task",
-            remedy="Choose another base model, or train on pictures.",
         )

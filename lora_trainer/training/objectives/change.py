@@ -17,14 +17,15 @@ from torch import Tensor
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
+from lora_trainer.models.base import Conditioning, FlowSchedule, LentModel, NoiseSchedule
 from lora_trainer.training.objectives.diffusion import trained_schedule
 from lora_trainer.training.objectives.of_pictures import picture_objective
 from lora_trainer.training.objectives.pictures import Batch
-from lora_trainer.training.sampling import ddim_scheduler, guided_pred
+from lora_trainer.training.sampling import guided_pred, sampler_of, takes_negative, told_of_guidance
 
 DENOISING_CFG = 3.0
-"""Guidance of the sampler that makes partly denoised latents, as ESD has it (Gandikota et al. 2023)."""
+"""Guidance of the sampler that makes partly denoised latents, as ESD has it (Gandikota et al. 2023); a model that reads
+its guidance is told of its own."""
 DIFFERENT = 0.1
 """Where two pictures differ: their latents do so by more than this share of the largest difference."""
 
@@ -107,14 +108,12 @@ class WordBatch:
     def __getitem__(self, rows: slice) -> WordBatch:
         terms = tuple((weight, conditioning[rows]) for weight, conditioning in self.terms)
         time_ids = None if self.time_ids is None else self.time_ids[rows]
-        return replace(
-            self, student=self.student[rows], terms=terms, time_ids=time_ids, negative=self.negative[rows]
-        )
+        return replace(self, student=self.student[rows], terms=terms, time_ids=time_ids, negative=self.negative[rows])
 
 
 @dataclass(frozen=True)
 class WordDraws:
-    """See ``objectives.base.Drawn``. noise: (B, C, h, w). timesteps: (B,) int64.
+    """See ``objectives.base.Drawn``. noise: (B, C, h, w). timesteps: (B,), as in ``PictureDraws``.
 
     steps: so many of the sampler's steps are done on the noise, up to ``timesteps``, which are equal then.
     """
@@ -152,16 +151,17 @@ class WordObjective(_ChangeObjective):
     ):
         super().__init__(config, model, encode, bare)
         self._at = at
-        self._sampler, self._times, self._places = None, [], list[int]()
+        self._places: list[int] = []
         if not config.denoised_steps:
             return
-        assert isinstance(model.schedule, NoiseSchedule), "the workloads refuse flow models"
-        schedule = trained_schedule(config, model.schedule, model.info.zero_terminal_snr)
-        self._sampler = ddim_scheduler(schedule)
-        self._sampler.set_timesteps(config.denoised_steps)
-        self._times = self._sampler.timesteps.tolist()
-        low, high = self._levels.min_timestep, self._levels.max_timestep
-        self._places = [place for place, time in enumerate(self._times) if low <= time <= high]
+        schedule = model.schedule
+        if isinstance(schedule, NoiseSchedule):
+            schedule = trained_schedule(config, schedule, model.info.zero_terminal_snr)
+        self._sampler, self._cfg = sampler_of(schedule, config.denoised_steps), DENOISING_CFG
+        if isinstance(schedule, FlowSchedule) and schedule.guidance is not None:
+            self._cfg = schedule.guidance
+        low, high = self._levels.level_at(0), self._levels.level_at(1)
+        self._places = [place for place, level in enumerate(self._sampler.levels) if low <= level <= high]
         if not self._places:
             raise UserError(
                 "No step of the sampler lies between min_timestep and max_timestep.",
@@ -175,7 +175,7 @@ class WordObjective(_ChangeObjective):
         if not self._places:
             return WordDraws(micro_batch, noise, self._levels.draw_levels(noise, generator))
         place = self._places[int(torch.randint(len(self._places), (), generator=generator))]
-        return WordDraws(micro_batch, noise, torch.full((count,), self._times[place]), place)
+        return WordDraws(micro_batch, noise, torch.full((count,), self._sampler.levels[place]), place)
 
     def inputs(self, drawn: WordDraws) -> ChangeInputs:
         device, batch = self.model.device, drawn.batch
@@ -195,12 +195,15 @@ class WordObjective(_ChangeObjective):
         self, latents: Tensor, steps: int, negative: Conditioning, positive: Conditioning, time_ids: Tensor | None
     ) -> Tensor:
         """What the first ``steps`` steps of the sampler make of noise, by the model with its adapters."""
-        pairs = zip(negative.tensors.items(), positive.tensors.values())
-        both = Conditioning.from_tensors({name: torch.cat([one, other]) for (name, one), other in pairs})
-        time_ids = None if time_ids is None else torch.cat([time_ids, time_ids])
-        for timestep in self._times[:steps]:
-            model_pred = guided_pred(self.model, latents, timestep, both, time_ids, DENOISING_CFG)
-            latents = self._sampler.step(model_pred, timestep, latents).prev_sample  # type: ignore[union-attr]
+        told = positive
+        if takes_negative(self.model.schedule, self._cfg):
+            pairs = zip(negative.tensors.items(), positive.tensors.values())
+            told = Conditioning.from_tensors({name: torch.cat([one, other]) for (name, one), other in pairs})
+            time_ids = None if time_ids is None else torch.cat([time_ids, time_ids])
+        told = told_of_guidance(self.model.schedule, told, self._cfg)
+        for index, level in enumerate(self._sampler.levels[:steps]):
+            model_pred = guided_pred(self.model, latents, level, told, time_ids, self._cfg)
+            latents = self._sampler.step(model_pred, index, latents)
         return latents
 
 
@@ -229,7 +232,8 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairDraws:
-    """See ``objectives.base.Drawn``. noise: (B, C, h, w), the same for both pictures. timesteps: (B,) int64."""
+    """See ``objectives.base.Drawn``. noise: (B, C, h, w), the same for both pictures. timesteps: (B,), as in
+    ``PictureDraws``."""
 
     batch: PairBatch
     noise: Tensor
