@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_trainer.config import TrainConfig
+from lora_trainer.config.changes import PLACE, filled
 from lora_trainer.config.facts import CHANGES
 from lora_trainer.config.prompts import with_trigger
 from lora_trainer.errors import UserError
@@ -101,7 +102,9 @@ def make_plan(
 
 def usual_prompts(config: TrainConfig) -> tuple[str, ...]:
     """The run's own; without any, what it changes, or the word that it taught."""
-    named = config.original_prompt if config.task == "words" else config.trigger_word.strip()
+    named = config.trigger_word.strip()
+    if config.task == "words":
+        named = filled((config.prompt_templates or [PLACE])[0], config.original_prompt)
     if config.task in CHANGES and not named:
         named = config.default_caption
     return tuple(config.preview_prompts) or (named or config.output_name,)

@@ -7,6 +7,14 @@ from typing import Literal
 
 from lora_trainer.config.facts import setting
 
+PLACE = "{}"
+"""Where a prompt stands in a template."""
+
+
+def filled(template: str, prompt: str) -> str:
+    """The template with the prompt in its place. Of an empty prompt, which erases, nothing stays."""
+    return template.replace(PLACE, prompt) if prompt else ""
+
 
 @dataclass(frozen=True)
 class ChangeSettings:

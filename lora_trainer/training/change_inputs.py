@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from lora_trainer.config.changes import PLACE, filled
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
@@ -38,15 +39,6 @@ def lessons(config: TrainConfig) -> tuple[Lesson, Lesson | None]:
     if config.positive_prompt or config.negative_prompt:
         there, back = slid(guidance), slid(-guidance)
     return there, back if config.both_ways else None
-
-
-PLACE = "{}"
-"""Where a prompt stands in a template."""
-
-
-def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place; the empty prompt, which erases, leaves no template around it."""
-    return template.replace(PLACE, prompt) if prompt else ""
 
 
 class WordSource:

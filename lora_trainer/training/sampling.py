@@ -20,7 +20,8 @@ CFG = 7.0
 class Sampler(Protocol):
     """levels: the noise levels in the order of the steps, as the model is told of them: timesteps, or σ."""
 
-    levels: Sequence[float]
+    @property
+    def levels(self) -> Sequence[float]: ...
 
     def step(self, model_pred: Tensor, index: int, latents: Tensor) -> Tensor:
         """From the latents at ``levels[index]`` to those at the next one, (B, C, h, w); the last step ends in x0."""
@@ -52,7 +53,7 @@ class EulerSampler:
 
 
 def sampler_of(schedule: NoiseSchedule | FlowSchedule, steps: int) -> Sampler:
-    return (EulerSampler if isinstance(schedule, FlowSchedule) else DdimSampler)(schedule, steps)  # type: ignore[arg-type]
+    return EulerSampler(schedule, steps) if isinstance(schedule, FlowSchedule) else DdimSampler(schedule, steps)
 
 
 def usual_cfg(schedule: NoiseSchedule | FlowSchedule) -> float:

@@ -60,3 +60,5 @@ def test_a_grid_goes_both_ways_and_shows_what_is_changed(host, tmp_path):
     config = from_mapping({**WORDS, "output_name": "it"})
     plan = make_plan(config, {3: tmp_path / "it.safetensors"}, info, Wish())
     assert plan.weights == (-1.0, -0.5, 0.5, 1.0) and plan.prompts == ("a circle",)
+    config = from_mapping({**WORDS, "output_name": "it", "prompt_templates": ["{} by day", "{} at night"]})
+    assert make_plan(config, {3: tmp_path / "it.safetensors"}, info, Wish()).prompts == ("a circle by day",)

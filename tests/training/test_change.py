@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 import torch
 
 from lora_trainer.adapters.inject import AdapterSet
-from lora_trainer.config import TrainConfig
+from lora_trainer.config import TrainConfig, from_mapping
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
+from lora_trainer.run import file_lender
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import WordSource
 from lora_trainer.training.objectives.base import generator_for
@@ -21,6 +24,7 @@ from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import TrainingStep
 from tests.adapters.layers import randomize
+from tests.flux import tiny_flux
 from tests.training.fakes import CONTEXT, FakeModel, Turns
 
 PRECISION = Precision(torch.device("cpu"), torch.float32, None)
@@ -100,6 +104,31 @@ def test_the_target_of_words(prediction_type, step, kind):
             assert torch.allclose(inputs.conditioning.context[row], same[0])
 
 
+def test_prompts_stand_in_templates():
+    """One is drawn for each picture, the same for student and teacher; what was drawn depends on the step alone."""
+    templates = ["a photo of {} by day", "{} at night", "two pictures: {}, {}"]
+    model, config, _ = prepared(
+        original_prompt="a disc", target_prompt="", protected_prompts=["a ring"], prompt_templates=templates,
+        batch_size=4,
+    )  # fmt: skip
+
+    def which(conditioning, prompt):
+        """The place of each row's template."""
+        known = [model.encode_prompts([one.replace("{}", prompt)]).context[0] for one in templates]
+        return [next(at for at, one in enumerate(known) if torch.equal(one, row)) for row in conditioning.context]
+
+    seen = []
+    for step in range(4):
+        change, kept = words(model, config, step)
+        seen.append(which(change.student, "a disc"))
+        assert which(kept.student, "a ring") == seen[-1] and which(kept.terms[0][1], "a ring") == seen[-1]
+        ((weight, target),) = change.terms
+        empty = model.encode_prompts([""]).context[0]
+        assert weight == 1 and all(torch.equal(row, empty) for row in target.context), "no template stays of nothing"
+    assert {place for step in seen for place in step} == {0, 1, 2} and seen[0] != seen[1]
+    assert which(words(model, config, 2)[0].student, "a disc") == seen[2]
+
+
 @pytest.mark.parametrize("zero_terminal", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_latents_that_are_partly_denoised(prediction_type, zero_terminal):
@@ -137,11 +166,98 @@ def test_latents_that_are_partly_denoised(prediction_type, zero_terminal):
         assert np.abs(found.target.double().numpy() - base_of(model, adapters)(latents, [times[3]], "")).max() < 1e-4
 
 
-def pair_of_batches(count=2):
+# ---- flow models: x_σ = (1-σ)·x0 + σ·ε, and the model predicts ε - x0 ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """A tiny FLUX.1 dev with adapters that change something: (model, config of some settings, adapters)."""
+    files = tiny_flux(tmp_path_factory.mktemp("flux"), double=1, single=1)
+    common = {**files, "lora_rank": 2, "target_modules": ["attention"], "learning_rate": 1e-9}
+    config = from_mapping(common)
+    with file_lender(config).borrow() as model:
+        adapters = AdapterSet.build(model.lora_targets(), config)
+        randomize(adapters)
+        with adapters:
+            yield model, lambda **settings: from_mapping({**common, **settings}), adapters
+
+
+def velocity(model, latents, sigmas, conditioning, guidance=1.0):
+    """Of the model with its adapters as they are, in float64. A model that is not guided is told 1."""
+    told = {"guidance": torch.full((len(latents),), guidance)}
+    with torch.no_grad():
+        asked = Conditioning(conditioning.context, conditioning.pooled, told)
+        return model.predict(torch.tensor(latents).float(), torch.tensor(sigmas).float(), asked, None).double().numpy()
+
+
+@pytest.mark.parametrize("denoised", [0, 4])
+def test_words_of_a_flow_model(flux, denoised):
+    """The target is a velocity of the base; latents are denoised by Euler's method, σ shifted as by diffusers'
+    FlowMatchEulerDiscreteScheduler, at the guidance that FLUX.1 dev draws with."""
+    model, configure, adapters = flux
+    config = configure(
+        original_prompt="a red circle", positive_prompt="a red square", negative_prompt="a blue circle", guidance=2.5,
+        denoised_steps=denoised, both_ways=True, batch_size=2, min_timestep=300, max_timestep=899,
+    )  # fmt: skip
+    bare = partial(adapters.enabled, False)
+    objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
+    change = words(model, config, step=1)[0]
+    assert change.shape == (16, 8, 8) and change.strength == -1
+    draws = [objective.draw(change, generator_for(seed)) for seed in range(20)]
+    told = {prompt: model.encode_prompts([prompt] * 2) for prompt in ("a red circle", "a red square", "a blue circle")}
+    if denoised:
+        even = 1 - np.arange(5) / 4
+        places = math.exp(1.15) * even / (1 + (math.exp(1.15) - 1) * even)
+        assert {one.steps for one in draws} == {1, 2, 3} & {i for i in range(4) if 0.3 <= places[i] <= 0.9}
+        drawn = next(one for one in draws if one.steps == 2)
+        latents, sigmas = drawn.noise.double().numpy(), np.full(2, places[2])
+        with adapters.multiplied(-1):
+            for now, after in ((places[0], places[1]), (places[1], places[2])):
+                latents = latents + (after - now) * velocity(model, latents, [now] * 2, told["a red circle"], 3.5)
+    else:
+        drawn = draws[0]
+        latents, sigmas = drawn.noise.double().numpy(), drawn.timesteps.double().numpy()
+        assert np.all((sigmas >= 0.3) & (sigmas <= 0.9)) and sigmas[0] != sigmas[1]
+    assert np.abs(drawn.timesteps.double().numpy() - sigmas).max() < 1e-6
+    with adapters.enabled(False):
+        first, more, less = (velocity(model, latents, sigmas, conditioning) for conditioning in told.values())
+    target = first - 2.5 * (more - less)
+    inputs = objective.inputs(drawn)
+    assert np.abs(inputs.noisy_latents.double().numpy() - latents).max() < 1e-4
+    assert np.abs(inputs.target.double().numpy() - target).max() < 1e-3 * np.abs(target).max()
+    with adapters.multiplied(inputs.strength):
+        seen = velocity(model, latents, sigmas, told["a red circle"])
+        assert np.abs(seen - first).max() > 1e-3, "the adapters change nothing"
+        assert objective.loss(inputs).item() == pytest.approx(((seen - target) ** 2).mean((1, 2, 3)).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("forth", [True, False])
+def test_a_pair_of_a_flow_model(flux, forth):
+    model, configure, adapters = flux
+    before, after = pair_of_batches(channels=32)
+    told = model.encode_prompts(["a red circle"] * 2)
+    before = replace(before, conditioning=told)
+    objective = PairObjective(configure(), model, model.encode_prompts, partial(adapters.enabled, False))
+    strength = 0.25 if forth else -0.25
+    drawn = objective.draw(PairBatch(before, after, forth, strength), generator_for(5))
+    inputs = objective.inputs(drawn)
+    first, second = ((batch.moments[:, :16].double().numpy() - 0.1159) * 0.3611 for batch in (before, after))
+    sigmas, noise = drawn.timesteps.double().numpy(), drawn.noise.double().numpy()
+    s = sigmas.reshape(-1, 1, 1, 1)
+    seen, shown = ((1 - s) * x + s * noise for x in ((second, first) if forth else (first, second)))
+    assert np.abs(inputs.noisy_latents.double().numpy() - seen).max() < 1e-5
+    with adapters.enabled(False):
+        target = velocity(model, shown, sigmas, told)
+    with adapters.multiplied(strength):
+        wanted = ((velocity(model, seen, sigmas, told) - target) ** 2).mean((1, 2, 3)).sum()
+        assert objective.loss(inputs).item() == pytest.approx(wanted, rel=1e-3)
+
+
+def pair_of_batches(count=2, channels=8):
     generator = torch.Generator().manual_seed(3)
 
     def batch():
-        moments = torch.randn(count, 8, 8, 8, generator=generator)
+        moments = torch.randn(count, channels, 8, 8, generator=generator)
         return Batch(moments, ("a disc",) * count, Conditioning(torch.randn(count, 77, CONTEXT, generator=generator)),
                      None, None, torch.ones(count))  # fmt: skip
 

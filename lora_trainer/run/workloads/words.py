@@ -7,6 +7,7 @@ from functools import partial
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig, parse_resolution
+from lora_trainer.config.changes import PLACE
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Lender, LentModel
 from lora_trainer.models.families import get_family
@@ -32,6 +33,13 @@ class Words(OfImageModel):
     def look(config: TrainConfig, captioners: Sources | None = None) -> None:
         """Raises UserError where the prompts say no change."""
         refuse_text_encoders(config)
+        for template in config.prompt_templates:
+            if PLACE not in template:
+                raise UserError(
+                    f'"{template}" has no {PLACE} where a prompt could stand.',
+                    field="prompt_templates",
+                    remedy="Add it.",
+                )
         slides = bool(config.positive_prompt or config.negative_prompt)
         if slides and config.positive_prompt == config.negative_prompt:
             raise UserError(
