@@ -122,11 +122,11 @@ def judge(pictures: Sequence[Image.Image], scenes: Sequence[shapes.Scene], new: 
 
 
 @torch.no_grad()
-def draw(model: LentModel, asked: Asked) -> list[Image.Image]:
+def draw(model: LentModel, asked: Asked, steps: int = SAMPLING_STEPS) -> list[Image.Image]:
     """All pictures by DDIM, as the demo draws them one by one, but for the decoder, which only enlarges."""
     drawn: list[Image.Image] = []
     alphas, device = sampling.alphas_cumprod(), model.device
-    times = torch.linspace(len(alphas) - 1, 0, SAMPLING_STEPS + 1).long().tolist()
+    times = torch.linspace(len(alphas) - 1, 0, steps + 1).long().tolist()
     for start in range(0, len(asked.scenes), _BATCH):
         texts = [shapes.plain_caption(scene) for scene in asked.scenes[start : start + _BATCH]]
         conditioning = model.encode_prompts([*[""] * len(texts), *texts])

@@ -247,7 +247,9 @@ def test_a_pair_of_a_flow_model(flux, forth):
     seen, shown = ((1 - s) * x + s * noise for x in ((second, first) if forth else (first, second)))
     assert np.abs(inputs.noisy_latents.double().numpy() - seen).max() < 1e-5
     with adapters.enabled(False):
-        target = velocity(model, shown, sigmas, told)
+        found = velocity(model, shown, sigmas, told)
+    target = (seen - (shown - s * found + (second - first if forth else first - second))) / s  # x0 = x_σ - σ·v
+    assert np.abs(inputs.target.double().numpy() - target).max() < 1e-3 * np.abs(target).max()
     with adapters.multiplied(strength):
         wanted = ((velocity(model, seen, sigmas, told) - target) ** 2).mean((1, 2, 3)).sum()
         assert objective.loss(inputs).item() == pytest.approx(wanted, rel=1e-3)
@@ -272,11 +274,14 @@ def around(places):
     return sum(padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)) > 0
 
 
-@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize(
+    ("prediction_type", "zero_terminal"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
 @pytest.mark.parametrize("forth", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_target_of_a_pair(forth, masked, zero_terminal):
-    model, config, adapters = prepared("v_prediction", pair_mask=masked, zero_terminal_snr=zero_terminal)
+def test_the_target_of_a_pair(forth, masked, prediction_type, zero_terminal):
+    """The student's x0 is the base's and the difference of the pictures."""
+    model, config, adapters = prepared(prediction_type, pair_mask=masked, zero_terminal_snr=zero_terminal)
     before, after = pair_of_batches()
     strength = 0.25 if forth else -0.25
     alphas = rescale_zero_terminal_snr(model.schedule.alphas_cumprod).double().numpy() if zero_terminal else ALPHAS
@@ -290,11 +295,17 @@ def test_the_target_of_a_pair(forth, masked, zero_terminal):
         noisy = {name: np.sqrt(a) * x + np.sqrt(1 - a) * noise for name, x in (("before", first), ("after", second))}
         student, teacher = ("after", "before") if forth else ("before", "after")
         with torch.no_grad(), adapters.enabled(False):
-            target = model.predict(torch.tensor(noisy[teacher]).float(), drawn.timesteps, before.conditioning, None)
-        assert torch.allclose(inputs.target, target, atol=1e-5)
+            found = model.predict(torch.tensor(noisy[teacher]).float(), drawn.timesteps, before.conditioning, None)
+        found, b = found.double().numpy(), np.sqrt(1 - a)
+        moved = (second - first) if forth else (first - second)
+        if prediction_type == "epsilon":
+            target = found
+        else:  # x0 = √ᾱ·x_t - √(1-ᾱ)·v
+            target = (np.sqrt(a) * noisy[student] - (np.sqrt(a) * noisy[teacher] - b * found + moved)) / b
+        assert np.abs(inputs.target.double().numpy() - target).max() < 1e-5
         with adapters.multiplied(strength):
             seen = model.predict(torch.tensor(noisy[student]).float(), drawn.timesteps, before.conditioning, None)
-        squares = (seen.detach() - target).double().numpy() ** 2
+        squares = (seen.detach().double().numpy() - target) ** 2
         if masked:
             distance = np.abs(second - first).mean(1)
             mask = np.stack([around(d >= 0.1 * d.max()) for d in distance])

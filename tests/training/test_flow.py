@@ -66,7 +66,7 @@ def test_the_path_and_its_target(tmp_path):
     x0, noise, sigma = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 0.25, 1.0])
     noisy = flow.add_noise(x0, noise, sigma)
     assert torch.equal(noisy[0], x0[0]) and torch.equal(noisy[2], noise[2])
-    velocity = flow._target(x0, noise, sigma)
+    velocity = flow.target(x0, noise, sigma)
     torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * velocity, x0)  # x0 = x_σ - σ·v
     torch.testing.assert_close(noisy + (1 - sigma.view(-1, 1, 1, 1)) * velocity, noise)
 

@@ -252,7 +252,13 @@ class PairDraws:
 
 
 class PairObjective(_ChangeObjective):
-    """The alternating difference of two pictures (ADDifT): student(x_t of the one) = base(x_t of the other)."""
+    """The alternating difference of two pictures (ADDifT): the student is to find the noise in x_t of the one that the
+    base finds in x_t of the other.
+
+    So its x0 is the base's and the difference of the pictures. For ε the target is the base's prediction; for v and for
+    flow it is moved by what the right answers differ by, -√(1-ᾱ)·(seen - shown) and -(seen - shown): without that, of
+    the difference ᾱ or 1 - σ would be taught, nothing where most of a picture is decided.
+    """
 
     def draw(self, micro_batch: PairBatch, generator: torch.Generator) -> PairDraws:
         shape = self.model.sample_latents(micro_batch.before.moments, None).shape
@@ -265,6 +271,7 @@ class PairObjective(_ChangeObjective):
         pair = drawn.batch[rows]
         before = self.model.sample_latents(pair.before.moments, None)  # the means: a sample would be a difference, too
         after = self.model.sample_latents(pair.after.moments, None)
+        before, after = to_device(before, device), to_device(after, device)
         mask = different(before, after) if self.config.pair_mask else None
         seen, shown = (after, before) if pair.forth else (before, after)
         batch = pair.before.to(device)
@@ -274,10 +281,12 @@ class PairObjective(_ChangeObjective):
             if conditioning is None:
                 conditioning = self.encode(drawn.batch.before.captions, rows)
             with self.bare():
-                noisy = self._levels.add_noise(to_device(shown, device), noise, timesteps)
+                noisy = self._levels.add_noise(shown, noise, timesteps)
                 target = self.model.predict(noisy, timesteps, conditioning, batch.time_ids).float()
-        noisy = self._levels.add_noise(to_device(seen, device), noise, timesteps)
-        mask = _both(mask if mask is None else to_device(mask, device), batch.mask)
+            right = [self._levels.target(latents, noise, timesteps) for latents in (seen, shown)]
+            target = target + (right[0] - right[1])
+        noisy = self._levels.add_noise(seen, noise, timesteps)
+        mask = _both(mask, batch.mask)
         return ChangeInputs(noisy, timesteps, conditioning, batch.time_ids, target, mask, pair.strength)
 
 

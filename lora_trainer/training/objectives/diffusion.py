@@ -145,7 +145,7 @@ class DiffusionObjective(PictureObjective):
         """x_t = √ᾱ·x0 + √(1−ᾱ)·ε, (B, C, h, w)."""
         return self._signal[timesteps].view(-1, 1, 1, 1) * latents + self._noise[timesteps].view(-1, 1, 1, 1) * noise
 
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model learns to predict: ε, or v = √ᾱ·ε − √(1−ᾱ)·x0, (B, C, h, w)."""
         if self.prediction_type == "v_prediction":
             signal, sigma = self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)

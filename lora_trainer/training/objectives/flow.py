@@ -77,7 +77,7 @@ class FlowObjective(PictureObjective):
         sigmas = timesteps.view(-1, 1, 1, 1)
         return (1 - sigmas) * latents + sigmas * noise
 
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - latents
 
     def _level_weights(self, timesteps: Tensor) -> float:

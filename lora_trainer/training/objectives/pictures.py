@@ -191,7 +191,7 @@ class PictureObjective(ABC):
         """What the model sees, (B, C, h, w)."""
 
     @abstractmethod
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model learns to predict, (B, C, h, w)."""
 
     @abstractmethod
@@ -266,7 +266,7 @@ class PictureObjective(ABC):
 
     def loss(self, inputs: PictureInputs) -> Tensor:
         """The sum over the pictures, a scalar fp32 with gradients."""
-        target, mask = self._target(inputs.latents, inputs.noise, inputs.timesteps), inputs.mask
+        target, mask = self.target(inputs.latents, inputs.noise, inputs.timesteps), inputs.mask
         model_pred = self.predict(inputs)
         if inputs.preserved is None or inputs.base_pred is None:
             return self._losses(model_pred, target, inputs.timesteps, inputs.weights, mask).sum()
