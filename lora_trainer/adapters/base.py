@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from lora_trainer.adapters.algebra import column_norm, decompose
 from lora_trainer.adapters.fused import ChangedLayer
 from lora_trainer.adapters.masks import DropoutMasks, seed_from
 from lora_trainer.devices import autocast_dtype
+from lora_trainer.errors import UserError
 from lora_trainer.storage import dense_weight
 
 
@@ -46,10 +47,33 @@ class Target(Protocol):
     @property
     def split(self) -> tuple[tuple[str, int], ...]: ...
 
+    @property
+    def swapped(self) -> bool: ...
+
+    @property
+    def alpha(self) -> bool: ...
+
 
 def is_text_encoder(target: Target) -> bool:
     """Whether the layer is one of a text encoder beside the network that is trained first of all."""
     return target.part.startswith("text_encoder")
+
+
+def without_alpha(name: str, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What stands for a layer in a LoRA file, by suffix, with alpha/rank multiplied into lora_up (``Target.alpha``).
+
+    Raises:
+        UserError: it is no plain LoRA, which such files cannot hold.
+    """
+    if set(layer) - {"lora_down.weight", "lora_up.weight", "alpha"}:
+        raise UserError(
+            f"The LoRA files of this model hold plain LoRAs only, and {name} is none.",
+            field="adapter",
+            remedy="Use adapter: lora without dora.",
+        )
+    down, up = layer["lora_down.weight"], layer["lora_up.weight"]
+    alpha = layer.get("alpha")
+    return {"lora_down.weight": down, "lora_up.weight": up if alpha is None else up * (float(alpha) / len(down))}
 
 
 def kaiming_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:

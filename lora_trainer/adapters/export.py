@@ -74,11 +74,18 @@ def diffusers_tensors(layers: Iterable[tuple[Target, Tensor, Tensor]]) -> dict[s
         missing = highest[target.part] - len(down)
         down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
         up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
-        names, rows = zip(*(target.split or ((target.diffusers_name, len(up)),)))
-        for name, part in zip(names, up.split(list(rows))):
+        for name, part in diffusers_parts(target, up):
             tensors[f"{name}.lora_A.weight"] = down.clone() if target.split else down
             tensors[f"{name}.lora_B.weight"] = part.contiguous()
     return tensors
+
+
+def diffusers_parts(target: Target, up: Tensor) -> list[tuple[str, Tensor]]:
+    """The layers that diffusers has for this one, and what of up (out, …) is theirs."""
+    if target.swapped:
+        return [(target.diffusers_name, torch.cat(up.chunk(2)[::-1]))]
+    names, rows = zip(*(target.split or ((target.diffusers_name, len(up)),)))
+    return list(zip(names, up.split(list(rows))))
 
 
 def write_peft_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], dtype: str) -> None:

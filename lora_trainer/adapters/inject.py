@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.adapters.base import Adapter, Target, is_text_encoder, weight_shape
+from lora_trainer.adapters.base import Adapter, Target, is_text_encoder, weight_shape, without_alpha
 from lora_trainer.adapters.copies import WorkingCopies
 from lora_trainer.adapters.joint import Joint, joints
 from lora_trainer.adapters.loha import LohaAdapter
@@ -177,7 +177,8 @@ class AdapterSet(nn.Module):
         for target, adapter in self.items():
             learns = any(parameter.requires_grad for parameter in adapter.parameters())
             if learns or not adapter.is_neutral():
-                tensors.update({f"{target.kohya_name}.{suffix}": value for suffix, value in adapter.export().items()})
+                layer = adapter.export() if target.alpha else without_alpha(target.kohya_name, adapter.export())
+                tensors.update({f"{target.kohya_name}.{suffix}": value for suffix, value in layer.items()})
         return tensors
 
     @property

@@ -125,7 +125,12 @@ class LoraFile:
         matched = {known[name]: weights for name, weights in self.modules.items() if name in known}
         used = set(known)
         for target in targets:
-            if target.split and target.kohya_name not in matched:
+            if target.kohya_name in matched:
+                continue
+            if target.swapped and (weights := self._named(_network_aliases(target.diffusers_name))) is not None:
+                matched[target.kohya_name] = _swapped(self.path, target.kohya_name, weights)
+                used.add(weights.name)
+            elif target.split:
                 parts = [(self._named(_network_aliases(name)), rows) for name, rows in target.split]
                 if found := [weights.name for weights, _ in parts if weights is not None]:
                     matched[target.kohya_name] = _fused(self.path, target.kohya_name, parts)
@@ -326,7 +331,9 @@ def _checked_peft(config: dict) -> dict:
 
 
 def _aliases(target: Target) -> list[str]:
-    """The names under which other tools store this layer."""
+    """The names under which other tools store this layer as it is."""
+    if target.swapped:
+        return [target.kohya_name, *_original_aliases(target)]
     part, _, path = target.diffusers_name.partition(".")
     # transformers 5.6 took text_model out of CLIPTextModel's names.
     paths = [path, path.removeprefix("text_model.")]
@@ -337,12 +344,16 @@ def _aliases(target: Target) -> list[str]:
         encoders = ("clip_g",) if target.part == "text_encoder_2" else ("clip_l", "clip_h")
         stems = [f"{stem}{encoder}.transformer." for stem in ("", "text_encoders.") for encoder in encoders]
         return [*names, *(stem + path for stem in stems for path in paths)]
-    names += _network_aliases(target.diffusers_name)
-    if target.checkpoint_name:  # the names of the original implementations: input_blocks.1.1. …
-        original = target.checkpoint_name.removeprefix("model.diffusion_model.")
-        names += [f"{stem}{original}" for stem in ("model.diffusion_model.", "diffusion_model.", "unet.", "")]
-        names += [f"{prefix}_{original.replace('.', '_')}" for prefix in ("lora_unet", "lycoris")]
-    return names
+    return [*names, *_network_aliases(target.diffusers_name), *_original_aliases(target)]
+
+
+def _original_aliases(target: Target) -> list[str]:
+    """The names of the original implementations: input_blocks.1.1. …"""
+    if not target.checkpoint_name:
+        return []
+    original = target.checkpoint_name.removeprefix("model.diffusion_model.")
+    names = [f"{stem}{original}" for stem in ("model.diffusion_model.", "diffusion_model.", "unet.", "")]
+    return names + [f"{prefix}_{original.replace('.', '_')}" for prefix in ("lora_unet", "lycoris")]
 
 
 def _network_aliases(diffusers_name: str) -> list[str]:
@@ -350,6 +361,17 @@ def _network_aliases(diffusers_name: str) -> list[str]:
     part, _, path = diffusers_name.partition(".")
     joined = path.replace(".", "_")
     return [diffusers_name, path, f"lora_{part}_{joined}", f"lora_unet_{joined}", f"lycoris_{joined}"]
+
+
+def _swapped(path: Path, name: str, weights: ModuleWeights) -> ModuleWeights:
+    """A LoRA of a layer whose halves stand the other way round here."""
+    if weights.kind != "lora" or set(weights.tensors) != {_DOWN, _UP}:
+        raise UserError(
+            f"{path.name}: {weights.name} is another layer in this model, and only a plain LoRA of it can be read.",
+            remedy="Use a file in kohya's layout.",
+        )
+    up = torch.cat(weights.tensors[_UP].chunk(2)[::-1])
+    return ModuleWeights(name, "lora", {_DOWN: weights.tensors[_DOWN], _UP: up}, weights.alpha)
 
 
 def _fused(path: Path, name: str, parts: Sequence[tuple[ModuleWeights | None, int]]) -> ModuleWeights:

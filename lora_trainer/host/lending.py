@@ -24,7 +24,7 @@ from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
-from lora_trainer.models.families.flux.model import FluxModel
+from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.unet.folder import add_vae_file
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.families.unet.names import UNET, VAE
@@ -37,7 +37,7 @@ from lora_trainer.training.precision import resolve
 log = logging.getLogger(__name__)
 
 PARTS = frozenset({"unet", "vae", "text_encoders"})
-PartedLentModel = DiffusionModel | FluxModel
+PartedLentModel = DiffusionModel | FlowModel
 
 
 class LoadedModel(Protocol):

@@ -79,6 +79,7 @@ def combine(
     write_factors(
         joined,
         Path(output),
+        without_alpha=opened[0].without_alpha,
         sources=[layers.file.path for layers in opened],
         metadata=_common([layers.file.metadata for layers in opened]),
         comment=f"combined: {said}",

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_trainer.adapters.export import diffusers_tensors, save_lora, write_peft_tensors
+from lora_trainer.adapters.base import without_alpha
+from lora_trainer.adapters.export import diffusers_parts, diffusers_tensors, save_lora, write_peft_tensors
 from lora_trainer.adapters.merge import check_output
 from lora_trainer.adapters.peft_folder import write_folder
 from lora_trainer.errors import UserError
@@ -77,9 +78,12 @@ def _write_kohya(layers: Layers, output: Path, precision: str) -> None:
     """Every module's own tensors; alpha is written out where another layout had it in its settings."""
     tensors = {}
     for name, module in layers.matched.items():
-        tensors.update({f"{name}.{suffix}": tensor.float() for suffix, tensor in module.tensors.items()})
+        layer = {suffix: tensor.float() for suffix, tensor in module.tensors.items()}
         if module.rank is not None:
-            tensors[f"{name}.alpha"] = torch.tensor(float(module.rank if module.alpha is None else module.alpha))
+            layer["alpha"] = torch.tensor(float(module.rank if module.alpha is None else module.alpha))
+        if name in layers.without_alpha:
+            layer = without_alpha(name, layer)
+        tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in layer.items()})
     metadata = {name: value for name, value in _kept(layers).items() if name != "format"}
     save_lora(tensors, output, metadata, precision)
 
@@ -90,8 +94,7 @@ def _write_peft(layers: Layers, output: Path, precision: str) -> None:
     for target in layers.targets:
         if target.kohya_name in factors:
             whole = factors[target.kohya_name]
-            names, rows = zip(*(target.split or ((target.diffusers_name, len(whole.up)),)))
-            for name, up in zip(names, whole.up.split(list(rows))):
+            for name, up in diffusers_parts(target, whole.up):
                 part, _, path = name.partition(".")
                 parts.setdefault(part, {})[path] = Factors(whole.down, up)
     for part, modules in parts.items():

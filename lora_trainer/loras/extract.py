@@ -113,6 +113,7 @@ def extract(
     write_factors(
         found,
         output,
+        without_alpha=holds_no_alpha(targets),
         sources=(base, tuned),
         metadata=metadata,
         comment=f"extracted from {tuned.name} minus {base.name}",

@@ -47,6 +47,11 @@ class Factors:
         return cls(down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *[1] * (len(shape) - 2)))
 
 
+def holds_no_alpha(targets: Sequence[LoraTarget]) -> frozenset[str]:
+    """kohya names of the layers whose LoRA files hold no alpha."""
+    return frozenset(target.kohya_name for target in targets if not target.alpha)
+
+
 @dataclass(frozen=True)
 class Layers:
     """A LoRA file and whose layers its modules are.
@@ -60,6 +65,11 @@ class Layers:
     targets: Sequence[LoraTarget]
     matched: dict[str, ModuleWeights]
     unmatched: list[str]
+
+    @property
+    def without_alpha(self) -> frozenset[str]:
+        """See ``holds_no_alpha``."""
+        return holds_no_alpha(self.targets)
 
     def factors(self) -> dict[str, Factors]:
         """Every layer's change as a product of two factors, exactly, by the target's kohya name.

@@ -60,6 +60,7 @@ def resize(
     write_factors(
         small,
         Path(output),
+        without_alpha=layers.without_alpha,
         sources=(layers.file.path,),
         metadata=layers.file.metadata,
         comment=f"resized to {' and '.join(wanted)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ def write_factors(
     layers: Mapping[str, Factors],
     output: Path,
     *,
+    without_alpha: Collection[str],
     sources: Sequence[Path],
     metadata: Mapping[str, str],
     comment: str,
@@ -44,6 +45,7 @@ def write_factors(
 ) -> dict[str, str]:
     """Write factors by kohya name as a LoRA; alpha is each layer's rank. Returns the metadata as written.
 
+    without_alpha: names of layers that get none (``holds_no_alpha``).
     metadata: of the LoRA that it was made from; what it says of the network is replaced, and that it was written by a
     run is not said any more. comment: what was done, added to the training comment.
 
@@ -55,7 +57,8 @@ def write_factors(
     for name, factors in layers.items():
         tensors[f"{name}.lora_down.weight"] = factors.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = factors.up.contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(factors.rank))
+        if name not in without_alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(float(factors.rank))
     return save_lora(tensors, output, _metadata(layers, metadata, comment), precision)
 
 

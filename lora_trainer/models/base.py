@@ -146,6 +146,8 @@ class LoraTarget:
         10…12 middle, 13…21 out.
     also_named: what a person may call it as well: a fused query_key_value is q_proj, k_proj and v_proj in one.
     split: where diffusers has several layers for the one, their names and how many of its outputs each one gives.
+    swapped: diffusers has the two halves of its outputs the other way round. alpha: LoRA files may hold one for it;
+        where a reader fails at it, alpha/rank is multiplied into lora_up.
     """
 
     kohya_name: str
@@ -157,6 +159,8 @@ class LoraTarget:
     module: nn.Module
     also_named: tuple[str, ...] = ()
     split: tuple[tuple[str, int], ...] = ()
+    swapped: bool = False
+    alpha: bool = True
 
 
 class LentNetwork(Protocol):

@@ -32,6 +32,8 @@ class FakeTarget:
     module: nn.Module
     also_named: tuple[str, ...] = ()
     split: tuple[tuple[str, int], ...] = ()
+    swapped: bool = False
+    alpha: bool = True
 
 
 def layer_and_input(kind: str, seed: int = 0) -> tuple[nn.Module, Tensor]:

@@ -18,7 +18,7 @@ from lora_trainer.host.forge.model import LOW_BITS, ForgeModel, patchers, refuse
 from lora_trainer.host.lending import PARTS, PartedLentModel, WebuiLender
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.families import get_family
-from lora_trainer.models.families.flux.model import FluxModel
+from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.other_files import USE_FP16
 from lora_trainer.storage import Scaled, pack
@@ -83,7 +83,7 @@ class ForgeLender(WebuiLender):
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
-        assert isinstance(model, (DiffusionModel, FluxModel)), "other kinds are refused"
+        assert isinstance(model, (DiffusionModel, FlowModel)), "other kinds are refused"
         return model
 
     # Every turn ---------------------------------------------------------------------------------------------------

@@ -32,13 +32,12 @@ def add_text_encoders(tensors: Tensors, path: Path, kinds: Mapping[str, tuple[st
         found |= prefixes
         add_text(tensors, source, tuple(kinds))
     if not found:
-        *titles, last = (title for title, _ in kinds.values())
+        titles = ", ".join(title for title, _ in kinds.values())
         raise UserError(
-            f"{path.name} is none of {', '.join(titles)} and {last}." if len(titles) > 1
-            else f"{path.name} is neither {titles[0]} nor {last}." if titles else f"{path.name} is not {last}.",
+            f"{path.name} holds no text encoder of this model ({titles}).",
             field="text_encoders",
-            remedy=f"Choose {', '.join(file for _, file in kinds.values())}.",
-        )  # fmt: skip
+            remedy=f"Choose {' or '.join(file for _, file in kinds.values())}.",
+        )
 
 
 def add_text(tensors: Tensors, source: Source, prefixes: tuple[str, ...] = ("",)) -> None:

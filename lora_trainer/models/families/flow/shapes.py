@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.families.flow.architecture import T5Shape
-from lora_trainer.models.families.flow.names import T5, TRANSFORMER
+from lora_trainer.models.families.flow.names import CLIP_G, T5, TRANSFORMER
 from lora_trainer.models.families.unet.architecture import TextShape, VAEShape
 from lora_trainer.models.families.unet.names import VAE
 from lora_trainer.models.family import LatentFormat, Shapes
@@ -52,7 +52,9 @@ def vae_shape(shapes: Shapes, latents: LatentFormat, title: str) -> VAEShape | N
 
 
 def clip_shape(shapes: Shapes, prefix: str) -> TextShape | None:
-    body = f"{prefix}text_model."
+    """Of CLIP-L or CLIP-G in transformers' layout; None where it is not there. No WebUI projects CLIP-L's pooled output,
+    even where the file has a matrix for it."""
+    body, is_large = f"{prefix}text_model.", prefix == CLIP_G
     if f"{body}embeddings.token_embedding.weight" not in shapes:
         return None
     vocabulary, width = shapes[f"{body}embeddings.token_embedding.weight"]
@@ -63,18 +65,19 @@ def clip_shape(shapes: Shapes, prefix: str) -> TextShape | None:
         layers=count(shapes, lambda i: f"{body}encoder.layers.{i}.self_attn.q_proj.weight"),
         hidden=shapes[f"{body}encoder.layers.0.mlp.fc1.weight"][0],
         heads=max(1, width // 64),
-        activation="quick_gelu",
+        activation="gelu" if is_large else "quick_gelu",
         vocabulary=vocabulary,
         positions=shapes[f"{body}embeddings.position_embedding.weight"][0],
-        projection=None,
-        pad="eos",
+        projection=shapes[f"{prefix}text_projection.weight"][0] if is_large else None,
+        pad="zero" if is_large else "eos",
     )
 
 
 def t5_shape(shapes: Shapes) -> T5Shape | None:
-    if f"{T5}shared.weight" not in shapes:
+    embedding = next((name for name in ("shared", "encoder.embed_tokens") if f"{T5}{name}.weight" in shapes), None)
+    if embedding is None:
         return None
-    vocabulary, width = shapes[f"{T5}shared.weight"]
+    vocabulary, width = shapes[f"{T5}{embedding}.weight"]
     first = f"{T5}encoder.block.0.layer"
     buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
     return T5Shape(
@@ -86,6 +89,7 @@ def t5_shape(shapes: Shapes) -> T5Shape | None:
         hidden=shapes[f"{first}.1.DenseReluDense.wi_0.weight"][0],
         vocabulary=vocabulary,
         buckets=buckets,
+        embedding=embedding,
     )
 
 

@@ -13,22 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_trainer.models.families.flow.architecture import T5Shape
+from lora_trainer.models.families.flow.network import RMSNorm
 
 MAX_DISTANCE = 128
-EPSILON = 1e-6
-
-
-class Norm(nn.Module):
-    """x / √(mean(x²) + ε) · weight, computed in fp32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
-        return (exact * self.weight.float()).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -66,7 +53,7 @@ class FeedForward(nn.Module):
 class AttentionLayer(nn.Module):
     def __init__(self, shape: T5Shape, positions: bool):
         super().__init__()
-        self.layer_norm, self.SelfAttention = Norm(shape.width), Attention(shape, positions)
+        self.layer_norm, self.SelfAttention = RMSNorm(shape.width), Attention(shape, positions)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         return x + self.SelfAttention(self.layer_norm(x), bias)
@@ -75,7 +62,7 @@ class AttentionLayer(nn.Module):
 class FeedForwardLayer(nn.Module):
     def __init__(self, shape: T5Shape):
         super().__init__()
-        self.layer_norm, self.DenseReluDense = Norm(shape.width), FeedForward(shape)
+        self.layer_norm, self.DenseReluDense = RMSNorm(shape.width), FeedForward(shape)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         return x + self.DenseReluDense(self.layer_norm(x))
@@ -91,7 +78,7 @@ class Stack(nn.Module):
     def __init__(self, shape: T5Shape):
         super().__init__()
         self.block = nn.ModuleList(Block(shape, positions=index == 0) for index in range(shape.layers))
-        self.final_layer_norm = Norm(shape.width)
+        self.final_layer_norm = RMSNorm(shape.width)
 
 
 class T5Encoder(nn.Module):

@@ -1,4 +1,4 @@
-"""The tokenizers of FLUX.1: CLIP's, and T5's from a tokenizer.json."""
+"""The tokenizers of flow models: CLIP's, and T5's from a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -18,21 +18,39 @@ LENGTH = 256
 """Tokens that WebUIs fill T5's prompts up to."""
 _CACHED = (("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
            ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/tokenizer.json"),
+           ("stabilityai/stable-diffusion-3-medium-diffusers", "tokenizer_3/tokenizer.json"),
+           ("stabilityai/stable-diffusion-3.5-medium", "tokenizer_3/tokenizer.json"),
+           ("stabilityai/stable-diffusion-3.5-large", "tokenizer_3/tokenizer.json"),
            ("google/t5-v1_1-xxl", "tokenizer.json"))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FlowTokenizer:
-    """clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read."""
+    """Of the text encoders, and what a WebUI does with their tokens.
+
+    clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read; None where no T5
+    reads. length: tokens that T5's prompts are filled up to; None for as many as CLIP reads.
+    hidden: which of CLIP's hidden states is read as the text's encoding. zero_empty: the empty caption is encoded as
+    zeros.
+    """
 
     clip: Tokenizer
-    t5: Path
-    length: int = LENGTH
+    t5: Path | None
+    length: int | None = LENGTH
+    hidden: int = -2
+    zero_empty: bool = False
 
     @cached_property
     def _t5(self) -> Any:
         from tokenizers import Tokenizer as FastTokenizer
 
+        if self.t5 is None:
+            raise UserError(
+                "T5's tokenizer was not found on this machine.",
+                field="text_encoders",
+                remedy="Put tokenizer.json of the model's folder for T5 (tokenizer_2 of FLUX.1, tokenizer_3 of Stable "
+                "Diffusion 3) beside the file of T5.",
+            )
         try:
             tokenizer = FastTokenizer.from_file(str(self.t5))
         except Exception as error:  # the library raises plain Exception
@@ -41,39 +59,39 @@ class FlowTokenizer:
         tokenizer.no_padding()
         return tokenizer
 
+    def need_t5(self) -> None:
+        """Raises UserError where T5's tokenizer is not there."""
+        assert self._t5
+
     def count(self, text: str) -> int:
         """Tokens of a text by T5, without the end token."""
         return len(self._t5.encode(text, add_special_tokens=False).ids)
 
-    def t5_ids(self, texts: Sequence[str], max_tokens: int) -> Tensor:
-        """(B, 256) int64: at most ``max_tokens`` tokens, the end token, then padding."""
+    def t5_ids(self, texts: Sequence[str], max_tokens: int, length: int) -> Tensor:
+        """(B, length) int64: at most ``max_tokens`` tokens, the end token, then padding."""
         end, pad = self._t5.token_to_id("</s>"), self._t5.token_to_id("<pad>")
         rows = []
         for text in texts:
-            ids = [*self._t5.encode(text, add_special_tokens=False).ids[: min(max_tokens, self.length - 1)], end]
-            rows.append(ids + [pad] * (self.length - len(ids)))
+            ids = [*self._t5.encode(text, add_special_tokens=False).ids[: min(max_tokens, length - 1)], end]
+            rows.append(ids + [pad] * (length - len(ids)))
         return torch.tensor(rows, dtype=torch.int64)
 
 
 def load_tokenizers(folders: Iterable[Path]) -> FlowTokenizer:
     """CLIP's vocabulary as for Stable Diffusion; T5's from the first of ``folders`` with a tokenizer.json, or from the
-    local cache of Hugging Face.
-
-    Raises:
-        UserError: there is none; says where to put it.
-    """
+    local cache of Hugging Face. Whoever reads with a T5 whose tokenizer was not found gets a UserError."""
     folders = list(folders)
+    return FlowTokenizer(load_tokenizer(folders), _t5_tokenizer(folders))
+
+
+def _t5_tokenizer(folders: Sequence[Path]) -> Path | None:
     for folder in folders:
-        for place in (folder, folder / "tokenizer_2", folder / "t5xxl"):
+        for place in (folder, folder / "tokenizer_3", folder / "tokenizer_2", folder / "t5xxl"):
             if (place / "tokenizer.json").is_file() and not (place / "merges.txt").is_file():
-                return FlowTokenizer(load_tokenizer(folders), place / "tokenizer.json")
+                return place / "tokenizer.json"
     from huggingface_hub import try_to_load_from_cache
 
     for repository, name in _CACHED:
         if isinstance(found := try_to_load_from_cache(repository, name), str):
-            return FlowTokenizer(load_tokenizer(folders), Path(found))
-    raise UserError(
-        "T5's tokenizer was not found on this machine.",
-        field="text_encoders",
-        remedy="Put tokenizer.json of FLUX.1's folder tokenizer_2 beside the file of T5.",
-    )
+            return Path(found)
+    return None

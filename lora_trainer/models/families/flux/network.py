@@ -12,21 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_trainer.models.families.flow.network import EPSILON, THETA, TIME_CHANNELS, Run, directly, finite, sinusoids
+from lora_trainer.models.families.flow.network import (
+    THETA,
+    TIME_CHANNELS,
+    LastLayer,
+    Run,
+    adaptive_norm,
+    directly,
+    finite,
+    rms_norm,
+    sinusoids,
+)
 from lora_trainer.models.families.flux.architecture import FluxShape
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · scale over the last dimension, computed in fp32."""
+    """See ``rms_norm``."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPSILON)
-        return (exact * self.scale.float()).to(x.dtype)
+        return rms_norm(x, self.scale)
 
 
 class QKNorm(nn.Module):
@@ -61,10 +69,6 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.qkv, self.norm, self.proj = nn.Linear(width, 3 * width), QKNorm(head_dim), nn.Linear(width, width)
-
-
-def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPSILON) * (1 + scale) + shift
 
 
 def _split_heads(qkv: Tensor, norm: QKNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,16 +107,16 @@ class DoubleBlock(nn.Module):
         q, k, v = (
             torch.cat(both, dim=2)  # the text comes first
             for both in zip(
-                _split_heads(self.txt_attn.qkv(_norm(txt, *txt_mod[:2])), self.txt_attn.norm, self.heads),
-                _split_heads(self.img_attn.qkv(_norm(img, *img_mod[:2])), self.img_attn.norm, self.heads),
+                _split_heads(self.txt_attn.qkv(adaptive_norm(txt, *txt_mod[:2])), self.txt_attn.norm, self.heads),
+                _split_heads(self.img_attn.qkv(adaptive_norm(img, *img_mod[:2])), self.img_attn.norm, self.heads),
             )
         )
         mixed = _attention(q, k, v, rotation)
         from_txt, from_img = mixed.split([txt.shape[1], img.shape[1]], dim=1)
         img = img + img_mod[2] * self.img_attn.proj(from_img)
-        img = img + img_mod[5] * self.img_mlp(_norm(img, *img_mod[3:5]))
+        img = img + img_mod[5] * self.img_mlp(adaptive_norm(img, *img_mod[3:5]))
         txt = txt + txt_mod[2] * self.txt_attn.proj(from_txt)
-        txt = txt + txt_mod[5] * self.txt_mlp(_norm(txt, *txt_mod[3:5]))
+        txt = txt + txt_mod[5] * self.txt_mlp(adaptive_norm(txt, *txt_mod[3:5]))
         return finite(img), finite(txt)
 
 
@@ -128,20 +132,9 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, vector: Tensor, rotation: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vector)
-        qkv, hidden = self.linear1(_norm(x, shift, scale)).tensor_split([3 * self.width], dim=-1)
+        qkv, hidden = self.linear1(adaptive_norm(x, shift, scale)).tensor_split([3 * self.width], dim=-1)
         mixed = _attention(*_split_heads(qkv, self.norm, self.heads), rotation)
         return finite(x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
-
-
-class LastLayer(nn.Module):
-    def __init__(self, width: int, channels: int):
-        super().__init__()
-        self.linear = nn.Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vector)[:, None].chunk(2, dim=-1)
-        return self.linear(_norm(x, shift, scale))
 
 
 class Flux(nn.Module):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.casting import cast_layers
+from lora_trainer.models.families.flow.architecture import FlowArchitecture
 from lora_trainer.models.families.flow.tokenizer import LENGTH
-from lora_trainer.models.families.flux.architecture import FluxArchitecture, FluxShape
+from lora_trainer.models.families.flux.architecture import FluxShape
 from lora_trainer.models.families.flux.network import SingleBlock, rotations
 from lora_trainer.models.families.unet.work import text_layer
 from lora_trainer.models.family import LatentFormat, Trial
@@ -18,7 +19,7 @@ from lora_trainer.models.work import Learning, Part, lora_work
 
 
 def parts(
-    architecture: FluxArchitecture, latents: LatentFormat, resolution: tuple[int, int], config: TrainConfig
+    architecture: FlowArchitecture, latents: LatentFormat, resolution: tuple[int, int], config: TrainConfig
 ) -> Iterator[Part]:
     """The parts of one batch, whatever layers of the blocks learn."""
     shape = architecture.transformer
@@ -27,8 +28,9 @@ def parts(
     yield from _ends(shape, image, config)
     yield from [_block(shape, image, config, double=True)] * shape.double
     yield from [_block(shape, image, config, double=False)] * shape.single
-    if config.text_encoders_learn and architecture.clip is not None:
-        yield from [text_layer(architecture.clip, config)] * architecture.clip.layers
+    if config.text_encoders_learn:
+        for clip in architecture.clips:
+            yield from [text_layer(clip, config)] * clip.layers
 
 
 def _ends(shape: FluxShape, image: int, config: TrainConfig) -> Iterator[Part]:

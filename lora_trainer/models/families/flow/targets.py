@@ -1,23 +1,19 @@
-"""Every layer of FLUX.1 that an adapter can attach to, under kohya's names, which are those of the file."""
+"""Every layer of a flow model that an adapter can attach to, under kohya's names, which are those of the file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
 from lora_trainer.models.base import LoraTarget
-from lora_trainer.models.families.flow.names import TRANSFORMER
-from lora_trainer.models.families.flux.architecture import FluxArchitecture
-from lora_trainer.models.families.flux.names import layers
-from lora_trainer.models.families.unet.binding import text_body
-from lora_trainer.models.families.unet.targets import text_targets
+from lora_trainer.models.families.flow.names import TRANSFORMER, Layer
 
 
-def lora_targets(transformer: nn.Module, clip: Sequence[nn.Module], architecture: FluxArchitecture) -> list[LoraTarget]:
-    """The layers of all blocks with their modulations, then those of CLIP-L where it is given."""
+def transformer_targets(transformer: nn.Module, layers: Iterable[Layer], alpha: bool = True) -> list[LoraTarget]:
+    """The layers of all blocks with their modulations. alpha: see ``LoraTarget``."""
     found = []
-    for layer in layers(architecture.transformer):
+    for layer in layers:
         if not layer.group:
             continue
         fused = len(layer.parts) > 1
@@ -33,11 +29,10 @@ def lora_targets(transformer: nn.Module, clip: Sequence[nn.Module], architecture
                 module=transformer.get_submodule(layer.name),
                 also_named=(layer.name.partition(".")[2].partition(".")[2], *(_last(name) for name, _ in layer.parts)),
                 split=tuple((f"transformer.{name}", rows) for name, rows in layer.parts) if fused else (),
+                swapped=layer.swapped,
+                alpha=alpha,
             )
         )
-    if architecture.clip is not None:
-        for encoder in clip:
-            found += text_targets(text_body(encoder), architecture.clip, "lora_te1", 0)
     return found
 
 
