@@ -13,7 +13,7 @@ from lora_trainer.adapters.algebra import truncated_factors
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.merge import check_output, stored_places
 from lora_trainer.errors import UserError
-from lora_trainer.loras.layers import Factors, Turn
+from lora_trainer.loras.layers import Factors, Turn, holds_no_alpha
 from lora_trainer.loras.resize import check_size
 from lora_trainer.loras.writing import check_precision, write_factors
 from lora_trainer.models.checkpoint import FileLender, single_file

@@ -96,5 +96,6 @@ def ends_of(ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
 def _bindings(module: nn.Module, prefix: str, other_names: Mapping[str, str] | None = None) -> list[Binding]:
     names = other_names or {}
     return [
-        Binding(owner, name, shape, prefix + names.get(path, path)) for owner, name, path, shape in parameters_of(module)
+        Binding(owner, name, shape, prefix + names.get(path, path))
+        for owner, name, path, shape in parameters_of(module)
     ]

@@ -52,8 +52,8 @@ def vae_shape(shapes: Shapes, latents: LatentFormat, title: str) -> VAEShape | N
 
 
 def clip_shape(shapes: Shapes, prefix: str) -> TextShape | None:
-    """Of CLIP-L or CLIP-G in transformers' layout; None where it is not there. No WebUI projects CLIP-L's pooled output,
-    even where the file has a matrix for it."""
+    """Of CLIP-L or CLIP-G in transformers' layout; None where it is not there. No WebUI projects CLIP-L's pooled
+    output, even where the file has a matrix for it."""
     body, is_large = f"{prefix}text_model.", prefix == CLIP_G
     if f"{body}embeddings.token_embedding.weight" not in shapes:
         return None
