@@ -61,12 +61,13 @@ class FlowSchedule:
 
     sampling: how training draws σ where the settings do not say (see ``objectives.flow``). mu: of the host's sampler,
     whose σ are shifted by e^mu. guidance: that pictures are drawn with, of a model that reads one; None where guidance
-    takes a second prediction.
+    takes a second prediction, and ``cfg`` is its usual strength.
     """
 
     sampling: str
     mu: float
     guidance: float | None = None
+    cfg: float = 1.0
     prediction_type: str = "flow"
 
     @property

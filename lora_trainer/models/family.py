@@ -156,6 +156,10 @@ class Family(ABC):
         """Raises UserError when a part that training needs is missing, such as the VAE."""
         return
 
+    def check_settings(self, config: TrainConfig) -> None:
+        """Raises UserError for settings that no LoRA of this family can be trained with."""
+        return
+
     def prediction_type(self, tensors: Mapping[str, Tensor], architecture: Any) -> str:
         """What the model predicts, where neither the file nor the settings say it."""
         return "epsilon"

@@ -53,6 +53,7 @@ def estimate(
 
     dataset, captioner, problems = look_at_pictures(config, sources, gone)
     family = get_family(info.family)
+    family.check_settings(config)
     side = family.default_resolution(info)
     plan = BatchPlan.from_config(dataset, config, side, family.latents.multiple)
     steps_per_epoch = math.ceil(plan.steps_per_epoch / config.gradient_accumulation_steps)

@@ -57,10 +57,10 @@ def sampler_of(schedule: NoiseSchedule | FlowSchedule, steps: int) -> Sampler:
 
 
 def usual_cfg(schedule: NoiseSchedule | FlowSchedule) -> float:
-    """Guidance where nobody says: a flow model's own, or none."""
+    """Guidance where nobody says."""
     if not isinstance(schedule, FlowSchedule):
         return CFG
-    return 1.0 if schedule.guidance is None else schedule.guidance
+    return schedule.cfg if schedule.guidance is None else schedule.guidance
 
 
 def takes_negative(schedule: NoiseSchedule | FlowSchedule, cfg: float) -> bool:

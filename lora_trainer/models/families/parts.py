@@ -126,7 +126,7 @@ class PartedModel:
     def bound(self) -> dict[str, Tensor]:
         """Diffusers or transformers name -> the parameter bound to it."""
         modules = {"unet": self.unet, "vae": self.vae}
-        modules.update(zip(("text_encoder", "text_encoder_2"), self.text_encoders))
+        modules.update(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), self.text_encoders))
         return {
             f"{part}.{name}": parameter
             for part, module in modules.items()

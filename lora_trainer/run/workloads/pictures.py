@@ -78,6 +78,7 @@ class Pictures(OfImageModel):
         """
         info = lender.describe()
         family = get_family(info.family)
+        family.check_settings(config)
         for sentence in without_effect(config, family.unused):
             callbacks.on_warning(sentence)
         captioned = ranks.first(

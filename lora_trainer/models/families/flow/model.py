@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.models.base import LoraTarget, ModelInfo
+from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.flow.architecture import FlowArchitecture
 from lora_trainer.models.families.flow.names import TRANSFORMER
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lora_trainer.models.families.flow.family import FlowFamily
 
 
-class FlowModel(PartedModel):
+class FlowModel(PartedModel, ABC):
     """``unet`` is the transformer. The text encoders are the CLIPs, in their family's order, then T5 where it is there.
     """
 
@@ -69,6 +70,16 @@ class FlowModel(PartedModel):
     def _text_salt(self) -> str:
         """What, beside the text encoders' weights, decides on an encoding."""
         return f"t5 {self._tokenizer.length}"
+
+    @abstractmethod
+    def encode_prompts(
+        self, captions: Sequence[str], max_tokens: int = 225, weighted: bool = False, rows: slice = slice(None)
+    ) -> Conditioning: ...
+
+    @abstractmethod
+    def predict(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor | None
+    ) -> Tensor: ...
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of the caption, without start and end token: by T5 where there is one."""
