@@ -94,9 +94,9 @@ def _replace(source: Path, target: Path) -> None:
         aside.unlink()
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = True) -> None:
     """Replace ``path`` with ``data`` (text as UTF-8) in one step. Raises ``UserError`` as ``atomic_path`` does."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
@@ -70,7 +71,9 @@ class BatchPlan:
         else:
             self.buckets = [self.resolution]
         self._no_upscale = no_upscale and enable_bucket
-        self._bucket_of = [self._choose(sample.size) for sample in dataset.samples]
+        choose = lru_cache(maxsize=4096)(self._choose)
+        self._bucket_of = [choose(sample.size) for sample in dataset.samples]
+        self._place = lru_cache(maxsize=4096)(self._crop)
         self._training = [index for index, sample in enumerate(dataset.samples) if not sample.is_regularization]
         self._quotas = self._share_regularization()
 
@@ -132,10 +135,11 @@ class BatchPlan:
         """The buckets in use: resolution (width, height), images, count (visits per epoch), batches per epoch, and
         ar_error, the mean difference between the aspect ratios (width / height) of pictures and bucket."""
         rows = []
+        members: dict[Size, list[Size]] = {}
+        for sample, bucket in zip(self.dataset.samples, self._bucket_of):
+            members.setdefault(bucket, []).append(sample.size)
         for bucket, count in sorted(self._visits_per_bucket().items()):
-            sizes = [
-                sample.size for sample, chosen in zip(self.dataset.samples, self._bucket_of) if chosen == bucket
-            ]
+            sizes = members[bucket]
             errors = [abs(width / height - bucket[0] / bucket[1]) for width, height in sizes]
             rows.append(
                 {
@@ -190,20 +194,32 @@ class BatchPlan:
 
     def _view(self, index: int, epoch: int, visit: int) -> View:
         sample, bucket = self.dataset.samples[index], self._bucket_of[index]
-        scaled = cover(sample.size, bucket)
-        room = scaled[0] - bucket[0], scaled[1] - bucket[1]
         seed = f"{self.seed}:{epoch}:visit:{sample.key}:{visit}"
-        rng = random.Random(seed)
-        across, down, mirror = rng.random(), rng.random(), rng.random()
-        if self.random_crop:
-            left, top = int(across * (room[0] + 1)), int(down * (room[1] + 1))
-        else:
+        flip, at = False, None
+        if self.flip or self.random_crop:
+            rng = random.Random(seed)
+            across, down, mirror = rng.random(), rng.random(), rng.random()
+            flip = self.flip and mirror < 0.5
+            at = (across, down) if self.random_crop else None
+        # Most views of a data set are cropped alike, and share what says so.
+        place = self._place(sample.size, bucket, flip) if at is None else self._crop(sample.size, bucket, flip, at)
+        scaled, crop, time_ids = place
+        return View(index, bucket, scaled, crop, flip, time_ids, seed if self.augment else None)
+
+    @staticmethod
+    def _crop(
+        size: Size, bucket: Size, flip: bool, at: tuple[float, float] | None = None
+    ) -> tuple[Size, tuple[int, int], tuple[int, ...]]:
+        """(scaled, crop, time_ids) of a view. at: where the crop lies, as shares of the room; None for the middle."""
+        scaled = cover(size, bucket)
+        room = scaled[0] - bucket[0], scaled[1] - bucket[1]
+        if at is None:
             left, top = room[0] // 2, room[1] // 2
-        flip = self.flip and mirror < 0.5
+        else:
+            left, top = int(at[0] * (room[0] + 1)), int(at[1] * (room[1] + 1))
         # The model gets where the crop lies in the picture as it is shown, that is after mirroring.
         shown_left = room[0] - left if flip else left
-        time_ids = (sample.size[1], sample.size[0], top, shown_left, bucket[1], bucket[0])
-        return View(index, bucket, scaled, (left, top), flip, time_ids, seed if self.augment else None)
+        return scaled, (left, top), (size[1], size[0], top, shown_left, bucket[1], bucket[0])
 
 
 def make_buckets(resolution: Size, step: int, shortest: int, longest: int) -> list[Size]:

@@ -34,6 +34,7 @@ _Stamp = tuple[int, int]  # size in bytes, time of the last change in nanosecond
 _FRESH = 2 * 10**9
 """Nanoseconds in which a file may change twice without its time telling: a younger one is read."""
 _DIGITS = frozenset(string.hexdigits)
+PICTURES = ".pictures"  # the suffix of what was found of a folder's pictures, see ``known``
 _SUFFIX = ".cache"  # not .safetensors: a WebUI that scans the folder must not take it for a model
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class TensorCache:
         self.directory = Path(directory)
         self._root = str(self.directory)
         self._on_warning = on_warning
-        self._list = None if user is None else _list_of(self.directory, user)
+        self._list = None if user is None else list_of(self.directory, user)
         self._listed: dict[str, _Stamp | None] = {}
         self.refresh()
         self._unwritten: dict[str, dict[str, Tensor]] = {}
@@ -121,7 +122,8 @@ class TensorCache:
             header.pop("__metadata__", None)
             header["__metadata__"] = {"sha256": _checksum(key, header, payload)}
             try:
-                atomic_write(self.path(key), _join(header, payload))
+                # What a power cut spoils has another size or checksum, and is made again.
+                atomic_write(self.path(key), _join(header, payload), durable=False)
                 self._note(key, self._stamp(key))
                 return
             except UserError as error:
@@ -150,22 +152,24 @@ class TensorCache:
 
 def forget(directory: Path, user: Path) -> None:
     """Delete what the pictures of a folder alone have used."""
-    own = _list_of(directory, user)
+    own = list_of(directory, user)
     others = set().union(*(_entries(one) for one in own.parent.glob("*.keys") if one != own))
     cache = TensorCache(directory)
     for key in _entries(own).keys() - others:
         with suppress(OSError):
             cache.path(key).unlink()
-    own.unlink(missing_ok=True)
+    for one in (own, own.with_suffix(PICTURES)):
+        one.unlink(missing_ok=True)
 
 
 def rename_user(directory: Path, old: Path, new: Path) -> None:
     """A folder with pictures has another name now."""
     with suppress(FileNotFoundError):
-        _list_of(directory, old).replace(_list_of(directory, new))
+        list_of(directory, old).replace(list_of(directory, new))
 
 
-def _list_of(directory: Path, user: Path) -> Path:
+def list_of(directory: Path, user: Path) -> Path:
+    """The file that lists what the pictures of a folder use."""
     mark = hashlib.sha256(str(Path(user).absolute()).encode("utf-8", "surrogateescape")).hexdigest()
     return Path(directory) / "users" / f"{mark[:32]}.keys"
 

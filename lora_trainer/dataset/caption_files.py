@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
+from lora_trainer.dataset.listing import Listing, NameIndex, list_folder, stem_of
 from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
 from lora_trainer.errors import UserError
 
 _SHOWN = 5  # how many files a message names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CaptionSource:
     """A caption that somebody wrote, and where. ``kind``: "metadata" or "file"; ``line`` for metadata only."""
 
     text: str
     kind: str
-    path: Path
+    file: str
     line: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
 
 
 def read_captions(
@@ -46,15 +50,15 @@ def read_captions(
     captions: dict[str, CaptionSource] = {}
     names = NameIndex(listing)
     for key in listing.pictures:
-        for path in caption_files(listing, names, key, caption_extension):
-            text = read_text(path)
+        for name in _caption_keys(listing, names, key, caption_extension):
+            text = read_text(listing.files[name])
             if isinstance(text, CaptionProblem):
                 found.append(text)
                 break
             if text.strip():
-                captions[key] = CaptionSource(text.strip(), "file", path)
+                captions[key] = CaptionSource(text.strip(), "file", listing.files.name(name))
                 break
-            found.append(CaptionProblem(path, None, "is empty.", empty=True))
+            found.append(CaptionProblem(listing.files[name], None, "is empty.", empty=True))
     for path in metadata_files(listing, metadata_path, found):
         rows = _read_metadata(path, listing, names, found)
         other = [key for key, row in rows.items() if key in captions and captions[key].text != row.text]
@@ -81,15 +85,14 @@ def some(items: Sequence[str], separator: str = ", ") -> str:
 
 def caption_files(listing: Listing, names: NameIndex, key: str, extension: str) -> list[Path]:
     """The text files that may hold a picture's caption, the one that counts most first."""
+    return [listing.files[name] for name in _caption_keys(listing, names, key, extension)]
+
+
+def _caption_keys(listing: Listing, names: NameIndex, key: str, extension: str) -> Iterable[str]:
     extension = extension if extension.startswith(".") else f".{extension}"
-    stem = str(PurePosixPath(key).with_suffix(""))
-    found = []
-    for ending in dict.fromkeys((extension, ".txt", ".caption")):
-        for name in (stem + ending, key + ending):
-            match = names.find(name)
-            if match is not None and listing.files[match] not in found:
-                found.append(listing.files[match])
-    return found
+    endings = dict.fromkeys((extension, ".txt", ".caption"))
+    wanted = (names.find_key(start + ending) for ending in endings for start in (stem_of(key), key))
+    return dict.fromkeys(name for name in wanted if name is not None)
 
 
 def metadata_files(
@@ -97,9 +100,9 @@ def metadata_files(
 ) -> list[Path]:
     """Metadata files, the one that counts most last."""
     found: dict[str, list[Path]] = {}
-    for key, path in listing.files.items():
-        if path.name.casefold() in METADATA_NAMES:
-            found.setdefault(str(PurePosixPath(key).parent), []).append(path)
+    for key in listing.files:
+        if key.casefold().endswith(METADATA_NAMES) and PurePosixPath(key).name.casefold() in METADATA_NAMES:
+            found.setdefault(str(PurePosixPath(key).parent), []).append(listing.files[key])
     result = []
     for _, paths in sorted(found.items(), key=lambda item: (len(PurePosixPath(item[0]).parts), item[0])):
         chosen, *others = sorted(paths, key=lambda path: METADATA_NAMES.index(path.name.casefold()))
@@ -139,7 +142,7 @@ def _read_metadata(
             message = f"names {row.filename} again; line {captions[key].line} counts."
             problems.append(CaptionProblem(path, row.line, message))
         else:
-            captions[key] = CaptionSource(row.caption, "metadata", path, row.line)
+            captions[key] = CaptionSource(row.caption, "metadata", str(path), row.line)
     if rows and not captions:
         del problems[lost:]
         row = rows[0]

@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 
 from lora_trainer.dataset.grammar import (
@@ -84,13 +85,17 @@ def train_text(
     """
     if caption.wildcards:
         caption = _choose(caption, rng)
+    trigger_word = trigger_word.strip()
+    mode = _Mode.WEIGHTED if weighted else _Mode.PLAIN
+    moves = bool(trigger_word) and (shuffle or tag_dropout > 0)
     tokens: list[_Token] = []
     boundaries: list[int] = []
     for index, item in enumerate(caption.items):
         boundaries += [len(tokens)] * caption.keep.count(index)
-        if text := _render(item, _Mode.WEIGHTED if weighted else _Mode.PLAIN):
-            plain = plain_text(item)
-            tokens.append(_Token(text, plain, item.is_core, item.is_mood, contains_word(plain, trigger_word)))
+        if text := _render(item, mode):
+            plain = text if mode is _Mode.PLAIN else plain_text(item)
+            is_trigger = moves and contains_word(plain, trigger_word)
+            tokens.append(_Token(text, plain, item.is_core, item.is_mood, is_trigger))
     boundaries += [len(tokens)] * (len(caption.keep) - len(boundaries))
 
     if boundaries:
@@ -110,7 +115,6 @@ def train_text(
         rng.shuffle(free)
 
     texts = [token.text for token in (*kept, *free, *last)]
-    trigger_word = trigger_word.strip()
     if trigger_word and not contains_word(", ".join(token.plain for token in tokens), trigger_word):
         texts.insert(0, escape_brackets(trigger_word) if weighted else trigger_word)
     return unicodedata.normalize("NFC", ", ".join(texts))
@@ -158,8 +162,7 @@ def mentions(caption: Caption, word: str) -> bool:
 def contains_word(text: str, word: str) -> bool:
     """Whether ``word`` stands in a plain text, as whole words and in any case; no word is in no text."""
     pattern = _whole_words(word)
-    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return pattern is not None and re.search(pattern, text) is not None
+    return pattern is not None and pattern.search(_folded(text)) is not None
 
 
 def without_word(text: str, word: str, instead: str = "") -> str:
@@ -167,19 +170,24 @@ def without_word(text: str, word: str, instead: str = "") -> str:
     nothing."""
     pattern = _whole_words(word)
     if pattern is not None:
-        text = re.sub(pattern, lambda _: instead, unicodedata.normalize("NFC", text), flags=re.IGNORECASE)
+        text = re.sub(pattern.pattern, lambda _: instead, unicodedata.normalize("NFC", text), flags=re.IGNORECASE)
     return ", ".join(part for piece in text.split(",") if (part := " ".join(piece.split())).strip("*() "))
 
 
-def _whole_words(word: str) -> str | None:
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+@lru_cache(maxsize=64)
+def _whole_words(word: str) -> re.Pattern[str] | None:
     """A regular expression for ``word`` in a text in lower case; None for no word."""
-    word = " ".join(unicodedata.normalize("NFC", word).casefold().split())
+    word = _folded(word)
     if not word:
         return None
     # Chinese has no spaces between words, so only a Latin edge must be a word's edge.
     before = r"(?<![a-z0-9_])" if re.match(r"[a-z0-9_]", word) else ""
     after = r"(?![a-z0-9_])" if re.search(r"[a-z0-9_]$", word) else ""
-    return before + re.escape(word) + after
+    return re.compile(before + re.escape(word) + after)
 
 
 def escape_brackets(text: str) -> str:

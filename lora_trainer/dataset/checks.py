@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import statistics
@@ -20,7 +19,7 @@ from lora_trainer.dataset.findings import Finding, Report, Severity, enumerate_s
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.inspection import Picture, inspect
-from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder
+from lora_trainer.dataset.listing import KohyaFolders, Listing, folder_notes, list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.notes import notes
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit, load_edits
@@ -97,10 +96,8 @@ def check_folder(
     )
     listing = list_folder(Path(root))
     edits = load_edits(listing.root)
-    excluded = [key for key in listing.pictures if edits.get(key, UNTOUCHED).excluded]
-    listing = dataclasses.replace(
-        listing, pictures={key: path for key, path in listing.pictures.items() if key not in excluded}
-    )
+    excluded = dict.fromkeys(key for key in listing.pictures if edits.get(key, UNTOUCHED).excluded)
+    listing = listing.without(excluded)
     problems: list[CaptionProblem] = []
     sources = read_captions(listing.root, metadata_path, caption_extension, problems=problems, listing=listing)
     looked_at = _inspect_all(listing, edits, progress)
@@ -116,7 +113,7 @@ def check_folder(
         if isinstance(found, UserError)
     ]
     if excluded:
-        message = f"{len(excluded)} pictures are excluded: {enumerate_some(excluded)}."
+        message = f"{len(excluded)} pictures are excluded: {enumerate_some(list(excluded))}."
         findings.append(Finding("", "excluded", "info", message, "Include them in the editor, if they are to count.",
                                 files=tuple(excluded)))  # fmt: skip
     findings += _check_pictures(pictures, min(sides))
@@ -288,10 +285,14 @@ def _without_caption(
     trigger_word: str,
 ) -> Iterator[Finding]:
     """Pictures that nobody described. Training takes their folder's class tokens or the trigger word instead."""
-    empty = {problem.path for problem in problems if problem.empty}
+    empty: dict[Path, list[Path]] = {}  # without its ending -> empty caption files
+    for problem in problems:
+        if problem.empty:
+            empty.setdefault(problem.path.with_suffix(""), []).append(problem.path)
+    folders = KohyaFolders(listing.root)
     lacking = [key for key in pictures if key not in captioned]
     if lacking and len(lacking) == len(pictures) and not empty:
-        stand_in = bool(trigger_word) or any(kohya_folder(listing.root, key) for key in lacking)
+        stand_in = bool(trigger_word) or any(map(folders.above, lacking))
         message = "No picture has a caption."
         if stand_in:
             message = "No picture has a caption; each is trained with the same words."
@@ -300,8 +301,8 @@ def _without_caption(
         return
     for key in lacking:
         path = listing.pictures[key]
-        files = [file for file in empty if file.with_suffix("") in (path, path.with_suffix(""))]
-        stand_in = bool(trigger_word or kohya_folder(listing.root, key))
+        files = [*empty.get(path, ()), *empty.get(path.with_suffix(""), ())]
+        stand_in = bool(trigger_word or folders.above(key))
         # Whole sentences, which can be translated.
         if files:
             kind, message = "empty-caption", f"The caption file {files[0].name} is empty."

@@ -17,15 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_trainer.config import TrainConfig, parse_folder, with_trigger
+from lora_trainer.config import TrainConfig, has_trigger, parse_folder, with_trigger
 from lora_trainer.dataset import captions as grammar
 from lora_trainer.dataset.caption_files import read_captions, some
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
-from lora_trainer.dataset.listing import Listing, folder_notes, kohya_folder, list_folder, mask_of, masks_in
+from lora_trainer.dataset.known import KnownPictures, stamp
+from lora_trainer.dataset.listing import KohyaFolders, Listing, folder_notes, list_folder, mask_of, masks_in
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.notes import with_notes
 from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
-from lora_trainer.dataset.samples import Dataset, Sample, Skipped
+from lora_trainer.dataset.samples import Dataset, Sample, Size, Skipped
 from lora_trainer.errors import UserError, concerning
 
 REGULARIZATION_PREFIX = "reg:"
@@ -50,8 +51,9 @@ class UncaptionedError(UserError):
 def scan(
     config: TrainConfig,
     progress: Callable[[int, int], None] | None = None,
-    measure: Callable[[Path], tuple[tuple[int, int], str]] = measure,
+    measure: Callable[[Path], tuple[Size, str]] = measure,
     stand_in: str = "",
+    known: KnownPictures | None = None,
 ) -> Dataset:
     """The training set of a configuration. Every picture is decoded once, so that damaged ones are found now.
 
@@ -59,6 +61,7 @@ def scan(
     measure: what tells a picture's (width, height) and digest or raises ``UserError``; the dataset checks, which have
         looked at every picture already, give what they know.
     stand_in: the caption of training pictures that have none yet; "" refuses them, a space says that none is needed.
+    known: those that it has and that have not changed are not decoded; the others are added to it.
 
     Raises:
         UncaptionedError: a picture without any caption.
@@ -69,10 +72,16 @@ def scan(
     sources = _sources(config, stand_in)
     roots = [source.root for source in sources]
     results = [*folders_of_results(config), *([Path(config.mask_dir)] if config.mask_dir else [])]
+
+    def examined(listing: Listing) -> list[tuple[Size, str] | str]:
+        return _measure_all(listing, config.use_masks, progress, measure, known)
+
     parts = [
-        _scan_root(config, source, [*results, *(root for root in roots if root != source.root)], progress, measure)
+        _scan_root(config, source, [*results, *(root for root in roots if root != source.root)], examined)
         for source in sources
     ]
+    if known is not None:
+        known.save()
     whole = Dataset(
         parts[0].root,
         tuple(sample for part in parts for sample in part.samples),
@@ -141,7 +150,7 @@ def _with_trigger(dataset: Dataset, config: TrainConfig) -> Dataset:
         return dataset
     samples = tuple(
         sample
-        if sample.is_regularization
+        if sample.is_regularization or not has_trigger(sample.caption)
         else dataclasses.replace(sample, caption=with_trigger(sample.caption, word))
         for sample in dataset.samples
     )
@@ -152,8 +161,7 @@ def _scan_root(
     config: TrainConfig,
     source: _Source,
     exclude: Sequence[Path],
-    progress: Callable[[int, int], None] | None,
-    measure: Callable[[Path], tuple[tuple[int, int], str]],
+    examined: Callable[[Listing], list[tuple[Size, str] | str]],
 ) -> Dataset:
     root, setting, is_regularization = source.root, source.setting, source.is_regularization
     try:
@@ -180,43 +188,41 @@ def _scan_root(
     skipped = list(listing.skipped)
     excluded = {key: True for key in listing.pictures if edits.get(key, UNTOUCHED).excluded}  # in their order
     skipped += [Skipped(listing.pictures[key], "it is excluded in the editor") for key in excluded]
-    listing = dataclasses.replace(
-        listing, pictures={key: path for key, path in listing.pictures.items() if key not in excluded}
-    )
+    listing = listing.without(excluded)
+    folders = KohyaFolders(root)
     samples: list[Sample] = []
     without_caption: list[Path] = []
-    for key, found in zip(listing.pictures, _measure_all(listing, config.use_masks, progress, measure)):
-        path = listing.pictures[key]
-        folder = kohya_folder(root, key)
-        repeats, class_tokens = folder or (config.repeats, "")
+    for key, found in zip(listing.pictures, examined(listing)):
+        repeats, class_tokens = folders.above(key) or (config.repeats, "")
         if source.repeats is not None:
             repeats, class_tokens = source.repeats, source.words
         if isinstance(found, str):
-            skipped.append(Skipped(path, found))
+            skipped.append(Skipped(listing.pictures[key], found))
             continue
         if repeats == 0:
-            skipped.append(Skipped(path, "its folder's name says 0 repeats"))
+            skipped.append(Skipped(listing.pictures[key], "its folder's name says 0 repeats"))
             continue
         written = captions.get(key)
-        texts = {written.path.name: written.text} if written else {}
+        texts = {os.path.basename(written.file): written.text} if written else {}
         texts["folder"] = class_tokens
         if not is_regularization:
             texts |= {"default_caption": config.default_caption.strip(), "trigger_word": config.trigger_word.strip()}
         caption_from, caption = next(((name, text) for name, text in texts.items() if text), ("", source.stand_in))
         if not caption:
-            without_caption.append(path)
+            without_caption.append(listing.pictures[key])
             continue
         size, digest = found
         edit = edits.get(key, UNTOUCHED)
         try:
-            check_size(path, edit.size(size))
+            if edit.changes_pixels:
+                check_size(listing.pictures[key], edit.size(size))
         except UserError as error:
-            skipped.append(Skipped(path, error.message))
+            skipped.append(Skipped(listing.pictures[key], error.message))
             continue
         samples.append(
             Sample(
-                path, source.prefix + key, caption, edit.size(size), edit.digest(digest), repeats, is_regularization,
-                mask_of(listing, key), edit, caption_from,
+                listing.pictures.name(key), source.prefix + key, caption, edit.size(size), edit.digest(digest), repeats,
+                is_regularization, mask_of(listing, key), edit, caption_from,
             )
         )  # fmt: skip
     if without_caption:
@@ -238,29 +244,41 @@ def _measure_all(
     listing: Listing,
     use_masks: bool,
     progress: Callable[[int, int], None] | None,
-    measure: Callable[[Path], tuple[tuple[int, int], str]],
-) -> list[tuple[tuple[int, int], str] | str]:
+    measure: Callable[[Path], tuple[Size, str]],
+    known: KnownPictures | None,
+) -> list[tuple[Size, str] | str]:
     """(size, digest) of every picture, or the reason why it cannot be used."""
+    results: list[tuple[Size, str] | str | None] = [None] * len(listing.pictures)
+    if known is not None and not (use_masks and listing.masks):
+        results = [known.get(listing.pictures.name(key)) for key in listing.pictures]
 
-    def examine(key: str) -> tuple[tuple[int, int], str] | str:
+    def examine(key: str) -> tuple[Size, str] | str:
+        before = None if known is None else stamp(listing.pictures.name(key))
         try:
             mask = mask_of(listing, key) if use_masks else None
             if mask is not None:
                 open_image(mask)
-            return measure(listing.pictures[key])
+            found = measure(listing.pictures[key])
         except UserError as error:
             return error.message
+        if known is not None:
+            known.add(listing.pictures.name(key), before, *found)
+        return found
 
-    results = []
+    total = len(results)
+    missing = [(place, key) for place, key in enumerate(listing.pictures) if results[place] is None]
+    if progress is not None and len(missing) < total:
+        progress(total - len(missing), total)
     with warnings.catch_warnings():
         # What Pillow warns of (odd EXIF data, large pictures) is either harmless or found by ``measure``.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
-            for result in pool.map(examine, listing.pictures):
-                results.append(result)
+            examined = pool.map(examine, [key for _, key in missing])
+            for done, ((place, _), result) in enumerate(zip(missing, examined), start=total - len(missing) + 1):
+                results[place] = result
                 if progress is not None:
-                    progress(len(results), len(listing.pictures))
-    return results
+                    progress(done, total)
+    return [result for result in results if result is not None]
 
 
 def _nothing_found(listing: Listing, skipped: Sequence[Skipped], setting: str) -> UserError:

@@ -7,8 +7,9 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -31,12 +32,38 @@ _UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".ra
 _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information")
 _KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
 _MAX_REPEATS = 10_000
-_MAX_ENTRIES = 200_000
+_MAX_ENTRIES = 1_000_000
 _MAX_SECONDS = 60
 _SURPRISING_REPEATS = 200
 
 
 Links = Literal["none", "pictures", "all"]
+
+
+class Files(Mapping[str, Path]):
+    """Files of a folder, by key. Paths are made when they are asked for: of many pictures they take a kilobyte each."""
+
+    def __init__(self, root: Path, keys: Iterable[str]):
+        self._root, self._keys = root, dict.fromkeys(keys)
+        self._start = os.path.join(root, "")
+
+    def name(self, key: str) -> str:
+        """The path of a file as text."""
+        return self._start + key
+
+    def __getitem__(self, key: str) -> Path:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._root / key
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 @dataclass(frozen=True)
@@ -48,11 +75,15 @@ class Listing:
     """
 
     root: Path
-    files: Mapping[str, Path]
-    pictures: Mapping[str, Path]
+    files: Files
+    pictures: Files
     masks: Mapping[str, Path]
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def without(self, pictures: Collection[str]) -> Listing:
+        """The same without these pictures."""
+        return replace(self, pictures=Files(self.root, (key for key in self.pictures if key not in pictures)))
 
 
 def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pictures") -> Listing:
@@ -81,19 +112,20 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
         raise UserError(f"The folder {root} belongs to the system.", remedy="Name the folder that holds the pictures.")
     excluded = {os.path.realpath(path) for path in exclude} - {real_root}
     followed: set[str] = set()
-    files: dict[str, Path] = {}
+    keys: list[str] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
     linked: dict[str, str] = {}  # key of a file -> where its link leads
     away: list[str] = []  # links that are not followed
-    pending, looked_at, end = [root], 0, time.monotonic() + _MAX_SECONDS
+    pending, looked_at, end = [""], 0, time.monotonic() + _MAX_SECONDS
     while pending:
-        folder = pending.pop()
+        inside = pending.pop()  # the start of the keys of a folder's files
+        folder = root / inside
         try:
             with os.scandir(folder) as found:
                 entries = list(itertools.islice(found, _MAX_ENTRIES + 1))
         except OSError as error:
-            if folder == root:
+            if not inside:
                 raise UserError(f"{root.name} cannot be opened: {error.strerror or error}.") from error
             notes.append(f"{folder.name} cannot be opened ({error.strerror or error}); it is left out.")
             continue
@@ -109,49 +141,56 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
                 remedy="Name the folder that holds the pictures, and nothing else.",
             )
         for entry in sorted(entries, key=lambda entry: entry.name):
-            path = folder / entry.name
-            if entry.name.startswith(".") or entry.name.casefold() in _IGNORED_FOLDERS:
+            name, key = entry.name, inside + entry.name
+            if name.startswith(".") or name.casefold() in _IGNORED_FOLDERS:
                 continue
-            if path.is_dir():
-                real = os.path.realpath(path)
+            if _is(entry.is_dir):
+                real = os.path.realpath(entry.path)
                 if real in excluded:
                     continue
                 if entry.is_symlink():
                     if links == "none" and not _is_within(real_root, real):
-                        away.append(path.relative_to(root).as_posix())
+                        away.append(key)
                         continue
                     if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
-                        notes.append(f"{path.name} links to {real}, which is read already; the link is left out.")
+                        notes.append(f"{name} links to {real}, which is read already; the link is left out.")
                         continue
                     followed.add(real)
-                pending.append(path)
-            elif has_half_characters(entry.name):
-                skipped.append(Skipped(path, "its name is not UTF-8; rename it"))
-            elif path.is_file():  # no pipes or devices, which would block
-                key = path.relative_to(root).as_posix()
-                files[key] = path
+                pending.append(f"{key}/")
+            elif has_half_characters(name):
+                skipped.append(Skipped(root / key, "its name is not UTF-8; rename it"))
+            elif _is(entry.is_file):  # no pipes or devices, which would block
+                keys.append(key)
                 if entry.is_symlink():
-                    linked[key] = os.path.realpath(path)
-            elif entry.is_symlink() and is_picture(entry.name):
-                skipped.append(Skipped(path, "it is a link to a file that is not there"))
+                    linked[key] = os.path.realpath(entry.path)
+            elif entry.is_symlink() and is_picture(name):
+                skipped.append(Skipped(root / key, "it is a link to a file that is not there"))
     read = (real_root, *followed)
     outside = {key: real for key, real in linked.items() if not any(_is_within(place, real) for place in read)}
-    for key in _not_followed(outside, links):
-        away.append(key)
-        del files[key]
+    left_out = set(_not_followed(outside, links))
+    away += left_out
     if away:
         notes.append(f"{len(away)} links lead out of the folder and are not followed: {', '.join(sorted(away)[:5])}.")
-    files = dict(sorted(files.items()))
-    pictures = {key: path for key, path in files.items() if is_picture(key)}
-    masks = _masks(files, pictures)
+    files = Files(root, sorted(key for key in keys if key not in left_out))
+    masks = _masks(files)
     of_pictures = set(masks.values())
-    pictures = {key: path for key, path in pictures.items() if path not in of_pictures}
-    if conditions := sum(_stem(key).casefold().endswith(_CONDITION_ENDING) for key in files):
+    pictures = Files(root, (key for key in files if is_picture(key) and key not in of_pictures))
+    if conditions := sum(_is_condition(key) for key in files):
         notes.append(f"{conditions} conditioning pictures (…{_CONDITION_ENDING}.png) are left out.")
-    for path in files.values():
-        if path.suffix.casefold() in _UNREADABLE_EXTENSIONS:
-            skipped.append(Skipped(path, f"{path.suffix} pictures cannot be read; convert it to PNG or JPEG"))
-    return Listing(root, files, pictures, masks, tuple(skipped), tuple(notes))
+    for key in files:
+        if key.casefold().endswith(_UNREADABLE_EXTENSIONS):
+            suffix = PurePosixPath(key).suffix
+            skipped.append(Skipped(files[key], f"{suffix} pictures cannot be read; convert it to PNG or JPEG"))
+    of_keys = {key: files[mask] for key, mask in masks.items()}
+    return Listing(root, files, pictures, of_keys, tuple(skipped), tuple(notes))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; not where the system cannot tell."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _not_followed(outside: Mapping[str, str], links: Links) -> list[str]:
@@ -182,40 +221,69 @@ def _is_image(path: str, folders: set[str]) -> bool:
 def is_picture(name: str) -> bool:
     """Whether a file of this name is a training picture, as far as the name alone tells (masks are not)."""
     name = name.casefold()
-    return name.endswith(IMAGE_EXTENSIONS) and not _stem(name).endswith((*_MASK_ENDINGS, _CONDITION_ENDING))
+    return name.endswith(IMAGE_EXTENSIONS) and not stem_of(name).endswith((*_MASK_ENDINGS, _CONDITION_ENDING))
 
 
-def _stem(key: str) -> str:
-    return str(PurePosixPath(key).with_suffix(""))
+def _is_condition(key: str) -> bool:
+    return stem_of(key).casefold().endswith(_CONDITION_ENDING)
 
 
-def _masks(files: Mapping[str, Path], pictures: Mapping[str, Path]) -> dict[str, Path]:
-    """Picture's key -> its mask: a file beside it with an ending of masks, or of its name in a folder of masks."""
-    by_stem = {_stem(key): path for key, path in files.items() if key.casefold().endswith(IMAGE_EXTENSIONS)}
-    folders = {str(PurePosixPath(key).parent) for key in files}
-    found: dict[str, Path] = {}
-    for key in pictures:
-        place, name = PurePosixPath(key).parent, PurePosixPath(key).name
-        beside = [stem + ending for ending in (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS) for stem in (_stem(key), key)]
-        near = [place / folder for folder in _MASK_FOLDERS] + [place.parent / folder for folder in _MASK_FOLDERS]
-        endings = ("", *_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
-        near = [folder for folder in near if str(folder) in folders and folder != place]
-        inside = [str(folder / (_stem(name) + ending)) for folder in near for ending in endings]
+def stem_of(key: str) -> str:
+    """A key without the ending of its file."""
+    dot = key.rfind(".")
+    return key[:dot] if key.rfind("/") + 1 < dot < len(key) - 1 else key
+
+
+def folder_of(key: str) -> str:
+    """The part of a key that names its folder; "" for the data folder itself."""
+    return key[: max(key.rfind("/"), 0)]
+
+
+def _masks(files: Iterable[str]) -> dict[str, str]:
+    """Picture's key -> its mask's: a file beside it with an ending of masks, or of its name in a folder of masks."""
+    by_stem = {stem_of(key): key for key in files if key.casefold().endswith(IMAGE_EXTENSIONS)}
+    endings = (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
+    folders = {folder for key in files if (folder := folder_of(key)).rpartition("/")[2] in _MASK_FOLDERS}
+    if not folders and not any(stem.endswith(endings) for stem in by_stem):
+        return {}
+    found: dict[str, str] = {}
+    for key in files:
+        if not is_picture(key):
+            continue
+        place, stem = folder_of(key), stem_of(key)
+        beside = [one + ending for ending in endings for one in (stem, key)]
+        near = [f"{start}/{name}".lstrip("/") for start in (place, folder_of(place)) for name in _MASK_FOLDERS]
+        near = [folder for folder in near if folder in folders and folder != place]
+        name = stem[len(place) :].lstrip("/")
+        inside = [f"{folder}/{name}{ending}" for folder in near for ending in ("", *endings)]
         for candidate in (*beside, *inside):
-            if candidate in by_stem and by_stem[candidate] != pictures[key]:
+            if by_stem.get(candidate, key) != key:
                 found[key] = by_stem[candidate]
                 break
     of_pictures = set(found.values())
-    return {key: mask for key, mask in found.items() if pictures[key] not in of_pictures}
+    return {key: mask for key, mask in found.items() if key not in of_pictures}
 
 
-def kohya_folder(root: Path, key: str) -> tuple[int, str] | None:
-    """(repeats, class tokens) of the nearest folder named ``<repeats>_<class>`` above a picture, ``root`` included."""
-    for name in (*reversed(PurePosixPath(key).parts[:-1]), root.resolve().name):
-        match = _KOHYA_FOLDER.fullmatch(name)
-        if match and len(match[1]) <= len(str(_MAX_REPEATS)) and int(match[1]) <= _MAX_REPEATS:
-            return int(match[1]), match[2].strip()
-    return None
+class KohyaFolders:
+    """What the names of a data folder and of its folders say, as kohya's scripts read them."""
+
+    def __init__(self, root: Path):
+        self._name = root.resolve().name
+        self._known: dict[str, tuple[int, str] | None] = {}
+
+    def above(self, key: str) -> tuple[int, str] | None:
+        """(repeats, class tokens) of the nearest folder named ``<repeats>_<class>`` above a picture."""
+        folder = folder_of(key)
+        if folder not in self._known:
+            self._known[folder] = self._look(folder)
+        return self._known[folder]
+
+    def _look(self, folder: str) -> tuple[int, str] | None:
+        for name in (*reversed(folder.split("/")), self._name):
+            match = _KOHYA_FOLDER.fullmatch(name)
+            if match and len(match[1]) <= len(str(_MAX_REPEATS)) and int(match[1]) <= _MAX_REPEATS:
+                return int(match[1]), match[2].strip()
+        return None
 
 
 def mask_of(listing: Listing, key: str) -> Path | None:
@@ -225,15 +293,15 @@ def mask_of(listing: Listing, key: str) -> Path | None:
 
 def masks_in(folder: Path, listing: Listing) -> dict[str, Path]:
     """Picture's key -> the file of its name in a folder of masks that lies anywhere. Raises UserError for no folder."""
-    by_stem = {_stem(key): path for key, path in list_folder(folder).files.items() if path.suffix.casefold()
-               in IMAGE_EXTENSIONS}  # fmt: skip
-    names = {key: (_stem(key), _stem(PurePosixPath(key).name)) for key in listing.pictures}
-    return {key: by_stem[name] for key, both in names.items() for name in reversed(both) if name in by_stem}
+    files = list_folder(folder).files
+    by_stem = {stem_of(key): key for key in files if key.casefold().endswith(IMAGE_EXTENSIONS)}
+    names = {key: (stem_of(key), stem_of(PurePosixPath(key).name)) for key in listing.pictures}
+    return {key: files[by_stem[name]] for key, both in names.items() for name in reversed(both) if name in by_stem}
 
 
 def folder_notes(listing: Listing) -> list[str]:
     notes = []
-    folders = sorted({str(PurePosixPath(key).parent) for key in listing.pictures})
+    folders = {folder_of(key) for key in listing.pictures}
     names = sorted({part for folder in folders for part in PurePosixPath(folder).parts} | {listing.root.resolve().name})
     for name in names:
         match = _KOHYA_FOLDER.fullmatch(name)
@@ -249,19 +317,25 @@ class NameIndex:
     """Finds files of a listing by a name that a person typed: in any case, any Unicode form, with either slash."""
 
     def __init__(self, listing: Listing):
-        self._files = listing.files
+        self._listing = listing
         self._folded: dict[str, str] = {}
         for key in listing.files:
             self._folded.setdefault(_fold(key), key)
-        self._pictures: dict[str, str | None] = {}
-        for key in listing.pictures:
-            for name in {PurePosixPath(key).name, PurePosixPath(key).stem}:
-                self._pictures[_fold(name)] = None if _fold(name) in self._pictures else key
 
     def find(self, name: str) -> str | None:
-        if name in self._files:
-            return name
-        return self._folded.get(_fold(str(PurePosixPath(name.replace("\\", "/")))))
+        return self.find_key(name) or self.find_key(str(PurePosixPath(name.replace("\\", "/"))))
+
+    def find_key(self, key: str) -> str | None:
+        """The same for a name that is written as keys are."""
+        return key if key in self._listing.files else self._folded.get(_fold(key))
+
+    @cached_property
+    def _pictures(self) -> Mapping[str, str | None]:
+        found: dict[str, str | None] = {}
+        for key in self._listing.pictures:
+            for name in {PurePosixPath(key).name, PurePosixPath(key).stem}:
+                found[_fold(name)] = None if _fold(name) in found else key
+        return found
 
     def find_below(self, name: str) -> str | None:
         """The one picture in some sub-folder with this bare name, with or without its ending; None for none or
@@ -270,7 +344,7 @@ class NameIndex:
 
 
 def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
 def _is_within(folder: str, path: str) -> bool:

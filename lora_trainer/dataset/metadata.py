@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,10 @@ class Row:
 def read_text(path: Path) -> str | CaptionProblem:
     """The text of a UTF-8 file (a byte order mark is dropped), or what keeps it from being read as one."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return CaptionProblem(path, None, "is larger than 256 MB; that is no caption file.", fatal=True)
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                return CaptionProblem(path, None, "is larger than 256 MB; that is no caption file.", fatal=True)
+            data = file.readall()
     except OSError as error:
         return CaptionProblem(path, None, f"cannot be read ({error.strerror or error}).", fatal=True)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):

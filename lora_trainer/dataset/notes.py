@@ -11,7 +11,7 @@ from lora_trainer.config import TrainConfig, has_trigger
 from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.captions import has_choices, parse
 from lora_trainer.dataset.images import reading
-from lora_trainer.dataset.listing import kohya_folder
+from lora_trainer.dataset.listing import KohyaFolders
 from lora_trainer.dataset.samples import Dataset, Sample
 from lora_trainer.errors import UserError
 
@@ -44,8 +44,8 @@ def notes(dataset: Dataset, config: TrainConfig) -> Iterator[Note]:
         yield Note(message, samples=masked)
     if config.use_masks and not masked and not any(_may_be_transparent(sample) for sample in training):
         yield Note(f"use_masks has no effect: none of {pictures} pictures has a mask or transparency.")
-    named = [sample for sample in training if kohya_folder(dataset.root, sample.key)]
-    if config.repeats != 1 and len(named) == len(training):
+    folders = KohyaFolders(dataset.root)
+    if config.repeats != 1 and all(folders.above(sample.key) for sample in training):
         yield Note(f"repeats: {config.repeats} has no effect: the folders of all {pictures} pictures say their own.")
 
 

@@ -18,10 +18,11 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture of the training set.
 
+    file: the path of the picture, as text, as a data set may have many.
     key: posix path relative to the data folder (``reg:`` before it for regularization pictures); names the sample.
     caption: as written, with its marks, translated by ``caption_mapping``; the class tokens or the trigger word where
         there was none.
@@ -31,7 +32,7 @@ class Sample:
     caption_from: the name of the file, or of the setting, that gave the caption; "folder" for the class in its name.
     """
 
-    path: Path
+    file: str
     key: str
     caption: str
     size: tuple[int, int]
@@ -41,6 +42,10 @@ class Sample:
     mask_path: Path | None = None
     edit: PictureEdit = UNTOUCHED
     caption_from: str = ""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Dataset:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """One picture as it is shown once in an epoch.
 

@@ -11,11 +11,11 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import lru_cache
 
-from lora_trainer.dataset.captions import Caption, contains_word, core_texts, plain_text, plain_texts
+from lora_trainer.dataset.captions import Caption, Item, contains_word, core_texts, plain_text, plain_texts
 
 MIN_CONFIDENCE = 0.7
 MIN_SUPPORT = 3
@@ -76,44 +76,61 @@ class CoreGap:
     missing: tuple[str, ...]
 
 
-def tag_frequency(captions: Mapping[str, Caption], root_name: str = "") -> dict[str, dict[str, int]]:
+def tag_frequency(captions: Iterable[tuple[str, Caption]], root_name: str = "") -> dict[str, dict[str, int]]:
     """Folder name → tag → number of pictures, the layout of ``ss_tag_frequency``; pictures that lie in the data
-    folder itself count under ``root_name``."""
-    folders: dict[str, dict[str, Caption]] = defaultdict(dict)
-    for key, caption in captions.items():
-        folders[PurePosixPath(key).parent.name or root_name][key] = caption
-    return {folder: {tag.text: tag.count for tag in tag_table(members)} for folder, members in folders.items()}
+    folder itself count under ``root_name``. captions: pairs of a picture's key and its caption."""
+    folders: dict[str, _Counted] = defaultdict(_Counted)
+    for key, caption in captions:
+        folders[key.rpartition("/")[0].rpartition("/")[2] or root_name].add(caption)
+    return {folder: {tag.text: tag.count for tag in counted.table()} for folder, counted in folders.items()}
 
 
 def tag_table(captions: Mapping[str, Caption]) -> list[Tag]:
     """All tags, the most frequent first: the frequency table and the tag cloud."""
-    counts: Counter[str] = Counter()
-    spellings: dict[str, Counter[str]] = defaultdict(Counter)
-    core: set[str] = set()
-    mood: set[str] = set()
+    counted = _Counted()
     for caption in captions.values():
+        counted.add(caption)
+    return counted.table()
+
+
+class _Counted:
+    """The tags of captions that were added one by one."""
+
+    def __init__(self) -> None:
+        self._captions = 0
+        self._counts: Counter[str] = Counter()
+        self._spellings: dict[str, Counter[str]] = defaultdict(Counter)
+        self._core: set[str] = set()
+        self._mood: set[str] = set()
+
+    def add(self, caption: Caption) -> None:
+        self._captions += 1
         seen = set()
         for text, is_core, is_mood in _tags(caption):
             identity = _identity(text)
             seen.add(identity)
-            spellings[identity][text] += 1
+            self._spellings[identity][text] += 1
             if is_core:
-                core.add(identity)
+                self._core.add(identity)
             if is_mood:
-                mood.add(identity)
-        counts.update(seen)
-    most = max(counts.values(), default=1)
-    return [
-        Tag(
-            text=spellings[identity].most_common(1)[0][0],
-            count=count,
-            share=count / len(captions),
-            weight=math.log(count) / math.log(most) if most > 1 else 1.0,
-            core=identity in core,
-            mood=identity in mood,
-        )
-        for identity, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    ]
+                self._mood.add(identity)
+        for identity in seen:
+            self._counts[identity] += 1
+
+    def table(self) -> list[Tag]:
+        counts = self._counts
+        most = max(counts.values(), default=1)
+        return [
+            Tag(
+                text=self._spellings[identity].most_common(1)[0][0],
+                count=count,
+                share=count / self._captions,
+                weight=math.log(count) / math.log(most) if most > 1 else 1.0,
+                core=identity in self._core,
+                mood=identity in self._mood,
+            )
+            for identity, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        ]
 
 
 def suggestions(captions: Mapping[str, Caption]) -> list[Suggestion]:
@@ -217,11 +234,16 @@ def universal_tags(captions: Mapping[str, Caption], trigger_word: str = "") -> l
 
 
 def _tags(caption: Caption) -> Iterator[tuple[str, bool, bool]]:
-    for item in caption.items:
-        if text := plain_text(item):
-            yield text, item.is_core, item.is_mood
+    return (tag for item in caption.items if (tag := _tag(item))[0])
 
 
+@lru_cache(maxsize=4096)
+def _tag(item: Item) -> tuple[str, bool, bool]:
+    """(plain text, is core, is mood). The tags of a data set are few."""
+    return plain_text(item), item.is_core, item.is_mood
+
+
+@lru_cache(maxsize=4096)
 def _identity(text: str) -> str:
     return " ".join(text.casefold().split())
 

@@ -15,11 +15,11 @@ from lora_trainer.captioning.batches import describe_all
 from lora_trainer.captioning.postprocess import CaptionOptions, make_caption
 from lora_trainer.captioning.registry import AUTO, Sources, choose, open_captioner
 from lora_trainer.config import TrainConfig
-from lora_trainer.dataset.caption_files import read_captions
+from lora_trainer.dataset.caption_files import caption_files, read_captions
 from lora_trainer.dataset.captions import escape
 from lora_trainer.dataset.folder import folders_of_results
 from lora_trainer.dataset.images import flatten, open_image
-from lora_trainer.dataset.listing import kohya_folder, list_folder
+from lora_trainer.dataset.listing import KohyaFolders, NameIndex, list_folder
 from lora_trainer.dataset.picture_edits import UNTOUCHED, load_edits
 from lora_trainer.dataset.writing import MODES, CaptionFolder, Mode, merge
 from lora_trainer.errors import UserError
@@ -179,9 +179,12 @@ def _wordless(config: TrainConfig) -> list[str]:
     if config.trigger_word.strip() or config.default_caption.strip():
         return []
     listing = list_folder(root, folders_of_results(config))
+    names = NameIndex(listing)
+    if any(caption_files(listing, names, key, config.caption_extension) for key in listing.pictures):
+        return []
     problems: list = []
     captions = read_captions(root, None, config.caption_extension, problems=problems, listing=listing)
-    if captions or problems or any(kohya_folder(root, key) for key in listing.pictures):
+    if captions or problems or any(map(KohyaFolders(root).above, listing.pictures)):
         return []
     return list(listing.pictures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ def run_facts(
     pictures: Counter[tuple[bool, str, int]] = Counter()
     for sample in dataset.samples:
         visits[sample.is_regularization] += sample.repeats
-        pictures[sample.is_regularization, sample.path.parent.name, sample.repeats] += 1
+        pictures[sample.is_regularization, os.path.basename(os.path.dirname(sample.file)), sample.repeats] += 1
 
     def directories(regularization: bool) -> dict[str, dict[str, int]]:
         return {
@@ -104,7 +105,7 @@ def run_facts(
         }
 
     table = plan.table()
-    captions = {sample.key: parse(sample.caption) for sample in dataset.samples if not sample.is_regularization}
+    captions = ((sample.key, parse(sample.caption)) for sample in dataset.samples if not sample.is_regularization)
     return replace(
         model_facts(config, info, plan.resolution, precision, steps),
         num_train_images=visits[False],

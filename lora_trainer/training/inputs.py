@@ -99,7 +99,8 @@ class BatchSource:
         Raises:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
-        self._tell_cut_captions(callbacks)
+        texts = self._texts()
+        self._tell_cut_captions(texts, callbacks)
         if self.unnamed == [""]:
             callbacks.on_warning(
                 "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
@@ -112,26 +113,30 @@ class BatchSource:
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            if not self._shared_out(self._captions(views), lambda captions: self._encode_captions(captions, *how)):
+            captions = self._captions(views, texts)
+            if not self._shared_out(captions, lambda captions: self._encode_captions(captions, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
         return True
 
-    def _captions(self, views: Sequence[View]) -> list[str]:
+    def _texts(self) -> list[str]:
+        """Of each sample its caption as it is where nothing is drawn."""
+        return [self._text(index, None) for index in range(len(self.dataset.samples))]
+
+    def _captions(self, views: Sequence[View], texts: Sequence[str]) -> list[str]:
         """All that are encoded before the steps."""
-        texts = {self._text(index, None) for index in {view.sample for view in views}}
-        return sorted({"", *texts, *self.unnamed})
+        return sorted({"", *(texts[view.sample] for view in views), *self.unnamed})
 
     def _shared_out(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], bool]) -> bool:
         return shared_out(items, encode, self.cache, self.ranks)
 
-    def _tell_cut_captions(self, callbacks: TrainCallbacks) -> None:
+    def _tell_cut_captions(self, texts: Sequence[str], callbacks: TrainCallbacks) -> None:
         longest = self.config.max_token_length
         cut = [
             sample.key
-            for index, sample in enumerate(self.dataset.samples)
-            if self.model.count_tokens(self._text(index, None)) > longest
+            for sample, text in zip(self.dataset.samples, texts)
+            if not (text.isascii() and len(text) < longest) and self.model.count_tokens(text) > longest
         ]
         if cut:
             callbacks.on_warning(
@@ -173,8 +178,7 @@ class BatchSource:
         self, views: Sequence[View], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
     ) -> bool:
         total = len(views)
-        missing = {self._latent_key(view): view for view in views}
-        missing = {key: view for key, view in missing.items() if key not in self.cache}
+        missing = {key: view for view in views if (key := self._latent_key(view)) not in self.cache}
         done = total - len(missing)
         callbacks.on_phase("latents", done, total)
         for key, pixels in ahead(self._load_pixels, missing.items()):
@@ -259,7 +263,7 @@ class BatchSource:
         views = self._views()
         if any(self._latent_key(view) not in self.cache for view in views):
             return True
-        captions = self._captions(views) if self.caches_prompts else []
+        captions = self._captions(views, self._texts()) if self.caches_prompts else []
         return any(self._prompt_key(caption) not in self.cache for caption in captions)
 
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> Batch | None:

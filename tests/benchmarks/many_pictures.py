@@ -1,72 +1,149 @@
-"""What many pictures cost before the first step, without a model: CPU seconds, megabytes read, bytes a picture.
+"""What many pictures cost, on a small model: CPU seconds, megabytes read, bytes a picture.
 
     python -m tests.benchmarks.many_pictures 1000 10000
 
-scan: reading the folder, where every tenth picture is excluded. cached: whether the cache has every picture, at the
-next start of a run. The pictures and what the cache holds of them are small, so that bytes read say what is read.
+scan: reading the folder, where every tenth picture is excluded. plan: the batches of an epoch. facts: what the LoRA's
+metadata say of the pictures. encode: a run that encodes the pictures and captions, to its first step (only with
+--encode; else zeros are kept, and the row says what is left). warm start: the same run where all is encoded. check:
+what ``check`` does. The pictures are small, so that MB read say what is read besides them.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import gc
 import os
+import resource
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.dataset.cache import TensorCache, cache_key
+from lora_trainer.dataset.buckets import BatchPlan
+from lora_trainer.dataset.checks import check_folder
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.picture_edits import PictureEdit, save_edits
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.run import file_lender, train
+from lora_trainer.run.saving import run_facts
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.source import WHOLE
+from tests.tiny import tiny_sd1
+
+WORDS = [f"{color} {thing}" for color in ("red", "blue", "green", "old", "wooden") for thing in (
+    "dress", "house", "lamp", "tree", "sky", "chair", "river", "hat", "street", "window", "bird", "coat")]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", type=int, nargs="+", help="numbers of pictures")
-    print("| pictures | what | CPU s | MB read | bytes a picture |\n|---|---|---|---|---|")
-    for count in parser.parse_args().counts:
+    parser.add_argument("--encode", action="store_true", help="encode the pictures and captions")
+    options = parser.parse_args()
+    print("| pictures | what | CPU s | s | MB read |\n|---|---|---|---|---|")
+    for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
-            measure(Path(folder), count)
+            measure(Path(folder), count, options.encode)
 
 
-def measure(folder: Path, count: int) -> None:
-    data, cache = folder / "data", folder / "cache"
-    data.mkdir()
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(file, "PNG")
-    names = [f"{number:06}.png" for number in range(count)]
-    for number, name in enumerate(names):
-        (data / name).write_bytes(file.getvalue() + number.to_bytes(4, "big"))  # another picture each
-        (data / name).with_suffix(".txt").write_text(f"a red square, number {number}")
-    save_edits(data, {name: PictureEdit(excluded=True) for name in names[::10]})
-    config = TrainConfig(train_data_dir=str(data), output_dir=str(folder / "out"))
-    row(count, "scan", lambda: scan(config))
-
-    keys = [cache_key(kind="benchmark", number=number) for number in range(count)]
-    first = TensorCache(cache, user=data)
-    for key in keys:
-        first.put(key, {"moments": torch.zeros(8, 8, 8)})
+def measure(folder: Path, count: int, encode: bool) -> None:
+    data = folder / "data"
+    draw(data, count)
+    base = tiny_sd1(folder / "base.safetensors", mult=(1, 1), depths=(1, 0), layers=1)
+    config = TrainConfig(
+        train_data_dir=str(data), output_dir=str(folder / "out"), base_model=str(base), resolution="64", lora_rank=1,
+        epochs=2, batch_size=4, tensorboard=False, device="cpu", trigger_word="zwx",
+    )  # fmt: skip
+    with row(count, "scan"):
+        dataset = scan(config)
+    lender = file_lender(config)
+    with row(count, "plan"):
+        plan = BatchPlan.from_config(dataset, config, 64, 8)
+        plan.epoch(0)
+    with row(count, "facts"):
+        run_facts(config, lender.describe(), dataset, plan, "fp32", 1)
+    del dataset, plan
+    with row(count, "encode" if encode else "encode zeros"):
+        start(config, zeros=not encode)
     time.sleep(2.1)  # younger files are read
-    row(count, "cached", lambda: all(map(TensorCache(cache, user=data).__contains__, keys)))
-
-
-def row(count: int, what: str, work: Callable[[], Any]) -> None:
-    read, started = _bytes_read(), time.process_time()
-    work()
-    seconds, read = time.process_time() - started, _bytes_read() - read
+    with row(count, "warm start"):
+        start(config)
     tracemalloc.start()
-    kept = work()
-    size = tracemalloc.get_traced_memory()[0]
+    before = _held()
+    held = start(config, first=_held) - before
+    print(f"| {count:,} | bytes a picture after the first step | {held / count:.0f} |", flush=True)
     tracemalloc.stop()
-    assert kept
-    print(f"| {count:,} | {what} | {seconds:.2f} | {read / 1e6:.1f} | {size / count:.0f} |", flush=True)
+    with row(count, "check"):
+        check_folder(data, trigger_word="zwx", resolution=64)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"| {count:,} | the process's most memory, MB | {most} |", flush=True)
+
+
+def draw(folder: Path, count: int) -> None:
+    """Different pictures of 64 × 64 pixels, and their captions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        colors = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        path = folder / f"{number:06}.jpg"
+        Image.fromarray(colors).resize((64, 64), Image.Resampling.BICUBIC).save(path, quality=80)
+        path.with_suffix(".txt").write_text(", ".join(["zwx", *rng.choice(WORDS, 8)]))
+    save_edits(folder, {f"{number:06}.jpg": PictureEdit(excluded=True) for number in range(0, count, 10)})
+
+
+class Zeros(FileLender):
+    """Its model encodes pictures and captions at once, as zeros and as what the empty caption gives."""
+
+    @contextmanager
+    def borrow(self) -> Iterator[Any]:
+        with super().borrow() as model:
+            encode = model.encode_prompts
+            empty = lru_cache(lambda *how: encode([""], *how))
+            model.encode_images = lambda pixels: torch.zeros(len(pixels), 8, *(side // 8 for side in pixels.shape[2:]))
+            model.encode_prompts = lambda captions, longest, weighted, rows=WHOLE: empty(longest, weighted)
+            yield model
+
+
+class Stopping(TrainCallbacks):
+    """Stops after the first step; ``first``: called then."""
+
+    def __init__(self, commands: TrainCommands, first: Callable[[], Any]):
+        self._commands, self._first = commands, first
+
+    def on_step(self, report: Any) -> None:
+        self.found = self._first()
+        self._commands.stop()
+
+
+def start(config: TrainConfig, zeros: bool = False, first: Callable[[], Any] = lambda: None) -> Any:
+    commands = TrainCommands()
+    callbacks = Stopping(commands, first)
+    lender = file_lender(config)
+    if zeros:
+        lender.__class__ = Zeros
+    train(config, lender, callbacks=callbacks, commands=commands)
+    return callbacks.found
+
+
+@contextmanager
+def row(count: int, what: str) -> Iterator[None]:
+    read, cpu, started = _bytes_read(), time.process_time(), time.monotonic()
+    yield
+    cpu, seconds, read = time.process_time() - cpu, time.monotonic() - started, _bytes_read() - read
+    print(f"| {count:,} | {what} | {cpu:.1f} | {seconds:.1f} | {read / 1e6:.1f} |", flush=True)
+
+
+def _held() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
 
 
 def _bytes_read() -> int:

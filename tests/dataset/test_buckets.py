@@ -20,7 +20,7 @@ from lora_trainer.errors import UserError
 
 def sample(index: int, size=(640, 480), repeats: int = 1, regularization: bool = False) -> Sample:
     key = f"{'reg:' if regularization else ''}{index}.png"
-    return Sample(Path(key), key, "x", size, f"{index:064x}", repeats, regularization)
+    return Sample(key, key, "x", size, f"{index:064x}", repeats, regularization)
 
 
 def plan_of(*what, **options) -> BatchPlan:

@@ -161,7 +161,7 @@ def test_cache_key_is_canonical():
 
 
 def test_everything_that_changes_latents_changes_their_key():
-    sample = Sample(Path("a.png"), "a.png", "x", (900, 500), "0" * 64)
+    sample = Sample("a.png", "a.png", "x", (900, 500), "0" * 64)
     item = View(0, (512, 512), (922, 512), (205, 0), False, (500, 900, 0, 205, 512, 512))
     keys = [
         latent_key(sample, item, "vae"),
@@ -174,7 +174,7 @@ def test_everything_that_changes_latents_changes_their_key():
     ]
     assert len(set(keys)) == len(keys)
     # Names, captions and the place in the list do not change what the VAE sees.
-    moved = replace(sample, path=Path("b.png"), key="b.png", caption="y")
+    moved = replace(sample, file="b.png", key="b.png", caption="y")
     assert latent_key(moved, replace(item, sample=4), "vae") == keys[0]
 
 

@@ -14,9 +14,9 @@ from lora_trainer.errors import UserError
 
 
 def dataset(*digests, reg=()):
-    training = [Sample(Path(f"{n}.png"), f"{n}.png", "c", (64, 64), one, repeats=3) for n, one in enumerate(digests)]
+    training = [Sample(f"{n}.png", f"{n}.png", "c", (64, 64), one, repeats=3) for n, one in enumerate(digests)]
     others = [
-        Sample(Path(f"r{n}.png"), f"reg:{n}", "c", (64, 64), one, is_regularization=True) for n, one in enumerate(reg)
+        Sample(f"r{n}.png", f"reg:{n}", "c", (64, 64), one, is_regularization=True) for n, one in enumerate(reg)
     ]
     return Dataset(Path("data"), (*training, *others))
 

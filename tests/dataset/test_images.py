@@ -223,7 +223,7 @@ def item(bucket=(32, 16), scaled=(40, 20), crop=(8, 2), flip=False) -> View:
 
 
 def sample(path: Path, mask: Path | None = None) -> Sample:
-    return Sample(path, path.name, "x", (40, 20), "0" * 64, mask_path=mask)
+    return Sample(str(path), path.name, "x", (40, 20), "0" * 64, mask_path=mask)
 
 
 def test_mask_file_goes_through_the_same_view(tmp_path):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+from lora_trainer.dataset import near
 from lora_trainer.dataset.checks import check_folder
 from lora_trainer.dataset.inspection import inspect
-from lora_trainer.dataset.similarity import find_pairs
+from lora_trainer.dataset.layouts import Layouts
+from lora_trainer.dataset.similarity import alike_earlier, find_pairs
 from tests.pictures import draw_dataset
 
 COUNT = 25
@@ -86,3 +88,43 @@ def test_drawings_in_other_colors_are_no_copies(tmp_path):
     draw_dataset(tmp_path, 8)
     kinds = {pair.kind for pair in find_pairs([inspect(path) for path in sorted(tmp_path.glob("*.png"))])}
     assert "changed-copy" not in kinds
+
+
+@pytest.fixture(scope="module")
+def mixed(photographs, tmp_path_factory):
+    """Photographs, changed copies, flat drawings on white paper and even areas, in no order."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number, change in enumerate(CHANGES.values()):
+        change(scene(number)).save(folder / f"copy{number}.png")
+    draw_dataset(folder, 12)
+    for level in (100, 101, 130):
+        Image.new("RGB", (64, 64), (level, 100, 100)).save(folder / f"even{level}.png")
+    pictures = [*photographs[1], *(inspect(path) for path in sorted(folder.glob("*.png")))]
+    return [pictures[place] for place in np.random.default_rng(0).permutation(len(pictures))]
+
+
+@pytest.mark.parametrize(("block", "across"), [(512, 8192), (7, 5)])
+def test_no_pair_is_missed_that_a_look_at_all_pairs_finds(mixed, monkeypatch, block, across):
+    monkeypatch.setattr(near, "_BLOCK", block)
+    monkeypatch.setattr(near, "_ACROSS", across)
+    bits = np.unpackbits(np.stack([picture.phash for picture in mixed]), axis=1).astype(int)
+    small = np.stack([picture.thumbnail for picture in mixed]).reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4))
+    larger = np.stack([picture.larger for picture in mixed]).astype(float).reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4))
+
+    def rows(pixels):
+        centered = pixels.reshape(len(pixels), -1) - pixels.mean(axis=(1, 2, 3))[:, None]
+        lengths = np.linalg.norm(centered, axis=1, keepdims=True)
+        return centered / np.where(lengths > 1e-3 * 192**0.5, lengths, np.inf)
+
+    plain, mirrored = rows(larger), rows(larger[:, :, ::-1])
+    wanted_alike, wanted_likely = [], []
+    for second in range(len(mixed)):
+        apart = np.abs(small[:second] - small[second]).mean(axis=(1, 2, 3))
+        close = ((bits[:second] != bits[second]).sum(axis=1) <= 8) | (apart < 1)
+        wanted_alike.append((second, np.flatnonzero(close).tolist()))
+        values = np.maximum(plain[:second] @ plain[second], mirrored[:second] @ plain[second])
+        order = np.argsort(-values, kind="stable")[:12]
+        wanted_likely.append([int(first) for first in order if values[first] > 0.75])
+    assert [(second, firsts.tolist()) for second, firsts in alike_earlier(mixed)] == wanted_alike
+    assert [firsts.tolist() for firsts in Layouts(mixed).likely()] == wanted_likely
+    assert sum(len(firsts) for _, firsts in wanted_alike) > 9 and sum(map(len, wanted_likely)) > 9

@@ -31,7 +31,7 @@ def test_frequencies_are_counted_by_folder_and_once_per_picture():
         **captions("dog", folder="more/5_dog/"),
         **captions("sky"),
     }
-    assert tag_frequency(data, "data") == {
+    assert tag_frequency(data.items(), "data") == {
         "10_cat": {"cat": 2, "calm": 1, "grass": 1},
         "5_dog": {"dog": 1},
         "data": {"sky": 1},

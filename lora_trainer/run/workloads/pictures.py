@@ -17,6 +17,7 @@ from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.captions import escape, parse
 from lora_trainer.dataset.folder import UncaptionedError, scan
 from lora_trainer.dataset.held_out import Split, hold_out
+from lora_trainer.dataset.known import KnownPictures
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.dataset.unnamed import unnamed
 from lora_trainer.files import sha256_file
@@ -87,7 +88,8 @@ class Pictures(OfImageModel):
         if captioned is not None and captioned.cancelled:
             callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
             return None
-        dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total))
+        known = KnownPictures(cache_folder(config), data_folder(config))
+        dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total), known=known)
         for skipped in dataset.skipped:
             callbacks.on_warning(f"{skipped.path.name} is left out: {skipped.reason}")
         for warning in dataset.warnings:
@@ -170,5 +172,13 @@ def samples_key(dataset: Dataset) -> dict[str, Any]:
 
 def cache_of(config: TrainConfig, on_warning: Callable[[str], None]) -> TensorCache:
     """Where a run on pictures keeps what it encodes."""
-    folder = Path(config.cache_dir or Path(config.output_dir) / "cache")
-    return TensorCache(folder, on_warning, Path(config.train_data_dir).resolve())
+    return TensorCache(cache_folder(config), on_warning, data_folder(config))
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """Under whose name is listed what a run uses of the cache."""
+    return Path(config.train_data_dir).resolve()
