@@ -19,6 +19,8 @@ from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras
 from lora_trainer.training.sampling import CFG
 
+FLOW_CFG = 4.5
+"""Guidance of a flow model by a second prediction, where a prompt does not say."""
 DISTILLED_CFG = 3.5
 """Guidance of a model that reads it, where a prompt does not say."""
 
@@ -97,7 +99,10 @@ def _guidance(sd_model: Any, scale: float | None) -> dict[str, float]:
     if not getattr(sd_model, "use_distilled_cfg_scale", False):
         objects = getattr(sd_model, "forge_objects_original", None)
         prediction = None if objects is None else getattr(objects.unet.model.predictor, "prediction_type", None)
-        usual = 1.0 if prediction == "const" else CFG  # a flow model without that input is distilled to need none
+        if getattr(sd_model, "is_sd3", False):
+            usual = FLOW_CFG
+        else:
+            usual = 1.0 if prediction == "const" else CFG  # a flow model without that input is distilled to need none
         return {"cfg_scale": usual if scale is None else scale}
     return {"cfg_scale": 1.0, "distilled_cfg_scale": DISTILLED_CFG if scale is None else scale}
 

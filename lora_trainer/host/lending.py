@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
@@ -57,8 +57,9 @@ class LoadedModel(Protocol):
 
     def tokenizer(self) -> Any: ...
 
-    def alphas_cumprod(self) -> Tensor:
-        """The noise schedule that the model was trained with, whatever generations made of it."""
+    def alphas_cumprod(self) -> Tensor | None:
+        """The noise schedule that the model was trained with, whatever generations made of it; None for a flow model,
+        which has none."""
         ...
 
 
@@ -98,13 +99,15 @@ class WebuiLender(Lender):
                           zero_terminal_snr=self._options.zero_terminal_snr, complete=False).describe()  # fmt: skip
         if self._adds_modules:
             return info
-        if info.prediction_type == "flow":
+        family = get_family(info.family)
+        if not family.a1111_loads(info.architecture):
             raise UserError(
                 f"{path.name} is a flow model, which this WebUI does not load.",
                 field="base_model",
-                remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL.",
+                remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL, or of Stable Diffusion 3 medium.",
             )
-        get_family(info.family).check_complete(info.architecture, path.name)
+        if info.prediction_type != "flow":  # the WebUI completes those that it loads
+            family.check_complete(info.architecture, path.name)
         return info
 
     @contextmanager
@@ -356,6 +359,15 @@ class WebuiLender(Lender):
     def _let_go(self) -> None:
         if self._model is not None:
             self._model.release("vae", "text_encoders", "unet")
+
+
+def stored_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a module keeps in its state beside parameters: flow models' tables of positions."""
+    return [
+        (name, buffer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+    ]
 
 
 def _return_memory() -> None:

@@ -156,6 +156,10 @@ class Family(ABC):
         """Raises UserError when a part that training needs is missing, such as the VAE."""
         return
 
+    def a1111_loads(self, architecture: Any) -> bool:
+        """Whether AUTOMATIC1111 1.10 loads such a model."""
+        return True
+
     def check_settings(self, config: TrainConfig) -> None:
         """Raises UserError for settings that no LoRA of this family can be trained with."""
         return

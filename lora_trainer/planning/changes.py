@@ -24,6 +24,7 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
     from lora_trainer.run import look_at_data
 
     family = get_family(info.family)
+    family.check_settings(config)
     side = family.default_resolution(info)
     each = config.batch_size * config.gradient_accumulation_steps
     warnings: list[str] = []

@@ -13,11 +13,12 @@ from lora_trainer.host.a1111.loras import A1111Loras
 from lora_trainer.host.a1111.model import HostModel, refuse_lowvram, refuse_unsuitable
 from lora_trainer.host.a1111.residence import CPU, Residence
 from lora_trainer.host.base import LenderOptions
-from lora_trainer.host.lending import WebuiLender, vae_file
+from lora_trainer.host.lending import PartedLentModel, WebuiLender, vae_file
 from lora_trainer.host.turns import Turns
 from lora_trainer.models.base import ModelAwayError, ModelInfo
 from lora_trainer.models.checkpoint import single_file
 from lora_trainer.models.families import get_family
+from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.families.unet.names import VAE
 from lora_trainer.models.tensors import open_source
@@ -66,7 +67,7 @@ class A1111Lender(WebuiLender):
         assert self._placed is not None
         return self._placed
 
-    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor) -> DiffusionModel:
+    def _assemble(self, tensors: dict[str, Tensor], info: ModelInfo, schedule: Tensor | None) -> PartedLentModel:
         device, one_at_a_time = self.device, self._residence.one_at_a_time
         model = get_family(info.family).build(
             tensors,
@@ -78,7 +79,7 @@ class A1111Lender(WebuiLender):
             clip_skip=self._options.clip_skip,
             alphas_cumprod=schedule,
         )
-        assert isinstance(model, DiffusionModel), "A1111 loads no other kind"
+        assert isinstance(model, (DiffusionModel, FlowModel)), "A1111 loads no other kind"
         if one_at_a_time:
             model.compute_on(device)
         self._residence.attach(model)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
+from lora_trainer.host.lending import stored_buffers
 from lora_trainer.models.detect import detect
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
 from lora_trainer.models.families.unet.names import UNET, VAE
 from lora_trainer.models.header import read_header
 from lora_trainer.models.hints import Hints, file_hints, merged
@@ -44,7 +46,8 @@ class HostModel:
         for part, name, module, attribute in self._slots:
             if part in parts:
                 value = vars(module).get(f"fp16_{attribute}")  # getattr is slow where a module has none
-                found[name] = module._parameters[attribute] if value is None else value
+                stored = module._parameters if attribute in module._parameters else module._buffers
+                found[name] = stored[attribute] if value is None else value
         return found
 
     def device(self, part: str) -> torch.device:
@@ -56,7 +59,9 @@ class HostModel:
 
     def hints(self) -> Hints:
         """What shapes do not tell, from the host's modules; what predicts v from the file as well, because A1111
-        does not know the marker that newer SDXL files carry."""
+        does not know the marker that newer SDXL files carry. Of a flow model shapes tell everything."""
+        if is_flow(self.sd_model):
+            return Hints()
         unet = self.sd_model.model.diffusion_model
         heads, head_dim = getattr(unet, "num_heads", -1), getattr(unet, "num_head_channels", -1)
         path = Path(self.sd_model.sd_checkpoint_info.filename)
@@ -70,16 +75,24 @@ class HostModel:
         )
         return merged(from_file, from_host)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | FlowTokenizer:
         """CLIP's, from the host when it has a transformers one. A copy: ours sets another maximal length."""
+        if is_flow(self.sd_model):
+            encoders = self.sd_model.cond_stage_model
+            t5 = encoders.model_t5.tokenizer.backend_tokenizer.to_str() if encoders.t5xxl is not None else None
+            # T5's prompts are as long as CLIP's there.
+            return FlowTokenizer(Tokenizer(partial(copy.copy, encoders.model_lg.tokenizer)), t5, length=None)
         for _, encoder in _text_encoders(self.sd_model):
             tokenizer = getattr(encoder, "tokenizer", None)
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))
         return load_tokenizer()
 
-    def alphas_cumprod(self) -> Tensor:
-        """The usual one, unless the model has another: A1111 rounds its own to fp16 when fp8 is switched off again."""
+    def alphas_cumprod(self) -> Tensor | None:
+        """The usual one, unless the model has another: A1111 rounds its own to fp16 when fp8 is switched off again.
+        None for a flow model."""
+        if is_flow(self.sd_model):
+            return None
         theirs = self.sd_model.alphas_cumprod_original  # alphas_cumprod is rewritten by every generation
         usual = scaled_linear_alphas_cumprod()
         return usual if torch.allclose(theirs.float().cpu(), usual, rtol=0, atol=1e-3) else theirs
@@ -104,10 +117,6 @@ def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
             field=_FIELD,
             remedy='Set "SD Unet" to None in the settings.',
         )
-    if getattr(sd_model, "is_sd3", False):
-        raise UserError(
-            f"{name} is Stable Diffusion 3.", field=_FIELD, remedy="Choose a Stable Diffusion 1.x, 2.x or SDXL model."
-        )
     if getattr(sd_model.model, "conditioning_key", "crossattn") in ("hybrid", "concat"):
         raise UserError(
             f"{name} is an inpainting, depth or edit model, which cannot be trained here.",
@@ -128,11 +137,16 @@ def _slots(sd_model: Any) -> Iterator[tuple[str, str, nn.Module, str]]:
     parts += [("text_encoders", prefix, encoder) for prefix, encoder in _text_encoders(sd_model)]
     for part, prefix, root in parts:
         for path, module in root.named_modules():
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None:
+            for attribute, weight in (*module._parameters.items(), *(stored_buffers(module) if part == "unet" else ())):
+                if weight is not None:
                     # The WebUI wraps token embeddings, to put textual inversions in.
                     names = [step for step in path.split(".") if step and step != "wrapped"]
                     yield part, prefix + ".".join([*names, attribute]), module, attribute
+
+
+def is_flow(sd_model: Any) -> bool:
+    """Whether it is a Stable Diffusion 3, by what A1111 says of it."""
+    return bool(getattr(sd_model, "is_sd3", False))
 
 
 def _text_root(sd_model: Any) -> nn.Module:
@@ -141,6 +155,10 @@ def _text_root(sd_model: Any) -> nn.Module:
 
 def _text_encoders(sd_model: Any) -> list[tuple[str, nn.Module]]:
     """Name prefix and module of each text encoder, out of the WebUI's wrapping."""
+    if is_flow(sd_model):
+        encoders = sd_model.cond_stage_model
+        named = (("clip_l", encoders.clip_l), ("clip_g", encoders.clip_g), ("t5xxl", encoders.t5xxl))
+        return [(f"text_encoders.{name}.transformer.", it.transformer) for name, it in named if it is not None]
     if not hasattr(sd_model, "conditioner"):
         return [("cond_stage_model.", _unwrapped(sd_model.cond_stage_model))]
     encoders = [(f"conditioner.embedders.{i}.", _unwrapped(e)) for i, e in enumerate(sd_model.conditioner.embedders)]

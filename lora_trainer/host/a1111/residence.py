@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from lora_trainer.host.a1111.model import HostModel
-from lora_trainer.host.lending import PARTS
-from lora_trainer.models.families.unet.model import DiffusionModel
+from lora_trainer.host.lending import PARTS, PartedLentModel
 
 CPU = torch.device("cpu")
 
@@ -54,11 +53,12 @@ class Residence:
             self._webui.sd_models.send_model_to_device(self._host.sd_model)
         self._park()
 
-    def attach(self, model: DiffusionModel) -> None:
+    def attach(self, model: PartedLentModel) -> None:
         """From now on the model's parts call their weights to the device when they run."""
         if not self.one_at_a_time:
             return
-        first_layers = [("unet", model.unet), ("vae", model.vae.encoder.conv_in), ("vae", model.vae.post_quant_conv)]
+        decoder = model.vae.post_quant_conv or model.vae.decoder.conv_in
+        first_layers = [("unet", model.unet), ("vae", model.vae.encoder.conv_in), ("vae", decoder)]
         first_layers += [("text_encoders", encoder) for encoder in model.text_encoders]
         for part, module in first_layers:
             self._hooks.append(module.register_forward_pre_hook(self._caller(part)))

@@ -66,7 +66,9 @@ class ForgeLender(WebuiLender):
         super()._begin()
 
     def _read(self, sd_model: Any) -> ForgeModel:
-        return ForgeModel(sd_model)
+        # Forge loads a T5 that its setting has it leave out.
+        leaves_out = getattr(sd_model, "is_sd3", False) and not getattr(self._webui.shared.opts, "sd3_enable_t5", False)
+        return ForgeModel(sd_model, reads_t5=not leaves_out)
 
     def _refuse_unsuitable(self, sd_model: Any) -> None:
         refuse_unsuitable(sd_model, self._remedy)

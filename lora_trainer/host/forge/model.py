@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
+from lora_trainer.host.lending import stored_buffers
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
@@ -30,9 +31,10 @@ _PREFIXES = {
     ("clip_h",): ("cond_stage_model.",),
     ("clip_g", "clip_l"): ("conditioner.embedders.1.", "conditioner.embedders.0."),
     ("clip_l", "t5xxl"): ("text_encoders.clip_l.", "text_encoders.t5xxl."),
+    ("clip_g", "clip_l", "t5xxl"): ("text_encoders.clip_g.", "text_encoders.clip_l.", "text_encoders.t5xxl."),
 }
 """Forge's names of the text encoders -> what their tensors' names start with in a single file."""
-_FLUX, _FLOW = ("clip_l", "t5xxl"), "const"
+_T5, _FLOW = "t5xxl", "const"
 
 
 class ForgeModel:
@@ -41,13 +43,17 @@ class ForgeModel:
     ``forge_objects_original`` is what LoRAs are never patched into; all its users share the modules.
     """
 
-    def __init__(self, sd_model: Any):
+    def __init__(self, sd_model: Any, reads_t5: bool = True):
         self.sd_model = sd_model
-        self._slots = list(_slots(sd_model))
+        self._slots = list(_slots(sd_model, reads_t5))
 
     def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
         """Single-file name -> the very tensor that Forge computes with, of these parts of the model."""
-        return {name: module._parameters[key] for part, name, module, key in self._slots if part in parts}
+        return {
+            name: module._parameters[key] if key in module._parameters else module._buffers[key]
+            for part, name, module, key in self._slots
+            if part in parts
+        }
 
     def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Any:
         # A GGUF parameter's are numpy's numbers, which torch takes for no sizes.
@@ -74,8 +80,10 @@ class ForgeModel:
         """Copies of Forge's: ours set another maximal length."""
         tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
         if is_flow(self.sd_model):
-            file = Path(tokenizers["t5xxl"].name_or_path) / "tokenizer.json"
-            return FlowTokenizer(Tokenizer(partial(copy.copy, tokenizers["clip_l"])), file)
+            file = Path(tokenizers[_T5].name_or_path) / "tokenizer.json"
+            # Where it reads CLIP's states at all, they are the last ones, and an empty negative prompt is nothing.
+            clip = Tokenizer(partial(copy.copy, tokenizers["clip_l"]))
+            return FlowTokenizer(clip, file, hidden=-1, zero_empty=True)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))
@@ -88,10 +96,10 @@ class ForgeModel:
 
 
 def is_flow(sd_model: Any) -> bool:
-    """Whether it is a FLUX.1, by what Forge says of it."""
+    """Whether it is a flow model with a T5, by what Forge says of it."""
     objects = sd_model.forge_objects_original
-    encoders = tuple(sorted(name for name, _ in objects.clip.cond_stage_model.named_children()))
-    return encoders == _FLUX and getattr(objects.unet.model.predictor, "prediction_type", None) == _FLOW
+    has_t5 = _T5 in dict(objects.clip.cond_stage_model.named_children())
+    return has_t5 and getattr(objects.unet.model.predictor, "prediction_type", None) == _FLOW
 
 
 def patchers(sd_model: Any) -> dict[str, Any]:
@@ -115,7 +123,7 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
         path = Path(sd_model.sd_checkpoint_info.filename)
         if path.suffix.lower() in (".safetensors", ".gguf"):
             FileLender(path).architecture()  # which says what it is
-        message = f"{name} is no Stable Diffusion 1, 2 or XL, and no FLUX.1."
+        message = f"{name} is no Stable Diffusion 1, 2, XL or 3, and no FLUX.1."
         raise UserError(message, field=_FIELD, remedy="Choose one of these models.")
     if sd_model.is_inpaint:
         raise UserError(
@@ -144,19 +152,21 @@ def refuse_storage(dtype: Any, what: str, remedy: str, quantized: bool = False) 
     )
 
 
-def _slots(sd_model: Any) -> Iterator[tuple[str, str, nn.Module, str]]:
+def _slots(sd_model: Any, reads_t5: bool) -> Iterator[tuple[str, str, nn.Module, str]]:
     """(part, single-file name, module, attribute) of every parameter that a lent model is made of."""
     objects = sd_model.forge_objects_original
     parts = [("unet", UNET, objects.unet.model.diffusion_model), ("vae", VAE, objects.vae.first_stage_model)]
-    parts += [("text_encoders", f"{prefix}transformer.", it.transformer) for prefix, it in _encoders(sd_model)]
+    encoders = [one for one in _encoders(sd_model) if reads_t5 or _T5 not in one[0]]
+    parts += [("text_encoders", f"{prefix}transformer.", it.transformer) for prefix, it in encoders]
     for part, prefix, root in parts:
         for path, module in root.named_modules():
             # Forge wraps token embeddings, to put textual inversions in; the wrapper names the same weight once more.
-            if "wrapped" in module._modules or (path == "text_projection" and "embedders.1" not in prefix):
+            is_projected = "embedders.1" in prefix or "clip_g" in prefix
+            if "wrapped" in module._modules or (path == "text_projection" and not is_projected):
                 continue
             steps = [step for step in path.split(".") if step and step != "wrapped"]
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None:
+            for attribute, weight in (*module._parameters.items(), *(stored_buffers(module) if part == "unet" else ())):
+                if weight is not None:
                     yield part, prefix + ".".join([*steps, attribute]), module, attribute
 
 

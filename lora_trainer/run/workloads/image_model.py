@@ -102,6 +102,7 @@ def refuse_text_encoders(config: TrainConfig) -> None:
 def describe_for_change(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks, task: str) -> ModelInfo:
     """The model that is to learn a change; settings that do nothing with it are told."""
     info = lender.describe()
+    get_family(info.family).check_settings(config)
     for sentence in without_effect(config, get_family(info.family).unused, task):
         callbacks.on_warning(sentence)
     return info

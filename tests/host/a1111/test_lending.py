@@ -262,10 +262,6 @@ def fp8(webui):
     webui.devices.fp8 = True
 
 
-def sd3(webui):
-    webui.model.is_sd3 = True
-
-
 def inpainting(webui):
     webui.model.model.conditioning_key = "hybrid"
 
@@ -276,8 +272,7 @@ def nine_channels(webui):
 
 
 @pytest.mark.parametrize("fault, word", [(lowvram, "--medvram"), (accelerated, "SD Unet"), (fp8, "fp8"),
-                                         (sd3, "Stable Diffusion 3"), (inpainting, "inpainting"),
-                                         (nine_channels, "inpainting")])  # fmt: skip
+                                         (inpainting, "inpainting"), (nine_channels, "inpainting")])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_in_a_sentence(a1111, webui, fault, word):
     fault(webui)
     lender = a1111.lender("", OPTIONS)

@@ -146,6 +146,9 @@ class FlowFamily(Family):
                 field="text_encoders",
             )
 
+    def a1111_loads(self, architecture: FlowArchitecture) -> bool:
+        return False
+
     def prediction_type(self, tensors: Mapping[str, Tensor], architecture: FlowArchitecture) -> str:
         return "flow"
 

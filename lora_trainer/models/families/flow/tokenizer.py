@@ -28,14 +28,14 @@ _CACHED = (("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
 class FlowTokenizer:
     """Of the text encoders, and what a WebUI does with their tokens.
 
-    clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read; None where no T5
-    reads. length: tokens that T5's prompts are filled up to; None for as many as CLIP reads.
+    clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read, or its content;
+    None where no T5 reads. length: tokens that T5's prompts are filled up to; None for as many as CLIP reads.
     hidden: which of CLIP's hidden states is read as the text's encoding. zero_empty: the empty caption is encoded as
     zeros.
     """
 
     clip: Tokenizer
-    t5: Path | None
+    t5: Path | str | None
     length: int | None = LENGTH
     hidden: int = -2
     zero_empty: bool = False
@@ -52,9 +52,11 @@ class FlowTokenizer:
                 "Diffusion 3) beside the file of T5.",
             )
         try:
-            tokenizer = FastTokenizer.from_file(str(self.t5))
+            is_file = isinstance(self.t5, Path)
+            tokenizer = FastTokenizer.from_file(str(self.t5)) if is_file else FastTokenizer.from_str(self.t5)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"The tokenizer in {self.t5} cannot be read: {error}.") from error
+            where = self.t5 if isinstance(self.t5, Path) else "the WebUI"
+            raise UserError(f"The tokenizer in {where} cannot be read: {error}.") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer

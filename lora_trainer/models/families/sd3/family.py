@@ -84,6 +84,9 @@ class Sd3Family(FlowFamily):
         pooled = sum(clip.projection or clip.width for clip in architecture.clips)
         return {"pooled": pooled} | ({} if architecture.t5 is None else {"context": architecture.t5.width})
 
+    def a1111_loads(self, architecture: FlowArchitecture) -> bool:
+        return not architecture.transformer.normalized  # medium, and not 3.5
+
     def check_settings(self, config: TrainConfig) -> None:
         if config.adapter != "lora" or config.dora:
             raise UserError(

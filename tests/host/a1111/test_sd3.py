@@ -1,0 +1,121 @@
+"""Stable Diffusion 3 medium as A1111 keeps it; 3.5, which it does not load, is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as FastTokenizer
+from torch import nn
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import from_mapping
+from lora_trainer.errors import UserError
+from lora_trainer.host.drawing import _guidance
+from lora_trainer.models.base import Conditioning
+from lora_trainer.models.tokenizer import load_tokenizer
+from tests import sd3 as tiny
+from tests.host.a1111.fake import Info, module_tree
+from tests.host.conftest import OPTIONS, storages
+from tests.models.test_flux import lend
+
+LATENTS, SIGMAS = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.6])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny.tiny_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+class Model(nn.Module):
+    """An SD3Inferencer."""
+
+    def __init__(self, files, t5: bool):
+        super().__init__()
+        weights = load_file(files["base_model"])
+        positions = weights.pop("pos_embed")
+        self.model = module_tree({f"diffusion_model.{name}": tensor for name, tensor in weights.items()})
+        self.model.diffusion_model.register_buffer("pos_embed", positions)  # as A1111's module has it
+        self.model.conditioning_key = "crossattn"
+        self.first_stage_model = module_tree(load_file(files["vae"]))
+        clip_g, clip_l, encoder = map(load_file, files["text_encoders"])
+        encoder["encoder.embed_tokens.weight"] = encoder.pop("shared.weight")
+        named = {"clip_l": {**clip_l, "text_projection.weight": torch.eye(tiny.CLIP_L)}, "clip_g": clip_g,
+                 "t5xxl": encoder}  # fmt: skip
+        parts = {f"{part}.transformer.{name}": tensor for part, one in named.items() for name, tensor in one.items()
+                 if t5 or part != "t5xxl"}  # fmt: skip
+        parts |= {f"{part}.logit_scale": torch.tensor(4.6) for part in ("clip_l", "clip_g")}
+        self.text_encoders = module_tree(parts)
+        if not t5:
+            self.text_encoders.t5xxl = None
+        fast = FastTokenizer.from_file(str(Path(files["base_model"]).parent / "tokenizer.json"))
+        self.text_encoders.model_lg = SimpleNamespace(tokenizer=load_tokenizer()._source)
+        self.text_encoders.model_t5 = SimpleNamespace(tokenizer=SimpleNamespace(backend_tokenizer=fast))
+        self.is_sd3, self.lowvram, self.parameterization = True, False, "eps"
+        self.alphas_cumprod_original = self.alphas_cumprod = torch.ones(1000)
+        self.network_layer_mapping: dict = {}
+
+    @property
+    def cond_stage_model(self) -> nn.Module:
+        return self.text_encoders
+
+
+@pytest.fixture
+def load(files, webui):
+    def loaded(t5: bool = False):
+        info = Info(Path(files["base_model"]))
+        webui.sd_models.checkpoints_list[info.title] = info
+        model = Model(files, t5)
+        webui._build = lambda tensors, info: model
+        model.sd_checkpoint_info = info
+        webui.select("sd3")
+        return model
+
+    return loaded
+
+
+@pytest.mark.parametrize("t5", [False, True])
+def test_it_is_trained_as_it_lies_and_is_the_files_model(load, a1111, files, t5):
+    theirs = load(t5)
+    lender = a1111.lender("", OPTIONS)
+    assert lender.describe().family == "sd3" and lender.describe().prediction_type == "flow"
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    with lend(files).borrow() as one, torch.no_grad():
+        told = one.encode_prompts(["a red circle"])
+        length = torch.zeros(1, 77, told.extra["t5"].shape[-1])
+    with lender.borrow() as model, lender.turn():
+        bound = model.bound()
+        assert storages(bound.values()) <= storages(theirs.state_dict().values()), "no copy"
+        assert "unet.pos_embed" in bound and any(name.startswith("text_encoder_3.") for name in bound) == t5
+        ours = model.encode_prompts(["a red circle"])
+        assert torch.equal(ours.context, told.context) and torch.equal(ours.pooled, told.pooled)
+        assert ours.extra["t5"].shape == length.shape if t5 else not ours.extra
+        assert model.encode_prompts([""]).context.any()
+        predicted = model.predict(LATENTS, SIGMAS, ours, None)
+        adapters = AdapterSet.build(model.lora_targets(), from_mapping({"base_model": "x", "train_data_dir": "x"}))
+        with adapters:
+            model.predict(LATENTS, SIGMAS, ours, None).square().sum().backward()
+        assert sum(bool(adapter.lora_up.grad.any()) for _, adapter in adapters.items()) > 10
+    with lend(files).borrow() as one, torch.no_grad():
+        same = Conditioning(told.context, told.pooled, {"t5": ours.extra.get("t5", length)})
+        torch.testing.assert_close(predicted.detach(), one.predict(LATENTS, SIGMAS, same, None), atol=1e-5, rtol=1e-5)
+    after = theirs.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert _guidance(theirs, None) == {"cfg_scale": 4.5}
+
+
+@pytest.mark.parametrize(("sizes", "loads"), [({}, True), ({"normalized": True}, False)])
+def test_only_medium_is_described_from_a_file(webui, a1111, tmp_path, sizes, loads):
+    settings = tiny.tiny_sd3(tmp_path / "files", **sizes)
+    info = Info(Path(settings["base_model"]))
+    webui.sd_models.checkpoints_list[info.title] = info
+    lender = a1111.lender(info.title, OPTIONS)
+    if loads:
+        assert lender.describe().family == "sd3"  # its text encoders come from A1111
+        return
+    with pytest.raises(UserError, match="which this WebUI does not load") as refused:
+        lender.describe()
+    assert "3 medium" in refused.value.remedy
