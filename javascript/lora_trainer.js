@@ -114,6 +114,7 @@ var loraTrainer = window.loraTrainer || {};
         "Stop": "Ends after this step; only what was saved before stays, also in your Lora tab.",
         "Compare checkpoints": "Shows the pictures of all saved steps beside each other, to use the best one.",
         "Draw a grid": "Draws every saved step at several weights beside the base model, with the same noise.",
+        "Draw a strip": "Draws the prompt at weights from -1 to 1 with the same noise; a click on a picture chooses its weight.",
         "Use this one": "Puts what was saved at this step into your Lora tab, instead of what is there; nothing is lost.",
         "Leave it": "It is not offered here any more; Runs keeps it, and can resume it.",
         "Continue from it": "A new training that begins with this LoRA, such as with more pictures.",

@@ -58,9 +58,15 @@
         showTime(facts, later);
         app.setText(app.get("fact_memory"), facts.memory === null ? later : said(app.bytes(facts.memory), facts.memory_basis));
         estimate.resolution = facts.resolution;
-        (facts.task === "text" ? app.texts : app.pictures).judged(facts);
+        judge(facts);
         suggestSaving(facts.steps);
         app.form.display(focused());
+    }
+
+    /** What the server said of what is learned from. */
+    function judge(facts) {
+        if (facts.task === "words") app.hints("word_hints", facts.warnings);
+        else ({text: app.texts, image: app.pictures}[facts.task] || app.pair).judged(facts);
     }
 
     const PARTS = {
@@ -83,11 +89,19 @@
         app.setText(app.get("shorter"), app.t("A processor is slow with pictures of this size. It would be shorter with {ways}, or on a graphics card.", {ways: ways.join(app.t(" or "))}));
     }
 
+    function firstPrompt() {
+        const task = app.form.task();
+        if (task === "words") return app.form.value("original_prompt");
+        if (task === "pair") return app.pair.prompt();
+        return task === "image" ? app.pictures.firstCaption() || app.form.value("trigger_word") : "";
+    }
+
     /** A run is saved and drawn four times, so that the best moment can be chosen by its pictures. */
     function suggestSaving(steps) {
         if (app.form.faithful) return;
-        app.form.suggested.save_steps = app.form.given.save_epochs || steps < 8 ? undefined : Math.ceil(steps / 4);
-        const prompt = app.pictures.firstCaption() || app.form.value("trigger_word");
+        const change = app.ways.isChange(app.form.task()); // whose moment is not chosen, but its weight
+        app.form.suggested.save_steps = app.form.given.save_epochs || steps < 8 || change ? undefined : Math.ceil(steps / 4);
+        const prompt = firstPrompt();
         app.form.suggested.preview_prompts = prompt ? [prompt] : undefined;
     }
 
@@ -111,7 +125,7 @@
         app.setText(button, app.t("Starting …"));
         let wrong = false;
         try {
-            await Promise.all([app.pictures.busy, app.texts.busy]);
+            await Promise.all([app.pictures.busy, app.texts.busy, app.pair.busy]);
             if (timer !== null) await estimate.now(); // what is suggested follows the last change, too
             app.live.askForNotifications();
             const {continues} = app.form;
@@ -119,7 +133,7 @@
             // Pictures and base model are looked at before anything starts, not when its turn comes.
             const shown = settings.base_model ? null : app.get("field_base_model").dataset.selected || null;
             const {problems} = await app.post("/estimate", {settings, shown});
-            if (problems.length && app.pictures.rows.length && !app.pictures.captioned()) {
+            if (problems.length && app.form.task() === "image" && app.pictures.rows.length && !app.pictures.captioned()) {
                 throw new app.ServerError(0, {field: "trigger_word", message: app.t("Your pictures have no captions."), remedy: app.t("Give a trigger word that stands for what they show, or caption them in step 1.")});
             }
             if (problems.length) throw new app.ServerError(0, {problems});

@@ -20,12 +20,17 @@
     form.label = (name) => form.control(name).closest("[data-field]").querySelector("label > span").textContent.trim();
     form.kind = () => (document.querySelector("input[name=lora_trainer_kind]:checked") || {}).value || "character";
 
-    /** What is trained: "image" or "text". */
-    form.task = () => (form.kind() === "text" ? "text" : "image");
-    /** Whether a setting means something in such a training. */
-    form.fits = (name) => [undefined, form.task()].includes(form.control(name).closest("[data-field]").dataset.task);
-    /** What is learned from: pictures or rows. */
-    form.data = () => (form.task() === "text" ? app.texts : app.pictures).chosen;
+    form.task = () => app.ways.task();
+    /** What is learned from: pictures, rows, or words. Nothing as long as it is not there. */
+    form.data = function() {
+        switch (form.task()) {
+        case "text": return app.texts.chosen;
+        case "words": return PROMPTS.map((name) => form.value(name)).join("");
+        case "image": return app.pictures.chosen;
+        default: return app.pair.data(form.task());
+        }
+    };
+    const PROMPTS = ["original_prompt", "target_prompt", "positive_prompt", "negative_prompt"];
 
     /** A control's text as the value that the API takes; null for an empty one. */
     function read(control) {
@@ -98,7 +103,7 @@
     form.changed = function(name, typing) {
         form.told = null;
         if (name === "output_name" || name === undefined) {
-            form.suggested.trigger_word = rare(String(form.given.output_name || "")) || undefined;
+            form.suggested.trigger_word = (form.task() === "image" && rare(String(form.given.output_name || ""))) || undefined;
         }
         if (name === "trigger_word" || name === undefined) {
             // And the name the trigger word: it is what will be typed in prompts.
@@ -121,7 +126,7 @@
     form.store = () =>
         app.remember("form", {
             given: form.given, filled: form.filled, untouched: [...form.untouched], kind: form.kind(), folder: app.pictures.chosen,
-            texts: app.texts.chosen, continues: form.continues, faithful: form.faithful, started: form.started, preset: app.presets.chosen,
+            texts: app.texts.chosen, pair: app.pair.remembered(), continues: form.continues, faithful: form.faithful, started: form.started, preset: app.presets.chosen,
         });
 
     form.restore = function(remembered) {
@@ -149,12 +154,12 @@
     form.display = function(typing) {
         let changed = 0;
         const groups = {};
-        app.texts.followTask();
+        app.ways.follow();
         form.controls().forEach((control) => {
             const name = control.dataset.setting;
             const reset = document.querySelector(`#lora_trainer [data-reset="${name}"]`);
             if (name !== typing) write(control, form.value(name));
-            const own = name in form.given && form.fits(name) && !control.closest(".lora_trainer_steps");
+            const own = name in form.given && app.ways.fits(name) && !control.closest(".lora_trainer_steps");
             const group = control.closest("[data-group]");
             app.show(reset, own);
             if (own) changed += 1;
@@ -209,21 +214,21 @@
         UNSEEN.filter((name) => name in form.given).forEach((name) => { settings[name] = form.given[name]; });
         form.controls().forEach(({dataset: {setting: name}}) => {
             const value = form.value(name);
-            if (!form.fits(name)) return;
+            if (!app.ways.fits(name)) return;
             if (form.touched(name) || !same(value, form.defaults[name])) settings[name] = value;
         });
         if (settings.max_train_steps && !("epochs" in form.given)) delete settings.epochs; // only suggested, and without effect
-        settings.train_data_dir = form.data() || "";
-        if (form.task() === "text") settings.task = "text";
+        const task = form.task();
+        if (task !== "words") settings.train_data_dir = form.data() || "";
+        if (task !== "image") settings.task = task;
         return settings;
     };
 
     /** Take over settings by name, as of an earlier run or a YAML file; everything else goes back to its suggestion. */
     form.fill = function(settings, {continues = null} = {}) {
         const {train_data_dir: folder, task, ...rest} = settings;
-        if (task === "text") form.chooseKind("text");
-        else if (form.task() === "text") form.chooseKind("character");
-        app.texts.followTask(); // before the base model is taken over
+        form.chooseKind(app.ways.kindOf(settings));
+        app.ways.follow(); // before the base model is taken over
         form.given = {};
         form.filled = {};
         form.suggested = {};
@@ -237,7 +242,7 @@
         form.untouched = new Set(Object.keys(form.filled));
         form.faithful = true;
         form.clearProblems();
-        if (folder) (form.task() === "text" ? app.texts : app.pictures).choose(folder);
+        if (folder) ({text: app.texts, image: app.pictures}[form.task()] || app.pair).choose(folder);
         else form.changed();
     };
 

@@ -1,10 +1,11 @@
-// Grids of a run: saved steps by weights by prompts, the base model first. A click on a picture puts that step at that
-// weight into the Lora tab.
+// Grids of a run: saved steps by weights by prompts, the base model first; of a LoRA that goes both ways a strip of
+// weights, with the base model in its middle. A click on a picture puts that step at that weight into the Lora tab.
 (function(app) {
     "use strict";
 
     const PACE = 1000; // ms between two looks while one is drawn
-    const USUAL_WEIGHT = 0.8; // of a card, where nobody chose another
+    /** Of a card, where nobody chose another. */
+    app.usualWeight = (job) => (app.ways.isChange(job.task) ? 1 : 0.8);
     const SIZES = {min: 64, max: 640, usual: 160}; // of a picture, in pixels
 
     /** Lives in node. take({step, weight}) puts these into the Lora tab; loaded() is called with the first answer. */
@@ -15,7 +16,7 @@
             this.weights = app.el("input", {type: "text", spellcheck: "false"});
             this.steps = app.el("input", {type: "text", spellcheck: "false", placeholder: app.t("all saved steps")});
             this.prompts = app.el("textarea", {rows: 2, spellcheck: "false"});
-            this.drawing = app.button("Draw a grid", () => this.draw(), "primary");
+            this.drawing = app.button(app.ways.isChange(job.task) ? "Draw a strip" : "Draw a grid", () => this.draw(), "primary");
             this.stopping = app.button("Stop drawing", () => this.ask("/stop"));
             this.status = app.el("span", {class: "status", role: "status"});
             this.problem = app.el("p", {class: "problem", role: "alert", hidden: true});
@@ -86,7 +87,7 @@
 
         /** The step and weight that the Lora tab has. */
         isThere(step, weight) {
-            this.there = {step, weight: weight || USUAL_WEIGHT};
+            this.there = {step, weight: weight || app.usualWeight(this.job)};
             this.build();
         }
 
@@ -147,12 +148,26 @@
                 node.append(button);
                 return node;
             };
+            if (grid.weights.some((weight) => weight < 0)) return this.strip(grid, cell, picture);
             const head = app.el("tr", {}, app.el("th"), app.el("th", {scope: "col"}, app.t("base model")),
                 ...grid.steps.map((step) => app.el("th", {scope: "col", "data-step": step}, app.t("step {n}", {n: step}))));
             const rows = grid.prompts.flatMap((prompt, index) => [
                 app.el("tr", {}, app.el("th", {class: "grid_prompt", colspan: grid.steps.length + 2, scope: "colgroup"}, prompt.text)),
                 ...grid.weights.map((weight) => app.el("tr", {}, app.el("th", {scope: "row"}, `× ${weight}`),
                     app.el("td", {}, picture(`${index} null null`)), ...grid.steps.map((step) => cell(index, step, weight)))),
+            ]);
+            return app.el("table", {class: "grid_table"}, app.el("thead", {}, head), app.el("tbody", {}, ...rows));
+        }
+
+        /** From the lowest to the highest weight; a row for each step. */
+        strip(grid, cell, picture) {
+            const weights = [...grid.weights, null].sort((one, other) => one - other); // null, the base model, is 0
+            const head = app.el("tr", {}, app.el("th"), ...weights.map((weight) =>
+                app.el("th", {scope: "col"}, weight === null ? app.t("× 0, base model") : `× ${weight}`)));
+            const rows = grid.prompts.flatMap((prompt, index) => [
+                app.el("tr", {}, app.el("th", {class: "grid_prompt", colspan: weights.length + 1, scope: "colgroup"}, prompt.text)),
+                ...grid.steps.map((step) => app.el("tr", {"data-step": step}, app.el("th", {scope: "row"}, app.t("step {n}", {n: step})),
+                    ...weights.map((weight) => (weight === null ? app.el("td", {}, picture(`${index} null null`)) : cell(index, step, weight))))),
             ]);
             return app.el("table", {class: "grid_table"}, app.el("thead", {}, head), app.el("tbody", {}, ...rows));
         }

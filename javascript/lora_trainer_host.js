@@ -41,7 +41,8 @@
         if (!field) return;
         const {settings} = await app.post("/settings/check", {yaml: job.effective_config || (await app.fetchJson("/jobs/" + job.id)).effective_config});
         const name = job.published || job.name;
-        const usual = typeof opts !== "undefined" && opts.extra_networks_default_multiplier < 1 ? opts.extra_networks_default_multiplier : 0.8;
+        const own = typeof opts !== "undefined" && opts.extra_networks_default_multiplier < 1 && !app.ways.isChange(job.task);
+        const usual = own ? opts.extra_networks_default_multiplier : app.usualWeight(job);
         const call = `<lora:${name}:${job.chosen_weight || usual}>`;
         const earlier = field.value.replace(new RegExp(`\\s*<lora:${escaped(name)}:[^>]*>`, "g"), "").trim();
         const trigger = settings.trigger_word;
@@ -54,36 +55,77 @@
 
     const escaped = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 
-    /** A button beside the gallery's own that sends its pictures here, their prompts as captions. */
-    host.addSendButton = function() {
-        const row = root().querySelector("#image_buttons_txt2img");
-        if (!row || app.get("send")) return;
+    /** Buttons beside the galleries' own that send pictures here. */
+    host.addSendButtons = function() {
+        addButton("txt2img", "send", app.t("Train LoRA"), app.t("Send the pictures to Train LoRA, with their prompts as captions"), () => host.send("txt2img"));
+        for (const tab of ["txt2img", "img2img"]) {
+            addButton(tab, "before_of_" + tab, app.t("as before"), app.t("Send the picture to Train LoRA, as the one before a change"), () => host.sendToPair(tab, "before"));
+            addButton(tab, "after_of_" + tab, app.t("as after"), app.t("Send the picture to Train LoRA, as the one after a change"), () => host.sendToPair(tab, "after"));
+        }
+    };
+
+    function addButton(tab, id, text, title, send) {
+        const row = root().querySelector("#image_buttons_" + tab);
+        if (!row || app.get(id)) return;
         const model = row.querySelector("button");
-        const button = app.el("button", {
-            type: "button", id: "send", title: app.t("Send the pictures to Train LoRA, with their prompts as captions"),
-            onclick: () => host.send().catch((error) => app.complain(error)),
-        }, app.t("Train LoRA"));
+        const button = app.el("button", {type: "button", id, title, onclick: () => send().catch((error) => app.complain(error))}, text);
         button.className = model ? model.className : "";
         // The host's are squares for one sign each.
         Object.assign(button.style, {flex: "0 0 auto", width: "auto", minWidth: "max-content", maxWidth: "none", paddingInline: "10px", whiteSpace: "nowrap"});
         (model ? model.parentElement : row).append(button);
-    };
+    }
 
-    host.send = async function() {
+    /** The pictures in a gallery, by address. */
+    function inGallery(tab) {
         const images = new Map();
-        root().querySelectorAll("#txt2img_gallery img").forEach((image) => images.set(image.src.replace(/\?.*$/, ""), image));
+        root().querySelectorAll(`#${tab}_gallery img`).forEach((image) => images.set(image.src.replace(/\?.*$/, ""), image));
+        return images;
+    }
+
+    /** The file at an address, and the generation parameters that it, or the gallery, has. */
+    async function fetched(tab, address) {
+        const data = await (await fetch(address)).arrayBuffer();
+        return {file: new File([data], fileName(address)), drawn: parameters(data) || shownParameters(tab)};
+    }
+
+    host.send = async function(tab) {
+        const images = inGallery(tab);
         if (!images.size) return;
         const files = [];
         for (const address of withoutGrid(images)) {
-            const name = fileName(address);
-            const data = await (await fetch(address)).arrayBuffer();
-            const file = new File([data], name);
-            file.caption = promptOf(parameters(data) || shownParameters());
+            const {file, drawn} = await fetched(tab, address);
+            file.caption = promptOf(drawn);
             files.push(file);
         }
         host.openTab("lora_trainer");
+        app.ways.open("pictures");
         await app.pictures.add(files);
     };
+
+    /** The picture that is selected, or the first one, into the place of a pair: with its prompt, size and base model. */
+    host.sendToPair = async function(tab, where) {
+        const images = inGallery(tab);
+        if (!images.size) return;
+        const chosen = root().querySelector(`#${tab}_gallery .preview img, #${tab}_gallery .thumbnail-item.selected img`);
+        const address = chosen ? chosen.src.replace(/\?.*$/, "") : withoutGrid(images)[0];
+        const {file, drawn} = await fetched(tab, address);
+        host.openTab("lora_trainer");
+        app.ways.open("pair");
+        await app.pair.put(where, file, {caption: promptOf(drawn), ...(await asDrawn(drawn))});
+    };
+
+    /** The settings that generation parameters speak of; a base model only where it is another than the selected one. */
+    async function asDrawn(text) {
+        const found = text.slice(text.lastIndexOf("\nSteps: "));
+        const [, size] = /\bSize: (\d+x\d+)/.exec(found) || [];
+        const [, model] = /\bModel: ("(?:[^"\\]|\\.)*"|[^,\n]+)/.exec(found) || [];
+        const sent = size ? {resolution: size} : {};
+        if (!model) return sent;
+        const name = model.replace(/^"(.*)"$/, "$1").trim();
+        const {checkpoints} = await app.fetchJson("/checkpoints");
+        const one = checkpoints.find(({title}) => fileName(title).replace(/ \[\w+\]$/, "").replace(/\.\w+$/, "") === name);
+        return one ? {...sent, base_model: one.selected ? undefined : one.title} : sent;
+    }
 
     /** The name at the end of an address, where a path of Windows may stand, and a "%" that encodes nothing. */
     function fileName(address) {
@@ -124,7 +166,7 @@
     }
 
     /** The parameters of the picture that the gallery shows. */
-    const shownParameters = () => (root().querySelector("#html_info_txt2img") || {innerText: ""}).innerText.trim();
+    const shownParameters = (tab) => (root().querySelector("#html_info_" + tab) || {innerText: ""}).innerText.trim();
 
     /** The prompt in generation parameters, without LoRA calls. */
     function promptOf(text) {

@@ -22,12 +22,14 @@
             ].filter(Boolean);
         }
         const again = () => app.runs.again(job, false);
+        const isChange = app.ways.isChange(job.task);
+        const draw = () => compare(previews, job, true) || previews.grids.draw();
         return [
             tryIt,
             job.fails_again && ["Run again with changes", again, "primary"],
             job.status !== "finished" && !job.fails_again && ["Resume", to("resume"), "primary"],
             (job.lora || job.published) && job.task !== "text" && ["Compare checkpoints", () => compare(previews, job, !previews.comparing)],
-            (job.lora || job.published) && job.task !== "text" && ["Draw a grid", () => compare(previews, job, true) || previews.grids.draw()],
+            (job.lora || job.published) && job.task !== "text" && (isChange ? ["Draw a strip", draw, "primary"] : ["Draw a grid", draw]),
             job.lora && ["Continue from it", () => app.runs.again(job, true)],
             !job.fails_again && ["Run again with changes", again],
             job.fails_again && ["Resume", to("resume")],

@@ -4,7 +4,7 @@
 
     const ACTIONS = {
         "start": () => app.estimate.start(),
-        "use-folder": () => app.pictures.choose(app.get("folder").value.trim().replace(/^"(.*)"$/, "$1")), // as Windows copies paths
+        "use-folder": () => app.pictures.choose(app.unquoted(app.get("folder").value)),
         "reset": (button) => app.form.set(button.dataset.reset, undefined),
         "yaml-out": () => app.estimate.yamlOut(),
         "yaml-in": () => app.estimate.yamlIn(),
@@ -85,7 +85,7 @@
             const button = event.target.closest("[data-action]");
             if (!button) return;
             event.preventDefault(); // a button inside a label must not also toggle its field
-            const actions = [ACTIONS, app.texts.actions, app.presets.actions, app.tools.actions, app.editor.actions];
+            const actions = [ACTIONS, app.pair.actions, app.texts.actions, app.presets.actions, app.tools.actions, app.editor.actions];
             const action = actions.find((some) => button.dataset.action in some)[button.dataset.action];
             Promise.resolve(action(button)).catch((error) => app.complain(error));
         });
@@ -106,13 +106,15 @@
         app.form.begin();
         app.pictures.begin();
         app.texts.begin();
+        app.pair.begin();
+        app.ways.begin();
         app.runs.begin();
         app.tools.begin();
         app.search.begin();
         app.editor.begin();
         app.strip.begin();
         app.live.begin();
-        app.host.addSendButton();
+        app.host.addSendButtons();
         const remembered = app.recall("form");
         app.presets.chosen = (remembered && remembered.preset) || null;
         app.form.restore(remembered || {});
@@ -130,6 +132,7 @@
         app.presets.begin().catch((error) => app.live.complain(error));
         await fillModels();
         if (remembered && remembered.folder) await app.pictures.choose(remembered.folder);
+        if (remembered && remembered.pair) await app.pair.restore(remembered.pair);
         if (remembered && remembered.texts) await app.texts.choose(remembered.texts);
     }
 

@@ -6,7 +6,6 @@
     const MORE = 96;
     const BATCH_BYTES = 16 << 20;
     const BATCH_FILES = 16;
-    const MAX_MB = 64; // of one picture, as the server accepts it
     const TEXT = /\.(txt|caption)$/i;
     const TABLE = /\.(csv|jsonl)$/i;
 
@@ -54,6 +53,7 @@
             ...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
         );
         pictures.library = new Set(datasets.map((one) => one.name));
+        app.pair.listKnown(datasets);
         app.show(app.get("earlier_field"), list.options.length > 1);
         if (list.options.length > 1) app.show(app.get("other_pictures"), true);
     };
@@ -96,13 +96,15 @@
         try {
             for (const file of images) {
                 app.setText(status, app.t("Uploading {done} of {total} …", {done: done + batch.length, total: images.length}));
-                if (file.size > MAX_MB << 20) {
-                    tooLarge(file);
+                const large = app.tooLarge(file);
+                if (large) {
+                    pictures.refusedUploads.push({file: file.name, reason: large.message, remedy: large.remedy});
+                    app.get("refused").open = true;
                     continue;
                 }
                 if (bytes + file.size > BATCH_BYTES && batch.length) await send();
                 const caption = file.caption || captionOf(file.name, captions);
-                batch.push({name: file.name, data: await asDataUrl(file), caption});
+                batch.push({name: file.name, data: await app.dataUrl(file), caption});
                 bytes += file.size;
                 if (batch.length >= BATCH_FILES) await send();
             }
@@ -135,13 +137,6 @@
         await pictures.choose(pictures.chosen);
     }
 
-    /** In the server's words; it would refuse the whole request, with all that comes along. */
-    function tooLarge(file) {
-        const reason = `${file.name} has ${Math.floor(file.size / (1 << 20))} MB; up to ${MAX_MB} MB are accepted.`;
-        pictures.refusedUploads.push({file: file.name, reason, remedy: "Make it smaller; training scales it down anyway."});
-        app.get("refused").open = true;
-    }
-
     async function ownDataset(folder) {
         if (!pictures.library) await pictures.listEarlier();
         if (pictures.chosen && pictures.library.has(pictures.chosen)) return pictures.chosen;
@@ -155,13 +150,6 @@
 
     const stem = (name) => name.replace(/\.[^.]*$/, "");
     const captionOf = (name, captions) => captions[name] || captions[stem(name)] || "";
-
-    const asDataUrl = (file) => new Promise((done, fail) => {
-        const reader = new FileReader();
-        reader.onload = () => done(reader.result);
-        reader.onerror = () => fail(reader.error);
-        reader.readAsDataURL(file);
-    });
 
     /** Captions that came along: by the picture's file name (tables), or by its stem (text files). */
     async function readCaptions(files) {
@@ -306,9 +294,7 @@
         showSummary(facts);
         const known = new Set(pictures.rows.filter((row) => row.excluded).map((row) => row.file));
         showRefused(facts.refused.filter(({file}) => !known.has(file.split(/[\\/]/).pop())));
-        const hints = app.get("hints");
-        hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, app.said(text))));
-        app.show(hints, facts.warnings.length);
+        app.hints("hints", facts.warnings);
     };
 
     function showRefused(refused) {

@@ -4,6 +4,7 @@
 
     /** facts: what the estimate says. The steps themselves stand in the line below. */
     app.sum = function(facts) {
+        if (app.ways.isChange(facts.task)) return ofChange(facts);
         const count = facts.task === "text" ? facts.rows - facts.held_out : facts.pictures;
         const words = facts.task === "text" ? ["1 row", "{n} rows"] : ["1 picture", "{n} pictures"];
         const pictures = app.t(words[count === 1 ? 0 : 1], {n: count});
@@ -21,4 +22,13 @@
         const steps = app.t("{seen} = {n} steps an epoch", {seen, n: facts.steps_per_epoch});
         return limit ? app.t("{steps}; max_train_steps sets how many in all", {steps}) : `${steps} × ${epochs}`;
     };
+
+    /** Of a change, whose steps are a number of their own. */
+    function ofChange({task, pictures, batch_size: size, accumulation}) {
+        const batch = app.t("batch {n}", {n: size * accumulation});
+        if (task === "words") return `${app.t("words alone")} / ${batch}`;
+        const pairs = pictures / 2;
+        const seen = task === "slider" ? app.t("{n} pictures", {n: pictures}) : app.t(pairs === 1 ? "1 pair" : "{n} pairs", {n: pairs});
+        return `${seen} / ${batch}`;
+    }
 })(loraTrainer);

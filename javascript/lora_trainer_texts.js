@@ -6,8 +6,6 @@
     const texts = (app.texts = {chosen: null, first: 0, busy: null});
     const PAGE = 50;
     const place = () => app.get("problem_train_data_dir");
-    const bases = {image: undefined, text: undefined}; // the base model of the other kind of training
-    let task = "image";
     let asked = 0; // the newest request is the one that is shown
 
     texts.begin = function() {
@@ -19,20 +17,6 @@
         app.dropZone(app.get("text_drop"), (dropped) => texts.add(dropped.files[0]));
         app.get("earlier_texts").addEventListener("change", (event) => event.target.value && texts.choose(event.target.value));
         listEarlier().catch((error) => app.complain(error, place()));
-    };
-
-    /** Show what belongs to the chosen kind of training; each keeps its own base model. */
-    texts.followTask = function() {
-        const now = app.form.task();
-        document.querySelectorAll("#lora_trainer_tab_train [data-task]").forEach((node) => node.classList.toggle("lora_trainer_other_task", node.dataset.task !== now));
-        if (now === task) return;
-        bases[task] = app.form.given.base_model;
-        task = now;
-        if (bases[now] === undefined) delete app.form.given.base_model;
-        else app.form.given.base_model = bases[now];
-        const card = document.querySelector(`#lora_trainer_form section[data-task="${now}"]`);
-        card.append(place());
-        app.fillModels().catch((error) => app.complain(error, app.get("problem_base_model")));
     };
 
     async function listEarlier() {
@@ -53,13 +37,7 @@
     };
 
     async function upload(file) {
-        const reader = new FileReader();
-        const data = await new Promise((done, fail) => {
-            reader.onload = () => done(reader.result);
-            reader.onerror = () => fail(reader.error);
-            reader.readAsDataURL(file);
-        });
-        const {name} = await app.post("/texts", {name: file.name, data});
+        const {name} = await app.post("/texts", {name: file.name, data: await app.dataUrl(file)});
         await texts.choose(name);
     }
 
@@ -134,16 +112,14 @@
 
     /** What the server said of the rows. */
     texts.judged = function(facts) {
-        const hints = app.get("text_hints");
-        hints.replaceChildren(...facts.warnings.map((text) => app.el("li", {}, app.said(text))));
-        app.show(hints, facts.warnings.length);
+        app.hints("text_hints", facts.warnings);
         const held = facts.held_out ? " " + app.t("({n} only measured)", {n: facts.held_out}) : "";
         app.setText(app.get("fact_tokens"), app.t("{n} in an epoch, {learned} of them learned", {n: facts.tokens * facts.repeats, learned: facts.learned * facts.repeats}) + held);
     };
 
     texts.actions = {
-        "use-text-path": () => texts.choose(app.get("text_path").value.trim().replace(/^"(.*)"$/, "$1")),
-        "use-model-folder": () => app.form.set("base_model", app.get("model_folder").value.trim().replace(/^"(.*)"$/, "$1") || undefined),
+        "use-text-path": () => texts.choose(app.unquoted(app.get("text_path").value)),
+        "use-model-folder": () => app.form.set("base_model", app.unquoted(app.get("model_folder").value) || undefined),
         "rows-before": () => texts.show(Math.max(0, texts.first - PAGE)),
         "rows-after": () => texts.show(texts.first + PAGE),
     };

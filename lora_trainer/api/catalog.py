@@ -41,10 +41,11 @@ def routes(context: Context) -> APIRouter:
         free = None if context.manager.store.jobs(ACTIVE) else free_memory(context.host)
         return {
             "presets": [
-                {"kind": kind, "title": one.title, "hint": one.hint, "settings": preset(kind, pictures, family, free)}
+                {"kind": kind, "task": one.task, "title": one.title, "hint": one.hint,
+                 "settings": preset(kind, pictures, family, free)}
                 for kind, one in PRESETS.items()
             ]
-        }
+        }  # fmt: skip
 
     @router.get("/presets/own", response_model=schemas.OwnPresetListModel)
     def list_own_presets() -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Context:
             "verified": job.result.get("verified"),
             "switches_back": self.manager.can_switch_back(job.id),
             "fails_again": job.fails_again,
-            "task": "text" if job.family in LANGUAGE_FAMILIES else "image",
+            "task": job.task or ("text" if job.family in LANGUAGE_FAMILIES else "image"),
             "saved_step": self.manager.folders.saved_step(job) if job.status in _RESUMED else None,
         }
         if detailed:

@@ -17,7 +17,8 @@ from lora_trainer.api.route import MAX_UPLOAD, new_router
 from lora_trainer.errors import UserError
 from lora_trainer.files import disk_is_full
 from lora_trainer.jobs.datasets import StoredDatasets
-from lora_trainer.workspace.library import check_caption
+from lora_trainer.workspace.library import Picture, check_caption
+from lora_trainer.workspace.pair import pair_in
 
 
 def routes(context: Context) -> APIRouter:
@@ -25,6 +26,9 @@ def routes(context: Context) -> APIRouter:
     uploads = new_router(context, "datasets", MAX_UPLOAD)
     library = context.library
     stored = StoredDatasets(library, context.manager.store, context.manager.sessions)
+
+    def shown(picture: Picture) -> dict[str, Any]:
+        return {**asdict(picture), "caption": context.plain(picture.caption)}
 
     @router.get("/datasets", response_model=schemas.DatasetListModel)
     def list_datasets() -> dict[str, Any]:
@@ -42,12 +46,13 @@ def routes(context: Context) -> APIRouter:
     @router.get("/datasets/{name}", response_model=schemas.PictureListModel)
     def get_dataset(name: str) -> dict[str, Any]:
         """Every picture with its caption."""
-        pictures = library.pictures(name)
-        rows = [
-            {"file": one.file, "caption": context.plain(one.caption), "size": one.size, "excluded": one.excluded}
-            for one in pictures
-        ]
-        return {"name": name, "pictures": rows}
+        return {"name": name, "pictures": [shown(one) for one in library.pictures(name)]}
+
+    @router.get("/datasets/{name}/pair", response_model=schemas.PairModel)
+    def get_pair(name: str) -> dict[str, Any]:
+        """The pictures before and after a change, where the dataset holds nothing else."""
+        pair = {place: shown(one) for place, one in pair_in(library, name).items()}
+        return {"name": name if pair else "", **pair}
 
     @router.delete("/datasets/{name}", response_model=schemas.ConfirmModel)
     def delete(name: str, confirm: schemas.ConfirmModel) -> dict[str, Any]:
@@ -102,6 +107,18 @@ def routes(context: Context) -> APIRouter:
                 )
         library.add_captions(name, captions)
         return {"added": added, "refused": refused}
+
+    @uploads.post("/pairs", response_model=schemas.PairModel)
+    def put_into_pair(new: schemas.PairPictureModel) -> dict[str, Any]:
+        """Put the picture before or after a change into its place. What was trained on stays: another picture in a
+        place that is taken makes another dataset."""
+        picture = new.picture
+        try:
+            check_caption(picture.name, picture.caption)
+            name = stored.put_into_pair(new.dataset, new.place, picture.name, decode(picture), picture.caption)
+        except UserError as error:
+            raise UserError(error.message, field="train_data_dir", remedy=error.remedy) from error
+        return get_pair(name)
 
     router.routes.extend(uploads.routes)
     return router

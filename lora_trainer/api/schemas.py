@@ -29,7 +29,7 @@ class JobModel(BaseModel):
     error: why it failed, or, of a job in the queue, what would stop it. saved_step: where a job that did not come to
     its end goes on; 0: from its beginning. fails_again: by its own settings, so resuming it does not help.
     switches_back: it waits for something in the host that the command switch-back ends. recommended_step: which of its
-    LoRAs is better than the last one. advice: what held-out pictures say of the run.
+    LoRAs is better than the last one. advice: what held-out pictures say of the run. task: one of the setting ``task``.
     """
 
     id: int
@@ -325,8 +325,28 @@ class CaptionsModel(BaseModel):
     captions: dict[str, str]
 
 
+class PairPictureModel(BaseModel):
+    """place: before or after. dataset: of the pair so far; null begins one."""
+
+    dataset: str | None = None
+    place: str
+    picture: UploadModel
+
+
+class PairModel(BaseModel):
+    """A dataset with the pictures before and after a change, as far as they are there. ``name`` is empty where the one
+    that was asked for is no pair."""
+
+    name: str
+    before: PictureModel | None = None
+    after: PictureModel | None = None
+
+
 class PresetModel(BaseModel):
+    """task: the kind of training that it is for, one of the setting ``task``."""
+
     kind: str
+    task: str
     title: str
     hint: str
     settings: dict[str, Any]
@@ -402,8 +422,8 @@ class EstimateModel(BaseModel):
     minutes of training, previews, encoding, loading, saving and ending. shorter: minutes with other settings.
     captioner: will describe the pictures first, as they have no captions. problems: would stop the run.
 
-    task: "image" or "text". For a language model there are rows instead of pictures: those that are learned from,
-    held_out ones among them; tokens, learned and longest are counts of tokens of the rows that are trained."""
+    task: one of the setting ``task``. For a language model there are rows instead of pictures: those that are learned
+    from, held_out ones among them; tokens, learned and longest are counts of tokens of the rows that are trained."""
 
     task: str = "image"
     rows: int = 0

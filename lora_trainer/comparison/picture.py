@@ -28,29 +28,30 @@ Place = tuple[int, "int | None", "float | None"]
 
 
 def labelled(plan: Plan, files: Mapping[Place, Path]) -> Image.Image:
-    """The grid: a band for each prompt with its text above, in it a row for each weight, the base model in the first
-    column and a column for each step. files: of the pictures that there are; the other cells stay grey."""
-    columns, rows = 1 + len(plan.steps), len(plan.prompts) * len(plan.weights)
-    width, height = _cell_size(files, columns, rows)
+    """The comparison as a table. files: of the pictures that there are; the other cells stay grey."""
+    columns, rows = _columns(plan), _rows(plan)
+    width, height = _cell_size(files, len(columns), len(plan.prompts) * len(rows))
     size = max(12, min(width, height) // 14)
     font = _font(size)
     line = size + 2 * _GAP
-    margin = _text_width(font, f"× {max(plan.weights, key=lambda one: len(f'{one:g}')):g}") + 3 * _GAP
-    band = line + len(plan.weights) * (height + _GAP) + _GAP
-    whole = (margin + columns * (width + _GAP), line + len(plan.prompts) * band)
+    margin = _text_width(font, max((text for text, _, _ in rows), key=len)) + 3 * _GAP
+    band = line + len(rows) * (height + _GAP) + _GAP
+    whole = (margin + len(columns) * (width + _GAP), line + len(plan.prompts) * band)
     sheet = Image.new("RGB", whole, _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    for column, text in enumerate(("base model", *(f"step {step}" for step in plan.steps))):
+    for column, (text, _, _) in enumerate(columns):
         _write(pen, (margin + column * (width + _GAP), _GAP), text, font, _INK, width)
     for index, prompt in enumerate(plan.prompts):
         top = line + index * band
         _write(pen, (_GAP, top + _GAP // 2), prompt, font, _INK, whole[0] - 2 * _GAP)
-        for row, weight in enumerate(plan.weights):
+        for row, (text, step, weight) in enumerate(rows):
             y = top + line + row * (height + _GAP)
-            _write(pen, (_GAP, y), f"× {weight:g}", font, _QUIET, margin)
-            for column, step in enumerate((None, *plan.steps)):
+            _write(pen, (_GAP, y), text, font, _QUIET, margin)
+            for column, (_, its_step, its_weight) in enumerate(columns):
                 place = (margin + column * (width + _GAP), y)
-                file = files.get((index, step, None if step is None else weight))
+                of_base = (its_step, its_weight) == (None, None)
+                cell = (None, None) if of_base else (step or its_step, weight or its_weight)
+                file = files.get((index, *cell))
                 if file is None:
                     pen.rectangle((*place, place[0] + width - 1, place[1] + height - 1), fill=_MISSING)
                     continue
@@ -59,6 +60,25 @@ def labelled(plan: Plan, files: Mapping[Place, Path]) -> Image.Image:
                 small.thumbnail((width, height), Image.LANCZOS)
                 sheet.paste(small, place)
     return sheet
+
+
+_Head = tuple[str, "int | None", "float | None"]
+"""Of a row or column: what stands there, its step, its weight; without both it is the base model's."""
+
+
+def _columns(plan: Plan) -> list[_Head]:
+    """The base model and the steps; where weights go both ways, these in order, with the base model as 0."""
+    if min(plan.weights) > 0:
+        return [("base model", None, None), *((f"step {step}", step, None) for step in plan.steps)]
+    weights = sorted((*plan.weights, 0.0))
+    return [(f"× {one:g}", None, one) if one else ("× 0, base model", None, None) for one in weights]
+
+
+def _rows(plan: Plan) -> list[_Head]:
+    """What the columns do not show: weights or steps."""
+    if min(plan.weights) > 0:
+        return [(f"× {weight:g}", None, weight) for weight in plan.weights]
+    return [(f"step {step}", step, None) for step in plan.steps]
 
 
 def _cell_size(files: Mapping[Place, Path], columns: int, rows: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The settings of a run: ``schema`` names them, ``parse`` reads and checks them, ``docs`` explains them."""
 
 from lora_trainer.config.docs import field_docs
-from lora_trainer.config.effects import never_reached, without_effect
+from lora_trainer.config.effects import never_reached, unused_by, without_effect
 from lora_trainer.config.foreign import Translation, read_text
 from lora_trainer.config.parse import (
     from_mapping,
@@ -37,6 +37,7 @@ __all__ = [
     "settings_where",
     "to_mapping",
     "to_yaml",
+    "unused_by",
     "with_folder",
     "with_trigger",
     "without_effect",

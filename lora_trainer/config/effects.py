@@ -125,6 +125,12 @@ def _of_other_tasks(config: TrainConfig, task: str) -> dict[str, str]:
     return reasons
 
 
+def unused_by(task: str) -> frozenset[str]:
+    """The settings of image models that change nothing in a training of this kind, whatever the other settings are."""
+    names = set(_UNUSED_BY_CHANGES) if task in CHANGES else set()
+    return frozenset(names | set(_UNUSED_BY_WORDS) if task == "words" else names)
+
+
 def never_reached(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
     """A sentence for each interval or rise that is longer than a run of ``steps``."""
     save_epochs = config.save_epochs and config.save_epochs * steps_per_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import ACTIVE, WAITING_TO_START, Job
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.workspace.library import DatasetLibrary
+from lora_trainer.workspace.pair import pair_in, put
+from lora_trainer.workspace.paths import DATASETS
 from lora_trainer.workspace.sessions import EditorSessions
 
 RESUMABLE = ("stopped", "failed", "interrupted")
@@ -50,6 +53,23 @@ class StoredDatasets:
             return changes
 
         self._store.update_together(move)
+
+    def put_into_pair(self, name: str | None, place: str, file: str, data: bytes, caption: str) -> str:
+        """``workspace.pair.put``; a pair that was replaced and that no job has used is deleted."""
+        target = put(self._library, name, place, file, data, caption)
+        if name and target != name and pair_in(self._library, name):
+            old = self._library.folder(name)
+
+            def remove(jobs: list[Job]) -> Mapping[int, dict[str, Any]]:
+                if not any(_uses(job, old) for job in jobs):
+                    self._library.set_aside(name)
+                return {}
+
+            with suppress(UserError):  # what is open, or was not made here, stays
+                self._sessions.release(old)
+                self._store.update_together(remove)
+                self._library.purge()
+        return target
 
     def delete(self, name: str, *, confirm: bool = False) -> None:
         """Delete a data set with its pictures and captions. LoRAs that were made with them stay.
@@ -117,6 +137,6 @@ def _with_paths(settings: Mapping[str, Any], old: Path, new: Path) -> dict[str, 
             return [with_folder(one, moved) if isinstance(one, str) else one for one in value]
         if not isinstance(value, str):
             return value
-        return new.name if value == old.name and ALIASES.get(name, name) == "train_data_dir" else moved(value)
+        return new.name if value == old.name and ALIASES.get(name, name) in DATASETS else moved(value)
 
     return {name: changed(name, value) for name, value in settings.items()}

@@ -43,6 +43,7 @@ class Job:
     what the run saved at this step), ``chosen_step`` and ``chosen_weight`` (by a person, or the recommended step),
     ``recommended_step``, ``advice`` (what held-out pictures say of the run) and ``verified`` (bool), as far as they
     exist.
+    task: the kind of training, one of the setting ``task``; empty for a job of an earlier release.
     architecture: fingerprint of how the base model is built. speed: optimizer steps per second. timings: of each part
     of the run (training, previews, encoding, loading, saving, ending) its seconds, without what other programs took of
     the processor, and the number of pictures or files that they were for. memory: peak bytes on
@@ -62,6 +63,7 @@ class Job:
     base_model: str
     family: str
     architecture: str
+    task: str
     host: str
     created: float
     started: float | None

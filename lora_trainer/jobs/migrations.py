@@ -67,6 +67,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN pictures_per_second REAL",
     ),
     ("ALTER TABLE jobs ADD COLUMN timings TEXT NOT NULL DEFAULT '{}'",),
+    ("ALTER TABLE jobs ADD COLUMN task TEXT NOT NULL DEFAULT ''",),
 )
 
 

@@ -50,6 +50,8 @@ def check_settings(settings: Mapping[str, Any] | str, host: Host) -> TrainConfig
     is_text = config.task == "text"
     if not config.train_data_dir and config.task != "words":
         message, remedy = "No pictures are chosen.", "Add pictures or choose a folder."
+        if config.task == "pair":
+            message, remedy = "No pair is chosen.", "Add the picture before the change and the one after it."
         if is_text:
             message, remedy = "No file with rows is chosen.", "Add a .jsonl or .json file."
         problems.add([UserError(message, field="train_data_dir", remedy=remedy)])
@@ -162,6 +164,7 @@ def add_job(store: JobStore, folders: JobFolders, host: Host, settings: Mapping[
         status="paused" if held else "queued",
         dataset=config.train_data_dir,
         base_model=base_model,
+        task=config.task,
         host=host.name,
     )
 

@@ -164,13 +164,16 @@ def _settings(run: RunFolder, words: Words) -> Html:
 
 
 def _nearest(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Titles of the presets of which the most settings were kept, and their settings; none where hardly any was."""
+    """Titles of the presets for this kind of training of which the most settings were kept, and their settings; none
+    where hardly any was."""
+    task = given.get("task", "auto")
     kept = {
         kind: sum(given.get(name) == value for name, value in preset.settings.items())
         for kind, preset in PRESETS.items()
+        if task in ("auto", preset.task)
     }
     most = max(kept.values())
-    nearest = [PRESETS[kind] for kind in PRESETS if kept[kind] == most]
+    nearest = [PRESETS[kind] for kind in kept if kept[kind] == most]
     if 2 * most <= len(nearest[0].settings):
         return [], {}
     return [one.title for one in nearest if one.settings == nearest[0].settings], nearest[0].settings

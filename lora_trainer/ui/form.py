@@ -10,7 +10,8 @@ import typing
 from typing import Any
 
 from lora_trainer import plugins
-from lora_trainer.config import FACTS, TrainConfig, field_docs, to_mapping
+from lora_trainer.config import FACTS, TrainConfig, field_docs, to_mapping, unused_by
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.config.schema import GROUPS
 from lora_trainer.errors import UserError
 from lora_trainer.ui.markup import Markup, tag
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 GROUP_TITLES = {
     "model": "Model",
     "data": "Pictures and captions",
+    "change": "The change",
     "adapter": "The LoRA itself",
     "optimization": "How it learns",
     "objective": "What counts as an error",
@@ -60,15 +62,24 @@ def advanced() -> Markup:
     return Markup("".join(sections))
 
 
-def field(name: str, *, text: str | None = None, placeholder: str | None = None, explained: bool = True) -> Markup:
+def field(
+    name: str,
+    *,
+    text: str | None = None,
+    placeholder: str | None = None,
+    explained: bool = True,
+    known: str | None = None,
+    **attributes: object,
+) -> Markup:
     """One setting with its label, explanation and the place for what is wrong with it.
 
-    ``text``: another label. ``explained`` False leaves the explanation to hover and screen readers.
+    ``text``: another label. ``explained`` False leaves the explanation to hover and screen readers. ``known``: id of
+    the list of values that are offered. ``attributes``: of the whole field.
     """
     caption, explanation = text or label(name), field_docs()[name]
     control_id, help_id, problem_id = f"field_{name}", f"help_{name}", f"problem_{name}"
     described = {"id_": control_id, "data_setting": name, "data_preset": name in HELD,
-                 "aria_describedby": f"{help_id} {problem_id}"}  # fmt: skip
+                 "aria_describedby": f"{help_id} {problem_id}", "list": known}  # fmt: skip
     switch = typing.get_type_hints(TrainConfig)[name] is bool
     head = tag(
         "label",
@@ -81,8 +92,9 @@ def field(name: str, *, text: str | None = None, placeholder: str | None = None,
     help_text = tag("p", explanation, id_=help_id, class_="help" if explained else "help spoken")
     problem = tag("p", id_=problem_id, class_="problem", role="alert", hidden=True)
     inputs = [] if switch else [control(name, described, placeholder)]
+    idle = " ".join(task for task in CHANGES if name in unused_by(task)) or None
     return tag("div", head, *inputs, help_text, problem, class_="field", data_field=name, data_task=FACTS[name].task,
-               data_find="\n".join((name, caption, explanation)))  # fmt: skip
+               data_idle=idle, data_find="\n".join((name, caption, explanation)), **attributes)  # fmt: skip
 
 
 def control(name: str, attributes: dict[str, Any], placeholder: str | None = None) -> Markup:

@@ -39,9 +39,10 @@ def button(text: str, action: str, *, kind: str = "secondary", **attributes: obj
     return tag("button", text, type="button", class_=f"button {kind}", data_action=action, **attributes)
 
 
-def card(number: str, title: str, sentence: str, *children: Markup, task: str | None = None) -> Markup:
+def card(number: str, title: str, sentence: str | None, *children: Markup, task: str | None = None) -> Markup:
     """A step of the first sub-tab. task: the kind of training that it is for; None for all. The page begins with
     "image"."""
     heading = tag("h3", tag("span", number, class_="number", aria_hidden="true"), tag("span", title))
-    return tag("section", heading, tag("p", sentence, class_="lead"), *children,
+    lead = [] if sentence is None else [tag("p", sentence, class_="lead")]
+    return tag("section", heading, *lead, *children,
                class_="card other_task" if task == "text" else "card", data_task=task)  # fmt: skip

@@ -1,8 +1,9 @@
-"""The first sub-tab: pictures, what they are, Start; and what is going on."""
+"""The first sub-tab: what to learn from, what it is, Start; and what is going on."""
 
 from __future__ import annotations
 
 from lora_trainer.planning.presets import PRESETS
+from lora_trainer.ui.change_step import choice_of_ways, in_way, pair, way_of, words
 from lora_trainer.ui.form import advanced, field
 from lora_trainer.ui.markup import Markup, button, card, tag
 from lora_trainer.ui.text_step import model_folder, rows_card
@@ -10,7 +11,7 @@ from lora_trainer.ui.text_step import model_folder, rows_card
 
 def create_ui(*, offer_folders: bool = True) -> Markup:
     """``offer_folders``: whether a folder of the server may be named."""
-    first = (_pictures(offer_folders), rows_card(offer_folders))
+    first = (_data(offer_folders), rows_card(offer_folders))
     steps = tag("div", *first, _kind(), _start(offer_folders), class_="steps")
     form = tag("form", steps, id_="form", novalidate=True)
     return tag("div", _trouble(), form, _live(), _advanced(), class_="page")
@@ -20,7 +21,22 @@ def _trouble() -> Markup:
     return tag("p", id_="trouble", class_="notice problem", role="alert", hidden=True)
 
 
-def _pictures(offer_folders: bool) -> Markup:
+def _data(offer_folders: bool) -> Markup:
+    """The first step of image models: pictures, a pair of them, or words."""
+    return card(
+        "1",
+        "What to learn from",
+        None,
+        choice_of_ways(),
+        tag("div", *_pictures(offer_folders), class_="way", data_way="pictures"),
+        tag("div", *pair(offer_folders), class_="way other_way", data_way="pair"),
+        tag("div", *words(), class_="way other_way", data_way="words"),
+        tag("p", id_="problem_train_data_dir", class_="problem", role="alert", hidden=True),
+        task="image",
+    )
+
+
+def _pictures(offer_folders: bool) -> list[Markup]:
     drop = tag(
         "label",
         tag("strong", "Drop pictures here"),
@@ -43,10 +59,9 @@ def _pictures(offer_folders: bool) -> Markup:
     earlier = tag("div", tag("label", "Pictures from before", for_="earlier"),
                   tag("select", id_="earlier"), class_="field", id_="earlier_field", hidden=True)  # fmt: skip
     other = [earlier, folder] if offer_folders else [earlier]
-    return card(
-        "1",
-        "Pictures",
-        "Twenty clear ones of one thing do more than a hundred of many. Captions (.txt, .csv) may come along.",
+    sentence = "Twenty clear ones of one thing do more than a hundred of many. Captions (.txt, .csv) may come along."
+    return [
+        tag("p", sentence, class_="lead"),
         drop,
         tag("details", tag("summary", "Use a folder instead" if offer_folders else "Use earlier pictures"),
             *other, id_="other_pictures", class_="quiet", hidden=not offer_folders),
@@ -57,15 +72,15 @@ def _pictures(offer_folders: bool) -> Markup:
             tag("span", id_="unsaved", class_="help", role="status"), id_="picture_links", class_="row", hidden=True),
         tag("details", tag("summary"), tag("ul"), id_="refused", class_="quiet", hidden=True),
         tag("ul", id_="hints", class_="hints", hidden=True),
-        tag("p", id_="problem_train_data_dir", class_="problem", role="alert", hidden=True),
-        task="image",
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _kind() -> Markup:
     choices = [
-        tag("label", tag("input", type="radio", name="lora_trainer_kind", value=kind, checked=kind == "character"),
-            tag("span", preset.title), class_="choice", title=preset.hint)
+        tag("label", tag("input", type="radio", name="lora_trainer_kind", value=kind, checked=kind == "character",
+                         data_task=preset.task),
+            tag("span", preset.title), class_=in_way("choice", way_of(preset.task)), title=preset.hint,
+            data_way=way_of(preset.task))
         for kind, preset in PRESETS.items()
     ]  # fmt: skip
     hints = [

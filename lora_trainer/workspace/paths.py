@@ -22,6 +22,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of characte
 _LONGEST = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
+DATASETS = ("train_data_dir", "opposite_dir")
+"""Settings that may name a dataset of the library."""
+
 _REFUSED = "This path may not be used here."
 
 
@@ -119,7 +122,7 @@ def confine_config(
             continue  # the host looks it up in its own list; without a folder it leads nowhere else
         if field == "base_model" and text in known_models:
             continue
-        if field == "train_data_dir" and _is_plain_name(text) and (data / "datasets" / text).is_dir():
+        if field in DATASETS and _is_plain_name(text) and (data / "datasets" / text).is_dir():
             text = str(data / "datasets" / text)
         if field == "plugins":
             problems += _unloaded(text)

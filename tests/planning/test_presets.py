@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from lora_trainer.config.facts import CHANGES
 from lora_trainer.errors import UserError
 from lora_trainer.planning.presets import PRESETS, preset
 
 
 def test_presets_are_the_articles_and_adapt(tmp_path):
-    assert set(PRESETS) == {"style", "character", "scene", "object", "text"}
+    assert {kind for kind, one in PRESETS.items() if one.task in ("image", "text")} == {
+        "style", "character", "scene", "object", "text",
+    }  # fmt: skip
     style, character, scene = preset("style"), preset("character"), preset("scene")
     assert (style["lora_rank"], style["alpha"], style["epochs"], style["batch_size"]) == (8, 16, 10, 4)
     assert (character["lora_rank"], character["alpha"], character["epochs"]) == (12, 24, 12)
@@ -26,6 +29,15 @@ def test_presets_are_the_articles_and_adapt(tmp_path):
     assert preset("text", 12, "llama", 2 << 30) == PRESETS["text"].settings, "rows are no pictures"
     with pytest.raises(UserError):
         preset("nothing")
+
+
+def test_what_learns_a_change_keeps_its_rank_and_knows_no_repeats():
+    changes = [kind for kind, one in PRESETS.items() if one.task in CHANGES]
+    assert {PRESETS[kind].task for kind in changes} == set(CHANGES)
+    for kind in changes:
+        tight = preset(kind, 2, "sd1", 2 << 30)
+        assert tight.items() >= {**PRESETS[kind].settings, "gradient_checkpointing": True}.items()
+        assert not {"repeats", "dropout"} & tight.keys()
 
 
 @pytest.mark.parametrize("kind", PRESETS)
