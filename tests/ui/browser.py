@@ -27,7 +27,8 @@ HOST_PAGE = """<!doctype html><html lang="en"><head><meta name="viewport" conten
 [style*="none"] {{ display: none }} {css}</style></head><body>
 <div id="tabs"><div class="tab-nav"><button>txt2img</button><button class="selected">Train LoRA</button></div>
 <div class="tabitem" id="tab_txt2img" style="display: none"><div id="txt2img_prompt"><textarea></textarea></div>
-<div id="image_buttons_txt2img"><button class="lg">Save</button></div><button id="txt2img_lora_extra_refresh_internal"
+<div id="image_buttons_txt2img"><button class="lg">Save</button></div>
+<div id="image_buttons_img2img"><button class="lg">Save</button></div><button id="txt2img_lora_extra_refresh_internal"
 ></button></div><div class="tabitem" id="tab_lora_trainer"><div id="lora_trainer"><div id="lora_trainer_tabs">
 <div class="tab-nav"><button>Train</button><button>Dataset</button><button>Runs</button>
 <button>Tools</button></div>
