@@ -128,12 +128,14 @@ def shown(value: Any, longest: int = 200) -> str:
 
 
 @contextmanager
-def concerning(field: str) -> Iterator[None]:
-    """A ``UserError`` raised inside is said to concern this setting, unless it names one itself."""
+def concerning(field: str, instead_of: str | None = None) -> Iterator[None]:
+    """A ``UserError`` raised inside is said to concern this setting, unless it names one itself, other than
+    ``instead_of``."""
     try:
         yield
     except UserError as error:
-        error.field = error.field or field
+        if error.field in (None, "", instead_of):
+            error.field = field
         raise
 
 

@@ -220,7 +220,7 @@ class Opposites(TwoDatasets):
                 "is empty.", field="opposite_dir", remedy="Name the folder with pictures of the opposite."
             )
         first = scan(replace(config, reg_data_dir=None), progress)
-        with concerning("opposite_dir"):
+        with concerning("opposite_dir", instead_of="train_data_dir"):
             opposite = replace(config, train_data_dir=config.opposite_dir, more_folders=[], reg_data_dir=None)
             second = scan(replace(opposite, metadata_path=None), progress)
         if Path(config.opposite_dir).resolve() == Path(config.train_data_dir).resolve():
