@@ -107,7 +107,9 @@
         const images = inGallery(tab);
         if (!images.size) return;
         const chosen = root().querySelector(`#${tab}_gallery .preview img, #${tab}_gallery .thumbnail-item.selected img`);
-        const address = chosen ? chosen.src.replace(/\?.*$/, "") : withoutGrid(images)[0];
+        const some = withoutGrid(images);
+        const selected = chosen && chosen.src.replace(/\?.*$/, "");
+        const address = some.includes(selected) ? selected : some[0]; // not the overview of several
         const {file, drawn} = await fetched(tab, address);
         host.openTab("lora_trainer");
         app.ways.open("pair");

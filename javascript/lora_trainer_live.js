@@ -261,7 +261,7 @@
             actions.push(["Files", () => app.runs.open(job.id)], ["Close", () => close(job)]);
         }
         const row = app.get("job_buttons");
-        const key = JSON.stringify([job.id, job.status, job.published, ...actions.map(([text]) => text)]);
+        const key = JSON.stringify([job.id, job.status, job.published, job.chosen_weight, ...actions.map(([text]) => text)]);
         if (row.dataset.key === key) return; // the buttons stay while they mean the same: a focus is not lost
         row.dataset.key = key;
         row.replaceChildren(...actions.map((action) => app.button(...action)));

@@ -165,6 +165,7 @@
         const previews = new app.Previews(strip, step, async(choice) => {
             try {
                 const done = await runs.publish(job, choice);
+                Object.assign(job, done); // whose buttons go by it
                 previews.isThere(app.live.stepThere(done), done.chosen_weight);
             } catch (error) {
                 app.complain(error, message);

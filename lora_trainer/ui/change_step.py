@@ -104,11 +104,11 @@ def words() -> list[Markup]:
         tag("p", "No pictures are needed: what the model draws for one prompt becomes what it draws for another.",
             class_="lead"),
         field("original_prompt", text="Original prompt", placeholder="a person", explained=False),
-        field("target_prompt", text="Target prompt", placeholder="what it becomes", data_kinds="turn words_slider"),
         field("positive_prompt", text="Positive prompt", placeholder="an old person", explained=False,
               data_kinds="words_slider"),
         field("negative_prompt", text="Negative prompt", placeholder="a young person", explained=False,
               data_kinds="words_slider"),
+        field("target_prompt", text="Target prompt", placeholder="what it becomes", data_kinds="turn words_slider"),
         field("protected_prompts", text="Protected prompts", placeholder="a dog"),
         tag("ul", id_="word_hints", class_="hints", hidden=True),
     ]  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-
 import pytest
 
 pytest.importorskip("playwright.sync_api")
@@ -27,12 +25,8 @@ def way(page, name):
     page.click(f".lora_trainer_segment:has(input[value={name}])")
 
 
-def b64(path):
-    return base64.b64encode(path.read_bytes()).decode()
-
-
 def picture(path, color="navy", size=(96, 64), **info):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     told = PngInfo()
     for name, value in info.items():
         told.add_text(name, value)
@@ -71,9 +65,9 @@ def test_pictures_come_from_the_galleries_with_prompt_size_and_base_model(page, 
     manager.host.models = {"tiny.safetensors [abc]": (True, True), "sub/other one.safetensors": (False, False)}
     drawn = "eyes {}, a face <lora:x:1>\nNegative prompt: bad\nSteps: 20, Size: 96x64, Model: other one, Seed: 1"
     for state, color in (("open", "navy"), ("closed", "red")):
-        picture(tmp_path / f"{state}.png", color, parameters=drawn.format(state))
+        picture(manager.folders.datasets / "drawn" / f"{state}.png", color, parameters=drawn.format(state))
     for tab, state, place in (("txt2img", "open", "before"), ("img2img", "closed", "after")):
-        page.evaluate(GALLERY, [tab, [f"data:image/png;base64,{b64(tmp_path / f'{state}.png')}"]])
+        page.evaluate(GALLERY, [tab, [f"./lora-trainer/v1/datasets/drawn/pictures/{state}.png"]])
         page.evaluate("([id]) => loraTrainer.get(id).click()", [f"{place}_of_{tab}"])
         page.wait_for_function("(place) => loraTrainer.pair.shown[place]", arg=place)
     estimated(page)
@@ -152,7 +146,7 @@ def test_words_and_the_strip_after_them(page, manager, train, monkeypatch):
     page.wait_for_selector(f"{STRIP} [aria-pressed=true][title*='weight -0.5']")
     assert manager.host.published[-1][1].preferred_weight == -0.5
     page.click("#lora_trainer_job_buttons >> text=Try it")
-    assert page.input_value("#txt2img_prompt textarea").endswith(":-0.5>")
+    page.wait_for_function("() => document.querySelector('#txt2img_prompt textarea').value.endsWith(':-0.5>')")
     page.evaluate("() => loraTrainer.runs.again(loraTrainer.live.job, false)")
     page.wait_for_function("() => loraTrainer.form.given.negative_prompt === 'a young person'")
     assert page.is_checked("input[value=words_slider]")
