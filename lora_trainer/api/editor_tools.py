@@ -125,8 +125,7 @@ def routes(context: Context) -> APIRouter:
                  "problem": context.plain(one.problem), "remedy": context.plain(one.remedy)}
                 for one in available(captioner_sources(context.host))
             ],
-            "kinds": [{"kind": one.kind, "title": one.title, "hint": one.hint} for one in PRESETS.values()
-                      if one.task == "image"],
+            "kinds": [{"kind": one.kind, "title": one.title, "hint": one.hint} for one in PRESETS.values()],
             "modes": list(MODES),
             "template": ARTICLE_TEMPLATE,
         }  # fmt: skip
