@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
-from lora_trainer.api import schemas
+from lora_trainer.api import pair_schemas, schemas
 from lora_trainer.api.context import Context
 from lora_trainer.api.files import send
 from lora_trainer.api.route import MAX_UPLOAD, new_router
@@ -48,7 +48,7 @@ def routes(context: Context) -> APIRouter:
         """Every picture with its caption."""
         return {"name": name, "pictures": [shown(one) for one in library.pictures(name)]}
 
-    @router.get("/datasets/{name}/pair", response_model=schemas.PairModel)
+    @router.get("/datasets/{name}/pair", response_model=pair_schemas.PairModel)
     def get_pair(name: str) -> dict[str, Any]:
         """The pictures before and after a change, where the dataset holds nothing else."""
         pair = {place: shown(one) for place, one in pair_in(library, name).items()}
@@ -108,8 +108,8 @@ def routes(context: Context) -> APIRouter:
         library.add_captions(name, captions)
         return {"added": added, "refused": refused}
 
-    @uploads.post("/pairs", response_model=schemas.PairModel)
-    def put_into_pair(new: schemas.PairPictureModel) -> dict[str, Any]:
+    @uploads.post("/pairs", response_model=pair_schemas.PairModel)
+    def put_into_pair(new: pair_schemas.PairPictureModel) -> dict[str, Any]:
         """Put the picture before or after a change into its place. What was trained on stays: another picture in a
         place that is taken makes another dataset."""
         picture = new.picture

@@ -325,23 +325,6 @@ class CaptionsModel(BaseModel):
     captions: dict[str, str]
 
 
-class PairPictureModel(BaseModel):
-    """place: before or after. dataset: of the pair so far; null begins one."""
-
-    dataset: str | None = None
-    place: str
-    picture: UploadModel
-
-
-class PairModel(BaseModel):
-    """A dataset with the pictures before and after a change, as far as they are there. ``name`` is empty where the one
-    that was asked for is no pair."""
-
-    name: str
-    before: PictureModel | None = None
-    after: PictureModel | None = None
-
-
 class PresetModel(BaseModel):
     """task: the kind of training that it is for, one of the setting ``task``."""
 
