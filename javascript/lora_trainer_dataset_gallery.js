@@ -111,7 +111,30 @@
         await fetchPage(gallery.offset, (rows) => (stays(rows) < 0 ? gallery.index : stays(rows)));
     };
 
+    // "lazy" loads all 48 of a page, as browsers begin more than a screen ahead, and the page is laid out and painted for
+    // each that arrives. So those near what is seen are fetched, and shown together.
+    const TOGETHER = 80; // milliseconds
+    let watch = null;
+    let arrived = [];
+    function nearby(image, address) {
+        watch = watch || new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({target}) => {
+            watch.unobserve(target);
+            const fetched = new Image();
+            fetched.src = target.dataset.address;
+            fetched.decode().catch(() => null).then(() => arrive(target));
+        }), {root: app.get("editor_grid"), rootMargin: "25% 0px"});
+        image.dataset.address = address;
+        watch.observe(image);
+        return image;
+    }
+
+    function arrive(image) {
+        if (!image.isConnected) return;
+        if (arrived.push(image) === 1) setTimeout(() => arrived.splice(0).forEach((one) => (one.src = one.dataset.address)), TOGETHER);
+    }
+
     function draw() {
+        if (watch) watch.disconnect();
         app.get("editor_grid").replaceChildren(...gallery.rows.map(tile));
         const none = !gallery.rows.length;
         app.show(app.get("editor_empty"), none);
@@ -130,7 +153,7 @@
         box.checked = gallery.selected.has(row.file);
         box.addEventListener("click", (event) => select(index, box.checked, event.shiftKey));
         const button = app.el("button", {type: "button", class: "tile_button", onclick: () => editor.act(() => gallery.hold(index, true))},
-            app.el("img", {src: gallery.url(row, "thumbnails"), alt: "", loading: "lazy", decoding: "async"}),
+            nearby(app.el("img", {alt: "", decoding: "async"}), gallery.url(row, "thumbnails")),
             app.el("span", {class: "tile_caption"}, ...(row.caption ? editor.marked(row.caption) : [app.t("no caption")])));
         button.setAttribute("aria-label", `${row.file}: ${row.caption || app.t("no caption")}`);
         const notes = [row.unsaved && app.t("not saved"), row.excluded && app.t("excluded"),
