@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,9 @@ def narrow_config():
     return config[:start] + "channel_mult: [1, 1, 2, 2]\n" + config[end:]
 
 
-@pytest.fixture(scope="module")
-def webui(tmp_path_factory):
-    """One whose only checkpoint draws simple shapes."""
-    folder = tmp_path_factory.mktemp("webui")
+@contextmanager
+def drawing_shapes(folder, **options):
+    """A WebUI whose only checkpoint draws simple shapes."""
     checkpoints = folder / "models" / "Stable-diffusion"
     checkpoints.mkdir(parents=True)
     base = checkpoints / "a drawn shapes.safetensors"
@@ -68,10 +68,17 @@ def webui(tmp_path_factory):
     else:
         shutil.copyfile(build_base(), base)
         base.with_suffix(".yaml").write_text(narrow_config(), encoding="utf-8")
-    options = {"live_previews_enable": False, "lora_trainer_kind": "scene", "lora_trainer_defaults": DEFAULTS}
+    options = {"live_previews_enable": False, **options}
     (folder / "config.json").write_text(json.dumps(options), encoding="utf-8")
     with Server(folder) as server:
         server.select("a drawn shapes.safetensors")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def webui(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("webui")
+    with drawing_shapes(folder, lora_trainer_kind="scene", lora_trainer_defaults=DEFAULTS) as server:
         yield server
 
 
