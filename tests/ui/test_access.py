@@ -7,21 +7,22 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from tests.ui.person import add, estimated, start, text, wait_for_text
 
-# The themes of A1111 and Forge (gradio's default one), and one whose accent is a bright yellow.
-LIGHT = {"body-text-color": "#1f2937", "block-background-fill": "white", "body-background-fill": "white",
+# gradio's default theme with what A1111 and Forge make of it, and one as gradio has it with a bright yellow accent.
+LIGHT = {"body-text-color": "#1f2937", "block-background-fill": "transparent", "body-background-fill": "white",
          "background-fill-primary": "white", "background-fill-secondary": "#f9fafb", "color-accent": "#f97316",
          "border-color-primary": "#e5e7eb", "link-text-color": "#2563eb", "input-background-fill": "white",
          "button-primary-background-fill": "linear-gradient(to bottom right, #ffedd5, #fdba74)",
          "button-primary-text-color": "#ea580c", "button-secondary-text-color": "#374151",
          "button-secondary-background-fill": "linear-gradient(to bottom right, #f3f4f6, #e5e7eb)"}  # fmt: skip
-DARK = {"body-text-color": "#f3f4f6", "block-background-fill": "#1f2937", "body-background-fill": "#0b0f19",
+DARK = {"body-text-color": "#f3f4f6", "block-background-fill": "transparent", "body-background-fill": "#0b0f19",
         "background-fill-primary": "#0b0f19", "background-fill-secondary": "#111827", "color-accent": "#f97316",
         "border-color-primary": "#374151", "link-text-color": "#3b82f6", "input-background-fill": "#1f2937",
         "button-primary-background-fill": "linear-gradient(to bottom right, #f97316, #ea580c)",
         "button-primary-text-color": "white", "button-secondary-text-color": "white",
         "button-secondary-background-fill": "linear-gradient(to bottom right, #4b5563, #374151)"}  # fmt: skip
 YELLOW = {"color-accent": "#facc15", "button-primary-background-fill": "#fde047", "button-primary-text-color": "white"}
-THEMES = {"light": LIGHT, "dark": DARK, "yellow": LIGHT | YELLOW, "dark yellow": DARK | YELLOW}
+THEMES = {"light": LIGHT, "dark": DARK, "yellow": LIGHT | YELLOW | {"block-background-fill": "white"},
+          "dark yellow": DARK | YELLOW | {"block-background-fill": "#1f2937"}}  # fmt: skip
 
 CONTRASTS = """() => {
     const numbers = (color) => {
