@@ -42,8 +42,8 @@ class ModelSettings:
     """Another VAE file (.safetensors) to encode the pictures with; empty for the base model's own."""
 
     text_encoders: list[str] = setting([], task="image", decides=False, path="read", given_by="file", separator="\n")
-    """Files of the text encoders, for a FLUX.1 or SD 3 that has none in its file: clip_l.safetensors, for SD 3 also
-    clip_g.safetensors, and t5xxl_….safetensors, with T5's tokenizer.json beside it."""
+    """Files of the text encoders, for a FLUX.1, Chroma or SD 3 that has none in its file: clip_l.safetensors (not for
+    Chroma), for SD 3 also clip_g.safetensors, and t5xxl_….safetensors, with T5's tokenizer.json beside it."""
 
     v_prediction: bool | None = setting(None, task="image")
     """Whether the base model predicts v instead of noise; empty detects it from the model."""
@@ -341,8 +341,9 @@ class ObjectiveSettings:
     sigma_sampling: Literal["auto", "flux_shift", "logit_normal", "sigmoid", "uniform", "shift"] = setting(
         "auto", task="image"
     )
-    """How the noise level is drawn, of models that learn by flow matching (FLUX.1, SD 3). flux_shift: more noise for
-    larger pictures; logit_normal and sigmoid: most in the middle; shift: by sigma_shift. auto: the model's own way."""
+    """How the noise level is drawn, of models that learn by flow matching (FLUX.1, Chroma, SD 3). flux_shift: more
+    noise for larger pictures; logit_normal and sigmoid: most in the middle; shift: by sigma_shift. auto: the model's
+    own way."""
 
     sigma_shift: float = setting(3.0, task="image", above=0, maximum=100)
     """Shift s of sigma_sampling: shift, which makes the noise level σ s·σ / (1 + (s - 1)·σ)."""

@@ -97,14 +97,19 @@ def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
 def _guidance(sd_model: Any, scale: float | None) -> dict[str, float]:
     """The arguments that guide a picture. scale: None for the usual strength."""
     if not getattr(sd_model, "use_distilled_cfg_scale", False):
-        objects = getattr(sd_model, "forge_objects_original", None)
-        prediction = None if objects is None else getattr(objects.unet.model.predictor, "prediction_type", None)
-        if getattr(sd_model, "is_sd3", False):
-            usual = FLOW_CFG
-        else:
-            usual = 1.0 if prediction == "const" else CFG  # a flow model without that input is distilled to need none
-        return {"cfg_scale": usual if scale is None else scale}
+        return {"cfg_scale": _usual_cfg(sd_model) if scale is None else scale}
     return {"cfg_scale": 1.0, "distilled_cfg_scale": DISTILLED_CFG if scale is None else scale}
+
+
+def _usual_cfg(sd_model: Any) -> float:
+    """Of a model that reads no guidance."""
+    if getattr(sd_model, "is_sd3", False):
+        return FLOW_CFG
+    objects = getattr(sd_model, "forge_objects_original", None)
+    if objects is None or getattr(objects.unet.model.predictor, "prediction_type", None) != "const":
+        return CFG
+    # Of the flow models with T5 those with CLIP are FLUX.1, which without that input is distilled to need no guidance.
+    return 1.0 if hasattr(objects.clip.cond_stage_model, "clip_l") else FLOW_CFG
 
 
 @contextmanager

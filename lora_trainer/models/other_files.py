@@ -49,7 +49,7 @@ OTHER_FAMILIES: tuple[tuple[str, str], ...] = (
 
 # The same by what a GGUF file calls itself (general.architecture), beside the names of the families trained here.
 GGUF_FAMILIES = {
-    "flux": "FLUX.1", "chroma": "Chroma", "aura": "AuraFlow", "hidream": "HiDream",
+    "flux": "FLUX.1", "aura": "AuraFlow", "hidream": "HiDream",
     "qwen_image": "Qwen-Image", "lumina2": "Lumina or Z-Image", "ltxv": "LTX-Video", "hyvid": "a Hunyuan model",
     "wan": "Wan", "cosmos": "a video model",
 }  # fmt: skip

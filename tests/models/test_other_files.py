@@ -119,11 +119,11 @@ def test_other_bytes_are_named(tmp_path, content, what):
     assert caught.value.message.startswith("file.safetensors ")
 
 
+CHROMA = {"double_blocks.0.img_attn.qkv.weight": (64, 64), "distilled_guidance_layer.in_proj.weight": (4, 4)}
 BLOCK = {"double_blocks.0.img_attn.qkv.weight": (64, 64)}
 # Names by which Forge and ComfyUI tell them.
 FAMILIES = {
     "FLUX.2": {**BLOCK, "double_stream_modulation_img.lin.weight": (4, 4)},
-    "Chroma": {**BLOCK, "distilled_guidance_layer.layers.0.in_layer.weight": (4, 4)},
     "a Hunyuan model": {**BLOCK, "txt_in.individual_token_refiner.blocks.0.norm1.weight": (4,)},
     "Qwen-Image": {"transformer_blocks.0.img_mod.1.weight": (4, 4), "txt_norm.weight": (4,)},
     "AuraFlow": {"double_layers.0.attn.w1q.weight": (4, 4)},
@@ -176,7 +176,8 @@ Q2_K, Q4_K, F16 = 10, 12, 1
 
 @pytest.mark.parametrize(("shapes", "kind", "architecture", "message", "remedy"), [
     (BLOCK, Q2_K, "flux", "is FLUX.1, in a GGUF file (Q2_K weights)", "Q8_0"),
-    (FAMILIES["Chroma"], Q4_K, "flux", "is Chroma, in a GGUF file (Q4_K weights)", "SDXL"),
+    (CHROMA, Q2_K, "flux", "is Chroma, in a GGUF file (Q2_K weights)", "Q8_0"),
+    (FAMILIES["FLUX.2"], Q4_K, "flux", "is FLUX.2, in a GGUF file (Q4_K weights)", "SDXL"),
     ({"blk.0.attn_q.weight": (4, 4)}, Q4_K, "llama",
      "is a language model. It is in a GGUF file (Q4_K weights)", "SDXL"),
     ({"transformer.a.weight": (4, 4)}, Q4_K, "sd3", "is Stable Diffusion 3, in a GGUF file (Q4_K weights)", "fp16"),

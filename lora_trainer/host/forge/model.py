@@ -30,6 +30,7 @@ _PREFIXES = {
     ("clip_l",): ("cond_stage_model.",),
     ("clip_h",): ("cond_stage_model.",),
     ("clip_g", "clip_l"): ("conditioner.embedders.1.", "conditioner.embedders.0."),
+    ("t5xxl",): ("text_encoders.t5xxl.",),
     ("clip_l", "t5xxl"): ("text_encoders.clip_l.", "text_encoders.t5xxl."),
     ("clip_g", "clip_l", "t5xxl"): ("text_encoders.clip_g.", "text_encoders.clip_l.", "text_encoders.t5xxl."),
 }
@@ -82,7 +83,7 @@ class ForgeModel:
         if is_flow(self.sd_model):
             file = Path(tokenizers[_T5].name_or_path) / "tokenizer.json"
             # Where it reads CLIP's states at all, they are the last ones, and an empty negative prompt is nothing.
-            clip = Tokenizer(partial(copy.copy, tokenizers["clip_l"]))
+            clip = Tokenizer(partial(copy.copy, tokenizers.get("clip_l")))
             return FlowTokenizer(clip, file, hidden=-1, zero_empty=True)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
@@ -123,7 +124,7 @@ def refuse_unsuitable(sd_model: Any, remedy: Callable[[str], str]) -> None:
         path = Path(sd_model.sd_checkpoint_info.filename)
         if path.suffix.lower() in (".safetensors", ".gguf"):
             FileLender(path).architecture()  # which says what it is
-        message = f"{name} is no Stable Diffusion 1, 2, XL or 3, and no FLUX.1."
+        message = f"{name} is no Stable Diffusion 1, 2, XL or 3, no FLUX.1 and no Chroma."
         raise UserError(message, field=_FIELD, remedy="Choose one of these models.")
     if sd_model.is_inpaint:
         raise UserError(

@@ -9,13 +9,15 @@ from typing import Any
 from lora_trainer import plugins
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import LoraTarget
+from lora_trainer.models.families.chroma.family import ChromaFamily
 from lora_trainer.models.families.flux.family import FluxFamily
 from lora_trainer.models.families.sd import SD1, SD2
 from lora_trainer.models.families.sd3.family import Sd3Family
 from lora_trainer.models.families.sdxl import SDXL
 from lora_trainer.models.family import Family, MetaModel, Shapes
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1(), SD2(), SDXL(), FluxFamily(), Sd3Family())}
+_ALL = (SD1(), SD2(), SDXL(), FluxFamily(), Sd3Family(), ChromaFamily())
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """By name, in the order in which they are asked whether a file is theirs."""
 
 

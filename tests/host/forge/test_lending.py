@@ -303,15 +303,15 @@ def test_the_family_is_told_before_the_format(forge, fake_forge, tmp_path):
 
 def test_what_is_loaded_is_called_what_its_file_is(forge, fake_forge, tmp_path):
     fake_forge.generate("a cat")
-    path = tmp_path / "chroma.safetensors"
-    save_file({"distilled_guidance_layer.in_proj.weight": torch.zeros(4, 4)}, str(path))
+    path = tmp_path / "auraflow.safetensors"
+    save_file({"double_layers.0.attn.w1q.weight": torch.zeros(4, 4)}, str(path))
     info = Info(path)
-    fake_forge.sd_models.checkpoints_list["chroma"] = fake_forge.model.sd_checkpoint_info = info
+    fake_forge.sd_models.checkpoints_list["auraflow"] = fake_forge.model.sd_checkpoint_info = info
     fake_forge.model.forge_objects_original.unet.model.predictor.prediction_type = "const"
     fake_forge.sd_models.model_data.forge_loading_parameters["checkpoint_info"] = info
     fake_forge.sd_models.model_data.forge_hash = str(fake_forge.sd_models.model_data.forge_loading_parameters)
-    with pytest.raises(UserError, match=r"^base_model: chroma\.safetensors is Chroma, which"):
-        forge.lender("chroma", OPTIONS).describe()
+    with pytest.raises(UserError, match=r"^base_model: auraflow\.safetensors is AuraFlow, which"):
+        forge.lender("auraflow", OPTIONS).describe()
 
 
 @pytest.mark.parametrize("option, flags, remedy", [

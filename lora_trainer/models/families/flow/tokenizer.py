@@ -71,22 +71,24 @@ class FlowTokenizer:
 
     def t5_ids(self, texts: Sequence[str], max_tokens: int, length: int) -> Tensor:
         """(B, length) int64: at most ``max_tokens`` tokens, the end token, then padding."""
-        end, pad = self._t5.token_to_id("</s>"), self._t5.token_to_id("<pad>")
-        rows = []
-        for text in texts:
-            ids = [*self._t5.encode(text, add_special_tokens=False).ids[: min(max_tokens, length - 1)], end]
-            rows.append(ids + [pad] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.int64)
+        pad = self._t5.token_to_id("<pad>")
+        rows = [self.t5_tokens(text, min(max_tokens, length - 1)) for text in texts]
+        return torch.tensor([row + [pad] * (length - len(row)) for row in rows], dtype=torch.int64)
+
+    def t5_tokens(self, text: str, max_tokens: int) -> list[int]:
+        """At most ``max_tokens`` of a text, and the end token."""
+        return [*self._t5.encode(text, add_special_tokens=False).ids[:max_tokens], self._t5.token_to_id("</s>")]
 
 
 def load_tokenizers(folders: Iterable[Path]) -> FlowTokenizer:
     """CLIP's vocabulary as for Stable Diffusion; T5's from the first of ``folders`` with a tokenizer.json, or from the
     local cache of Hugging Face. Whoever reads with a T5 whose tokenizer was not found gets a UserError."""
     folders = list(folders)
-    return FlowTokenizer(load_tokenizer(folders), _t5_tokenizer(folders))
+    return FlowTokenizer(load_tokenizer(folders), t5_tokenizer(folders))
 
 
-def _t5_tokenizer(folders: Sequence[Path]) -> Path | None:
+def t5_tokenizer(folders: Sequence[Path]) -> Path | None:
+    """The first tokenizer.json in ``folders`` that is not CLIP's, or in the local cache of Hugging Face."""
     for folder in folders:
         for place in (folder, folder / "tokenizer_3", folder / "tokenizer_2", folder / "t5xxl"):
             if (place / "tokenizer.json").is_file() and not (place / "merges.txt").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.families.flow.folder import add_fused, add_text
@@ -31,7 +32,21 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
 
 
 def _shape(shapes: dict[str, tuple[int, ...]]) -> FluxShape:
-    """Enough of the shape to name the layers."""
+    """Enough of the shape to name the layers. Raises UserError where layers are missing."""
+    try:
+        text = "time_text_embed.text_embedder.linear_1.weight"
+        guided = "time_text_embed.guidance_embedder.linear_1.weight" in shapes
+        return FluxShape(**blocks_shape(shapes), pooled_dim=shapes[text][1], guidance=guided)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"The transformer of this FLUX.1 folder lacks layers ({error}).",
+            field="base_model",
+            remedy="The folder is incomplete; download the model again.",
+        ) from error
+
+
+def blocks_shape(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What diffusers' names tell of a ``FluxShape``. Raises KeyError or ValueError where layers are missing."""
 
     def count(name: str) -> int:
         number = 0
@@ -39,24 +54,15 @@ def _shape(shapes: dict[str, tuple[int, ...]]) -> FluxShape:
             number += 1
         return number
 
-    try:
-        width, channels = shapes["x_embedder.weight"]
-        head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-        return FluxShape(
-            double=count("transformer_blocks.{}.attn.to_q.weight"),
-            single=count("single_transformer_blocks.{}.attn.to_q.weight"),
-            width=width,
-            heads=width // head_dim,
-            hidden=shapes["transformer_blocks.0.ff.net.0.proj.weight"][0],
-            channels=channels,
-            context_dim=shapes["context_embedder.weight"][1],
-            pooled_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-            axes=axes_of(head_dim),
-            guidance="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
-        )
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"The transformer of this FLUX.1 folder lacks layers ({error}).",
-            field="base_model",
-            remedy="The folder is incomplete; download the model again.",
-        ) from error
+    width, channels = shapes["x_embedder.weight"]
+    head_dim = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    return {
+        "double": count("transformer_blocks.{}.attn.to_q.weight"),
+        "single": count("single_transformer_blocks.{}.attn.to_q.weight"),
+        "width": width,
+        "heads": width // head_dim,
+        "hidden": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0],
+        "channels": channels,
+        "context_dim": shapes["context_embedder.weight"][1],
+        "axes": axes_of(head_dim),
+    }

@@ -23,13 +23,21 @@ def usual_name(name: str, names: Mapping[str, Any]) -> str:
 
 def layers(shape: FluxShape) -> Iterator[Layer]:
     """Every Linear layer, in the order in which they run."""
-    width, hidden = shape.width, shape.hidden
+    width = shape.width
     yield Layer("img_in", (("x_embedder", width),))
     yield Layer("txt_in", (("context_embedder", width),))
     embedders = {"time_in": "timestep", "vector_in": "text", **({"guidance_in": "guidance"} if shape.guidance else {})}
     for name, theirs in embedders.items():
         for ours, number in (("in_layer", 1), ("out_layer", 2)):
             yield Layer(f"{name}.{ours}", ((f"time_text_embed.{theirs}_embedder.linear_{number}", width),))
+    yield from blocks(shape)
+    yield Layer("final_layer.linear", (("proj_out", shape.channels),))
+    yield Layer("final_layer.adaLN_modulation.1", (("norm_out.linear", 2 * width),), swapped=True)
+
+
+def blocks(shape: FluxShape, modulated: bool = True) -> Iterator[Layer]:
+    """The layers of the blocks. modulated: with those that make shifts, scales and gates."""
+    width, hidden = shape.width, shape.hidden
     for index in range(shape.double):
         block, theirs = f"double_blocks.{index}", f"transformer_blocks.{index}"
         qkv = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
@@ -37,7 +45,8 @@ def layers(shape: FluxShape) -> Iterator[Layer]:
         for side in ("img", "txt"):
             out, feed_forward, norm = rest[side]
             parts = tuple((f"{theirs}.attn.{name}", width) for name in qkv[side])
-            yield Layer(f"{block}.{side}_mod.lin", ((f"{theirs}.{norm}.linear", 6 * width),), "projection")
+            if modulated:
+                yield Layer(f"{block}.{side}_mod.lin", ((f"{theirs}.{norm}.linear", 6 * width),), "projection")
             yield Layer(f"{block}.{side}_attn.qkv", parts, "attention")
             yield Layer(f"{block}.{side}_attn.proj", ((f"{theirs}.attn.{out}", width),), "attention")
             yield Layer(f"{block}.{side}_mlp.0", ((f"{theirs}.{feed_forward}.net.0.proj", hidden),), "feed_forward")
@@ -47,9 +56,8 @@ def layers(shape: FluxShape) -> Iterator[Layer]:
         parts = tuple((f"{theirs}.attn.{name}", width) for name in ("to_q", "to_k", "to_v"))
         yield Layer(f"{block}.linear1", (*parts, (f"{theirs}.proj_mlp", hidden)), "attention")
         yield Layer(f"{block}.linear2", ((f"{theirs}.proj_out", width),), "attention")
-        yield Layer(f"{block}.modulation.lin", ((f"{theirs}.norm.linear", 3 * width),), "projection")
-    yield Layer("final_layer.linear", (("proj_out", shape.channels),))
-    yield Layer("final_layer.adaLN_modulation.1", (("norm_out.linear", 2 * width),), swapped=True)
+        if modulated:
+            yield Layer(f"{block}.modulation.lin", ((f"{theirs}.norm.linear", 3 * width),), "projection")
 
 
 def norms(shape: FluxShape) -> Iterator[tuple[str, str]]:

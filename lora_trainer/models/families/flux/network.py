@@ -84,26 +84,35 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2).to(x.dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
-    """(B, H, L, D) each -> (B, L, H·D)."""
-    mixed = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v)
+def _attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, L, D) each -> (B, L, H·D). mask: (B, 1, 1, L), True for the tokens that count."""
+    mixed = F.scaled_dot_product_attention(_rotate(q, rotation), _rotate(k, rotation), v, attn_mask=mask)
     return mixed.transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
-    """Image and text, each with weights of its own, in one attention."""
+    """Image and text, each with weights of its own, in one attention. modulated: it makes its modulations itself."""
+
+    modulated = True
 
     def __init__(self, shape: FluxShape):
         super().__init__()
         self.heads, width = shape.heads, shape.width
         for side in ("img", "txt"):
-            setattr(self, f"{side}_mod", Modulation(width, 6))
+            if self.modulated:
+                setattr(self, f"{side}_mod", Modulation(width, 6))
             setattr(self, f"{side}_attn", SelfAttention(width, shape.head_dim))
             mlp = nn.Sequential(nn.Linear(width, shape.hidden), nn.GELU("tanh"), nn.Linear(shape.hidden, width))
             setattr(self, f"{side}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vector: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        img_mod, txt_mod = self.img_mod(vector), self.txt_mod(vector)  # shift, scale, gate, and again for the MLP
+    def modulations(self, vector: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Of image and text, (B, 1, width) each: shift, scale, gate, and again for the MLP."""
+        return self.img_mod(vector), self.txt_mod(vector)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vector: Tensor, rotation: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.modulations(vector)
         q, k, v = (
             torch.cat(both, dim=2)  # the text comes first
             for both in zip(
@@ -111,7 +120,7 @@ class DoubleBlock(nn.Module):
                 _split_heads(self.img_attn.qkv(adaptive_norm(img, *img_mod[:2])), self.img_attn.norm, self.heads),
             )
         )
-        mixed = _attention(q, k, v, rotation)
+        mixed = _attention(q, k, v, rotation, mask)
         from_txt, from_img = mixed.split([txt.shape[1], img.shape[1]], dim=1)
         img = img + img_mod[2] * self.img_attn.proj(from_img)
         img = img + img_mod[5] * self.img_mlp(adaptive_norm(img, *img_mod[3:5]))
@@ -121,19 +130,26 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP beside each other, over text and image together."""
+    """Attention and MLP beside each other, over text and image together. modulated: see ``DoubleBlock``."""
+
+    modulated = True
 
     def __init__(self, shape: FluxShape):
         super().__init__()
         self.heads, self.width = shape.heads, shape.width
         self.linear1 = nn.Linear(shape.width, 3 * shape.width + shape.hidden)
         self.linear2 = nn.Linear(shape.width + shape.hidden, shape.width)
-        self.norm, self.modulation = QKNorm(shape.head_dim), Modulation(shape.width, 3)
+        self.norm = QKNorm(shape.head_dim)
+        if self.modulated:
+            self.modulation = Modulation(shape.width, 3)
 
-    def forward(self, x: Tensor, vector: Tensor, rotation: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(vector)
+    def modulations(self, vector: Tensor) -> Sequence[Tensor]:
+        return self.modulation(vector)
+
+    def forward(self, x: Tensor, vector: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
+        shift, scale, gate = self.modulations(vector)
         qkv, hidden = self.linear1(adaptive_norm(x, shift, scale)).tensor_split([3 * self.width], dim=-1)
-        mixed = _attention(*_split_heads(qkv, self.norm, self.heads), rotation)
+        mixed = _attention(*_split_heads(qkv, self.norm, self.heads), rotation, mask)
         return finite(x + gate * self.linear2(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.models.families.flow.shapes import count
 from lora_trainer.models.families.flux.architecture import FluxShape
@@ -18,23 +20,29 @@ def claims(shapes: Shapes) -> bool:
 
 def transformer_shape(shapes: Shapes) -> FluxShape:
     """Raises KeyError, IndexError or ValueError where layers are missing."""
+    pooled = shapes[f"{TRANSFORMER}vector_in.in_layer.weight"][1]
+    guided = f"{TRANSFORMER}guidance_in.in_layer.weight" in shapes
+    return FluxShape(**blocks_shape(shapes), pooled_dim=pooled, guidance=guided)
+
+
+def blocks_shape(shapes: Shapes) -> dict[str, Any]:
+    """What is said of a ``FluxShape`` by all but what its vector is made of. Raises as ``transformer_shape``."""
+
     def shape(name: str) -> tuple[int, ...]:
         return shapes[TRANSFORMER + name]
 
     width, channels = shape("img_in.weight")
     head_dim = shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
-    return FluxShape(
-        double=count(shapes, lambda i: f"{TRANSFORMER}double_blocks.{i}.img_attn.qkv.weight"),
-        single=count(shapes, lambda i: f"{TRANSFORMER}single_blocks.{i}.linear1.weight"),
-        width=width,
-        heads=width // head_dim,
-        hidden=shape("double_blocks.0.img_mlp.0.weight")[0],
-        channels=channels,
-        context_dim=shape("txt_in.weight")[1],
-        pooled_dim=shape("vector_in.in_layer.weight")[1],
-        axes=axes_of(head_dim),
-        guidance=f"{TRANSFORMER}guidance_in.in_layer.weight" in shapes,
-    )
+    return {
+        "double": count(shapes, lambda i: f"{TRANSFORMER}double_blocks.{i}.img_attn.qkv.weight"),
+        "single": count(shapes, lambda i: f"{TRANSFORMER}single_blocks.{i}.linear1.weight"),
+        "width": width,
+        "heads": width // head_dim,
+        "hidden": shape("double_blocks.0.img_mlp.0.weight")[0],
+        "channels": channels,
+        "context_dim": shape("txt_in.weight")[1],
+        "axes": axes_of(head_dim),
+    }
 
 
 def axes_of(head_dim: int) -> tuple[int, ...]:
