@@ -2,19 +2,23 @@
 
     results = runs(tmp_path, {"two": (2, [settings, ...]), "one": (1, [settings])})
 
-starts ``python -m tests.several PLAN``, which forks the processes of one entry after the other.
+asks ``python -m tests.several``, which is started by the first test that needs it and ends with the tests. It forks the
+processes of one entry after the other.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +33,14 @@ def runs(folder: Path, plan: dict[str, Any], timeout: float = 400, **environment
     arguments, which is called in each process before the run. "_command": it is run as the command does, with signals.
     """
     path = folder / "plan.json"
-    path.write_text(json.dumps({name: (*entry, 0)[:3] for name, entry in plan.items()}), encoding="utf-8")
-    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.several", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    entries = {name: (*entry, 0)[:3] for name, entry in plan.items()}
+    path.write_text(json.dumps({"entries": entries, "environment": environment}), encoding="utf-8")
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(f"{path}\n")
+    server.stdin.flush()
+    answered, _, _ = select.select([server.stdout], [], [], timeout)
+    assert answered and server.stdout.readline() == "done\n", f"no answer within {timeout} s, see the error above"
 
     def answer(name: str, rank: int) -> dict[str, Any]:
         written = folder / f"{name}.{rank}.json"
@@ -45,13 +50,23 @@ def runs(folder: Path, plan: dict[str, Any], timeout: float = 400, **environment
     return {name: [answer(name, rank) for rank in range(entry[0])] for name, entry in plan.items()}
 
 
+@lru_cache(maxsize=1)
+def _server() -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.several"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    atexit.register(server.kill)
+    return server
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
-def _main(plan_path: Path) -> None:
+def _main() -> None:
     import diffusers.optimization  # noqa: F401
     import transformers  # noqa: F401
 
@@ -59,26 +74,34 @@ def _main(plan_path: Path) -> None:
     import lora_trainer.run
     import lora_trainer.training.processes  # noqa: F401
 
-    plan = json.loads(plan_path.read_text(encoding="utf-8"))
-    for stage in sorted({stage for _, _, stage in plan.values()}):  # what fails mostly waits: several at once
-        children = {}
-        for name, (size, settings, _) in plan.items():
-            if plan[name][2] == stage:
-                port = free_port()
-                for rank in range(size):
-                    answer = plan_path.parent / f"{name}.{rank}"
-                    child = os.fork()
-                    if child == 0:
-                        _child(answer, rank, size, port, settings)
-                    children[child] = answer
-        started = time.monotonic()
-        while children:
-            child, status = os.waitpid(-1, 0)
-            answer = children.pop(child)
-            written = answer.parent / f"{answer.name}.json"
-            results = json.loads(written.read_text()) if written.exists() else []
-            code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
-            written.write_text(json.dumps({"code": code, "results": results, "seconds": seconds}))
+    for line in sys.stdin:
+        path = Path(line.rstrip("\n"))
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        for stage in sorted({stage for _, _, stage in plan["entries"].values()}):  # what fails mostly waits
+            entries = {name: entry[:2] for name, entry in plan["entries"].items() if entry[2] == stage}
+            _run_at_once(path.parent, entries, plan["environment"])
+        print("done", flush=True)
+
+
+def _run_at_once(folder: Path, entries: dict[str, Any], environment: dict[str, str]) -> None:
+    children = {}
+    for name, (size, settings) in entries.items():
+        port = free_port()
+        for rank in range(size):
+            answer = folder / f"{name}.{rank}"
+            child = os.fork()
+            if child == 0:
+                os.environ.update(environment)
+                _child(answer, rank, size, port, settings)
+            children[child] = answer
+    started = time.monotonic()
+    while children:
+        child, status = os.waitpid(-1, 0)
+        answer = children.pop(child)
+        written = answer.parent / f"{answer.name}.json"
+        results = json.loads(written.read_text()) if written.exists() else []
+        code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - started
+        written.write_text(json.dumps({"code": code, "results": results, "seconds": seconds}))
 
 
 def _child(answer: Path, rank: int, size: int, port: int, settings: list[dict[str, Any]]) -> None:
@@ -209,4 +232,4 @@ def fail(ranks: Any, rank: int, where: str, how: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main()

@@ -76,6 +76,7 @@ class BatchSource:
         captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
         self.caches_prompts = not captions_vary and not config.train_text_encoder
         self.unnamed = self._unnamed_captions() if config.preserve else []
+        self._found_whole = False  # the cache has all that the run reads, so prepare need not look again
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
         self._visits_before = lru_cache(maxsize=2)(self._count_visits)
         self._mask_digest = lru_cache(maxsize=None)(sha256_file)
@@ -106,15 +107,16 @@ class BatchSource:
                 "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
                 "what is learned."
             )
-        views, how = self._views(), (turn, callbacks, commands)
+        whole = self._found_whole and self.ranks.size == 1  # several look together, and not at one disk
+        views, how = [] if whole else self._views(), (turn, callbacks, commands)
         if not self._pictures_vary:
-            if not self._shared_out(views, lambda views: self._encode_latents(views, *how)):
+            if not whole and not self._shared_out(views, lambda views: self._encode_latents(views, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            captions = self._captions(views, texts)
-            if not self._shared_out(captions, lambda captions: self._encode_captions(captions, *how)):
+            captions = [] if whole else self._captions(views, texts)
+            if not whole and not self._shared_out(captions, lambda some: self._encode_captions(some, *how)):
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
@@ -264,7 +266,8 @@ class BatchSource:
         if any(self._latent_key(view) not in self.cache for view in views):
             return True
         captions = self._captions(views, self._texts()) if self.caches_prompts else []
-        return any(self._prompt_key(caption) not in self.cache for caption in captions)
+        self._found_whole = all(self._prompt_key(caption) in self.cache for caption in captions)
+        return not self._found_whole
 
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> Batch | None:
         """See ``Source``. What it encodes is found again by ``prepare``."""
