@@ -39,13 +39,14 @@ WORDS = {
     "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 300, "learning_rate": 2e-3, "batch_size": 4,
     "original_prompt": "circle", "prompt_templates": TEMPLATES,
 }  # fmt: skip
-PAIR = {"task": "pair", "lora_rank": 4, "alpha": 1, "max_train_steps": 50, "learning_rate": 5e-4}
+PAIR = {"task": "pair", "lora_rank": 4, "alpha": 1, "max_train_steps": 100, "learning_rate": 5e-3, "min_timestep": 500}
+TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_rate": 2e-3}
 KINDS = {
     "words": {**WORDS, "target_prompt": "square", "both_ways": True},
     "erase": {**WORDS, "protected_prompts": list(shapes.KNOWN_SHAPES[1:])},
     "pair": PAIR,
-    "copier": {**PAIR, "pair_method": "copier", "lora_rank": 16, "alpha": 16, "batch_size": 2},
-    "ordinary": {**PAIR, "task": "image"},
+    "copier": {**TWO_PICTURES, "task": "pair", "pair_method": "copier", "copy_steps": 100},
+    "ordinary": {**TWO_PICTURES, "task": "image"},
 }  # fmt: skip
 SCENE = shapes.Scene("circle", "red", "grey", "big")
 
