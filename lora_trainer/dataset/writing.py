@@ -8,10 +8,11 @@ so that whoever is killed in between leaves each caption either old or new.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from lora_trainer.dataset.backups import make_backup
@@ -24,7 +25,7 @@ from lora_trainer.dataset.caption_files import (
     some,
 )
 from lora_trainer.dataset.captions import parse, plain_text
-from lora_trainer.dataset.listing import Links, Listing, NameIndex, list_folder
+from lora_trainer.dataset.listing import Links, Listing, NameIndex, list_folder, stem_of
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.metadata_rows import REWRITERS
 from lora_trainer.errors import UserError, has_half_characters
@@ -71,7 +72,25 @@ class Captions:
         source = self.sources.get(key)
         return source.text if source else ""
 
-    @property
+    @cached_property
+    def keys_of(self) -> Mapping[Path, Sequence[str]]:
+        """The pictures whose captions come from a file, by its path."""
+        found: dict[Path, list[str]] = defaultdict(list)
+        for key, source in self.sources.items():
+            found[source.path].append(key)
+        return found
+
+    @cached_property
+    def table(self) -> Path | None:
+        """The metadata file of the folder itself."""
+        return next((path for path in metadata_files(self.listing, None, []) if path.parent == self.listing.root), None)
+
+    @cached_property
+    def stems(self) -> Counter[str]:
+        """How many pictures have a name, whatever its ending."""
+        return Counter(map(stem_of, self.listing.pictures))
+
+    @cached_property
     def unreadable(self) -> dict[Path, CaptionProblem]:
         """The caption files that cannot be read, and therefore are not written either."""
         return {problem.path: problem for problem in self.problems if problem.fatal}
@@ -183,8 +202,7 @@ class CaptionFolder:
             return source.path if source.kind == "metadata" else None
         if self.metadata_path is not None:
             return self.metadata_path
-        found = metadata_files(current.listing, None, [])
-        return next((path for path in found if path.parent == current.listing.root), None)
+        return current.table
 
     def _text_file(self, current: Captions, key: str, source: CaptionSource | None) -> Path:
         if source is not None and self.output is None:
@@ -196,12 +214,11 @@ class CaptionFolder:
             candidates = [path for path in candidates if path.suffix.casefold() == ending.casefold()]
         if candidates:
             return candidates[0]
-        stem = str(PurePosixPath(key).with_suffix(""))
-        twins = [other for other in current.listing.pictures if str(PurePosixPath(other).with_suffix("")) == stem]
-        return current.listing.root / ((key if len(twins) > 1 else stem) + ending)
+        stem = stem_of(key)
+        return current.listing.root / ((key if current.stems[stem] > 1 else stem) + ending)
 
     def _text_bytes(self, current: Captions, path: Path, members: Mapping[str, str]) -> bytes:
-        shared = {key for key, source in current.sources.items() if source.path == path}
+        shared = set(current.keys_of.get(path, ()))
         wanted = {members.get(key, current.text(key)) for key in shared | set(members)}
         if len(wanted) > 1:
             raise UserError(
@@ -215,9 +232,7 @@ class CaptionFolder:
         # Texts are replaced by the line they were read from; rows without a caption are filled by their name.
         data = path.read_bytes() if path.is_file() else b""
         prefix = metadata_prefix(path, current.listing.root)
-        lines = {
-            source.line: key for key, source in current.sources.items() if source.path == path and key in members
-        }
+        lines = {current.sources[key].line: key for key in current.keys_of.get(path, ()) if key in members}
         open_keys = set(members) - set(lines.values())
 
         def change(line: int, name: str, caption: str) -> str | None:

@@ -76,6 +76,7 @@ class BatchSource:
         captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
         self.caches_prompts = not captions_vary and not config.train_text_encoder
         self.unnamed = self._unnamed_captions() if config.preserve else []
+        self._known_texts: list[str] = []
         self._found_whole = False  # the cache has all that the run reads, so prepare need not look again
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
         self._visits_before = lru_cache(maxsize=2)(self._count_visits)
@@ -100,7 +101,7 @@ class BatchSource:
         Raises:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
-        texts = self._texts()
+        texts, self._known_texts = self._texts(), []
         self._tell_cut_captions(texts, callbacks)
         if self.unnamed == [""]:
             callbacks.on_warning(
@@ -123,8 +124,10 @@ class BatchSource:
         return True
 
     def _texts(self) -> list[str]:
-        """Of each sample its caption as it is where nothing is drawn."""
-        return [self._text(index, None) for index in range(len(self.dataset.samples))]
+        """Of each sample its caption as it is where nothing is drawn; kept until ``prepare`` has read them."""
+        if not self._known_texts:
+            self._known_texts = [self._text(index, None) for index in range(len(self.dataset.samples))]
+        return self._known_texts
 
     def _captions(self, views: Sequence[View], texts: Sequence[str]) -> list[str]:
         """All that are encoded before the steps."""
