@@ -39,7 +39,7 @@ class ChromaFamily(FlowFamily):
     latents = LatentFormat(channels=16, factor=8, multiple=16, scale=0.3611, shift=0.1159)
     lora_versions = ("chroma",)
     roomy_bytes, tight_bytes = 60 << 30, 10 << 30
-    unused = idle(reading.TITLE, clip_skip="Chroma reads no CLIP")
+    unused = idle(clip_skip="Chroma reads no CLIP")
     usual = FlowArchitecture(
         "chroma",
         ChromaShape(19, 38, 3072, 24, 12288, 64, 4096, 0, (16, 56, 56), False, 64, 5120, 5),

@@ -32,14 +32,14 @@ _KINDS = ("style", "character", "scene", "object")
 _IDLE = ("v_prediction", "zero_terminal_snr", "min_snr_gamma", "debiased_estimation")
 
 
-def idle(title: str, **more: str) -> dict[str, str]:
+def idle(**more: str) -> dict[str, str]:
     """``Family.unused`` of a flow model. more: further settings, each with its reason."""
     return {
-        **dict.fromkeys(_IDLE, f"{title} learns by flow matching"),
-        "weighted_captions": f"{title}'s text encoders know no emphasis",
-        "conv_rank": f"{title} has no convolutions",
-        "block_ranks": f"{title} has other blocks than a UNet",
-        "block_lr_weights": f"{title} has other blocks than a UNet",
+        **dict.fromkeys(_IDLE, "the model learns by flow matching"),
+        "weighted_captions": "the model's text encoders know no emphasis",
+        "conv_rank": "the model has no convolutions",
+        "block_ranks": "the model has other blocks than a UNet",
+        "block_lr_weights": "the model has other blocks than a UNet",
         **more,
     }
 

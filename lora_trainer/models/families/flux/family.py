@@ -40,7 +40,7 @@ class FluxFamily(FlowFamily):
     latents = LatentFormat(channels=16, factor=8, multiple=16, scale=0.3611, shift=0.1159)
     lora_versions = ("flux",)
     roomy_bytes, tight_bytes = 60 << 30, 10 << 30
-    unused = idle(reading.TITLE, clip_skip="FLUX.1 reads only the end of CLIP")
+    unused = idle(clip_skip="FLUX.1 reads only the end of CLIP")
     usual = FlowArchitecture(
         "flux",
         FluxShape(19, 38, 3072, 24, 12288, 64, 4096, 768, (16, 56, 56), guidance=True),

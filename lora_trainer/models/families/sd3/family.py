@@ -39,7 +39,7 @@ class Sd3Family(FlowFamily):
     latents = LatentFormat(channels=16, factor=8, multiple=16, scale=1.5305, shift=0.0609)
     lora_versions = ("sd3", "3-medium", "3-5-")  # ours, and kohya's names
     roomy_bytes, tight_bytes = 24 << 30, 8 << 30
-    unused = idle(reading.TITLE, clip_skip="the WebUI says which layer of CLIP Stable Diffusion 3 reads")
+    unused = idle(clip_skip="the WebUI says which layer of CLIP Stable Diffusion 3 reads")
     usual = FlowArchitecture(
         "sd3",
         Sd3Shape(24, 0, 1536, 24, 6144, 16, 4096, 2048, 192, normalized=False),
