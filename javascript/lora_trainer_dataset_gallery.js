@@ -87,7 +87,8 @@
     gallery.load = async function(offset, at = 0) {
         await editor.picture.keep();
         // Pictures of the page that is left, which are still on their way, would stand before the new page's.
-        for (const image of app.get("editor_grid").querySelectorAll("img")) if (!image.complete) image.removeAttribute("src");
+        coming.forEach((image) => image.removeAttribute("src"));
+        coming.clear();
         await fetchPage(offset, at);
     };
 
@@ -115,13 +116,15 @@
     // each that arrives. So those near what is seen are fetched, and shown together.
     const TOGETHER = 80; // milliseconds
     let watch = null;
-    let arrived = [];
+    const coming = new Set();
+    const arrived = [];
     function nearby(image, address) {
         watch = watch || new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({target}) => {
             watch.unobserve(target);
             const fetched = new Image();
+            coming.add(fetched);
             fetched.src = target.dataset.address;
-            fetched.decode().catch(() => null).then(() => arrive(target));
+            fetched.decode().catch(() => null).then(() => coming.delete(fetched) && arrive(target));
         }), {root: app.get("editor_grid"), rootMargin: "25% 0px"});
         image.dataset.address = address;
         watch.observe(image);

@@ -238,6 +238,8 @@ def _run_key(
     decisive = {name for name, facts in FACTS.items() if facts.decides and facts.applies(task_of(config))}
     if model.info.prediction_type != "flow":  # a run of before there were flow models goes on
         decisive -= {"sigma_sampling", "sigma_shift"}
+    if not config.prompt_templates:  # or of before there were templates
+        decisive -= {"prompt_templates"}
     settings = {name: value for name, value in to_mapping(config).items() if name in decisive}
     used = plugin_fingerprints(config, model.info.family)
     return {

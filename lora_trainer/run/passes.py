@@ -24,7 +24,7 @@ def first_pass(config: TrainConfig) -> TrainConfig | None:
         cache_dir=config.cache_dir or str(Path(config.output_dir) / "cache"),
         resume=config.resume if config.resume == "never" else "auto",
         save_precision="fp32",
-        keep_checkpoints=1,
+        keep_checkpoints=1 if config.save_steps or config.save_epochs else None,
         export_diffusers=False,
         merge_into_base=None,
         preview_prompts=[],

@@ -13,7 +13,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.inputs import BatchSource
+from lora_trainer.training.inputs import CAPTIONS_PER_TURN, BatchSource
 from lora_trainer.training.objectives.change import PairBatch, WordBatch
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
@@ -75,7 +75,7 @@ class WordSource:
         return list(dict.fromkeys(["", *(filled(template, one) for template in self._templates for one in found)]))
 
     def prepare(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> bool:
-        self._encode(turn, callbacks)
+        self._encode(turn, callbacks, commands)
         if not self._keep_model_parts:
             self._model.release("vae", "text_encoders")
         return not commands.stopping
@@ -84,10 +84,10 @@ class WordSource:
         return not commands.stopping
 
     def worth_trying(self) -> bool:
-        return False  # a few prompts are encoded in no time
+        return False  # all prompts are encoded before either, the trial or the first step
 
     def trial_batch(self, number: int, turn: Turn, commands: TrainCommands) -> WordBatch | None:
-        self._encode(turn, TrainCallbacks())
+        self._encode(turn, TrainCallbacks(), commands)
         return None if commands.stopping else self.micro_batches(0, number)[0]
 
     def micro_batches(self, epoch: int, position: int, share: slice = slice(None)) -> list[WordBatch]:
@@ -138,16 +138,21 @@ class WordSource:
         config = self._config
         return self._model.encode_prompts(captions, config.max_token_length, config.weighted_captions, rows)
 
-    def _encode(self, turn: Turn, callbacks: TrainCallbacks) -> None:
-        missing = [prompt for prompt in self.prompts if prompt not in self._encoded]
-        if not missing:
-            return
-        callbacks.on_phase("captions", 0, len(missing))
-        with turn(), torch.no_grad():
-            for prompt in missing:  # one by one: each as long as it is
-                encoded = self.encode_prompts([prompt])
-                self._encoded[prompt] = encoded.to("cpu", self._precision.compute_dtype)
-        callbacks.on_phase("captions", len(missing), len(missing))
+    def _encode(self, turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands) -> None:
+        """All prompts that are not encoded yet, some in each turn, until it is stopped."""
+        prompts = self.prompts
+        missing = [prompt for prompt in prompts if prompt not in self._encoded]
+        for start in range(0, len(missing), CAPTIONS_PER_TURN):
+            callbacks.on_phase("captions", len(self._encoded), len(prompts))
+            commands.wait_while_paused()
+            if commands.stopping:
+                return
+            with turn(), torch.no_grad():
+                for prompt in missing[start : start + CAPTIONS_PER_TURN]:  # one by one: each as long as it is
+                    encoded = self.encode_prompts([prompt])
+                    self._encoded[prompt] = encoded.to("cpu", self._precision.compute_dtype)
+        if missing:
+            callbacks.on_phase("captions", len(prompts), len(prompts))
 
 
 class _Sources:

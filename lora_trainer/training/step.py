@@ -52,7 +52,7 @@ class TrainingStep:
     grad_norm: of the last step, before it was clipped; None where it was not finite. samples: in the last step.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     computed: this process has computed a micro-batch before, which takes longest the first time.
-    on_first_gradients: called once with the loss, when the gradients of a step are there and finite for the first time.
+    on_first_gradients: called once, with the loss, in the first step whose loss is finite and not 0, before its update.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class TrainingStep:
         loss, norm = torch.stack([total, norm]).tolist()  # the one place where the CPU waits for the GPU
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.grad_norm = norm if math.isfinite(norm) else None
-        if finite and self.on_first_gradients is not None:
+        if finite and loss and self.on_first_gradients is not None:
             self.on_first_gradients(loss)
             self.on_first_gradients = None
         self._before = None if self._fits or self.recovery is None else self._snapshot()

@@ -27,16 +27,17 @@ _NAMED = 3
 
 def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     """Try the largest batch of the first epoch with the adapters attached. A run that is resumed has done its steps
-    before, so nothing is tried. Where nothing is left to encode, the first step comes as soon as a trial would: its
-    gradients are judged instead, unless a plug-in takes part, whose errors are told here. Returns False when it was
-    stopped.
+    before, so nothing is tried.
+
+    Where nothing is left to encode, to draw or to measure, the first step comes as soon as a trial would: its gradients
+    are judged instead, unless a plug-in takes part, whose errors are told here. Returns False when it was stopped.
 
     Raises:
         UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
     """
     if trainer.ranks.first(lambda: trainer.states.has_one(trainer.config.resume)):
         return True
-    if not (trainer.source.worth_trying() or _plugins_used(trainer.config)):
+    if not (trainer.source.worth_trying() or _begins_with_the_base(trainer) or _plugins_used(trainer.config)):
         trainer.train_step.on_first_gradients = lambda loss: _judge_gradients(
             trainer, adapters, loss, without_gradient(adapters)
         )
@@ -73,6 +74,11 @@ def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     if losses:
         _judge(trainer, adapters, losses, silent)
     return True
+
+
+def _begins_with_the_base(trainer: Trainer) -> bool:
+    """Whether the base is measured, or previews of it are drawn, before the first step."""
+    return trainer.validator is not None or (trainer.previewer is not None and bool(trainer.config.preview_prompts))
 
 
 def without_gradient(adapters: AdapterSet) -> list[str]:

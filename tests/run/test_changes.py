@@ -17,6 +17,7 @@ from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.state import read_state
 from tests.flux import tiny_flux
 
 KINDS = {
@@ -215,3 +216,33 @@ def test_the_smaller_kind_of_a_slider_is_cropped_anew_each_time_it_is_gone_throu
             Image.open(path).resize((208, 96)).save(path)
     result = run(wanted)
     assert result.status == "finished" and result.step == 2 * 4, "four pictures, and one of their opposite"
+
+
+def test_a_first_pass_warns_of_nothing_that_nobody_set(settings):
+    listener = Listener()
+    run(settings("copier", max_train_steps=1, copy_steps=1), listener)
+    assert not [warning for warning in listener.warnings if "keep_checkpoints" in warning]
+
+
+def test_prompts_are_encoded_in_turns_and_a_stop_is_heard_between_them(settings, monkeypatch):
+    templates = [f"{number} {{}}" for number in range(20)]
+    listener, commands = Listener(), TrainCommands()
+    phases = []
+
+    def on_phase(name, done, total):
+        phases.append((name, done, total))
+        if name == "captions" and done == 32:
+            commands.stop_and_save()
+
+    monkeypatch.setattr(listener, "on_phase", on_phase)
+    result = run(settings("words", prompt_templates=templates), listener, commands)
+    assert result.status == "stopped" and not listener.steps
+    assert [done for name, done, _ in phases if name == "captions"] == [0, 16, 32]
+
+
+def test_runs_of_before_there_were_templates_go_on(settings):
+    """What a run without them is told apart by, by name."""
+    settings = settings("words", max_train_steps=1)
+    result = run(settings)
+    (state,) = Path(settings["output_dir"]).glob("state/*")
+    assert "prompt_templates" not in read_state(state).run_key and result.status == "finished"

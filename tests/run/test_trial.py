@@ -93,6 +93,10 @@ def test_nothing_is_tried_where_everything_is_encoded(settings):
     listener = Listener()
     run(settings, listener, lora_rank=3, output_name="again")
     assert not any(name == "trying" for name, _, _ in listener.phases) and len(listener.steps) == 2
+    drawn = Listener()
+    run(settings, drawn, preview_prompts=["a disc"], lora_rank=1, output_name="drawn")
+    names = [name for name, _, _ in drawn.phases]
+    assert names.index("trying") < names.index("previews"), "the base's previews may take minutes"
     cropped = Listener()
     run(settings, cropped, random_crop=True, output_name="cropped")
     assert any(name == "trying" for name, _, _ in cropped.phases), "an epoch's crops are encoded before its steps"
@@ -160,6 +164,22 @@ def test_a_layer_outside_of_the_computation_is_named(settings, monkeypatch, enco
     assert run(settings, listener).status == "finished"
     (warning,) = listener.warnings
     assert warning.startswith("1 of ") and "get no gradient" in warning and "unet.down_blocks.0" in warning
+
+
+def test_gradients_are_judged_by_the_first_step_that_has_a_loss(settings, monkeypatch):
+    """A preserved picture has none at first: the target is what the model gives."""
+    run(settings, output_name="before", max_train_steps=3)
+    built_with(monkeypatch, lambda adapters: bypass(next(iter(adapters.items()))[1]))
+    loss, calls = DiffusionObjective.loss, []
+
+    def none_at_first(objective, inputs):
+        calls.append(1)
+        return loss(objective, inputs) * (len(calls) > 1)
+
+    monkeypatch.setattr(DiffusionObjective, "loss", none_at_first)
+    listener = Listener()
+    run(settings, listener, max_train_steps=3)
+    assert listener.steps[0].loss == 0 and any("get no gradient" in warning for warning in listener.warnings)
 
 
 def test_a_loss_that_depends_on_no_layer_ends_the_run(settings, monkeypatch):

@@ -156,6 +156,8 @@ class PairedPictures(TwoDatasets):
         copied, key = self._config.copied_lora, super().run_key(model)
         if self._config.pair_method == "copier":
             key["first_lora"] = copied and _weights_digest(Path(copied))
+        elif model.info.prediction_type == "v_prediction":
+            key["target"] = "moved by the difference"  # runs of before had another, see PairObjective
         return key
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
