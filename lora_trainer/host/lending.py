@@ -79,6 +79,7 @@ class WebuiLender(Lender):
         self.checkpoint = checkpoint
         self._host: Any = None
         self._model: PartedLentModel | None = None
+        self._read_options()
 
     # Lender -------------------------------------------------------------------------------------------------------
 
@@ -226,8 +227,15 @@ class WebuiLender(Lender):
 
     # Beginning ----------------------------------------------------------------------------------------------------
 
+    def _read_options(self) -> None:
+        """How the WebUI reads prompts with Stable Diffusion 3; a run keeps what was set when it began."""
+        data = self._webui.shared.opts.data
+        self._reads_t5 = bool(data.get("sd3_enable_t5"))
+        self._layers_skipped = max(1, int(data.get("CLIP_stop_at_last_layers") or 1))
+
     def _begin(self) -> None:
         self._model = self._host = None
+        self._read_options()
         self._own_vae: dict[str, Tensor] = {}  # where the run computes with another than the WebUI's
         self._waiting_switch: str | None = None
         self._hash_option = self._webui.shared.opts.data.get("sd_checkpoint_hash")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_trainer.host.a1111.loras import A1111Loras
-from lora_trainer.host.a1111.model import HostModel, refuse_lowvram, refuse_unsuitable
+from lora_trainer.host.a1111.model import HostModel, refuse_lowvram, refuse_unsuitable, refuse_without_t5
 from lora_trainer.host.a1111.residence import CPU, Residence
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.lending import PartedLentModel, WebuiLender, vae_file
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class A1111Lender(WebuiLender):
     """See ``WebuiLender``."""
 
-    _choices = ("sd_unet", "fp8_storage", "cache_fp16_weight")
+    _choices = ("sd_unet", "fp8_storage", "cache_fp16_weight", "sd3_enable_t5")
 
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         super().__init__(webui, turns, checkpoint, options)
@@ -49,10 +49,12 @@ class A1111Lender(WebuiLender):
         self._first_vae = self._webui.sd_vae.loaded_vae_file
 
     def _read(self, sd_model: Any) -> HostModel:
-        return HostModel(sd_model)
+        return HostModel(sd_model, self._reads_t5)
 
     def _refuse_unsuitable(self, sd_model: Any) -> None:
         refuse_unsuitable(self._webui, sd_model)
+        if "text_encoders" in self._parts() and isinstance(self._model, FlowModel) and self._model.architecture.t5:
+            refuse_without_t5(sd_model)
 
     def _follow(self, sd_model: Any) -> None:
         super()._follow(sd_model)

@@ -27,9 +27,10 @@ _FIELD = "base_model"
 class HostModel:
     """One ``sd_model`` object of the WebUI. Holds its modules, never its tensors: those may be replaced any time."""
 
-    def __init__(self, sd_model: Any):
-        self.sd_model = sd_model
-        self._slots = list(_slots(sd_model))
+    def __init__(self, sd_model: Any, reads_t5: bool):
+        """reads_t5: whether a T5 that is there reads; A1111 has zeros for it while its setting is off."""
+        self.sd_model, self._reads_t5 = sd_model, reads_t5
+        self._slots = list(_slots(sd_model, reads_t5))
 
     @property
     def roots(self) -> dict[str, nn.Module]:
@@ -70,7 +71,7 @@ class HostModel:
         from_host = Hints(
             num_heads=heads if heads and heads > 0 else None,
             head_dim=head_dim if head_dim and head_dim > 0 else None,
-            text_heads=tuple(_text_heads(encoder) for _, encoder in _text_encoders(self.sd_model)),
+            text_heads=tuple(_text_heads(encoder) for _, encoder in _text_encoders(self.sd_model, self._reads_t5)),
             prediction_type="v_prediction" if getattr(self.sd_model, "parameterization", "eps") == "v" else None,
         )
         return merged(from_file, from_host)
@@ -79,10 +80,11 @@ class HostModel:
         """CLIP's, from the host when it has a transformers one. A copy: ours sets another maximal length."""
         if is_flow(self.sd_model):
             encoders = self.sd_model.cond_stage_model
-            t5 = encoders.model_t5.tokenizer.backend_tokenizer.to_str() if encoders.t5xxl is not None else None
+            reads = self._reads_t5 and encoders.t5xxl is not None
+            t5 = encoders.model_t5.tokenizer.backend_tokenizer.to_str() if reads else None
             # T5's prompts are as long as CLIP's there.
             return FlowTokenizer(Tokenizer(partial(copy.copy, encoders.model_lg.tokenizer)), t5, length=None)
-        for _, encoder in _text_encoders(self.sd_model):
+        for _, encoder in _text_encoders(self.sd_model, self._reads_t5):
             tokenizer = getattr(encoder, "tokenizer", None)
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))
@@ -131,10 +133,20 @@ def refuse_unsuitable(webui: Any, sd_model: Any) -> None:
         )
 
 
-def _slots(sd_model: Any) -> Iterator[tuple[str, str, nn.Module, str]]:
+def refuse_without_t5(sd_model: Any) -> None:
+    """Raises UserError where the WebUI has loaded a Stable Diffusion 3 without T5."""
+    if sd_model.cond_stage_model.t5xxl is None:
+        raise UserError(
+            f"The WebUI has loaded {sd_model.sd_checkpoint_info.name_for_extra} without T5, which the training began "
+            "with.",
+            remedy='Set "Enable T5" in the settings, and reload the checkpoint.',
+        )
+
+
+def _slots(sd_model: Any, reads_t5: bool) -> Iterator[tuple[str, str, nn.Module, str]]:
     """(part, single-file name, module, attribute) of every parameter that a lent model is made of."""
     parts = [("unet", UNET, sd_model.model.diffusion_model), ("vae", VAE, sd_model.first_stage_model)]
-    parts += [("text_encoders", prefix, encoder) for prefix, encoder in _text_encoders(sd_model)]
+    parts += [("text_encoders", prefix, encoder) for prefix, encoder in _text_encoders(sd_model, reads_t5)]
     for part, prefix, root in parts:
         for path, module in root.named_modules():
             for attribute, weight in (*module._parameters.items(), *(stored_buffers(module) if part == "unet" else ())):
@@ -153,11 +165,12 @@ def _text_root(sd_model: Any) -> nn.Module:
     return sd_model.conditioner if hasattr(sd_model, "conditioner") else sd_model.cond_stage_model
 
 
-def _text_encoders(sd_model: Any) -> list[tuple[str, nn.Module]]:
+def _text_encoders(sd_model: Any, reads_t5: bool) -> list[tuple[str, nn.Module]]:
     """Name prefix and module of each text encoder, out of the WebUI's wrapping."""
     if is_flow(sd_model):
         encoders = sd_model.cond_stage_model
-        named = (("clip_l", encoders.clip_l), ("clip_g", encoders.clip_g), ("t5xxl", encoders.t5xxl))
+        t5 = encoders.t5xxl if reads_t5 else None
+        named = (("clip_l", encoders.clip_l), ("clip_g", encoders.clip_g), ("t5xxl", t5))
         return [(f"text_encoders.{name}.transformer.", it.transformer) for name, it in named if it is not None]
     if not hasattr(sd_model, "conditioner"):
         return [("cond_stage_model.", _unwrapped(sd_model.cond_stage_model))]

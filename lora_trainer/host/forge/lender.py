@@ -67,8 +67,8 @@ class ForgeLender(WebuiLender):
 
     def _read(self, sd_model: Any) -> ForgeModel:
         # Forge loads a T5 that its setting has it leave out.
-        leaves_out = getattr(sd_model, "is_sd3", False) and not getattr(self._webui.shared.opts, "sd3_enable_t5", False)
-        return ForgeModel(sd_model, reads_t5=not leaves_out)
+        leaves_out = getattr(sd_model, "is_sd3", False) and not self._reads_t5
+        return ForgeModel(sd_model, reads_t5=not leaves_out, clip_skip=self._layers_skipped)
 
     def _refuse_unsuitable(self, sd_model: Any) -> None:
         refuse_unsuitable(sd_model, self._remedy)

@@ -44,8 +44,9 @@ class ForgeModel:
     ``forge_objects_original`` is what LoRAs are never patched into; all its users share the modules.
     """
 
-    def __init__(self, sd_model: Any, reads_t5: bool = True):
-        self.sd_model = sd_model
+    def __init__(self, sd_model: Any, reads_t5: bool, clip_skip: int):
+        """reads_t5: whether a T5 that is there reads. clip_skip: Forge's setting, 1 for the last of CLIP's layers."""
+        self.sd_model, self._clip_skip = sd_model, clip_skip
         self._slots = list(_slots(sd_model, reads_t5))
 
     def tensors(self, parts: frozenset[str]) -> dict[str, Tensor]:
@@ -82,9 +83,9 @@ class ForgeModel:
         tokenizers = vars(self.sd_model.forge_objects_original.clip.tokenizer)
         if is_flow(self.sd_model):
             file = Path(tokenizers[_T5].name_or_path) / "tokenizer.json"
-            # Where it reads CLIP's states at all, they are the last ones, and an empty negative prompt is nothing.
+            # Where it reads CLIP's states at all, "Clip skip" says which, and an empty negative prompt is nothing.
             clip = Tokenizer(partial(copy.copy, tokenizers.get("clip_l")))
-            return FlowTokenizer(clip, file, hidden=-1, zero_empty=True)
+            return FlowTokenizer(clip, file, hidden=-self._clip_skip, zero_empty=True)
         for tokenizer in (tokenizers.get("clip_l"), *tokenizers.values()):
             if hasattr(tokenizer, "bos_token_id"):
                 return Tokenizer(partial(copy.copy, tokenizer))

@@ -15,7 +15,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.host.drawing import _guidance
-from lora_trainer.models.base import Conditioning
+from lora_trainer.models.base import Conditioning, ModelAwayError
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests import sd3 as tiny
 from tests.host.a1111.fake import Info, module_tree
@@ -71,6 +71,7 @@ def load(files, webui):
         model = Model(files, t5)
         webui._build = lambda tensors, info: model
         model.sd_checkpoint_info = info
+        webui.shared.opts.data["sd3_enable_t5"] = t5
         webui.select("sd3")
         return model
 
@@ -105,6 +106,30 @@ def test_it_is_trained_as_it_lies_and_is_the_files_model(load, a1111, files, t5)
     after = theirs.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert _guidance(theirs, None) == {"cfg_scale": 4.5}
+
+
+def test_a_t5_is_read_where_the_setting_was_on_when_it_began(load, a1111, webui):
+    theirs, data = load(t5=True), webui.shared.opts.data
+    data["sd3_enable_t5"] = False
+    with a1111.lender("", OPTIONS).borrow() as model:
+        assert not any(name.startswith("text_encoder_3.") for name in model.bound()), "A1111 has zeros for it"
+    data["sd3_enable_t5"] = True
+    lender = a1111.lender("", OPTIONS)
+    with lender.borrow() as model:
+        data["sd3_enable_t5"] = False
+        with lender.turn(), torch.no_grad():
+            assert "t5" in model.encode_prompts(["a red circle"]).extra
+        encoder, theirs.text_encoders.t5xxl = theirs.text_encoders.t5xxl, None  # it was loaded again
+        with pytest.raises(ModelAwayError, match="without T5") as away, lender.turn():
+            pass
+        assert away.value.returns and "Enable T5" in away.value.reason
+        theirs.text_encoders.t5xxl = encoder
+        with lender.turn():
+            model.release("text_encoders")
+        theirs.text_encoders.t5xxl = None
+        with lender.turn():
+            assert model.predict  # encoded texts need no encoder
+        theirs.text_encoders.t5xxl = encoder
 
 
 @pytest.mark.parametrize(("sizes", "loads"), [({}, True), ({"normalized": True}, False)])

@@ -87,10 +87,10 @@ def test_it_is_trained_as_it_lies_and_is_the_files_model(engine, forge, files, t
         torch.testing.assert_close(ours.pooled, told.pooled)
         assert ours.context.shape == told.context.shape
         assert not torch.equal(ours.context, told.context), "Forge reads CLIP's last state"
-        assert (ours.extra.keys() == {"t5"}) == t5 and (not t5 or torch.equal(ours.extra["t5"], told.extra["t5"]))
+        assert ("t5" in ours.extra) == t5 and (not t5 or torch.equal(ours.extra["t5"], told.extra["t5"]))
         same = Conditioning(told.context, told.pooled, ours.extra)
         torch.testing.assert_close(model.predict(LATENTS, SIGMAS, same, None), expected, atol=1e-5, rtol=1e-5)
-        assert not any(tensor.any() for tensor in model.encode_prompts([""]).tensors.values())
+        assert not model.encode_prompts([""]).extra["says"].any() and ours.extra["says"].all()
 
         adapters = AdapterSet.build(model.lora_targets(), from_mapping({"base_model": "x", "train_data_dir": "x"}))
         with adapters:
@@ -100,6 +100,26 @@ def test_it_is_trained_as_it_lies_and_is_the_files_model(engine, forge, files, t
     after = [(name, tensor) for part in engine.parts() for name, tensor in part.state_dict().items()]
     assert [name for name, _ in before] == [name for name, _ in after]
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(before, after))
+
+
+def test_clip_skip_and_t5_are_as_the_settings_were_when_it_began(engine, forge, files):
+    data, keys = engine.shared.opts.data, set()
+    with lend(files).borrow() as one, torch.no_grad():
+        told = one.encode_prompts(["a red circle"])
+    for skip in (1, 2):
+        data |= {"CLIP_stop_at_last_layers": skip, "sd3_enable_t5": False}
+        lender = forge.lender("sd3", OPTIONS)
+        with lender.borrow() as model:
+            data |= {"CLIP_stop_at_last_layers": 3 - skip, "sd3_enable_t5": True}
+            engine.unload()
+            with lender.turn(), torch.no_grad():
+                encoded = model.encode_prompts(["a red circle"])
+                assert not any(name.startswith("text_encoder_3.") for name in model.bound())
+                assert "t5" not in encoded.extra
+                # The file's are the last but one, which Forge counts as the second.
+                assert torch.equal(encoded.context, told.context) == (skip == 2)
+                keys.add(model.text_key)
+    assert len(keys) == 2
 
 
 def test_its_pictures_are_guided_by_a_second_prediction(engine):

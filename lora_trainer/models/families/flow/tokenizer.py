@@ -30,8 +30,8 @@ class FlowTokenizer:
 
     clip: see ``Tokenizer``. t5: path of T5's tokenizer.json, which is read when there is text to read, or its content;
     None where no T5 reads. length: tokens that T5's prompts are filled up to; None for as many as CLIP reads.
-    hidden: which of CLIP's hidden states is read as the text's encoding. zero_empty: the empty caption is encoded as
-    zeros.
+    hidden: which of CLIP's hidden states is read as the text's encoding. zero_empty: the transformer reads zeros for
+    the empty caption.
     """
 
     clip: Tokenizer

@@ -17,6 +17,8 @@ from lora_trainer.storage import dense_weight
 
 T5_CONTEXT = "t5"
 """In ``Conditioning.extra``: T5's encoding, (B, L, D); not there where no T5 reads."""
+SAYS = "says"
+"""In ``Conditioning.extra``: (B,), 0 for captions that the transformer reads as zeros, else 1; where there are such."""
 T5_LENGTH = 256
 """Tokens of T5 that WebUIs fill up to, or put zeros for."""
 
@@ -28,7 +30,7 @@ class Sd3Model(FlowModel):
 
     def _text_salt(self) -> str:
         tokenizer = self._tokenizer
-        return f"{super()._text_salt()} hidden {tokenizer.hidden} zero {tokenizer.zero_empty}"
+        return f"{super()._text_salt()} hidden {tokenizer.hidden} says {tokenizer.zero_empty}"
 
     @needs("text_encoders")
     @torch.no_grad()
@@ -37,7 +39,9 @@ class Sd3Model(FlowModel):
     ) -> Conditioning:
         """Captions -> what both CLIPs make of them side by side (B, 77·chunks, D), pooled (B, P), and T5's encoding.
 
-        As many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75. Emphasis is left out.
+        As many chunks of 75 tokens as the longest needs, at most ``max_tokens``/75; shorter captions are filled up with
+        encoded empty chunks. Emphasis is left out. An empty caption, too, is encoded: ``predict`` takes zeros for it
+        where the tokenizer says so, and nothing else can fill up the others of its batch.
         """
         clips = self._needed(self.text_encoders, "text_encoders")[:2]
         tokenizer, end = self._tokenizer.clip, self._tokenizer.clip.eos
@@ -61,11 +65,9 @@ class Sd3Model(FlowModel):
             length = self._tokenizer.length or contexts[0].shape[1]
             ids = to_device(self._tokenizer.t5_ids(texts, max_tokens, length), self.device)
             extra[T5_CONTEXT] = self.text_encoders[-1](ids).to(self.compute_dtype)
-        encoded = Conditioning(torch.cat(contexts, dim=-1), torch.cat(pooled, dim=-1), extra)
-        if self._tokenizer.zero_empty and "" in texts:
-            says = torch.tensor([text != "" for text in texts], device=self.device)
-            encoded = encoded.map(lambda tensor: tensor * says.view(-1, *[1] * (tensor.dim() - 1)))
-        return encoded
+        if self._tokenizer.zero_empty:
+            extra[SAYS] = torch.tensor([float(text != "") for text in texts], device=self.device)
+        return Conditioning(torch.cat(contexts, dim=-1), torch.cat(pooled, dim=-1), extra)
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of the caption by CLIP, without start and end token."""
@@ -86,5 +88,9 @@ class Sd3Model(FlowModel):
         if t5 is None:
             t5 = clip.new_zeros(len(clip), self._tokenizer.length or clip.shape[1], width)
         context = torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5.to(clip.dtype)], dim=1)
+        pooled = conditioning.pooled
+        if (says := conditioning.extra.get(SAYS)) is not None:
+            says = says.to(context.dtype)[:, None]
+            context, pooled = context * says[..., None], pooled * says
         latents = noisy_latents.to(self.device, self.compute_dtype)
-        return self.unet(latents, context, conditioning.pooled, timesteps.to(self.device, torch.float32)).float()
+        return self.unet(latents, context, pooled, timesteps.to(self.device, torch.float32)).float()
