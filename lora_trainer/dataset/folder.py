@@ -12,10 +12,12 @@ import dataclasses
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from lora_trainer.config import TrainConfig, has_trigger, parse_folder, with_trigger
 from lora_trainer.dataset import captions as grammar
@@ -32,6 +34,7 @@ from lora_trainer.errors import UserError, concerning
 REGULARIZATION_PREFIX = "reg:"
 """Starts the keys of regularization samples, so that they differ from those of the training folder."""
 
+_Measured = tuple[Size, str] | str  # size and digest, or what is wrong
 _MAX_WORKERS = 4  # pictures of up to 178 million pixels are decoded at once
 _KINDS_SHOWN = 5
 _NOTES_SHOWN = 3
@@ -73,7 +76,7 @@ def scan(
     roots = [source.root for source in sources]
     results = [*folders_of_results(config), *([Path(config.mask_dir)] if config.mask_dir else [])]
 
-    def examined(listing: Listing) -> list[tuple[Size, str] | str]:
+    def examined(listing: Listing) -> list[_Measured]:
         return _measure_all(listing, config.use_masks, progress, measure, known)
 
     parts = [
@@ -161,7 +164,7 @@ def _scan_root(
     config: TrainConfig,
     source: _Source,
     exclude: Sequence[Path],
-    examined: Callable[[Listing], list[tuple[Size, str] | str]],
+    examined: Callable[[Listing], list[_Measured]],
 ) -> Dataset:
     root, setting, is_regularization = source.root, source.setting, source.is_regularization
     try:
@@ -246,13 +249,13 @@ def _measure_all(
     progress: Callable[[int, int], None] | None,
     measure: Callable[[Path], tuple[Size, str]],
     known: KnownPictures | None,
-) -> list[tuple[Size, str] | str]:
+) -> list[_Measured]:
     """(size, digest) of every picture, or the reason why it cannot be used."""
-    results: list[tuple[Size, str] | str | None] = [None] * len(listing.pictures)
+    results: list[_Measured | None] = [None] * len(listing.pictures)
     if known is not None and not (use_masks and listing.masks):
         results = [known.get(listing.pictures.name(key)) for key in listing.pictures]
 
-    def examine(key: str) -> tuple[Size, str] | str:
+    def examine(key: str) -> _Measured:
         before = None if known is None else stamp(listing.pictures.name(key))
         try:
             mask = mask_of(listing, key) if use_masks else None
@@ -273,11 +276,12 @@ def _measure_all(
         # What Pillow warns of (odd EXIF data, large pictures) is either harmless or found by ``measure``.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
-            examined = pool.map(examine, [key for _, key in missing])
-            for done, ((place, _), result) in enumerate(zip(missing, examined), start=total - len(missing) + 1):
-                results[place] = result
-                if progress is not None:
-                    progress(done, total)
+            examined = cast(Generator[_Measured, None, None], pool.map(examine, [key for _, key in missing]))
+            with closing(examined):  # which cancels those that are left, when progress raises
+                for done, ((place, _), result) in enumerate(zip(missing, examined), start=total - len(missing) + 1):
+                    results[place] = result
+                    if progress is not None:
+                        progress(done, total)
     return [result for result in results if result is not None]
 
 

@@ -218,7 +218,9 @@ def test_hidden_paths_are_neither_taken_nor_told(client, host, manager, train, s
 def test_the_catalog(client, monkeypatch):
     monkeypatch.setattr("lora_trainer.api.catalog.free_memory", lambda host: 8 * 2**30)
     presets = client.get("/presets", params={"pictures": 12, "family": "sdxl"}).json()["presets"]
-    assert [one["kind"] for one in presets] == ["style", "character", "scene", "object", "text"]
+    kinds = [one["kind"] for one in presets if one["task"] == "image"]
+    assert kinds == ["style", "character", "scene", "object"]
+    assert {one["task"] for one in presets} == {"image", "text", "words", "pair", "slider"}
     assert presets[0]["settings"]["batch_size"] == 1
     rows = [{"title": "tiny.safetensors [abc]", "selected": True, "loaded": True}]
     assert client.get("/checkpoints").json() == {"checkpoints": rows, "has_one": False}
