@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 
+import fastapi
+import fastapi.routing
+import fastapi.utils
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -42,6 +46,19 @@ def manager(host, train):
     manager = JobManager(host, train=train)
     yield manager
     manager.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def response_models_are_cloned_once():
+    """As FastAPI does since 0.95.1; before, it clones every model of a response anew for each route of each app, which
+    is most of the time that an app takes to make."""
+    if tuple(int(part) for part in fastapi.__version__.split(".")[:3]) >= (0, 95, 1):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        shared = functools.partial(fastapi.utils.create_cloned_field, cloned_types={})
+        patch.setattr(fastapi.routing, "create_cloned_field", shared)
+        yield
 
 
 @pytest.fixture

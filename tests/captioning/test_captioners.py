@@ -201,8 +201,11 @@ class Short:
         return [Description(str(image.size[0])) for image in images]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried"), MemoryError(),
-                                   Exception("Failed to allocate memory for requested buffer")])  # fmt: skip
+@pytest.mark.parametrize("error", [
+    RuntimeError("CUDA out of memory. Tried"),
+    pytest.param(MemoryError(), marks=pytest.mark.slow),
+    pytest.param(Exception("Failed to allocate memory for requested buffer"), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_out_of_memory_halves_the_batch_and_nothing_is_lost(error):
     captioner, told = Short(2, error), []
     keys = list(range(1, 12))
