@@ -43,6 +43,8 @@
             if (app.form.task() === "image") app.pictures.notJudged();
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
+        } finally {
+            if (running === mine) running = null;
         }
     };
 
@@ -126,7 +128,7 @@
         let wrong = false;
         try {
             await Promise.all([app.pictures.busy, app.texts.busy, app.pair.busy]);
-            if (timer !== null) await estimate.now(); // what is suggested follows the last change, too
+            if (timer !== null || running) await estimate.now(); // what is suggested follows the last change, too
             app.live.askForNotifications();
             const {continues} = app.form;
             const settings = app.form.settings();

@@ -7,7 +7,7 @@
     const pair = (app.pair = {chosen: null, shown: {}, folder: null, sent: {}, busy: null});
     const PLACES = ["before", "after"];
     const place = () => app.get("problem_train_data_dir");
-    let puts = Promise.resolve();
+    let changes = Promise.resolve();
 
     pair.begin = function() {
         for (const where of PLACES) {
@@ -18,7 +18,7 @@
             });
             app.dropZone(app.get(where + "_drop"), (dropped) => dropped.files[0] && pair.put(where, dropped.files[0]));
         }
-        app.get("pair_prompt").addEventListener("change", (event) => describe(event.target.value).catch((error) => app.complain(error, place())));
+        app.get("pair_prompt").addEventListener("change", (event) => inTurn(() => describe(event.target.value)));
         app.get("pair_folder").addEventListener("keydown", (event) => event.key === "Enter" && pair.actions["use-pairs"]());
         app.get("slider_folder").addEventListener("change", (event) => {
             pair.folder = app.unquoted(event.target.value) || null;
@@ -32,16 +32,19 @@
         app.get("known_sets").replaceChildren(...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name})));
     };
 
-    /** Put a file into its place, one after another. sent: what comes along, {caption, resolution, base_model}. */
-    pair.put = function(where, file, sent = {}) {
-        const mine = (pair.busy = puts = puts.then(() => upload(where, file, sent))
+    /** Change the pair, one change after another; Start waits for them. */
+    function inTurn(change) {
+        const mine = (pair.busy = changes = changes.then(change)
             .catch((error) => app.complain(error, place()))
             .finally(() => {
                 app.show(app.get("pair_upload"), false);
                 if (pair.busy === mine) pair.busy = null;
             }));
         return mine;
-    };
+    }
+
+    /** Put a file into its place. sent: what comes along, {caption, resolution, base_model}. */
+    pair.put = (where, file, sent = {}) => inTurn(() => upload(where, file, sent));
 
     async function upload(where, file, sent) {
         app.form.problem("train_data_dir", null);
@@ -51,7 +54,7 @@
         if (large) throw new app.ServerError(0, large);
         const dataset = pair.shown.before || pair.shown.after ? pair.chosen : null;
         const picture = {name: file.name, data: await app.dataUrl(file), caption: sent.caption || ""};
-        const {name} = await app.post("/pairs", {dataset, place: where, picture});
+        const {name} = await app.post("/pairs", {dataset, place: where, picture, free: !pair.shown[where]});
         comesAlong(sent);
         await pair.take(name);
         await app.pictures.listEarlier();
@@ -107,7 +110,8 @@
         }
         const own = Boolean(pair.shown.before || pair.shown.after);
         app.show(app.get("pair_prompt_field"), own);
-        app.get("pair_prompt").value = pair.prompt();
+        const prompt = app.get("pair_prompt");
+        if (prompt !== document.activeElement) prompt.value = pair.prompt(); // what is being typed stays
         app.get("pair_folder").value = own ? "" : pair.chosen || "";
         app.get("pair_folders").open = Boolean(pair.chosen && !own);
         app.get("slider_folder").value = pair.folder || "";
@@ -120,12 +124,14 @@
     /** What both pictures show. */
     pair.prompt = () => rows().map((row) => row.caption.trim()).find(Boolean) || "";
 
+    /** Another prompt; where a run knows the pair with the old one, the server makes another pair. */
     async function describe(text) {
-        const captions = Object.fromEntries(rows().map((row) => [row.file, text.trim()]));
-        if (!Object.keys(captions).length) return;
-        await app.post(`/datasets/${encodeURIComponent(pair.chosen)}/captions`, {captions});
-        rows().forEach((row) => (row.caption = text.trim()));
-        await app.estimate.now();
+        const {chosen} = pair;
+        if (!rows().length) return;
+        const {name} = await app.post(`/datasets/${encodeURIComponent(chosen)}/pair`, {prompt: text.trim()});
+        if (pair.chosen !== chosen) return; // another was chosen meanwhile
+        await pair.take(name);
+        if (name !== chosen) await app.pictures.listEarlier();
     }
 
     /** What the settings name as pictures; nothing until both of a pair are there. */

@@ -54,6 +54,12 @@ def routes(context: Context) -> APIRouter:
         pair = {place: shown(one) for place, one in pair_in(library, name).items()}
         return {"name": name if pair else "", **pair}
 
+    @router.post("/datasets/{name}/pair", response_model=pair_schemas.PairModel)
+    def describe_pair(name: str, new: pair_schemas.PairPromptModel) -> dict[str, Any]:
+        """Say what both pictures show. What a job learns from, or has learned from, stays: its pictures make another
+        dataset with the new words."""
+        return get_pair(stored.describe_pair(name, new.prompt))
+
     @router.delete("/datasets/{name}", response_model=schemas.ConfirmModel)
     def delete(name: str, confirm: schemas.ConfirmModel) -> dict[str, Any]:
         """Delete the dataset with its pictures and captions; only one that was made here."""
@@ -115,7 +121,8 @@ def routes(context: Context) -> APIRouter:
         picture = new.picture
         try:
             check_caption(picture.name, picture.caption)
-            name = stored.put_into_pair(new.dataset, new.place, picture.name, decode(picture), picture.caption)
+            data = decode(picture)
+            name = stored.put_into_pair(new.dataset, new.place, picture.name, data, picture.caption, new.free)
         except UserError as error:
             raise UserError(error.message, field="train_data_dir", remedy=error.remedy) from error
         return get_pair(name)

@@ -1,4 +1,4 @@
-"""What goes in and comes out of the route of pairs."""
+"""What goes in and comes out of the routes of pairs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from lora_trainer.api.schemas import PictureModel, UploadModel
 
 
 class PairPictureModel(BaseModel):
-    """place: before or after. dataset: of the pair so far; null begins one."""
+    """place: before or after. dataset: of the pair so far; null begins one. free: the caller sees no picture there, so
+    what another has put there meanwhile is not replaced."""
 
     dataset: str | None = None
     place: str
     picture: UploadModel
+    free: bool = False
+
+
+class PairPromptModel(BaseModel):
+    """prompt: what both pictures show."""
+
+    prompt: str
 
 
 class PairModel(BaseModel):

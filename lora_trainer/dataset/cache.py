@@ -164,8 +164,10 @@ def forget(directory: Path, user: Path) -> None:
 
 def rename_user(directory: Path, old: Path, new: Path) -> None:
     """A folder with pictures has another name now."""
-    with suppress(FileNotFoundError):
-        list_of(directory, old).replace(list_of(directory, new))
+    of_old, of_new = list_of(directory, old), list_of(directory, new)
+    for suffix in (of_old.suffix, PICTURES):
+        with suppress(FileNotFoundError):
+            of_old.with_suffix(suffix).replace(of_new.with_suffix(suffix))
 
 
 def list_of(directory: Path, user: Path) -> Path:

@@ -64,7 +64,7 @@ def scan(
     measure: what tells a picture's (width, height) and digest or raises ``UserError``; the dataset checks, which have
         looked at every picture already, give what they know.
     stand_in: the caption of training pictures that have none yet; "" refuses them, a space says that none is needed.
-    known: those that it has and that have not changed are not decoded; the others are added to it.
+    known: pictures and masks that it has and that have not changed are not decoded; the others are added to it.
 
     Raises:
         UncaptionedError: a picture without any caption.
@@ -252,20 +252,26 @@ def _measure_all(
 ) -> list[_Measured]:
     """(size, digest) of every picture, or the reason why it cannot be used."""
     results: list[_Measured | None] = [None] * len(listing.pictures)
-    if known is not None and not (use_masks and listing.masks):
-        results = [known.get(listing.pictures.name(key)) for key in listing.pictures]
+    masks = {key: str(mask) for key, mask in listing.masks.items()} if use_masks else {}
+    if known is not None:
+        results = [
+            known.get(listing.pictures.name(key)) if key not in masks or known.is_intact_mask(masks[key]) else None
+            for key in listing.pictures
+        ]
 
     def examine(key: str) -> _Measured:
-        before = None if known is None else stamp(listing.pictures.name(key))
+        name, mask = listing.pictures.name(key), masks.get(key)
+        before = None if known is None else stamp(name)
+        mask_before = None if known is None or mask is None else stamp(mask)
         try:
-            mask = mask_of(listing, key) if use_masks else None
-            if mask is not None:
-                open_image(mask)
+            mask_size = None if mask is None else open_image(Path(mask)).size
             found = measure(listing.pictures[key])
         except UserError as error:
             return error.message
         if known is not None:
-            known.add(listing.pictures.name(key), before, *found)
+            known.add(name, before, *found)
+            if mask is not None and mask_size is not None:
+                known.add_mask(mask, mask_before, mask_size)
         return found
 
     total = len(results)

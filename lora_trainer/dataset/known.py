@@ -12,36 +12,55 @@ from lora_trainer.dataset.samples import Size
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
 
+_MASK = "mask"  # in the place of a digest: the file was decoded as a mask, which is checked less than a picture
+
 _Stamp = tuple[int, int, int]  # size in bytes, times of the last change of content and of the file in nanoseconds
 _FRESH = 2 * 10**9
 """Nanoseconds in which a file may change twice without its times telling: what is younger is read again."""
 
 
 class KnownPictures:
-    """Sizes and digests of intact pictures, by path, as long as a file's size and times are those of then.
+    """Sizes and digests of intact pictures, and which masks are intact, by path, as long as a file's size and times are
+    those of then.
 
-    Kept beside the list of what the pictures of ``user`` use of the cache in ``directory``.
+    Kept beside the list of what the pictures of ``user`` use of the cache in ``directory``; paths in ``user`` are
+    relative to it, so that they stay right when it is renamed.
     """
 
     def __init__(self, directory: Path, user: Path):
         self._file = list_of(directory, user).with_suffix(PICTURES)
+        self._start = os.path.join(user, "")
         self._known = _read(self._file)
         self._seen: dict[str, tuple[_Stamp, Size, str]] = {}
         self._fresh = False
 
     def get(self, path: str) -> tuple[Size, str] | None:
         """((width, height), digest) of a picture that has not changed."""
-        known = self._known.get(path)
+        found = self._get(path)
+        return None if found is None or found[1] == _MASK else found
+
+    def is_intact_mask(self, path: str) -> bool:
+        """Whether a mask has not changed since it was decoded."""
+        found = self._get(path)
+        return found is not None and found[1] == _MASK
+
+    def _get(self, path: str) -> tuple[Size, str] | None:
+        name = path.removeprefix(self._start)
+        known = self._known.get(name)
         if known is None or known[0] != stamp(path):
             return None
-        self._seen[path] = known
+        self._seen[name] = known
         return known[1:]
 
     def add(self, path: str, before: _Stamp | None, size: Size, digest: str) -> None:
         """before: the file's stamp before it was read."""
         if before is not None and time.time_ns() - max(before[1:]) > _FRESH and "\n" not in path:
-            self._seen[path] = before, size, digest
+            self._seen[path.removeprefix(self._start)] = before, size, digest
             self._fresh = True
+
+    def add_mask(self, path: str, before: _Stamp | None, size: Size) -> None:
+        """The same of a mask that was decoded."""
+        self.add(path, before, size, _MASK)
 
     def save(self) -> None:
         """Keep what this start has seen; the others are gone."""

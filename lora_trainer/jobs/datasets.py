@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.jobs.job import ACTIVE, WAITING_TO_START, Job
 from lora_trainer.jobs.store import JobStore
 from lora_trainer.workspace.library import DatasetLibrary
-from lora_trainer.workspace.pair import pair_in, put
+from lora_trainer.workspace.pair import describe, is_as_made, pair_in, put
 from lora_trainer.workspace.paths import DATASETS
 from lora_trainer.workspace.sessions import EditorSessions
 
@@ -54,22 +54,44 @@ class StoredDatasets:
 
         self._store.update_together(move)
 
-    def put_into_pair(self, name: str | None, place: str, file: str, data: bytes, caption: str) -> str:
-        """``workspace.pair.put``; a pair that was replaced and that no job has used is deleted."""
-        target = put(self._library, name, place, file, data, caption)
-        if name and target != name and pair_in(self._library, name):
-            old = self._library.folder(name)
+    def put_into_pair(
+        self, name: str | None, place: str, file: str, data: bytes, caption: str, free: bool = False
+    ) -> str:
+        """``workspace.pair.put``. A pair that was replaced is deleted where it need not be kept and nobody has touched
+        it. free: the caller saw the place empty, so what is there now is another caller's."""
 
-            def remove(jobs: list[Job]) -> Mapping[int, dict[str, Any]]:
-                if not any(_uses(job, old) for job in jobs):
-                    self._library.set_aside(name)
+        def change(keep: bool) -> str:
+            return put(self._library, name, place, file, data, caption, keep)
+
+        return self._change_pair(name, change, replaces=not free)
+
+    def describe_pair(self, name: str, text: str) -> str:
+        """``workspace.pair.describe``."""
+        return self._change_pair(name, lambda keep: describe(self._library, name, text, keep), replaces=False)
+
+    def _change_pair(self, name: str | None, change: Callable[[bool], str], replaces: bool) -> str:
+        """``change``, told whether the pair is to be kept because it was learned from or will be. Returns the name of
+        the dataset. replaces: another dataset takes the place of the old one."""
+        library = self._library
+        changed: list[str] = []
+
+        def work(jobs: list[Job]) -> Mapping[int, dict[str, Any]]:
+            if not name or not pair_in(library, name):
+                changed.append(change(False))
                 return {}
+            old = library.folder(name)
+            keep = library.was_learned_from(name) or any(_uses(job, old) for job in jobs)
+            changed.append(change(keep))
+            if replaces and changed[0] != name and not keep and is_as_made(library, name):
+                with suppress(UserError):  # what is open, or was not made here, stays
+                    self._sessions.release(old)
+                    library.set_aside(name)
+            return {}
 
-            with suppress(UserError):  # what is open, or was not made here, stays
-                self._sessions.release(old)
-                self._store.update_together(remove)
-                self._library.purge()
-        return target
+        self._store.update_together(work)
+        with suppress(UserError):
+            library.purge()
+        return changed[0]
 
     def delete(self, name: str, *, confirm: bool = False) -> None:
         """Delete a data set with its pictures and captions. LoRAs that were made with them stay.

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 MAX_PICTURE_BYTES = 64 << 20
 MAX_CAPTION_CHARACTERS = 20_000
 
-_MARK = ".lora-trainer-dataset"
+MARK = ".lora-trainer-dataset"
 _UNMARKED = re.compile(r"pictures \d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d")
 """Names that the page gave before data sets were marked."""
 _DELETED = ".deleted-"
 
 # Two pictures that come at once under one name get two names; of two that are left out at once, both are.
 _changing = threading.Lock()
+
+
+class NameTakenError(UserError):
+    """Another file has the name that a picture was to have."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class DatasetLibrary:
         """Whether it was made here: never what a link leads to, nor what somebody has put there."""
         if folder.resolve() != self.root.resolve() / folder.name:
             return False
-        return (folder / _MARK).is_file() or _UNMARKED.fullmatch(folder.name) is not None
+        return (folder / MARK).is_file() or _UNMARKED.fullmatch(folder.name) is not None
 
     def create(self, name: str) -> Path:
         """A new, empty dataset. Raises UserError when there is one of this name."""
@@ -115,7 +119,7 @@ class DatasetLibrary:
             raise UserError(
                 f"The dataset {name} cannot be made: {error.strerror}.", field="name", remedy="Free some space."
             ) from error
-        (path / _MARK).touch()
+        (path / MARK).touch()
         return path
 
     def add_text(self, file: str, data: bytes) -> str:
@@ -160,7 +164,7 @@ class DatasetLibrary:
         path, target = self.own(name), self.root / check_name(new, "name")
         if target.exists() and not (new.casefold() == name.casefold() and target.samefile(path)):
             raise UserError(f"There is a dataset {new} already.", field="name", remedy="Choose another name.")
-        (path / _MARK).touch()
+        (path / MARK).touch()
         _move(path, target, "{0} could not be renamed: {1}.", name)
         rename_user(self._cache, path.resolve(), target.resolve())
         return target
@@ -228,12 +232,32 @@ class DatasetLibrary:
             raise UserError(f"There is no picture {file!r} in {name}.", remedy="Reload the dataset.")
         return path
 
-    def add_picture(self, name: str, file: str, data: bytes, caption: str = "") -> str:
-        """Add a picture that can be trained on; a name that is taken gets a number. Returns the name it has now.
+    def copy_masks_and_edits(self, name: str, target: str, files: Sequence[str]) -> None:
+        """All masks, and what the editor does to these pictures, into another dataset. Raises UserError."""
+        from lora_trainer.dataset.listing import list_folder
+        from lora_trainer.dataset.picture_edits import load_edits, save_edits
 
-        ``caption``: see ``add_captions``, which is quicker for many at once.
+        root, new = self.folder(name), self.folder(target)
+        for file, mask in list_folder(root, links="none").masks.items():
+            atomic_write(new / f"{os.path.splitext(file)[0]}.mask{mask.suffix}", mask.read_bytes())
+        edits = {file: edit for file, edit in load_edits(root).items() if file in files}
+        if edits:
+            save_edits(new, edits)
+
+    def was_learned_from(self, name: str) -> bool:
+        """Whether a run of this server has encoded its pictures, also one that is not in the list any more."""
+        from lora_trainer.dataset.cache import list_of
+
+        return list_of(self._cache, self.folder(name).resolve()).exists()
+
+    def add_picture(self, name: str, file: str, data: bytes, caption: str = "", numbered: bool = True) -> str:
+        """Add a picture that can be trained on. Returns the name it has now.
+
+        ``caption``: see ``add_captions``, which is quicker for many at once. ``numbered``: a name that is taken gets a
+        number.
 
         Raises:
+            NameTakenError: without ``numbered``.
             UserError: naming the file: too large, not a picture, or not a name.
         """
         from lora_trainer.dataset.listing import is_picture
@@ -250,6 +274,9 @@ class DatasetLibrary:
                             field="pictures", remedy="Make it smaller; training scales it down anyway.")  # fmt: skip
         with _changing:
             target = _free(root, file, data)
+            if target.name != file and not numbered:
+                raise NameTakenError(f"There is a file {file} in {name} already.", field="pictures",
+                                     remedy="Choose another name.")  # fmt: skip
             if not target.exists():
                 temporary = target
                 try:

@@ -8,6 +8,7 @@ import io
 import pytest
 from PIL import Image
 
+from lora_trainer.dataset.cache import TensorCache
 from lora_trainer.planning.presets import preset
 from tests.jobs.fakes import make_pictures, wait_for
 
@@ -58,6 +59,77 @@ def test_another_picture_takes_the_place_and_what_was_trained_on_stays(client, p
     wait_for(lambda: manager.store.get(job).status == "finished", "the end")
     third = put("before", other["name"], color="blue").json()["name"]
     assert set(names(client)) == {other["name"], third}
+
+
+@pytest.fixture
+def pair(client, put):
+    """The name of a pair that nobody has used."""
+    name = put("before", caption="a cat").json()["name"]
+    return put("after", name, color="red").json()["name"]
+
+
+@pytest.mark.parametrize("why", ["renamed", "a mask", "notes", "a folder", "trained", "in the editor"])
+def test_a_pair_with_anything_of_a_persons_stays_when_a_picture_is_replaced(client, put, manager, pair, why):
+    root = manager.folders.datasets
+    if why == "renamed":
+        client.post(f"/datasets/{pair}/rename", json={"name": "我的眼睛"})
+        pair = "我的眼睛"
+    elif why == "a mask":
+        Image.new("L", (64, 64), 9).save(root / pair / "pair_mask.png")
+    elif why == "notes":
+        (root / pair / "notes.md").write_text("mine")
+    elif why == "a folder":
+        (root / pair / "pair.txt.d").mkdir()
+    elif why == "trained":  # by a job that is not in the list any more
+        TensorCache(manager.folders.data / "cache", user=root / pair).put("a" * 64, {})
+    else:
+        client.post(f"/datasets/{pair}/exclude", json={"files": ["pair_after.jpg", "pair.png"][1:]})
+    files = sorted(path.name for path in (root / pair).iterdir())
+    for place in ("after", "before"):
+        other = put(place, pair, color="green").json()
+        assert other["name"] != pair and other["before"]["caption"] == other["after"]["caption"] == "a cat"
+        assert sorted(path.name for path in (root / pair).iterdir()) == files
+        masks = [path.name for path in (root / other["name"]).glob("*mask*")]
+        assert masks == (["pair.mask.png"] if why == "a mask" else [])
+        assert other["before"]["excluded"] == (why == "in the editor" and place == "after"), "it was the other picture"
+
+
+def test_a_caption_without_its_picture_does_not_take_the_place(client, put, manager):
+    pair = put("before", caption="a cat").json()["name"]
+    orphan = manager.folders.datasets / pair / "pair_after.txt"
+    orphan.write_text("of another picture")
+    both = put("after", pair, color="red", name="b.png").json()
+    assert [both[place]["file"] for place in ("before", "after")] == ["pair.png", "pair_after.png"]
+    assert both["after"]["caption"] == "a cat" and both["name"] != pair
+    assert sorted(path.suffix for path in orphan.parent.glob("pair*")) == [".png", ".txt", ".txt"]
+
+
+def test_two_pages_that_fill_the_same_place_have_a_pair_each(client, put):
+    pair = put("before", caption="a cat").json()["name"]
+    first, second = (
+        client.post("/pairs", json={"place": "after", "dataset": pair, "free": True, "picture": upload(color=color)})
+        for color in ("red", "green")
+    )
+    assert first.json()["name"] == pair != second.json()["name"] and second.json()["before"]["caption"] == "a cat"
+    assert client.get(f"/datasets/{pair}/pair").json() == first.json(), "what the first page shows is there"
+
+
+def test_a_prompt_is_written_anew_only_where_no_job_knows_the_old_one(client, manager, pair):
+    def describe(name, text):
+        return client.post(f"/datasets/{name}/pair", json={"prompt": text}).json()
+
+    told = describe(pair, "a dog")
+    assert told["name"] == pair and told["before"]["caption"] == told["after"]["caption"] == "a dog"
+    client.post("/jobs", json={"settings": {"task": "pair", "train_data_dir": pair}})
+    before = client.get(f"/datasets/{pair}/pair").json()
+    assert describe(pair, "a dog") == before, "the same words are no change"
+    other = describe(pair, "a bird")
+    assert other["name"] != pair and other["before"]["caption"] == other["after"]["caption"] == "a bird"
+    assert client.get(f"/datasets/{pair}/pair").json() == before
+    count = len(names(client))
+    assert client.post(f"/datasets/{pair}/pair", json={"prompt": "x" * 20_001}).status_code == 400
+    assert client.post("/datasets/nothing/pair", json={"prompt": "x"}).status_code == 400
+    assert len(names(client)) == count
 
 
 def test_what_is_no_picture_or_no_pair_changes_nothing(client, put, manager):

@@ -9,7 +9,7 @@ import pytest
 
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset import images, known
-from lora_trainer.dataset.cache import forget
+from lora_trainer.dataset.cache import forget, rename_user
 from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.known import KnownPictures
 from lora_trainer.dataset.picture_edits import PictureEdit, save_edits
@@ -30,7 +30,7 @@ def looked(tmp_path, monkeypatch):
     def look():
         read.clear()
         return scan(
-            TrainConfig(train_data_dir=str(data), trigger_word="zwx", output_dir=str(tmp_path)),
+            TrainConfig(train_data_dir=str(data), trigger_word="zwx", output_dir=str(tmp_path), use_masks=True),
             known=KnownPictures(tmp_path / "cache", data),
         )
 
@@ -88,3 +88,33 @@ def test_it_goes_with_the_cache_and_a_damaged_list_is_made_anew(looked, tmp_path
     forget(tmp_path / "cache", data)
     assert not listed.exists()
     assert look() == first and len(read) == 5
+
+
+def test_a_mask_is_decoded_again_when_it_has_changed_and_never_taken_for_a_picture(looked):
+    look, read, data = looked
+    names = [sample.key for sample in look().samples]
+    masks = [data / f"{name[:-4]}_mask.png" for name in names[:2]]
+    for mask in masks:
+        shutil.copyfile(data / names[3], mask)
+    first = look()
+    assert sorted(read) == sorted(["damaged.png", *names[:2], *(mask.name for mask in masks)])
+    assert look() == first and read == ["damaged.png"]
+    masks[0].write_bytes(masks[0].read_bytes() + b"2")
+    assert look() == first and sorted(read) == sorted(["damaged.png", names[0], masks[0].name])
+    (data / names[1]).unlink()
+    last = look().samples[1]
+    assert sorted(read) == sorted(["damaged.png", masks[1].name]) and last.digest == first.samples[3].digest
+    masks[0].write_bytes(b"no picture")
+    assert names[0] not in [sample.key for sample in look().samples]
+
+
+def test_a_folder_that_is_renamed_keeps_what_is_known_of_it(looked, tmp_path):
+    look, read, data = looked
+    first = look()
+    new = data.rename(tmp_path / "new")
+    rename_user(tmp_path / "cache", data, new)
+    assert len(list((tmp_path / "cache" / "users").iterdir())) == 1, "and nothing under the old name"
+    read.clear()
+    config = TrainConfig(train_data_dir=str(new), trigger_word="zwx", output_dir=str(tmp_path))
+    second = scan(config, known=KnownPictures(tmp_path / "cache", new))
+    assert read == ["damaged.png"] and [one.digest for one in second.samples] == [one.digest for one in first.samples]

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_trainer.config import from_mapping
+from lora_trainer.dataset import images, known
 from lora_trainer.errors import UserError
 from lora_trainer.run import file_lender, train
+from lora_trainer.run.workloads import workload_of
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.state import read_state
 from tests.flux import tiny_flux
@@ -85,6 +87,18 @@ def settings(tmp_path, tiny_base):
 def run(settings, listener=None, commands=None):
     config = from_mapping(settings)
     return train(config, file_lender(config), callbacks=listener or Listener(), commands=commands)
+
+
+@pytest.mark.parametrize("kind", ["pair", "slider"])
+def test_pictures_that_have_not_changed_are_not_decoded_by_the_next_run(settings, monkeypatch, kind):
+    monkeypatch.setattr(known, "_FRESH", -(10**12))  # the files of a test are young
+    read, original = [], images._read
+    monkeypatch.setattr(images, "_read", lambda path: read.append(path.name) or original(path))
+    config = from_mapping(settings(kind))
+    for expected in ({"pair": 4, "slider": 5}[kind], 0):
+        read.clear()
+        workload_of(config).open(config, file_lender(config), Listener(), TrainCommands())
+        assert len(read) == expected
 
 
 class Killer(Listener):

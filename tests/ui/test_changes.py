@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("playwright.sync_api")
@@ -59,6 +62,34 @@ def test_a_pair_from_disk(page, tmp_path, manager, train):
     assert (config.task, config.lora_rank, config.min_timestep, config.trigger_word) == ("pair", 4, 500, "")
     assert config.preview_prompts == ["a woman, 肖像"] and config.max_train_steps == 50
     shot(page, "pair-done")
+
+
+def test_a_prompt_that_was_just_typed_is_that_of_the_run_and_of_no_earlier_one(page, tmp_path, manager, train):
+    def slowly(route):
+        if route.request.method == "POST":
+            time.sleep(0.3)
+        route.continue_()
+
+    def run(prompt):
+        page.fill("#lora_trainer_pair_prompt", prompt)
+        page.click("#lora_trainer_start")
+        page.wait_for_function("() => loraTrainer.get('job_state').innerText.includes('finished')"
+                               " && !loraTrainer.get('start').disabled")  # fmt: skip
+
+    train.free = True
+    way(page, "pair")
+    put(page, "before", picture(tmp_path / "a.png"))
+    put(page, "after", picture(tmp_path / "b.png", "red"))
+    page.fill("#lora_trainer_field_output_name", "eyes")
+    page.check("#lora_trainer_field_overwrite", force=True)
+    estimated(page)
+    page.route("**/datasets/**", slowly)
+    for count, prompt in enumerate(("a woman", "一个男人"), start=1):
+        run(prompt)
+        assert len(train.configs) == count and train.configs[-1].preview_prompts == [prompt]
+    first, second = (manager.folders.datasets / Path(config.train_data_dir).name for config in train.configs)
+    assert (first / "pair.txt").read_text() == "a woman" and (second / "pair.txt").read_text() == "一个男人"
+    assert page.input_value("#lora_trainer_pair_prompt") == "一个男人"
 
 
 def test_pictures_come_from_the_galleries_with_prompt_size_and_base_model(page, tmp_path, manager):

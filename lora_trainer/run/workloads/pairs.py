@@ -21,6 +21,7 @@ from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.known import KnownPictures
 from lora_trainer.dataset.pairs import NO_CAPTION, pairs_of
 from lora_trainer.dataset.samples import Dataset
 from lora_trainer.errors import UserError, concerning
@@ -34,7 +35,7 @@ from lora_trainer.run.workloads.image_model import (
     refuse_several,
     refuse_text_encoders,
 )
-from lora_trainer.run.workloads.pictures import cache_of, samples_key
+from lora_trainer.run.workloads.pictures import cache_of, known_pictures, samples_key
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.change_inputs import PairSource, SliderSource
 from lora_trainer.training.inputs import BatchSource
@@ -68,9 +69,14 @@ class TwoDatasets(OfImageModel):
 
     @classmethod
     def read(
-        cls, config: TrainConfig, progress: Callable[[int, int], None] | None = None
+        cls,
+        config: TrainConfig,
+        progress: Callable[[int, int], None] | None = None,
+        known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
     ) -> tuple[Dataset, Dataset, list[str]]:
-        """Both data sets, and what is to be told of them. Raises UserError."""
+        """Both data sets, and what is to be told of them. known: of the folder in train_data_dir, see ``scan``.
+
+        Raises UserError."""
         raise NotImplementedError
 
     @staticmethod
@@ -98,7 +104,9 @@ class TwoDatasets(OfImageModel):
         refuse_several(ranks)
         cls.check(config)
         info = describe_for_change(lender, config, callbacks, cls.task)
-        first, second, warnings = cls.read(config, lambda done, total: callbacks.on_phase("pictures", done, total))
+        first, second, warnings = cls.read(
+            config, lambda done, total: callbacks.on_phase("pictures", done, total), known_pictures
+        )
         for dataset in (first, second):
             for skipped in dataset.skipped:
                 callbacks.on_warning(f"{skipped.path.name} is left out: {skipped.reason}")
@@ -142,13 +150,16 @@ class PairedPictures(TwoDatasets):
 
     @classmethod
     def read(
-        cls, config: TrainConfig, progress: Callable[[int, int], None] | None = None
+        cls,
+        config: TrainConfig,
+        progress: Callable[[int, int], None] | None = None,
+        known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
     ) -> tuple[Dataset, Dataset, list[str]]:
         with concerning("copied_lora"):
             if config.copied_lora and config.pair_method == "copier":
                 read_lora(config.copied_lora)
         config = replace(config, reg_data_dir=None, more_folders=[])
-        dataset = scan(config, progress, stand_in=NO_CAPTION)
+        dataset = scan(config, progress, stand_in=NO_CAPTION, known=known(config))
         pairs = pairs_of(dataset, config.pair_suffix, same_size=config.pair_method == "alternating")
         return pairs.before, pairs.after, list(pairs.warnings)
 
@@ -215,16 +226,19 @@ class Opposites(TwoDatasets):
 
     @classmethod
     def read(
-        cls, config: TrainConfig, progress: Callable[[int, int], None] | None = None
+        cls,
+        config: TrainConfig,
+        progress: Callable[[int, int], None] | None = None,
+        known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
     ) -> tuple[Dataset, Dataset, list[str]]:
         if not config.opposite_dir:
             raise UserError(
                 "is empty.", field="opposite_dir", remedy="Name the folder with pictures of the opposite."
             )
-        first = scan(replace(config, reg_data_dir=None), progress)
+        first = scan(replace(config, reg_data_dir=None), progress, known=known(config))
         with concerning("opposite_dir", instead_of="train_data_dir"):
             opposite = replace(config, train_data_dir=config.opposite_dir, more_folders=[], reg_data_dir=None)
-            second = scan(replace(opposite, metadata_path=None), progress)
+            second = scan(replace(opposite, metadata_path=None), progress, known=known(opposite))
         if Path(config.opposite_dir).resolve() == Path(config.train_data_dir).resolve():
             raise UserError("It is the folder of the pictures itself.", field="opposite_dir", remedy="Name another.")
         return first, second, []

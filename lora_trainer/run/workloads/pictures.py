@@ -88,8 +88,9 @@ class Pictures(OfImageModel):
         if captioned is not None and captioned.cancelled:
             callbacks.on_warning("Not all pictures have a caption yet: the caption command describes the others.")
             return None
-        known = KnownPictures(cache_folder(config), data_folder(config))
-        dataset = scan(config, lambda done, total: callbacks.on_phase("pictures", done, total), known=known)
+        dataset = scan(
+            config, lambda done, total: callbacks.on_phase("pictures", done, total), known=known_pictures(config)
+        )
         for skipped in dataset.skipped:
             callbacks.on_warning(f"{skipped.path.name} is left out: {skipped.reason}")
         for warning in dataset.warnings:
@@ -177,6 +178,11 @@ def cache_of(config: TrainConfig, on_warning: Callable[[str], None]) -> TensorCa
 
 def cache_folder(config: TrainConfig) -> Path:
     return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def known_pictures(config: TrainConfig) -> KnownPictures:
+    """What earlier runs found of the pictures."""
+    return KnownPictures(cache_folder(config), data_folder(config))
 
 
 def data_folder(config: TrainConfig) -> Path:
