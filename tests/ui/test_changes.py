@@ -70,7 +70,9 @@ def test_a_prompt_that_was_just_typed_is_that_of_the_run_and_of_no_earlier_one(p
             time.sleep(0.3)
         route.continue_()
 
-    def run(prompt):
+    def run(name, prompt):
+        page.fill("#lora_trainer_field_output_name", name)
+        estimated(page)
         page.fill("#lora_trainer_pair_prompt", prompt)
         page.click("#lora_trainer_start")
         page.wait_for_function("() => loraTrainer.get('job_state').innerText.includes('finished')"
@@ -80,15 +82,12 @@ def test_a_prompt_that_was_just_typed_is_that_of_the_run_and_of_no_earlier_one(p
     way(page, "pair")
     put(page, "before", picture(tmp_path / "a.png"))
     put(page, "after", picture(tmp_path / "b.png", "red"))
-    page.fill("#lora_trainer_field_output_name", "eyes")
-    page.check("#lora_trainer_field_overwrite", force=True)
-    estimated(page)
     page.route("**/datasets/**", slowly)
     for count, prompt in enumerate(("a woman", "一个男人"), start=1):
-        run(prompt)
+        run(f"eyes {count}", prompt)
         assert len(train.configs) == count and train.configs[-1].preview_prompts == [prompt]
     first, second = (manager.folders.datasets / Path(config.train_data_dir).name for config in train.configs)
-    assert (first / "pair.txt").read_text() == "a woman" and (second / "pair.txt").read_text() == "一个男人"
+    assert [(one / "pair.txt").read_text().strip() for one in (first, second)] == ["a woman", "一个男人"]
     assert page.input_value("#lora_trainer_pair_prompt") == "一个男人"
 
 
