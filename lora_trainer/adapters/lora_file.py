@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_trainer.adapters import algebra
-from lora_trainer.adapters.base import Target
+from lora_trainer.adapters.base import Target, weight_shape
 from lora_trainer.adapters.tensor_file import open_tensors, specs_of
 from lora_trainer.errors import UserError
 
@@ -128,7 +128,7 @@ class LoraFile:
             if target.kohya_name in matched:
                 continue
             if target.swapped and (weights := self._named(_network_aliases(target.diffusers_name))) is not None:
-                matched[target.kohya_name] = _swapped(self.path, target.kohya_name, weights)
+                matched[target.kohya_name] = _swapped(self.path, target, weights)
                 used.add(weights.name)
             elif target.split:
                 parts = [(self._named(_network_aliases(name)), rows) for name, rows in target.split]
@@ -363,15 +363,16 @@ def _network_aliases(diffusers_name: str) -> list[str]:
     return [diffusers_name, path, f"lora_{part}_{joined}", f"lora_unet_{joined}", f"lycoris_{joined}"]
 
 
-def _swapped(path: Path, name: str, weights: ModuleWeights) -> ModuleWeights:
+def _swapped(path: Path, target: Target, weights: ModuleWeights) -> ModuleWeights:
     """A LoRA of a layer whose halves stand the other way round here."""
     if weights.kind != "lora" or set(weights.tensors) != {_DOWN, _UP}:
         raise UserError(
             f"{path.name}: {weights.name} is another layer in this model, and only a plain LoRA of it can be read.",
             remedy="Use a file in kohya's layout.",
         )
+    _check_rows(path, weights, weight_shape(target.module)[0])
     up = torch.cat(weights.tensors[_UP].chunk(2)[::-1])
-    return ModuleWeights(name, "lora", {_DOWN: weights.tensors[_DOWN], _UP: up}, weights.alpha)
+    return ModuleWeights(target.kohya_name, "lora", {_DOWN: weights.tensors[_DOWN], _UP: up}, weights.alpha)
 
 
 def _fused(path: Path, name: str, parts: Sequence[tuple[ModuleWeights | None, int]]) -> ModuleWeights:
@@ -394,13 +395,18 @@ def _fused(path: Path, name: str, parts: Sequence[tuple[ModuleWeights | None, in
         up = torch.zeros(rows, rank)
         if weights is not None:
             own = weights.tensors[_UP].float() * weights.scale
-            if len(own) != rows:
-                raise UserError(
-                    f"{path.name}: {weights.name} has {len(own)} outputs instead of {rows}.",
-                    remedy="It was made for another model.",
-                )
+            _check_rows(path, weights, rows)
             up[:, start : start + own.shape[1]] = own
             start += 0 if shared else own.shape[1]
         ups.append(up)
     down = downs[0] if shared else torch.cat(downs)
     return ModuleWeights(name, "lora", {_DOWN: down, _UP: torch.cat(ups)}, None)
+
+
+def _check_rows(path: Path, weights: ModuleWeights, rows: int) -> None:
+    """Raises UserError where a LoRA's layer has not so many outputs."""
+    if (own := len(weights.tensors[_UP])) != rows:
+        raise UserError(
+            f"{path.name}: {weights.name} has {own} outputs instead of {rows}.",
+            remedy="It was made for another model.",
+        )

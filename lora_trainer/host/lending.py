@@ -71,8 +71,6 @@ class WebuiLender(Lender):
 
     _choices: tuple[str, ...] = ()
     """The WebUI's options that decide on the form in which the model is there."""
-    _adds_modules = False
-    """Whether the WebUI adds text encoders and VAE to files that have none."""
 
     def __init__(self, webui: Any, turns: Turns, checkpoint: Any, options: LenderOptions):
         self._webui, self._turns, self._options = webui, turns, options
@@ -98,17 +96,7 @@ class WebuiLender(Lender):
         path = Path(self.checkpoint.filename)
         info = FileLender(path, vae=self._options.vae, v_prediction=self._options.v_prediction,
                           zero_terminal_snr=self._options.zero_terminal_snr, complete=False).describe()  # fmt: skip
-        if self._adds_modules:
-            return info
-        family = get_family(info.family)
-        if not family.a1111_loads(info.architecture):
-            raise UserError(
-                f"{path.name} is a flow model, which this WebUI does not load.",
-                field="base_model",
-                remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL, or of Stable Diffusion 3 medium.",
-            )
-        if info.prediction_type != "flow":  # the WebUI completes those that it loads
-            family.check_complete(info.architecture, path.name)
+        self._refuse_file(info)
         return info
 
     @contextmanager
@@ -174,6 +162,10 @@ class WebuiLender(Lender):
     @abstractmethod
     def _refuse_unsuitable(self, sd_model: Any) -> None:
         """Raises UserError when this model, or the way in which it is run, does not let it be trained."""
+
+    def _refuse_file(self, info: ModelInfo) -> None:
+        """Raises UserError for a file that the WebUI would not load as a whole model."""
+        return
 
     @abstractmethod
     def _load_ours(self) -> Any:

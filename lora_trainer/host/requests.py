@@ -20,14 +20,20 @@ def preview_request(prompt: str, config: TrainConfig, info: ModelInfo, seed: int
     size = parse_resolution(config.resolution)
     side = get_family(info.family).default_resolution(info)
     width, height = size if isinstance(size, tuple) else (side, side)
+    multiple = get_family(info.family).latents.multiple
     wanted = parse_prompt(prompt)
     request = PreviewRequest(
         wanted.text,
         str(info.path or ""),
         wanted.negative,
         seed=seed if wanted.seed is None else wanted.seed,
-        width=wanted.width or width,
-        height=wanted.height or height,
+        width=_whole(wanted.width or width, multiple),
+        height=_whole(wanted.height or height, multiple),
     )
     given: dict[str, Any] = {"steps": wanted.steps, "cfg_scale": wanted.cfg}
     return replace(request, **{name: value for name, value in given.items() if value is not None})
+
+
+def _whole(side: int, multiple: int) -> int:
+    """The largest side of a picture that the model draws, at most ``side``."""
+    return max(multiple, side - side % multiple)

@@ -54,5 +54,5 @@ class HostPreviewer:
         from lora_trainer.adapters.metadata import network_module
         from lora_trainer.models.families import get_family
 
-        base = get_family(self._info.family).lora_metadata(self._info.prediction_type)
+        base = get_family(self._info.family).lora_metadata(self._info.prediction_type, self._info.architecture)
         return {**base, "ss_network_module": network_module(self._config)}

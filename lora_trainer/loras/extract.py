@@ -109,7 +109,8 @@ def extract(
         raise UserError(f"{base.name} and {tuned} do not differ in any layer of a LoRA.", remedy="Choose another pair.")
     ranks = [factors.rank for factors in found.values()]
     prediction = FileLender(tuned).describe().prediction_type if architectures[1].vae is not None else "epsilon"
-    metadata = {**get_family(architectures[0].family).lora_metadata(prediction), "ss_sd_model_name": base.name}
+    family = get_family(architectures[0].family)
+    metadata = {**family.lora_metadata(prediction, architectures[0]), "ss_sd_model_name": base.name}
     write_factors(
         found,
         output,

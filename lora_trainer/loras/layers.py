@@ -136,14 +136,23 @@ def open_layers(path: str | Path, base: str | Path | None = None, turn: Turn = n
         candidates = {architecture.family: architecture}
     else:
         said = family_of_lora(lora.metadata)
-        usual = {name: family.usual for name, family in families().items() if family.usual is not None}
+        version = lora.metadata.get("ss_base_model_version", "")
+        usual = {name: family.usual_for(version, lora.modules) for name, family in families().items()}
+        usual = {name: architecture for name, architecture in usual.items() if architecture is not None}
         candidates = {said: usual[said]} if said in usual else usual
-    found = []
+    found: list[Layers] = []
+    refused: UserError | None = None
     for family, architecture in candidates.items():
         with turn():
             targets = targets_of(architecture)
-        matched, unmatched = lora.match(targets)
+        try:
+            matched, unmatched = lora.match(targets)
+        except UserError as error:  # names of another family's layers, in other sizes
+            refused = refused or error
+            continue
         found.append(Layers(lora, family, targets, matched, unmatched))
+    if refused is not None and not any(layers.matched for layers in found):
+        raise refused
     best = max(found, key=lambda layers: len(layers.matched))
     if not best.matched:
         of_what = f"{base}" if base is not None else " or ".join(candidates)

@@ -7,7 +7,7 @@ outside of that folder compares names of families.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,17 @@ class Family(ABC):
         """Whether AUTOMATIC1111 1.10 loads such a model."""
         return True
 
+    def kind(self, architecture: Any) -> str:
+        """What such a model is called, where its family has several."""
+        return self.title
+
+    def usual_for(self, version: str, names: Collection[str]) -> Any:
+        """Of ``usual`` the one that a LoRA is for; None where there is no such model.
+
+        version: its ``ss_base_model_version``, or "". names: of its layers.
+        """
+        return self.usual
+
     def check_settings(self, config: TrainConfig) -> None:
         """Raises UserError for settings that no LoRA of this family can be trained with."""
         return
@@ -220,7 +231,7 @@ class Family(ABC):
         """The model without weights. To be called in a turn of the lender's, as everything that builds modules."""
 
     @abstractmethod
-    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
+    def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
         """Metadata of LoRA files by which readers tell the base model: ``ss_base_model_version``, ``ss_v2``,
         ``modelspec.architecture`` and ``modelspec.implementation``."""
 

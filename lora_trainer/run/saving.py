@@ -130,7 +130,7 @@ def model_facts(
     """What the metadata says of a run without pictures."""
     now = time.time()
     return RunFacts(
-        base=get_family(info.family).lora_metadata(info.prediction_type),
+        base=get_family(info.family).lora_metadata(info.prediction_type, info.architecture),
         prediction_type=info.prediction_type,
         model_name=info.path.name if info.path else info.name,
         model_path=info.path,

@@ -45,7 +45,7 @@ FACTS = {
 
 def build(config=None, family="sd1", **facts):
     facts = {**FACTS, **facts}
-    base = get_family(family).lora_metadata(facts["prediction_type"])
+    base = get_family(family).lora_metadata(facts["prediction_type"], None)
     return build_metadata(config or settings(output_name="mine"), RunFacts(base=base, **facts))
 
 

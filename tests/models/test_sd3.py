@@ -13,7 +13,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
-from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
+from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, t5_tokenizer
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests import sd3 as tiny
 from tests.flux import TEXT
@@ -204,6 +204,18 @@ def test_latents_have_their_scale_and_shift(base):
         latents = model.sample_latents(moments, None)
         torch.testing.assert_close(latents, (moments[:, :16] - 0.0609) * 1.5305)
         assert model.decode_latents(latents).shape == (1, 3, 32, 32)
+
+
+def test_the_tokenizer_of_t5_is_known_by_its_tokens(tmp_path):
+    clip, t5 = tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "tokenizer_3" / "tokenizer.json"
+    clip.parent.mkdir()
+    clip.write_text('{"model": {"type": "BPE", "vocab": {"a</w>": 0, "<|endoftext|>": 1}, "merges": []}}')
+    tiny.write_tokenizer(t5.parent)
+    assert t5_tokenizer([clip.parent, tmp_path]) == t5
+    clip.write_bytes(t5.read_bytes())  # a model with T5 alone has it there
+    assert t5_tokenizer([clip.parent, tmp_path]) == t5
+    t5.unlink()
+    assert t5_tokenizer([clip.parent, tmp_path]) == clip
 
 
 def test_what_is_missing_is_named(base, tmp_path):

@@ -191,7 +191,7 @@ class Toy(Family):
         weights = sum(weight.numel() for weight in network.parameters())
         return MetaModel(architecture, weights, tuple(targets(network)))
 
-    def lora_metadata(self, prediction_type):
+    def lora_metadata(self, prediction_type, architecture):
         return {"ss_base_model_version": "toy_v1", "modelspec.architecture": "toy/lora"}
 
     def parts(self, architecture, resolution, config) -> Iterator[Part]:

@@ -15,7 +15,9 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.cli.main import main
 from lora_trainer.config import from_mapping
+from lora_trainer.errors import UserError
 from lora_trainer.loras.convert import convert
+from lora_trainer.loras.layers import open_layers
 from lora_trainer.loras.resize import resize
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import family_of_lora, get_family
@@ -50,7 +52,7 @@ def test_the_file_is_one_that_a1111_and_forge_both_read(trained):
     _, out = trained
     lora = out / "taught.safetensors"
     described = describe(lora)
-    assert described.modules == {"unet": 17} and described.base_version == "sd3" and not described.problems
+    assert described.modules == {"unet": 17} and described.base_version == "3-medium" and not described.problems
     assert family_of_lora(read_lora(lora).metadata) == "sd3"
     tensors = load_file(str(lora))
     # A1111 splits every name at its last two dots into three parts, and gives the file up where one has fewer.
@@ -109,6 +111,41 @@ def test_every_layout_is_the_same_change(trained, tmp_path):
     assert (expected - changed(settings, None)).abs().max() > 1e-3
     for name in ("diffusers-converted", "kohya-converted", "resized", "onetrainer"):
         torch.testing.assert_close(changed(settings, tmp_path / f"{name}.safetensors"), expected, atol=2e-5, rtol=1e-4)
+
+
+def without_base(path, version, width, rows):
+    """A LoRA in diffusers' layout, found in the usual model of its variant. rows: outputs by the layer's name."""
+    tensors = {}
+    for name, outside in rows.items():
+        tensors[f"transformer.transformer_blocks.{name}.lora_A.weight"] = torch.randn(1, width)
+        tensors[f"transformer.transformer_blocks.{name}.lora_B.weight"] = torch.randn(outside, 1)
+    save_file(tensors, str(path), metadata={"ss_base_model_version": version})
+    found = open_layers(path)
+    ups = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+    return found, {name.split("blocks.")[1].removesuffix(".lora_B.weight"): up for name, up in ups.items()}
+
+
+@pytest.mark.parametrize("version", ["sd3", "3-5-large"])
+def test_without_the_base_a_lora_of_3_5_large_is_read_as_one(tmp_path, version):
+    rows = {"23.norm1_context.linear": 6 * 2432, "37.norm1_context.linear": 2 * 2432}
+    found, ups = without_base(tmp_path / "large.safetensors", version, 2432, rows)
+    read = [found.matched[f"lora_unet_joint_blocks_{block}_context_block_adaLN_modulation_1"] for block in (23, 37)]
+    assert not found.unmatched and torch.equal(read[0].tensors["lora_up.weight"], ups["23.norm1_context.linear"])
+    swapped = torch.cat(ups["37.norm1_context.linear"].chunk(2)[::-1])
+    assert torch.equal(read[1].tensors["lora_up.weight"], swapped)
+
+
+@pytest.mark.parametrize("version", ["sd3", "3-5-medium"])
+def test_without_the_base_a_lora_of_3_5_medium_keeps_the_second_attention(tmp_path, version):
+    found, _ = without_base(tmp_path / "medium.safetensors", version, 1536, {"3.attn2.to_q": 1536, "3.attn.to_q": 1536})
+    assert not found.unmatched and set(found.matched) == {
+        f"lora_unet_joint_blocks_3_x_block_{attention}_qkv" for attention in ("attn", "attn2")
+    }
+
+
+def test_a_layer_of_another_variant_is_not_swapped(tmp_path):
+    with pytest.raises(UserError, match="has 14592 outputs instead of 3072"):
+        without_base(tmp_path / "large.safetensors", "3-medium", 2432, {"23.norm1_context.linear": 6 * 2432})
 
 
 def test_the_family_says_its_numbers(trained):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_trainer.errors import UserError
 from lora_trainer.host.a1111.loras import A1111Loras
 from lora_trainer.host.a1111.model import HostModel, refuse_lowvram, refuse_unsuitable, refuse_without_t5
 from lora_trainer.host.a1111.residence import CPU, Residence
@@ -21,9 +22,14 @@ from lora_trainer.models.families import get_family
 from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.families.unet.names import VAE
+from lora_trainer.models.family import Family
 from lora_trainer.models.tensors import open_source
 
 log = logging.getLogger(__name__)
+
+
+_SD3 = "model.diffusion_model.x_embedder.proj.weight"
+"""By which A1111 knows a file of Stable Diffusion 3."""
 
 
 class A1111Lender(WebuiLender):
@@ -37,7 +43,39 @@ class A1111Lender(WebuiLender):
 
     def describe(self) -> ModelInfo:
         refuse_lowvram(self._webui)  # whether a model is loaded or not
-        return super().describe()
+        info = super().describe()
+        if info.prediction_type == "flow":
+            self._refuse_without_vae(get_family(info.family))
+        return info
+
+    def _refuse_file(self, info: ModelInfo) -> None:
+        path, family = Path(self.checkpoint.filename), get_family(info.family)
+        if not family.a1111_loads(info.architecture):
+            raise UserError(
+                f"{path.name} is {family.kind(info.architecture)}, which this WebUI does not load.",
+                field="base_model",
+                remedy="Choose a checkpoint of Stable Diffusion 1, 2 or XL, or of Stable Diffusion 3 medium.",
+            )
+        if info.prediction_type != "flow":
+            family.check_complete(info.architecture, path.name)
+        elif _SD3 not in open_source(path).shapes:
+            raise UserError(
+                f"{path.name} is a transformer alone, which this WebUI does not load: no tensor is named {_SD3}.",
+                field="base_model",
+                remedy=f"Choose an all-in-one file of {family.title} medium.",
+            )
+
+    def _refuse_without_vae(self, family: Family) -> None:
+        """To a file of Stable Diffusion 3 A1111 adds text encoders, but no VAE: it loads one that nobody filled."""
+        path = Path(self.checkpoint.filename)
+        if self._options.vae or self._webui.sd_vae.resolve_vae(str(path)).vae:
+            return
+        if not any(name.startswith(VAE) for name in open_source(path).shapes):
+            raise UserError(
+                f"{path.name} has no VAE, and this WebUI adds none.",
+                field="vae",
+                remedy=f'Choose the VAE of {family.title} here, or as "SD VAE" in the settings.',
+            )
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,13 @@ class HostModel:
                 found[name] = stored[attribute] if value is None else value
         return found
 
-    def device(self, part: str) -> torch.device:
-        return next(self.roots[part].parameters()).device
+    def devices(self, part: str) -> set[torch.device]:
+        """Where the part lies: one device, but for encoders that the WebUI moves one by one (``medvram_modules``)."""
+        moved = [self.roots[part]]
+        if part == "text_encoders" and is_flow(self.sd_model):
+            encoders = self.sd_model.cond_stage_model
+            moved = [one for one in (encoders.clip_g, encoders.clip_l, encoders.t5xxl) if one is not None]
+        return {next(module.parameters()).device for module in moved}
 
     def architecture(self, tensors: Mapping[str, Tensor], hints: Hints) -> Any:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -126,7 +126,7 @@ class Residence:
             lowvram.module_in_gpu = None
         lowvram.send_everything_to_cpu()
         for part in PARTS - {keep}:
-            if self._on_device(part):
+            if self._device in self._host.devices(part):
                 roots[part].to(CPU)
 
     def _park(self) -> None:
@@ -147,7 +147,8 @@ class Residence:
         return self.one_at_a_time and self._on_device("vae")
 
     def _on_device(self, part: str) -> bool:
-        return self._host.device(part) == self._device
+        """As a whole."""
+        return self._host.devices(part) == {self._device}
 
     def _is_here(self, sd_model: nn.Module) -> bool:
         return any(parameter.device == self._device for parameter in sd_model.parameters())

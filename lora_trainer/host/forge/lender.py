@@ -36,7 +36,6 @@ class ForgeLender(WebuiLender):
     """
 
     _choices = ("forge_additional_modules", "forge_unet_storage_dtype")
-    _adds_modules = True
 
     def describe(self) -> ModelInfo:
         info = super().describe()  # what the model is comes before the form in which Forge would keep it

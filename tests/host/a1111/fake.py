@@ -180,7 +180,9 @@ class FakeA1111:
         self.sd_unet = SimpleNamespace(
             current_unet=None, get_unet_option=self._get_unet_option, apply_unet=self._apply_unet
         )
-        self.sd_vae = SimpleNamespace(loaded_vae_file=None)
+        self.sd_vae = SimpleNamespace(
+            loaded_vae_file=None, resolve_vae=lambda checkpoint: SimpleNamespace(vae=self.sd_vae.loaded_vae_file)
+        )
         self.processing = SimpleNamespace(
             opt_f=8,
             StableDiffusionProcessing=Processing,

@@ -399,7 +399,7 @@ def test_captions_take_their_turn_on_the_hosts_device(a1111, webui):
 def test_a_flow_model_is_refused_for_what_it_is(a1111, webui, tmp_path):
     info = Info(Path(str(tiny_flux(tmp_path)["base_model"])))
     webui.sd_models.checkpoints_list[info.title] = info
-    with pytest.raises(UserError, match="is a flow model, which this WebUI does not load"):
+    with pytest.raises(UserError, match=r"is FLUX\.1, which this WebUI does not load"):
         a1111.lender(info.title, OPTIONS).describe()
 
 

@@ -42,7 +42,8 @@ def test_with_medvram_one_part_at_a_time_is_on_the_device(lender, webui):
 
     webui.lowvram.send_everything_to_cpu = send_everything_to_cpu
     webui.devices = SimpleNamespace(device=cuda, torch_gc=lambda: None)
-    host = SimpleNamespace(sd_model=SimpleNamespace(lowvram=True), roots=roots, device=lambda part: roots[part].where)
+    sd_model = SimpleNamespace(lowvram=True)
+    host = SimpleNamespace(sd_model=sd_model, roots=roots, devices=lambda part: {roots[part].where})
     moved = []
     residence = Residence(webui, host, cuda, lambda part, is_here: moved.append((part, is_here)))
     residence.enter()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
+from lora_trainer.host.a1111.model import HostModel
+from lora_trainer.host.a1111.residence import Residence
 from lora_trainer.host.drawing import _guidance
 from lora_trainer.models.base import Conditioning, ModelAwayError
 from lora_trainer.models.tokenizer import load_tokenizer
@@ -66,7 +69,8 @@ class Model(nn.Module):
 @pytest.fixture
 def load(files, webui):
     def loaded(t5: bool = False):
-        info = Info(Path(files["base_model"]))
+        whole = tiny.tiny_sd3(Path(files["base_model"]).parent / "whole", t5=False, whole=True)
+        info = Info(Path(whole["base_model"]))
         webui.sd_models.checkpoints_list[info.title] = info
         model = Model(files, t5)
         webui._build = lambda tensors, info: model
@@ -134,13 +138,58 @@ def test_a_t5_is_read_where_the_setting_was_on_when_it_began(load, a1111, webui)
 
 @pytest.mark.parametrize(("sizes", "loads"), [({}, True), ({"normalized": True}, False)])
 def test_only_medium_is_described_from_a_file(webui, a1111, tmp_path, sizes, loads):
-    settings = tiny.tiny_sd3(tmp_path / "files", **sizes)
+    settings = tiny.tiny_sd3(tmp_path / "files", whole=True, **sizes)
     info = Info(Path(settings["base_model"]))
     webui.sd_models.checkpoints_list[info.title] = info
     lender = a1111.lender(info.title, OPTIONS)
     if loads:
         assert lender.describe().family == "sd3"  # its text encoders come from A1111
         return
-    with pytest.raises(UserError, match="which this WebUI does not load") as refused:
+    with pytest.raises(UserError, match=r"is Stable Diffusion 3\.5 large, which this WebUI does not load") as refused:
         lender.describe()
     assert "3 medium" in refused.value.remedy
+
+
+def test_a_file_that_a1111_does_not_know_is_refused(webui, a1111, files):
+    info = Info(Path(files["base_model"]))  # whose tensors have no prefix
+    webui.sd_models.checkpoints_list[info.title] = info
+    with pytest.raises(UserError, match=r"no tensor is named model\.diffusion_model\.x_embedder"):
+        a1111.lender(info.title, replace(OPTIONS, vae=files["vae"])).describe()
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_vae_must_come_from_somewhere(load, webui, a1111, files, tmp_path, is_loaded):
+    theirs = load()
+    whole = load_file(theirs.sd_checkpoint_info.filename)
+    path = tmp_path / "bare.safetensors"
+    save_file({name: it for name, it in whole.items() if not name.startswith("first_stage_model.")}, str(path))
+    info = Info(path)
+    webui.sd_models.checkpoints_list[info.title] = info
+    if is_loaded:  # with a VAE of random numbers
+        webui.select("bare")
+        theirs.sd_checkpoint_info = info
+    with pytest.raises(UserError, match="has no VAE, and this WebUI adds none") as refused:
+        a1111.lender(info.title, OPTIONS).describe()
+    assert refused.value.field == "vae"
+    assert a1111.lender(info.title, replace(OPTIONS, vae=files["vae"])).describe().family == "sd3"
+    webui.sd_vae.loaded_vae_file = files["vae"]
+    assert a1111.lender(info.title, OPTIONS).describe().family == "sd3"
+
+
+@torch.no_grad()
+def test_with_medvram_encoders_that_lie_apart_are_brought_together(load, webui):
+    theirs, here = load(t5=True), torch.device("meta")
+    theirs.lowvram, text = True, theirs.text_encoders
+    text.to = lambda device: nn.Module.to_empty(text, device=device)
+    residence = Residence(webui, HostModel(theirs, True), here, lambda part, is_here: None)
+    encoder = nn.Identity()
+    vae = SimpleNamespace(encoder=SimpleNamespace(conv_in=nn.Identity()), post_quant_conv=nn.Identity())
+    residence.attach(SimpleNamespace(unet=nn.Identity(), vae=vae, text_encoders=[encoder]))
+    for one in (text.clip_l, text.clip_g, text.t5xxl):  # the WebUI moves them one by one
+        text.to(torch.device("cpu"))
+        one.to(here)
+        encoder(torch.zeros(1))
+        assert {weight.device for weight in text.parameters()} == {here}
+        assert webui.lowvram.module_in_gpu is text
+        webui.lowvram.module_in_gpu = None
+    text.to(torch.device("cpu"))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.host.drawing import _guidance
+from lora_trainer.host.requests import preview_request
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.tokenizer import load_tokenizer
@@ -124,6 +125,14 @@ def test_clip_skip_and_t5_are_as_the_settings_were_when_it_began(engine, forge, 
 
 def test_its_pictures_are_guided_by_a_second_prediction(engine):
     assert _guidance(engine._build(), None) == {"cfg_scale": 4.5} and _guidance(engine._build(), 3) == {"cfg_scale": 3}
+
+
+def test_its_pictures_have_sides_that_it_draws(engine, forge):
+    config = from_mapping({"base_model": "x", "train_data_dir": "x", "resolution": "1000,520"})
+    info = forge.lender("sd3", OPTIONS).describe()
+    sides = [(one.width, one.height) for one in (preview_request(prompt, config, info, 1) for prompt in
+             ("red", "red --w 72 --h 600"))]  # fmt: skip
+    assert sides == [(992, 512), (64, 592)]
 
 
 def test_a_file_that_is_not_loaded_is_described(engine, forge, files, tmp_path):

@@ -99,7 +99,7 @@ class ChromaFamily(FlowFamily):
     def layers(self, transformer: ChromaShape) -> Iterator[Layer]:
         return layers(transformer)
 
-    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
+    def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
         return {
             "ss_base_model_version": "chroma",
             "ss_v2": "False",

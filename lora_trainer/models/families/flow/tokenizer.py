@@ -88,10 +88,13 @@ def load_tokenizers(folders: Iterable[Path]) -> FlowTokenizer:
 
 
 def t5_tokenizer(folders: Sequence[Path]) -> Path | None:
-    """The first tokenizer.json in ``folders`` that is not CLIP's, or in the local cache of Hugging Face."""
+    """The first tokenizer.json in ``folders`` that is T5's, or in the local cache of Hugging Face."""
     for folder in folders:
-        for place in (folder, folder / "tokenizer_3", folder / "tokenizer_2", folder / "t5xxl"):
-            if (place / "tokenizer.json").is_file() and not (place / "merges.txt").is_file():
+        # A model's folder has T5's under the highest number, and is asked before its folder "tokenizer".
+        roots = (folder.parent, folder) if folder.name == "tokenizer" else (folder,)
+        numbered = [root / name for root in roots for name in ("tokenizer_3", "tokenizer_2", "t5xxl")]
+        for place in (*numbered, folder):
+            if _is_t5(place / "tokenizer.json"):
                 return place / "tokenizer.json"
     from huggingface_hub import try_to_load_from_cache
 
@@ -99,3 +102,12 @@ def t5_tokenizer(folders: Sequence[Path]) -> Path | None:
         if isinstance(found := try_to_load_from_cache(repository, name), str):
             return Path(found)
     return None
+
+
+def _is_t5(file: Path) -> bool:
+    """Whether it is a tokenizer with T5's end and padding, which CLIP's has not."""
+    try:
+        content = file.read_bytes()
+    except OSError:  # not there, mostly
+        return False
+    return b'"</s>"' in content and b'"<pad>"' in content

@@ -100,7 +100,7 @@ class FluxFamily(FlowFamily):
             found += text_targets(text_body(clip), shape, "lora_te1", 0)
         return found
 
-    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
+    def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
         return {
             "ss_base_model_version": "flux1",
             "ss_v2": "False",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_trainer.models.families.sd3.architecture import Sd3Shape
 from lora_trainer.models.families.sd3.model import T5_CONTEXT, Sd3Model
 from lora_trainer.models.families.sd3.names import layers, usual_name
 from lora_trainer.models.families.sd3.network import MMDiT
+from lora_trainer.models.families.sd3.shapes import MEDIUM
 from lora_trainer.models.families.sd3.work import parts, trial
 from lora_trainer.models.families.unet.architecture import TextShape, clip_l
 from lora_trainer.models.family import LatentFormat, Shapes, Trial
@@ -33,16 +34,10 @@ _SHIFT = 3.0  # of the hosts' sampler
 _CFG = 4.5
 
 
-class Sd3Family(FlowFamily):
-    name = "sd3"
-    title = reading.TITLE
-    latents = LatentFormat(channels=16, factor=8, multiple=16, scale=1.5305, shift=0.0609)
-    lora_versions = ("sd3", "3-medium", "3-5-")  # ours, and kohya's names
-    roomy_bytes, tight_bytes = 24 << 30, 8 << 30
-    unused = idle(clip_skip="the WebUI says which layer of CLIP Stable Diffusion 3 reads")
-    usual = FlowArchitecture(
+def _usual(variant: str) -> FlowArchitecture:
+    return FlowArchitecture(
         "sd3",
-        Sd3Shape(24, 0, 1536, 24, 6144, 16, 4096, 2048, 192, normalized=False),
+        reading.USUAL[variant],
         None,
         (
             clip_l(CLIP_L),
@@ -50,6 +45,16 @@ class Sd3Family(FlowFamily):
         ),
         T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32),
     )
+
+
+class Sd3Family(FlowFamily):
+    name = "sd3"
+    title = reading.TITLE
+    latents = LatentFormat(channels=16, factor=8, multiple=16, scale=1.5305, shift=0.0609)
+    lora_versions = ("3-medium", "3-5-", "sd3")  # the last is ours of before
+    roomy_bytes, tight_bytes = 24 << 30, 8 << 30
+    unused = idle(clip_skip="the WebUI says which layer of CLIP Stable Diffusion 3 reads")
+    usual = _usual(MEDIUM)
     encoders: Mapping[str, tuple[str, str]] = {
         CLIP_L: ("CLIP-L", "clip_l.safetensors"),
         CLIP_G: ("CLIP-G", "clip_g.safetensors"),
@@ -85,7 +90,13 @@ class Sd3Family(FlowFamily):
         return {"pooled": pooled} | ({} if architecture.t5 is None else {"context": architecture.t5.width})
 
     def a1111_loads(self, architecture: FlowArchitecture) -> bool:
-        return not architecture.transformer.normalized  # medium, and not 3.5
+        return reading.variant(architecture.transformer) == MEDIUM
+
+    def kind(self, architecture: FlowArchitecture) -> str:
+        return reading.TITLES[reading.variant(architecture.transformer)]
+
+    def usual_for(self, version: str, names: Collection[str]) -> FlowArchitecture:
+        return _usual(reading.variant_of_lora(version, names))
 
     def check_settings(self, config: TrainConfig) -> None:
         if config.adapter != "lora" or config.dora:
@@ -120,9 +131,9 @@ class Sd3Family(FlowFamily):
     def layers(self, transformer: Sd3Shape) -> Iterator[Layer]:
         return layers(transformer)
 
-    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
+    def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
         return {
-            "ss_base_model_version": "sd3",
+            "ss_base_model_version": reading.variant(architecture.transformer),
             "ss_v2": "False",
             "modelspec.architecture": "stable-diffusion-3/lora",
             "modelspec.implementation": "https://github.com/Stability-AI/sd3-ref",

@@ -21,7 +21,7 @@ from lora_trainer.models.families.flow.network import (
     sinusoids,
 )
 from lora_trainer.models.families.sd3.architecture import Sd3Shape
-from lora_trainer.storage import dense_weight
+from lora_trainer.storage import dense_weight, packing_of
 
 PATCH = 2
 
@@ -157,8 +157,12 @@ class MMDiT(nn.Module):
         if max(rows, columns) > side:
             raise ValueError(f"this model knows pictures of up to {side}×{side} patches, not {rows}×{columns}")
         top, left = (side - rows) // 2, (side - columns) // 2
-        table = dense_weight(self.pos_embed, dtype).unflatten(1, (side, side))
-        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+        table: Tensor = self.pos_embed
+        if packing_of(table) is not None or not table.is_floating_point():
+            table = dense_weight(table, dtype)
+        # Cast after it was cut: the table is that of the largest picture.
+        table = table.unflatten(1, (side, side))[:, top : top + rows, left : left + columns]
+        return dense_weight(table, dtype).flatten(1, 2)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -170,12 +170,12 @@ class UNetFamily(Family):
         weights = sum(weight.numel() for part in (unet, *vae, *encoders) for weight in part.parameters())
         return MetaModel(architecture, weights, tuple(targets))
 
-    def lora_metadata(self, prediction_type: str) -> dict[str, str]:
-        version, architecture = self._versions(prediction_type == "v_prediction")
+    def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
+        version, standard = self._versions(prediction_type == "v_prediction")
         return {
             "ss_base_model_version": version,
             "ss_v2": str(self.is_v2),
-            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.architecture": f"{standard}/lora",
             "modelspec.implementation": self.implementation,
         }
 
