@@ -133,7 +133,7 @@ class WebuiLender(Lender):
     def switch_back(self) -> None:
         with self._turns.take():
             data = self._webui.shared.opts.data
-            data.update({name: self._chosen_first[name] for name in self._choices})
+            data.update({name: self._chosen_first[name] for name in self._choices if name in self._chosen_first})
             self._select(self.checkpoint.title if self._follows_selection else self._selected().title)
 
     def device_turn(self) -> AbstractContextManager[None]:
@@ -313,9 +313,9 @@ class WebuiLender(Lender):
         return self._webui.sd_models.select_checkpoint()
 
     def _chosen(self) -> dict[str, Any]:
-        """What a person has chosen of what the run depends on."""
+        """What a person has chosen of what the run depends on; a WebUI need not have all of these options."""
         data = self._webui.shared.opts.data
-        chosen = {name: copy(data.get(name)) for name in self._choices}
+        chosen = {name: copy(data[name]) for name in self._choices if name in data}
         return chosen | {"checkpoint": self._selected().filename} if self._follows_selection else chosen
 
     def _refuse_when_switched(self) -> None:
