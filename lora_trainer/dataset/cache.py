@@ -31,7 +31,7 @@ PIXELS_VERSION = 1
 """Raised whenever ``images.load_pixels`` gives other pixels for the same picture."""
 
 _Stamp = tuple[int, int]  # size in bytes, time of the last change in nanoseconds
-_FRESH = 2 * 10**9
+FRESH = 2 * 10**9
 """Nanoseconds in which a file may change twice without its time telling: a younger one is read."""
 _DIGITS = frozenset(string.hexdigits)
 PICTURES = ".pictures"  # the suffix of what was found of a folder's pictures, see ``known``
@@ -103,7 +103,7 @@ class TensorCache:
         stamp = self._stamp(key)
         if stamp is None:
             return False
-        if stamp == known and time.time_ns() - stamp[1] > _FRESH:
+        if stamp == known and time.time_ns() - stamp[1] > FRESH:
             return True
         found = self.get(key) is not None
         if found and stamp != known:

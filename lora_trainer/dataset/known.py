@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from lora_trainer.dataset.cache import PICTURES, list_of
+from lora_trainer.dataset.cache import FRESH, PICTURES, list_of
 from lora_trainer.dataset.samples import Size
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
@@ -15,8 +15,6 @@ from lora_trainer.files import atomic_write
 _MASK = "mask"  # in the place of a digest: the file was decoded as a mask, which is checked less than a picture
 
 _Stamp = tuple[int, int, int]  # size in bytes, times of the last change of content and of the file in nanoseconds
-_FRESH = 2 * 10**9
-"""Nanoseconds in which a file may change twice without its times telling: what is younger is read again."""
 
 
 class KnownPictures:
@@ -54,7 +52,7 @@ class KnownPictures:
 
     def add(self, path: str, before: _Stamp | None, size: Size, digest: str) -> None:
         """before: the file's stamp before it was read."""
-        if before is not None and time.time_ns() - max(before[1:]) > _FRESH and "\n" not in path:
+        if before is not None and time.time_ns() - max(before[1:]) > FRESH and "\n" not in path:
             self._seen[path.removeprefix(self._start)] = before, size, digest
             self._fresh = True
 

@@ -19,7 +19,7 @@ from tests.pictures import draw_dataset
 @pytest.fixture
 def looked(tmp_path, monkeypatch):
     """(``look``, the names of the files that it has read): scans a folder as a run does."""
-    monkeypatch.setattr(known, "_FRESH", -(10**12))  # the files of a test are young
+    monkeypatch.setattr(known, "FRESH", -(10**12))  # the files of a test are young
     read, original = [], images._read
     monkeypatch.setattr(images, "_read", lambda path: read.append(path.name) or original(path))
     data = draw_dataset(tmp_path / "data", 4)
@@ -73,7 +73,7 @@ def test_edits_and_new_pictures_count(looked):
 
 def test_a_young_file_may_still_change_unseen(looked, monkeypatch):
     look, read, _ = looked
-    monkeypatch.setattr(known, "_FRESH", 3600 * 10**9)
+    monkeypatch.setattr(known, "FRESH", 3600 * 10**9)
     look()
     look()
     assert len(read) == 5

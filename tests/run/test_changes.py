@@ -91,7 +91,7 @@ def run(settings, listener=None, commands=None):
 
 @pytest.mark.parametrize("kind", ["pair", "slider"])
 def test_pictures_that_have_not_changed_are_not_decoded_by_the_next_run(settings, monkeypatch, kind):
-    monkeypatch.setattr(known, "_FRESH", -(10**12))  # the files of a test are young
+    monkeypatch.setattr(known, "FRESH", -(10**12))  # the files of a test are young
     read, original = [], images._read
     monkeypatch.setattr(images, "_read", lambda path: read.append(path.name) or original(path))
     config = from_mapping(settings(kind))

@@ -99,8 +99,9 @@ def refuse_text_encoders(config: TrainConfig) -> None:
         )
 
 
-def describe_for_change(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks, task: str) -> ModelInfo:
-    """The model that is to learn a change; settings that do nothing with it are told."""
+def describe_base(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks, task: str = "image") -> ModelInfo:
+    """The model that is to learn; settings that do nothing with it are told. Raises UserError for those that no LoRA of
+    its family can be trained with."""
     info = lender.describe()
     get_family(info.family).check_settings(config)
     for sentence in without_effect(config, get_family(info.family).unused, task):

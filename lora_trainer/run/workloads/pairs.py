@@ -31,7 +31,7 @@ from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work
 from lora_trainer.run.workloads.image_model import (
     OfImageModel,
-    describe_for_change,
+    describe_base,
     refuse_several,
     refuse_text_encoders,
 )
@@ -103,7 +103,7 @@ class TwoDatasets(OfImageModel):
         """Scan the folders. Raises UserError where there is nothing to learn from, or the model cannot be trained."""
         refuse_several(ranks)
         cls.check(config)
-        info = describe_for_change(lender, config, callbacks, cls.task)
+        info = describe_base(lender, config, callbacks, cls.task)
         first, second, warnings = cls.read(
             config, lambda done, total: callbacks.on_phase("pictures", done, total), known_pictures
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.captioning.registry import Sources
-from lora_trainer.config import TrainConfig, without_effect
+from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache
 from lora_trainer.dataset.caption_files import some
@@ -26,7 +26,7 @@ from lora_trainer.models.families import get_family
 from lora_trainer.run.captioning import caption_for_training, training_captioner
 from lora_trainer.run.saving import run_facts
 from lora_trainer.run.workloads.base import Work, digest
-from lora_trainer.run.workloads.image_model import OfImageModel
+from lora_trainer.run.workloads.image_model import OfImageModel, describe_base
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.objectives.of_pictures import picture_objective
@@ -77,11 +77,7 @@ class Pictures(OfImageModel):
         Raises:
             UserError: there is nothing to train on, or the model cannot be trained.
         """
-        info = lender.describe()
-        family = get_family(info.family)
-        family.check_settings(config)
-        for sentence in without_effect(config, family.unused):
-            callbacks.on_warning(sentence)
+        info = describe_base(lender, config, callbacks)
         captioned = ranks.first(
             lambda: caption_for_training(config, callbacks, commands, lender.device_turn, captioners)
         )
@@ -100,6 +96,7 @@ class Pictures(OfImageModel):
             split = hold_out(dataset, config.validation_share, config.seed)
             dataset = split.trained
             callbacks.on_warning(f"Not trained, but measured: {some([one.key for one in split.held_out.samples])}.")
+        family = get_family(info.family)
         plan = BatchPlan.from_config(dataset, config, family.default_resolution(info), family.latents.multiple)
         return cls(config, lender, info, dataset, plan, split, callbacks.on_warning)
 

@@ -15,7 +15,7 @@ from lora_trainer.run.saving import model_facts
 from lora_trainer.run.workloads.base import Work
 from lora_trainer.run.workloads.image_model import (
     OfImageModel,
-    describe_for_change,
+    describe_base,
     refuse_several,
     refuse_text_encoders,
 )
@@ -66,7 +66,7 @@ class Words(OfImageModel):
         """Raises UserError for prompts that say no change, or a model that cannot be trained."""
         refuse_several(ranks)
         cls.look(config)
-        info = describe_for_change(lender, config, callbacks, "words")
+        info = describe_base(lender, config, callbacks, "words")
         family = get_family(info.family)
         size, side = parse_resolution(config.resolution), family.default_resolution(info)
         width, height = size if isinstance(size, tuple) else (side, side)
