@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, FlowSchedule
@@ -17,38 +15,33 @@ from lora_trainer.models.families.chroma.architecture import ChromaShape
 from lora_trainer.models.families.chroma.model import ChromaModel, filled_up
 from lora_trainer.models.families.chroma.names import layers
 from lora_trainer.models.families.chroma.network import Chroma
-from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
-from lora_trainer.models.families.flow.family import FlowFamily, idle
+from lora_trainer.models.families.flow.architecture import FlowArchitecture
+from lora_trainer.models.families.flow.family import T5_XXL, idle
 from lora_trainer.models.families.flow.names import T5, Layer
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, t5_tokenizer
-from lora_trainer.models.families.flux.work import parts, trial
-from lora_trainer.models.family import LatentFormat, Shapes, Trial
+from lora_trainer.models.families.flux.layout import FluxLayoutFamily
+from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer
-from lora_trainer.models.work import Part
 
 _SAMPLER_MU = 1.0
 _CFG = 4.5
 
 
-class ChromaFamily(FlowFamily):
+class ChromaFamily(FluxLayoutFamily):
     name = "chroma"
     title = reading.TITLE
-    card_version = "Flux"  # Forge shows the cards of FLUX.1's LoRAs for both
-    latents = LatentFormat(channels=16, factor=8, multiple=16, scale=0.3611, shift=0.1159)
     lora_versions = ("chroma",)
-    roomy_bytes, tight_bytes = 60 << 30, 10 << 30
     unused = idle(clip_skip="Chroma reads no CLIP")
     usual = FlowArchitecture(
         "chroma",
         ChromaShape(19, 38, 3072, 24, 12288, 64, 4096, 0, (16, 56, 56), False, 64, 5120, 5),
         None,
         (),
-        T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32),
+        T5_XXL,
     )
     encoders: Mapping[str, tuple[str, str]] = {T5: ("T5-XXL", "t5xxl_fp16.safetensors")}
-    vae_file = "ae.safetensors"
     model = ChromaModel
 
     # Files: FLUX.1's layout, whose family gives bare names their prefix ---------------------------------------------
@@ -61,9 +54,6 @@ class ChromaFamily(FlowFamily):
 
     def transformer_shape(self, shapes: Shapes) -> ChromaShape:
         return reading.transformer_shape(shapes)
-
-    def input_channels(self, transformer: ChromaShape) -> int:
-        return transformer.channels // 4
 
     def text_widths(self, transformer: ChromaShape) -> dict[str, int]:
         return {"context": transformer.context_dim}
@@ -107,16 +97,6 @@ class ChromaFamily(FlowFamily):
             # By which Forge knows the LoRAs that it offers for FLUX.1 and Chroma.
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         }
-
-    # Forecast: a block of FLUX.1 has its modulation beside it, whose work is small ------------------------------------
-
-    def parts(self, architecture: FlowArchitecture, resolution: tuple[int, int], config: TrainConfig) -> Iterator[Part]:
-        return parts(architecture, self.latents, resolution, config)
-
-    def trial(
-        self, architecture: FlowArchitecture, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> Trial:
-        return trial(architecture.transformer, self.latents, resolution, device, dtype)
 
 
 def _no_clip() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import FlowSchedule, LoraTarget, ModelInfo
-from lora_trainer.models.families.flow.architecture import FlowArchitecture
+from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
 from lora_trainer.models.families.flow.folder import add_text_encoders
 from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.flow.names import T5, Layer
@@ -27,6 +27,7 @@ from lora_trainer.models.family import Family, MetaModel, Shapes
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.tensors import Tensors
 
+T5_XXL = T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32)
 _ENCODER_COPIES = 5  # as of Stable Diffusion's VAE, whose encoder this one's is
 _KINDS = ("style", "character", "scene", "object")
 _IDLE = ("v_prediction", "zero_terminal_snr", "min_snr_gamma", "debiased_estimation")

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.families.flow.names import TRANSFORMER, Layer, text_names
-from lora_trainer.models.families.unet.folder import component
+from lora_trainer.models.families.unet.folder import add_vae, component
+from lora_trainer.models.family import Shapes
+from lora_trainer.models.hints import Hints, read_json
 from lora_trainer.models.tensors import Source, Tensors, open_source
+
+Shape = TypeVar("Shape")
+
+
+def read_pipeline(
+    folder: Path,
+    pipeline: str,
+    title: str,
+    shape_of: Callable[[Shapes], Shape],
+    layers: Callable[[Shape], Iterable[Layer]],
+    others: Callable[[Shape], Iterable[tuple[str, str]]],
+    encoders: Sequence[str],
+) -> tuple[Tensors, Hints] | None:
+    """A diffusers folder. None when it is not one of ``pipeline``.
+
+    shape_of: enough of the transformer's shape, by diffusers' names, to name the layers; raises KeyError or ValueError
+    where layers are missing. layers, others: see ``add_fused``. encoders: the sub-folders of the text encoders.
+
+    Raises:
+        UserError: a part of it is missing.
+    """
+    if read_json(folder / "model_index.json").get("_class_name") != pipeline:
+        return None
+    tensors = Tensors()
+    where = {name: source for source in component(folder / "transformer") for name in source.shapes}
+    try:
+        shape = shape_of({name: source.shapes[name] for name, source in where.items()})
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"The transformer of this {title} folder lacks layers ({error}).",
+            field="base_model",
+            remedy="The folder is incomplete; download the model again.",
+        ) from error
+    add_fused(tensors, where, layers(shape), others(shape))
+    for source in component(folder / "vae"):
+        add_vae(tensors, source)
+    for part in encoders:
+        for source in component(folder / part):
+            add_text(tensors, source)
+    return tensors, Hints()
 
 
 def add_text_encoders(tensors: Tensors, path: Path, kinds: Mapping[str, tuple[str, str]]) -> None:

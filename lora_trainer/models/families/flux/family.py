@@ -6,52 +6,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import FlowSchedule, LoraTarget
-from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
-from lora_trainer.models.families.flow.family import FlowFamily, idle
+from lora_trainer.models.families.flow.architecture import FlowArchitecture
+from lora_trainer.models.families.flow.family import T5_XXL, idle
 from lora_trainer.models.families.flow.names import CLIP_L, T5, Layer
 from lora_trainer.models.families.flux import folder as files
 from lora_trainer.models.families.flux import shapes as reading
 from lora_trainer.models.families.flux.architecture import FluxShape
+from lora_trainer.models.families.flux.layout import FluxLayoutFamily
 from lora_trainer.models.families.flux.model import FluxModel
 from lora_trainer.models.families.flux.names import layers, usual_name
 from lora_trainer.models.families.flux.network import Flux
-from lora_trainer.models.families.flux.work import parts, trial
 from lora_trainer.models.families.unet.architecture import clip_l
 from lora_trainer.models.families.unet.binding import text_body
 from lora_trainer.models.families.unet.targets import text_targets
-from lora_trainer.models.family import LatentFormat, Shapes, Trial
+from lora_trainer.models.family import Shapes
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.tensors import Tensors
-from lora_trainer.models.work import Part
 
 _GUIDANCE = 3.5  # that the hosts draw with
 _SAMPLER_MU = {True: 1.15, False: 1.0}  # of dev, and of schnell
 
 
-class FluxFamily(FlowFamily):
+class FluxFamily(FluxLayoutFamily):
     name = "flux"
     title = reading.TITLE
-    card_version = "Flux"
-    latents = LatentFormat(channels=16, factor=8, multiple=16, scale=0.3611, shift=0.1159)
     lora_versions = ("flux",)
-    roomy_bytes, tight_bytes = 60 << 30, 10 << 30
     unused = idle(clip_skip="FLUX.1 reads only the end of CLIP")
     usual = FlowArchitecture(
         "flux",
         FluxShape(19, 38, 3072, 24, 12288, 64, 4096, 768, (16, 56, 56), guidance=True),
         None,
         (clip_l(CLIP_L),),
-        T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32),
+        T5_XXL,
     )
     encoders: Mapping[str, tuple[str, str]] = {
         CLIP_L: ("CLIP-L", "clip_l.safetensors"), T5: ("T5-XXL", "t5xxl_fp16.safetensors")
     }  # fmt: skip
-    vae_file = "ae.safetensors"
     model = FluxModel
 
     # Files --------------------------------------------------------------------------------------------------------
@@ -67,9 +60,6 @@ class FluxFamily(FlowFamily):
 
     def transformer_shape(self, shapes: Shapes) -> FluxShape:
         return reading.transformer_shape(shapes)
-
-    def input_channels(self, transformer: FluxShape) -> int:
-        return transformer.channels // 4
 
     def text_widths(self, transformer: FluxShape) -> dict[str, int]:
         return {"context": transformer.context_dim, "pooled": transformer.pooled_dim}
@@ -107,13 +97,3 @@ class FluxFamily(FlowFamily):
             "modelspec.architecture": "flux-1-dev/lora",
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         }
-
-    # Forecast -----------------------------------------------------------------------------------------------------
-
-    def parts(self, architecture: FlowArchitecture, resolution: tuple[int, int], config: TrainConfig) -> Iterator[Part]:
-        return parts(architecture, self.latents, resolution, config)
-
-    def trial(
-        self, architecture: FlowArchitecture, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> Trial:
-        return trial(architecture.transformer, self.latents, resolution, device, dtype)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, FlowSchedule
-from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
-from lora_trainer.models.families.flow.family import FlowFamily, idle
+from lora_trainer.models.families.flow.architecture import FlowArchitecture
+from lora_trainer.models.families.flow.family import T5_XXL, FlowFamily, idle
 from lora_trainer.models.families.flow.names import CLIP_G, CLIP_L, T5, Layer
 from lora_trainer.models.families.sd3 import folder as files
 from lora_trainer.models.families.sd3 import shapes as reading
@@ -43,7 +43,7 @@ def _usual(variant: str) -> FlowArchitecture:
             clip_l(CLIP_L),
             TextShape(CLIP_G, "transformers", 1280, 32, 5120, 20, "gelu", 49408, 77, 1280, "zero"),
         ),
-        T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32),
+        T5_XXL,
     )
 
 
