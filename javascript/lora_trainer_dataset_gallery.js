@@ -105,12 +105,12 @@
         gallery.hold(Math.min(place < 0 ? page.rows.length - 1 : place, page.rows.length - 1));
     }
 
-    /** The same page again, after captions changed; the same picture stays in hand where it is still there. */
-    gallery.reload = async function() {
-        const file = editor.row && editor.row.file;
-        const stays = (rows) => rows.findIndex((row) => row.file === file);
-        await fetchPage(gallery.offset, (rows) => (stays(rows) < 0 ? gallery.index : stays(rows)));
-    };
+    /** The same page again, after captions changed; the picture in hand when the answer comes stays in hand where it is
+     * still there: a key may have taken the next one meanwhile. */
+    gallery.reload = () => fetchPage(gallery.offset, (rows) => {
+        const place = rows.findIndex((row) => editor.row && row.file === editor.row.file);
+        return place < 0 ? gallery.index : place;
+    });
 
     // "lazy" loads all 48 of a page, as browsers begin more than a screen ahead, and the page is laid out and painted for
     // each that arrives. So those near what is seen are fetched, and shown together.

@@ -53,6 +53,7 @@
             ...datasets.filter((one) => one.pictures).map((one) => app.el("option", {value: one.name}, `${one.name} (${one.pictures})`)),
         );
         pictures.library = new Set(datasets.map((one) => one.name));
+        list.value = pictures.library.has(pictures.chosen) ? pictures.chosen : "";
         app.pair.listKnown(datasets);
         app.show(app.get("earlier_field"), list.options.length > 1);
         if (list.options.length > 1) app.show(app.get("other_pictures"), true);

@@ -43,8 +43,9 @@
         } catch (error) {
             return app.complain(error, message);
         }
-        await Promise.all([sets.load(), app.pictures.listEarlier()]);
-        if (app.pictures.chosen === set.name) await app.pictures.choose(now);
+        // Step 1 first: nobody may start a training on pictures that the list does not show any more.
+        const chosen = app.pictures.chosen === set.name ? app.pictures.choose(now) : null;
+        await Promise.all([chosen, sets.load(), app.pictures.listEarlier()]);
     }
 
     function rename(set, title) {

@@ -275,6 +275,21 @@ def test_a_server_that_was_started_anew_opens_the_folder_again(page, folder, man
     assert caption(folder, 1).endswith(", being typed") and not caption(folder, 0).endswith(", kept")
 
 
+def test_a_picture_taken_in_hand_while_the_page_is_fetched_again_stays(page):
+    waiting = []
+    page.route("**/pictures?offset=*", lambda route: waiting.append(route))
+    page.evaluate("void loraTrainer.editor.gallery.reload()")
+    page.keyboard.press("ArrowRight")
+    until(page, "place_of", "2 of")
+    page.keyboard.press("Enter")
+    page.keyboard.type(", being typed")
+    with page.expect_response("**/pictures?offset=*"):
+        waiting.pop().continue_()
+    page.wait_for_timeout(100)
+    assert "2 of" in text(page, "place_of")
+    assert page.input_value("#lora_trainer_editor_caption").endswith("number 1, being typed")
+
+
 def test_a_task_is_followed_again_when_the_server_was_away(page, monkeypatch):
     goes_on = threading.Event()
 
