@@ -12,8 +12,8 @@ PLACE = "{}"
 
 
 def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place. Of an empty prompt, which erases, nothing stays."""
-    return template.replace(PLACE, prompt) if prompt else ""
+    """The template with the prompt in its place. An empty prompt, which erases, leaves the rest of it."""
+    return " ".join(template.replace(PLACE, prompt).split()) if not prompt else template.replace(PLACE, prompt)
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,16 @@ class ChangeSettings:
     """What there is to be less of at weight 1, such as "a young person"; for sliders."""
 
     guidance: float = setting(1.0, task="words", minimum=0, maximum=30)
-    """How strongly the difference between the positive and the negative prompt is added to the target."""
+    """How strongly the difference between the positive and the negative prompt is added to the target. Without these, how
+    far the way from the original to the target prompt is gone: 1 to the target, 2 as far beyond it."""
 
     both_ways: bool = setting(False, task="words")
     """Every second step teaches the opposite at weight -1: the target becomes the original, or less of the positive and
     more of the negative prompt."""
 
     protected_prompts: list[str] = setting([], task="words", separator="\n", given_by="steps")
-    """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change."""
+    """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change. The
+    empty prompt is always one, unless it is what changes."""
 
     prompt_templates: list[str] = setting([], task="words", separator="\n")
     """Whole prompts in which the prompts above stand where they have {}, one a line, such as "a photo of {} in a park".

@@ -50,6 +50,11 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     @property
+    def guided(self) -> bool:
+        """Pictures are drawn with a second prediction, for the negative prompt."""
+        return True
+
+    @property
     def key(self) -> list[float]:
         """What a run is known by."""
         return self.alphas_cumprod.tolist()
@@ -74,6 +79,11 @@ class FlowSchedule:
     def key(self) -> list[float]:
         """What a run is known by."""
         return []
+
+    @property
+    def guided(self) -> bool:
+        """Pictures are drawn with a second prediction, for the negative prompt."""
+        return self.guidance is None and self.cfg != 1
 
 
 @dataclass(frozen=True)

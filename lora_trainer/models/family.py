@@ -237,6 +237,10 @@ class Family(ABC):
 
     # Forecast -----------------------------------------------------------------------------------------------------
 
+    def guided(self, architecture: Any) -> bool:
+        """``guided`` of the model's noise schedule."""
+        return True
+
     @abstractmethod
     def parts(self, architecture: Any, resolution: tuple[int, int], config: TrainConfig) -> Iterator[Part]:
         """The work of a step on one batch of pictures of ``resolution`` (width, height), part by part."""

@@ -31,11 +31,12 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
     buckets: list[dict[str, Any]] = []
     pictures = steps_per_epoch = visits_per_epoch = 0
     if config.task == "words":
-        from lora_trainer.training.change_inputs import WORD_STEPS
+        from lora_trainer.training.change_inputs import WORD_STEPS, kept_prompts
 
         look_at_data(config)
         steps = steps_per_epoch = config.max_train_steps or WORD_STEPS
-        visits = float(steps * each * (2 if config.protected_prompts else 1))
+        kept = kept_prompts(config, info.architecture is None or family.guided(info.architecture))
+        visits = float(steps * each * (2 if kept else 1))
         size = parse_resolution(config.resolution)
         width, height = size if isinstance(size, tuple) else (side, side)
         buckets = [{"resolution": [width, height], "images": 1}]

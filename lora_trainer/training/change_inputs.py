@@ -34,15 +34,28 @@ def lessons(config: TrainConfig) -> tuple[Lesson, Lesson | None]:
         more = (strength, config.positive_prompt), (-strength, config.negative_prompt)
         return original, ((1.0, target or original), *more)
 
-    there: Lesson = (original, ((1.0, target),))
-    back: Lesson = (target, ((1.0, original),))
+    def turned(student: str, other: str) -> Lesson:
+        return student, ((1.0, other),) if guidance == 1 else ((guidance, other), (1 - guidance, student))
+
     if config.positive_prompt or config.negative_prompt:
         there, back = slid(guidance), slid(-guidance)
+    else:
+        there, back = turned(original, target), turned(target, original)
     return there, back if config.both_ways else None
 
 
+def kept_prompts(config: TrainConfig, guided: bool) -> list[str]:
+    """What is to be answered as the base does: the protected prompts, and the empty one unless that is what changes.
+
+    A sampler with guidance moves away from the prediction for the empty prompt. Without this the LoRA changes that one,
+    too, and guidance takes much of the change away again. guided: whether the model is drawn with.
+    """
+    taught = [lesson[0] for lesson in lessons(config) if lesson is not None]
+    return [*([""] if guided and "" not in taught else []), *config.protected_prompts]
+
+
 class WordSource:
-    """The ``Source`` of runs on words. A step is one lesson, and one of protected prompts if there are some.
+    """The ``Source`` of runs on words. A step is one lesson, and one of what is to stay.
 
     size: of the pictures, (width, height) in pixels.
     """
@@ -62,6 +75,7 @@ class WordSource:
         self._family = get_family(model.info.family)
         self._size, self._keep_model_parts = size, keep_model_parts
         self._lessons, self._templates = lessons(config), config.prompt_templates or [PLACE]
+        self._kept = kept_prompts(config, model.schedule.guided)
         self._encoded: dict[str, Conditioning] = {}
         self.total_steps = self.steps_per_epoch = config.max_train_steps or WORD_STEPS
 
@@ -100,8 +114,8 @@ class WordSource:
             first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
             rows = range(first, first + config.batch_size)
             batches.append(self._batch([student] * len(rows), terms, strength, rows))
-            if protected := config.protected_prompts:
-                chosen = [protected[row % len(protected)] for row in rows]
+            if self._kept:
+                chosen = [self._kept[row % len(self._kept)] for row in rows]
                 batches.append(self._batch(chosen, None, strength, rows))
         return batches[share]
 
@@ -118,7 +132,7 @@ class WordSource:
             items = [self._encoded[prompt] for prompt in (*prompts, *beside)]
             return self._family.collate(items, empty)[: len(prompts)]
 
-        seen = [filled(*one) for one in zip(templates, students)]
+        seen = [filled(*one) if terms is not None or one[1] else "" for one in zip(templates, students)]
         latent_format, student = self._family.latents, collated(seen)
         across, down = latent_format.size(width, height)
         target = [(1.0, student)]

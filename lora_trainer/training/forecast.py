@@ -14,6 +14,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import LoraTarget, ModelArchitecture
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import MetaModel
+from lora_trainer.training.change_inputs import kept_prompts, lessons
 from lora_trainer.training.precision import Precision
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4, "adafactor": 0.25}
@@ -41,23 +42,22 @@ class Work:
 def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], config: TrainConfig) -> Work:
     """The work on one batch of pictures of ``resolution`` (width, height), whatever layers of the denoiser learn."""
     operations = kept = largest = 0.0
+    further = _further_forwards(config, get_family(architecture.family).guided(architecture))
     for part in get_family(architecture.family).parts(architecture, resolution, config):
         inputs = part.inputs if config.gradient_checkpointing else None
         again = inputs is not None
-        operations += part.forwards * ((2 if again else 1) + _further_forwards(config)) + part.backwards
+        operations += part.forwards * ((2 if again else 1) + further) + part.backwards
         kept += part.kept if inputs is None else inputs
         largest = max(largest, part.kept if again else 0)
     return Work(operations, kept + _ANEW * largest)
 
 
-def _further_forwards(config: TrainConfig) -> float:
+def _further_forwards(config: TrainConfig, guided: bool) -> float:
     """Forward passes on a picture beside the one that learns: those whose predictions are targets."""
     if config.task == "words":
-        terms = 3 if config.positive_prompt or config.negative_prompt else 1
-        denoising = config.denoised_steps  # two passes for guidance, in half of the steps on the average
-        return (terms + denoising + (1 + denoising if config.protected_prompts else 0)) / (
-            2 if config.protected_prompts else 1
-        )
+        terms = [len(lessons(config)[0][1])] + ([1] if kept_prompts(config, guided) else [])
+        denoising = (2 if guided else 1) * max(0, config.denoised_steps - 1) / 2  # half of the steps on the average
+        return denoising + sum(terms) / len(terms)
     if config.task == "pair":
         return 1.0 if config.pair_method == "alternating" else 0.0
     return config.preserve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig, from_mapping
@@ -17,9 +19,10 @@ from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.run import file_lender
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.change_inputs import WordSource
+from lora_trainer.training.change_inputs import WordSource, kept_prompts
+from lora_trainer.training.forecast import work_on_batch
 from lora_trainer.training.objectives.base import generator_for
-from lora_trainer.training.objectives.change import DENOISING_CFG, PairBatch, PairObjective, WordObjective
+from lora_trainer.training.objectives.change import DENOISING_CFG, PairBatch, PairObjective, WordDraws, WordObjective
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.step import TrainingStep
@@ -60,11 +63,13 @@ def words(model, config, step=0):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("kind", ["replace", "slide"])
+@pytest.mark.parametrize("kind", ["replace", "beyond", "slide"])
 def test_the_target_of_words(prediction_type, step, kind):
     prompts = {"original_prompt": "a circle", "target_prompt": "a square"}
     if kind == "slide":
         prompts = {"original_prompt": "a disc", "positive_prompt": "old", "negative_prompt": "new", "guidance": 2.5}
+    elif kind == "beyond":
+        prompts["guidance"] = 2
     model, config, adapters = prepared(
         prediction_type, both_ways=True, batch_size=3, protected_prompts=["a ring", "a star"], min_timestep=200,
         max_timestep=800, **prompts,
@@ -78,9 +83,11 @@ def test_the_target_of_words(prediction_type, step, kind):
         noise, timesteps = drawn.noise.double().numpy(), drawn.timesteps.numpy()
         assert noise.shape == (3, 4, 8, 8) and np.all((timesteps >= 200) & (timesteps <= 800))
         base = base_of(model, adapters)
-        if kind == "replace":
+        if kind != "slide":
             student, wanted = ("a circle", "a square") if step == 0 else ("a square", "a circle")
             target = base(noise, timesteps, wanted)
+            if kind == "beyond":
+                target = target + (target - base(noise, timesteps, student))
         else:
             student, sign = "a disc", 1 if step == 0 else -1
             target = base(noise, timesteps, "a disc")
@@ -92,12 +99,12 @@ def test_the_target_of_words(prediction_type, step, kind):
         seen = model.predict(drawn.noise, drawn.timesteps, Conditioning(context), None).detach().double().numpy()
         wanted_loss = ((seen - target) ** 2).mean((1, 2, 3)).sum()
         assert objective.loss(inputs).item() == pytest.approx(wanted_loss, rel=1e-5)
-        # Protected prompts are answered as the base does.
+        # Protected prompts, and the empty one, are answered as the base does.
         drawn = objective.draw(kept, generator_for(1, "x"))
         inputs = objective.inputs(drawn)
         first = 3 * step
         for row in range(3):
-            prompt = ["a ring", "a star"][(first + row) % 2]
+            prompt = ["", "a ring", "a star"][(first + row) % 3]
             one = base(drawn.noise[row : row + 1].numpy(), drawn.timesteps[row : row + 1].numpy(), prompt)
             assert np.abs(inputs.target[row].double().numpy() - one[0]).max() < 1e-5
             same = model.encode_prompts([prompt]).context
@@ -121,12 +128,29 @@ def test_prompts_stand_in_templates():
     for step in range(4):
         change, kept = words(model, config, step)
         seen.append(which(change.student, "a disc"))
-        assert which(kept.student, "a ring") == seen[-1] and which(kept.terms[0][1], "a ring") == seen[-1]
-        ((weight, target),) = change.terms
         empty = model.encode_prompts([""]).context[0]
-        assert weight == 1 and all(torch.equal(row, empty) for row in target.context), "no template stays of nothing"
+        for stays in (kept.student, kept.terms[0][1]):
+            assert all(torch.equal(row, empty) for row in stays.context[::2]), "the empty prompt has no template"
+            assert which(Conditioning(stays.context[1::2]), "a ring") == seen[-1][1::2]
+        ((weight, target),) = change.terms
+        without = ["a photo of by day", "at night", "two pictures: ,"]
+        assert weight == 1
+        for place, row in zip(seen[-1], target.context):
+            assert torch.equal(row, model.encode_prompts([without[place]]).context[0]), "the rest of it stays"
     assert {place for step in seen for place in step} == {0, 1, 2} and seen[0] != seen[1]
     assert which(words(model, config, 2)[0].student, "a disc") == seen[2]
+
+
+def test_the_empty_prompt_stays_where_guidance_needs_it():
+    slider = {"positive_prompt": "old", "negative_prompt": "new"}
+    for guided, prompts, kept in (
+        (True, {"original_prompt": "a disc", **slider}, [""]),
+        (False, {"original_prompt": "a disc", **slider}, []),
+        (True, slider, []),
+        (True, {"original_prompt": "a disc", "protected_prompts": ["a ring"]}, ["", "a ring"]),
+        (True, {"original_prompt": "a disc", "both_ways": True}, []),  # at -1 the empty prompt becomes a disc
+    ):
+        assert kept_prompts(TrainConfig(**prompts), guided) == kept
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
@@ -201,7 +225,7 @@ def test_words_of_a_flow_model(flux, denoised):
     )  # fmt: skip
     bare = partial(adapters.enabled, False)
     objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
-    change = words(model, config, step=1)[0]
+    (change,) = words(model, config, step=1)  # alone: this model is drawn without a negative prompt
     assert change.shape == (16, 8, 8) and change.strength == -1
     draws = [objective.draw(change, generator_for(seed)) for seed in range(20)]
     told = {prompt: model.encode_prompts([prompt] * 2) for prompt in ("a red circle", "a red square", "a blue circle")}
@@ -229,6 +253,38 @@ def test_words_of_a_flow_model(flux, denoised):
         seen = velocity(model, latents, sigmas, told["a red circle"])
         assert np.abs(seen - first).max() > 1e-3, "the adapters change nothing"
         assert objective.loss(inputs).item() == pytest.approx(((seen - target) ** 2).mean((1, 2, 3)).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_what_words_compute_beside_the_loss_is_forecast(guided, flux, tiny_base):
+    """Targets, and pictures that are partly denoised: in two passes a step where there is a negative prompt."""
+    steps, prompts = 4, {"original_prompt": "a red circle", "target_prompt": "a red square"}
+    model, configure, adapters = flux
+    with contextlib.ExitStack() as stack:
+        if guided:
+            config = TrainConfig(task="words", denoised_steps=steps, base_model=str(tiny_base), **prompts)
+            model = stack.enter_context(file_lender(config).borrow())
+            adapters = stack.enter_context(AdapterSet.build(model.lora_targets(), config))
+        else:
+            config = configure(task="words", denoised_steps=steps, **prompts)
+        bare = partial(adapters.enabled, False)
+        objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
+        batches = words(model, config)
+        assert len(batches) == 1 + guided
+        noise = torch.randn(1, *batches[0].shape)
+        level = objective.draw(batches[0], generator_for(0)).timesteps
+        with FlopCounterMode(display=False) as one, torch.no_grad():
+            model.predict(noise, level, batches[0].student, None)
+        with FlopCounterMode(display=False) as counted:
+            for batch, done in itertools.product(batches, range(steps)):
+                objective.inputs(WordDraws(batch, noise, level, done))
+        passes = counted.get_total_flops() / one.get_total_flops() / len(batches) / steps
+
+    def operations(**settings):
+        return work_on_batch(model.architecture, (SIDE, SIDE), replace(config, **settings)).operations
+
+    alone, twice = (operations(task="image", preserve=share) for share in (0.0, 1.0))
+    assert (operations() - alone) / (twice - alone) == pytest.approx(passes, rel=0.08)
 
 
 @pytest.mark.parametrize("forth", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.captioning.registry import Sources
@@ -20,7 +21,7 @@ from lora_trainer.run.workloads.image_model import (
     refuse_text_encoders,
 )
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.change_inputs import WordSource
+from lora_trainer.training.change_inputs import WordSource, kept_prompts
 from lora_trainer.training.objectives.change import WordObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.ranks import ALONE, Ranks
@@ -73,6 +74,10 @@ class Words(OfImageModel):
         multiple = family.latents.multiple
         return cls(config, lender, info, (max(width, multiple) // multiple * multiple,
                                           max(height, multiple) // multiple * multiple))  # fmt: skip
+
+    def run_key(self, model: LentModel) -> dict[str, Any]:
+        # Runs of before did not keep the empty prompt.
+        return {**super().run_key(model), "kept_prompts": kept_prompts(self._config, model.schedule.guided)}
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         config = self._config

@@ -17,15 +17,15 @@ from torch import Tensor
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.devices import to_device
 from lora_trainer.errors import UserError
-from lora_trainer.models.base import Conditioning, FlowSchedule, LentModel, NoiseSchedule
+from lora_trainer.models.base import Conditioning, LentModel, NoiseSchedule
 from lora_trainer.training.objectives.diffusion import trained_schedule
 from lora_trainer.training.objectives.of_pictures import picture_objective
 from lora_trainer.training.objectives.pictures import Batch
-from lora_trainer.training.sampling import guided_pred, sampler_of, takes_negative, told_of_guidance
+from lora_trainer.training.sampling import guided_pred, sampler_of, told_of_guidance, usual_cfg
 
 DENOISING_CFG = 3.0
-"""Guidance of the sampler that makes partly denoised latents, as ESD has it (Gandikota et al. 2023); a model that reads
-its guidance is told of its own."""
+"""Guidance of the sampler that makes partly denoised latents, as ESD has it (Gandikota et al. 2023); a model without a
+second prediction has its own."""
 DIFFERENT = 0.1
 """Where two pictures differ: their latents do so by more than this share of the largest difference."""
 
@@ -157,9 +157,8 @@ class WordObjective(_ChangeObjective):
         schedule = model.schedule
         if isinstance(schedule, NoiseSchedule):
             schedule = trained_schedule(config, schedule, model.info.zero_terminal_snr)
-        self._sampler, self._cfg = sampler_of(schedule, config.denoised_steps), DENOISING_CFG
-        if isinstance(schedule, FlowSchedule) and schedule.guidance is not None:
-            self._cfg = schedule.guidance
+        self._sampler = sampler_of(schedule, config.denoised_steps)
+        self._cfg = DENOISING_CFG if schedule.guided else usual_cfg(schedule)
         low, high = self._levels.level_at(0), self._levels.level_at(1)
         self._places = [place for place, level in enumerate(self._sampler.levels) if low <= level <= high]
         if not self._places:
@@ -196,7 +195,7 @@ class WordObjective(_ChangeObjective):
     ) -> Tensor:
         """What the first ``steps`` steps of the sampler make of noise, by the model with its adapters."""
         told = positive
-        if takes_negative(self.model.schedule, self._cfg):
+        if self.model.schedule.guided:
             pairs = zip(negative.tensors.items(), positive.tensors.values())
             told = Conditioning.from_tensors({name: torch.cat([one, other]) for (name, one), other in pairs})
             time_ids = None if time_ids is None else torch.cat([time_ids, time_ids])

@@ -88,6 +88,9 @@ class FlowFamily(Family):
     @abstractmethod
     def schedule(self, transformer: Any) -> FlowSchedule: ...
 
+    def guided(self, architecture: FlowArchitecture) -> bool:
+        return self.schedule(architecture.transformer).guided
+
     @property
     @abstractmethod
     def model(self) -> type[FlowModel]: ...
