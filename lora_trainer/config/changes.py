@@ -31,8 +31,8 @@ class ChangeSettings:
     """What there is to be less of at weight 1, such as "a young person"; for sliders."""
 
     guidance: float = setting(1.0, task="words", minimum=0, maximum=30)
-    """How strongly the difference between the positive and the negative prompt is added to the target. Without these, how
-    far the way from the original to the target prompt is gone: 1 to the target, 2 as far beyond it."""
+    """How strongly the difference between the positive and the negative prompt is added to the target. Without these,
+    how far the way from the original to the target prompt is gone: 1 to the target, 2 as far beyond it."""
 
     both_ways: bool = setting(False, task="words")
     """Every second step teaches the opposite at weight -1: the target becomes the original, or less of the positive and
