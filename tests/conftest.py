@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all modules that they import are there by now and stay to the end. The garbage collector
+    passes over what is frozen: a full collection then takes milliseconds instead of half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

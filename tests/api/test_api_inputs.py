@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
+import itertools
 import json
+import math
 import os
 import socket
 import time
@@ -13,7 +16,7 @@ from fastapi import FastAPI
 
 from lora_trainer import requirements
 from lora_trainer.api import PREFIX, add_routes
-from lora_trainer.config import TrainConfig, to_mapping
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import shown
 from lora_trainer.host.base import AccessPolicy
 from lora_trainer.jobs.worker import JobManager
@@ -61,18 +64,23 @@ def open_editor(client, folder):
 # -- text that cannot be encoded
 
 
-@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("encoding", ["escaped", "bytes", "utf-16"])
-def test_halves_of_characters_are_refused_in_every_route(shared_app, shared_client, half, encoding):
+def test_halves_of_characters_are_refused_in_every_route(shared_app, shared_client, encoding):
     """At whatever place of the JSON, in names and in values; the answer is the same sentence."""
-    for body in (half, {half: 1}, {"settings": {"more": [{"deep": half}]}}, {"captions": {"a.png": half}}):
+    bodies = [
+        body
+        for half in HALVES
+        for body in (half, {half: 1}, {"settings": {"more": [{"deep": half}]}}, {"captions": {"a.png": half}})
+    ]
+    routes = [(method, path) for method, path in every_route(shared_app) if method != "GET"]
+    # every body with one route, and every route with one body
+    for number, body in enumerate(itertools.chain(bodies, itertools.islice(itertools.cycle(bodies), len(routes)))):
+        method, path = routes[max(0, number - len(bodies))]
         text = json.dumps(body, ensure_ascii=encoding == "escaped")
         raw = text.encode("utf-16" if encoding == "utf-16" else "utf-8", "surrogatepass")
-        for method, path in every_route(shared_app):
-            if method != "GET":
-                answer = shared_client.request(method, path, content=raw, headers=JSON)
-                assert answer.status_code == 400, (method, path, answer.text)
-                assert answer.json()["message"] == "The text holds halves of characters.", (method, path)
+        answer = shared_client.request(method, path, content=raw, headers=JSON)
+        assert answer.status_code == 400, (method, path, answer.text)
+        assert answer.json()["message"] == "The text holds halves of characters.", (method, path)
 
 
 def test_characters_of_two_halves_are_text(client):
@@ -207,16 +215,22 @@ def test_pasted_settings_are_read_soon(client, settings, name):
 WILD = [1e308, -1e308, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**400), -1, 0, "1e400", "9" * 5000, "-" + "9" * 5000,
         "0x" + "f" * 5000, True, [], {}, [[[]]], {"a": {"b": []}}, [10**400], "", "\u0000", "x" * 100_000, "٣",
         "½"]  # fmt: skip
+FIELDS: dict[str, list[str]] = {}
+for _field in dataclasses.fields(TrainConfig):
+    FIELDS.setdefault("choice" if "Literal" in str(_field.type) else str(_field.type), []).append(_field.name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(to_mapping(TrainConfig())))
-def test_wild_values_of_every_setting_are_answered(shared_client, settings, name):
-    for value in WILD:
-        body = {"settings": {**settings, name: value}}
+@pytest.mark.parametrize("kind", sorted(FIELDS))
+def test_wild_values_of_every_setting_are_answered(shared_client, settings, kind):
+    """Every value with every kind of setting, and every setting with some of the values."""
+    each = max(3, math.ceil(len(WILD) / len(FIELDS[kind])))
+    values = itertools.cycle(WILD)
+    for name, value in ((name, next(values)) for name in FIELDS[kind] for _ in range(each)):
+        content = json.dumps({"settings": {**settings, name: value}})
         for route in ("/settings/check", "/estimate"):
             begun = time.monotonic()
-            answer = shared_client.post(route, content=json.dumps(body), headers=JSON)
+            answer = shared_client.post(route, content=content, headers=JSON)
             assert answer.status_code in (200, 400, 422), (route, name, shown(value, 40), answer.text[:300])
             assert time.monotonic() - begun < 10, (route, name, shown(value, 40))
 
