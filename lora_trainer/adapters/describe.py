@@ -35,6 +35,7 @@ class LoraDescription:
     name: str | None
     base_version: str | None
     base_model: str | None
+    base_precision: str | None  # that it was quantized to for the training
     trigger: str | None
     steps: int | None
     epochs: int | None
@@ -48,6 +49,7 @@ def describe(path: str | Path) -> LoraDescription:
     lora = read_lora(path)
     modules = lora.modules.values()
     meta = lora.metadata
+    precision = meta.get("ss_base_precision", "stored")
     kinds = {module.kind for module in modules} | {"dora" for module in modules if module.dora_scale is not None}
     return LoraDescription(
         path=lora.path,
@@ -61,6 +63,7 @@ def describe(path: str | Path) -> LoraDescription:
         name=meta.get("ss_output_name"),
         base_version=meta.get("ss_base_model_version"),
         base_model=meta.get("ss_sd_model_name"),
+        base_precision=None if precision == "stored" else precision,
         trigger=meta.get("modelspec.trigger_phrase") or _most_frequent_tag(meta),
         steps=_number(meta.get("ss_steps")),
         epochs=_number(meta.get("ss_epoch")),

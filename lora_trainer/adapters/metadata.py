@@ -117,6 +117,7 @@ def _run(config: TrainConfig, facts: RunFacts) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "mixed_precision": facts.mixed_precision,
+        "base_precision": config.base_precision,
         "seed": config.seed,
         "epoch": facts.epoch,
         "num_epochs": facts.total_epochs,

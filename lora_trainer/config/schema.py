@@ -35,6 +35,10 @@ class ModelSettings:
     quantize: Literal["no", "nf4"] = setting("no", fills_memory=True, sets_pace=True, task="text")
     """Keep the frozen base in 4 bits (nf4): a third of its memory, slower. Needs the package bitsandbytes."""
 
+    base_precision: Literal["stored", "fp8", "nf4"] = setting("stored", fills_memory=True, sets_pace=True, task="image")
+    """Format of the frozen weights of FLUX.1, Chroma and SD 3 from a file, quantized as they are read: fp8 takes half
+    the memory of bf16, nf4 little more than a quarter, slower. stored: that of the file, and always in a WebUI."""
+
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
     """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust it first."""
 

@@ -86,6 +86,7 @@ class StandaloneHost(Host):
             zero_terminal_snr=options.zero_terminal_snr,
             compute_dtype=dtype,
             clip_skip=options.clip_skip,
+            base_precision=options.base_precision,
         )
 
     def device_turn(self) -> AbstractContextManager[Any]:

@@ -99,6 +99,12 @@ class WebuiHost(Host):
 
     def lender(self, checkpoint: str, options: LenderOptions) -> WebuiLender:
         self._refuse_other_device(options.device)
+        if options.base_precision != "stored":
+            raise UserError(
+                "A WebUI lends its model in the number format that it has loaded it in.",
+                field="base_precision",
+                remedy="Use stored; Forge has a setting for it, Diffusion in Low Bits.",
+            )
         return self._lender(self._checkpoint(checkpoint), options)
 
     def _refuse_other_device(self, device: torch.device | None) -> None:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import choose, claiming, families, get_family
+from lora_trainer.models.family import Family
 from lora_trainer.models.hints import Hints, read_json
+from lora_trainer.models.quantize import quantize
 from lora_trainer.models.tensors import Source, Tensors, open_source
 
 
@@ -24,6 +27,7 @@ class FileLender(Lender):
     path: a .safetensors or .ckpt file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
+    base_precision: the setting; what fp8 and nf4 quantize is quantized as it is read.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
         whose checkpoints lack them. complete: False for one that is only described, and that somebody else completes.
@@ -44,12 +48,14 @@ class FileLender(Lender):
         clip_skip: int = 1,
         text_encoders: Sequence[Path | str] = (),
         complete: bool = True,
+        base_precision: str = "stored",
     ):
         self.path = Path(path)
         self.device = torch.device(device)
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
+        self.base_precision = base_precision
         self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)
         self._v_prediction = v_prediction
@@ -73,7 +79,7 @@ class FileLender(Lender):
         family = get_family(info.family)
         places = [path if path.is_dir() else path.parent for path in (self.path, *self._text_encoders)]
         tokenizer = family.tokenizer([*self._tokenizer_dirs, self.path / "tokenizer", *places])
-        tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
+        self._place(tensors, family)
         model = family.build(
             tensors,
             info.architecture,
@@ -84,8 +90,7 @@ class FileLender(Lender):
             clip_skip=self.clip_skip,
             reload=True,
         )
-        # Which lets go of the tensors that were read last.
-        tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored)
+        self._place(tensors, family)  # which lets go of the tensors that were read last
         self._lent = model
         try:
             yield model
@@ -111,10 +116,24 @@ class FileLender(Lender):
         """What the file says of the model, also of one without a VAE. Raises ``UserError`` when it is none."""
         return self._read()[1]
 
+    def _place(self, tensors: Tensors, family: Family) -> None:
+        def quantized(name: str, tensor: Tensor) -> Tensor:
+            return quantize(tensor, self.base_precision) if family.in_blocks(name) and tensor.dim() == 2 else tensor
+
+        made = None if self.base_precision == "stored" else quantized
+        tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored, quantize=made)
+
     def _open(self) -> tuple[Tensors, ModelInfo]:
         tensors, architecture, hints = self._read()
+        family = get_family(architecture.family)
+        if self.base_precision != "stored" and not family.quantized:
+            raise UserError(
+                f"{family.title} is not trained on quantized weights.",
+                field="base_precision",
+                remedy="Use stored. FLUX.1, Chroma and SD 3 can be quantized.",
+            )
         if self._complete:
-            get_family(architecture.family).check_complete(architecture, self.path.name)
+            family.check_complete(architecture, self.path.name)
         if self._described is None:
             self._described = self._info(tensors, architecture, hints)
         return tensors, self._described

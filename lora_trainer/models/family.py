@@ -79,7 +79,7 @@ class Family(ABC):
     roomy_bytes: free memory from which on presets suggest batches of several pictures; tight_bytes: below it they
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
-    quantized: a WebUI may keep the weights in fp8 or GGUF: the model computes with them as they are.
+    quantized: the weights may be in fp8, GGUF or nf4: the model computes with them as they are.
     unused: settings that change nothing with this family, each with the reason.
     usual: what the models that people use are made of, without a VAE: it names the layers of a LoRA whose base is not
     at hand. None where there is no such model.
@@ -178,6 +178,11 @@ class Family(ABC):
     def prediction_type(self, tensors: Mapping[str, Tensor], architecture: Any) -> str:
         """What the model predicts, where neither the file nor the settings say it."""
         return "epsilon"
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor of this name belongs to the blocks, whose layers ``base_precision`` quantizes; what is
+        before and behind them is little."""
+        return False
 
     # Computation --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -143,12 +143,19 @@ class Tensors(Mapping[str, Tensor]):
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
         self.place(torch.device("cpu"), None)
 
-    def place(self, device: torch.device, dtype: torch.dtype | None, as_stored: str | None = None) -> None:
+    def place(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        as_stored: str | None = None,
+        quantize: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> None:
         """From now on, read onto ``device`` and in ``dtype`` (None: as stored).
 
-        as_stored: prefix of the names that keep the number format of the file.
+        as_stored: prefix of the names that keep the number format of the file. quantize: what a tensor of this name is
+        handed out as, made when it is there.
         """
-        self._device, self._dtype, self._as_stored = device, dtype, as_stored
+        self._device, self._dtype, self._as_stored, self._quantize = device, dtype, as_stored, quantize
         self._recent.clear()
 
     def add(self, name: str, source: Source, stored_name: str) -> None:
@@ -183,6 +190,8 @@ class Tensors(Mapping[str, Tensor]):
                             remedy="Choose this model in bf16, fp16, or fp8 with one scale for each weight.",
                         )
                     pack(tensor, Scaled(self[scale].float()))
+        if self._quantize is not None:
+            tensor = self._quantize(name, tensor)
         self._recent[name] = tensor
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)

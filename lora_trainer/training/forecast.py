@@ -14,6 +14,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import LoraTarget, ModelArchitecture
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import MetaModel
+from lora_trainer.models.quantize import BYTES
 from lora_trainer.training.change_inputs import kept_prompts, lessons
 from lora_trainer.training.precision import Precision
 
@@ -79,8 +80,17 @@ def memory_needed(
     family = get_family(model.architecture.family)
     encoding = family.encoding_numbers(model.architecture, resolution) * number_bytes(torch.float32)
     step = learning_bytes(model.targets, config) + step_bytes(model, resolution, config, precision)
-    weights = max(0, model.weights * number_bytes(precision.weight_dtype) - weights_there)
+    weights = max(0, base_bytes(model, config, precision) - weights_there)
     return int(weights + max(encoding, step))
+
+
+def base_bytes(model: MetaModel, config: TrainConfig, precision: Precision) -> float:
+    """Of the base model's weights, as this run keeps them."""
+    each = number_bytes(precision.weight_dtype)
+    if config.base_precision == "stored":
+        return model.weights * each
+    quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
+    return model.weights * each - quantized * (each - BYTES[config.base_precision])
 
 
 def step_bytes(model: MetaModel, resolution: tuple[int, int], config: TrainConfig, precision: Precision) -> float:

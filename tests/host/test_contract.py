@@ -48,6 +48,12 @@ def test_an_unknown_checkpoint_is_refused_with_a_remedy(host):
     assert error.value.field == "base_model" and error.value.remedy
 
 
+def test_a_base_precision_is_refused_of_a_lent_model_and_of_a_unet(host):
+    with pytest.raises(UserError) as caught:
+        host.lender("first", dataclasses.replace(OPTIONS, base_precision="nf4")).describe()
+    assert caught.value.field == "base_precision" and "Use stored" in caught.value.remedy
+
+
 @pytest.mark.parametrize("name, family", [("first", "sd1"), ("third", "sdxl")])
 def test_describing_says_what_is_lent(host, models, name, family):
     lender = host.lender(name, OPTIONS)

@@ -19,7 +19,8 @@ from lora_trainer.host.standalone import _merged
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import family_of_lora
 from lora_trainer.run import file_lender, train
-from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
+from lora_trainer.training.state import named_state
 from tests import flux as tiny
 
 STEPS = 6
@@ -159,6 +160,29 @@ def test_fp8_learns_what_full_precision_learns(settings, tmp_path):
                                "output_dir": str(tmp_path / name), "max_train_steps": 2})  # fmt: skip
         loras.append(load_file(str(train(config, file_lender(config)).lora)))
     assert all(torch.allclose(loras[0][name], other, atol=1e-6) for name, other in loras[1].items())
+
+
+def test_on_a_base_in_nf4_it_stops_and_resumes_to_the_same_bits_and_says_so(settings, tmp_path):
+    settings = {**settings, "base_precision": "nf4", "preview_prompts": [], "save_steps": None, "max_train_steps": 4}
+    ways = {}
+    for name, base in (("nf4", "nf4"), ("stored", "stored")):
+        config = from_mapping({**settings, "base_precision": base, "output_dir": str(tmp_path / name)})
+        ways[name] = train(config, file_lender(config)).lora
+    config = from_mapping({**settings, "output_dir": str(tmp_path / "stopped")})
+    commands, callbacks = TrainCommands(), TrainCallbacks()
+    callbacks.on_step = lambda report: commands.stop_and_save()
+    assert train(config, file_lender(config), callbacks=callbacks, commands=commands).status == "stopped"
+    keys = [named_state(str(next((tmp_path / name).rglob("*.state")))).run_key for name in ("stopped", "stored")]
+    assert keys[0].pop("base_precision") == "nf4" and keys[0].keys() == keys[1].keys(), "older runs go on as well"
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["base_model"]
+    resumed = train(config, file_lender(config))
+    assert resumed.status == "finished"
+    whole, again, other = (load_file(str(path)) for path in (ways["nf4"], resumed.lora, ways["stored"]))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert any(not torch.equal(whole[name], other[name]) for name in whole)
+    assert describe(ways["nf4"]).base_precision == "nf4" and describe(ways["stored"]).base_precision is None
+    saved = yaml.safe_load((tmp_path / "nf4" / "taught.config.yaml").read_text())
+    assert saved["base_precision"] == "nf4"
 
 
 def _out(config):

@@ -19,12 +19,14 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family, meta_model
+from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import Work, memory_needed, step_bytes, work_on_batch
+from lora_trainer.training.forecast import Work, base_bytes, memory_needed, step_bytes, work_on_batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import resolve
+from tests import flux
 from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
 SIDE, BATCH = 128, 2
@@ -215,3 +217,15 @@ def test_a_unet_has_so_many_pieces():
     """22 resnets and 16 transformer blocks in SD 1; 17 and 70 in SDXL."""
     for name, shapes, count in (("sd1", sd1_shapes(**SD1), 38), ("sdxl", sdxl_shapes(**SDXL), 87)):
         assert pieces(detect(shapes).unet, get_family(name).latents) == count / 2
+
+
+@pytest.mark.parametrize("form, bits", [("fp8", 8), ("nf4", 4.5)])
+def test_a_quantized_base_takes_what_its_layers_take(form, bits):
+    shapes = {TRANSFORMER + name: shape for name, shape in flux.transformer_shapes().items()}
+    architecture = dataclasses.replace(detect(shapes), t5=None, clips=())
+    model, precision = meta_model(architecture), dataclasses.replace(resolve("cpu", "no"), weight_dtype=torch.bfloat16)
+    layers = sum(math.prod(shape) for name, shape in shapes.items()
+                 if "_blocks." in name and len(shape) == 2)  # fmt: skip
+    base = base_bytes(model, TrainConfig(), precision)
+    assert base == 2 * sum(map(math.prod, shapes.values()))
+    assert base_bytes(model, TrainConfig(base_precision=form), precision) == base - layers * (2 - bits / 8)

@@ -44,6 +44,7 @@ class OfImageModel:
             zero_terminal_snr=config.zero_terminal_snr,
             clip_skip=config.clip_skip,
             text_encoders=config.text_encoders,
+            base_precision=config.base_precision,
         )
 
     def run_key(self, model: LentModel) -> dict[str, Any]:

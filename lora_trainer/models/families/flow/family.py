@@ -16,7 +16,7 @@ from lora_trainer.models.base import FlowSchedule, LoraTarget, ModelInfo
 from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
 from lora_trainer.models.families.flow.folder import add_text_encoders
 from lora_trainer.models.families.flow.model import FlowModel
-from lora_trainer.models.families.flow.names import T5, Layer
+from lora_trainer.models.families.flow.names import T5, TRANSFORMER, Layer
 from lora_trainer.models.families.flow.shapes import clip_shape, refuse_storage, t5_shape, vae_shape
 from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flow.targets import transformer_targets
@@ -149,6 +149,9 @@ class FlowFamily(Family):
                 f"transformer reads {' and '.join(str(read[kind]) for kind in wrong)}; they do not belong together.",
                 field="text_encoders",
             )
+
+    def in_blocks(self, name: str) -> bool:
+        return name.startswith(TRANSFORMER) and "_blocks." in name
 
     def a1111_loads(self, architecture: FlowArchitecture) -> bool:
         return False
