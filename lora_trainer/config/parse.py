@@ -193,6 +193,12 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
         f"It does not exist for {config.adapter}.",
         "Use adapter: lora, or dora: false.",
     )
+    require(
+        "offload_blocks",
+        not config.offload_blocks or config.gradient_checkpointing,
+        "What a block computes must not be kept while its weights are elsewhere.",
+        "Set gradient_checkpointing: true, or offload_blocks: 0.",
+    )
     for prompt in config.preview_prompts:
         try:
             parse_prompt(prompt)

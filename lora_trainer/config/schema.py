@@ -39,6 +39,12 @@ class ModelSettings:
     """Format of the frozen weights of FLUX.1, Chroma and SD 3 from a file, quantized as they are read: fp8 takes half
     the memory of bf16, nf4 little more than a quarter, slower. stored: that of the file, and always in a WebUI."""
 
+    offload_blocks: int = setting(
+        0, minimum=0, maximum=1000, decides=False, fills_memory=True, sets_pace=True, task="image"
+    )
+    """So many blocks of FLUX.1 (it has 57), Chroma or SD 3 from a file wait in main memory and are copied to the NVIDIA
+    or AMD GPU when they compute; needs gradient_checkpointing. Not yet tried on a card."""
+
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
     """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust it first."""
 

@@ -87,6 +87,7 @@ class StandaloneHost(Host):
             compute_dtype=dtype,
             clip_skip=options.clip_skip,
             base_precision=options.base_precision,
+            offload_blocks=options.offload_blocks,
         )
 
     def device_turn(self) -> AbstractContextManager[Any]:

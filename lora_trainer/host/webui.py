@@ -105,6 +105,10 @@ class WebuiHost(Host):
                 field="base_precision",
                 remedy="Use stored; Forge has a setting for it, Diffusion in Low Bits.",
             )
+        if options.offload_blocks:
+            raise UserError(
+                "A WebUI decides itself what of its model is on the GPU.", field="offload_blocks", remedy="Use 0."
+            )
         return self._lender(self._checkpoint(checkpoint), options)
 
     def _refuse_other_device(self, device: torch.device | None) -> None:

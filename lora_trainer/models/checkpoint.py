@@ -27,7 +27,7 @@ class FileLender(Lender):
     path: a .safetensors or .ckpt file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
-    base_precision: the setting; what fp8 and nf4 quantize is quantized as it is read.
+    base_precision, offload_blocks: the settings; what fp8 and nf4 quantize is quantized as it is read.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
         whose checkpoints lack them. complete: False for one that is only described, and that somebody else completes.
@@ -49,13 +49,14 @@ class FileLender(Lender):
         text_encoders: Sequence[Path | str] = (),
         complete: bool = True,
         base_precision: str = "stored",
+        offload_blocks: int = 0,
     ):
         self.path = Path(path)
         self.device = torch.device(device)
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
-        self.base_precision = base_precision
+        self.base_precision, self.offload_blocks = base_precision, offload_blocks
         self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)
         self._v_prediction = v_prediction
@@ -89,6 +90,7 @@ class FileLender(Lender):
             compute_dtype=self.compute_dtype,
             clip_skip=self.clip_skip,
             reload=True,
+            **({"offload_blocks": self.offload_blocks} if self.offload_blocks else {}),
         )
         self._place(tensors, family)  # which lets go of the tensors that were read last
         self._lent = model
@@ -131,6 +133,12 @@ class FileLender(Lender):
                 f"{family.title} is not trained on quantized weights.",
                 field="base_precision",
                 remedy="Use stored. FLUX.1, Chroma and SD 3 can be quantized.",
+            )
+        if self.offload_blocks and not family.offloads:
+            raise UserError(
+                f"{family.title} is not trained with blocks in main memory.",
+                field="offload_blocks",
+                remedy="Use 0. FLUX.1, Chroma and SD 3 can be.",
             )
         if self._complete:
             family.check_complete(architecture, self.path.name)

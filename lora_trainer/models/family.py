@@ -80,6 +80,7 @@ class Family(ABC):
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
     quantized: the weights may be in fp8, GGUF or nf4: the model computes with them as they are.
+    offloads: ``build`` knows ``offload_blocks``, the setting.
     unused: settings that change nothing with this family, each with the reason.
     usual: what the models that people use are made of, without a VAE: it names the layers of a LoRA whose base is not
     at hand. None where there is no such model.
@@ -95,6 +96,7 @@ class Family(ABC):
     tight_bytes: int = 4 << 30
     assume_roomy: bool = True
     quantized: bool = False
+    offloads: bool = False
     presets: Mapping[str, Mapping[str, Any]] = {}
     unused: Mapping[str, str] = {}
     usual: ModelArchitecture | None = None

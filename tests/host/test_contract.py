@@ -48,10 +48,13 @@ def test_an_unknown_checkpoint_is_refused_with_a_remedy(host):
     assert error.value.field == "base_model" and error.value.remedy
 
 
-def test_a_base_precision_is_refused_of_a_lent_model_and_of_a_unet(host):
+@pytest.mark.parametrize("name, value, remedy", [
+    ("base_precision", "nf4", "Use stored"), ("offload_blocks", 2, "Use 0"),
+])  # fmt: skip
+def test_what_only_flow_models_from_files_can_is_refused(host, name, value, remedy):
     with pytest.raises(UserError) as caught:
-        host.lender("first", dataclasses.replace(OPTIONS, base_precision="nf4")).describe()
-    assert caught.value.field == "base_precision" and "Use stored" in caught.value.remedy
+        host.lender("first", dataclasses.replace(OPTIONS, **{name: value})).describe()
+    assert caught.value.field == name and remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize("name, family", [("first", "sd1"), ("third", "sdxl")])

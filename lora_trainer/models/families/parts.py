@@ -15,6 +15,7 @@ from lora_trainer.devices import to_device, without_autocast
 from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.binding import Binding
+from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.residency import Residency
 
 PARTS = ("unet", "vae", "text_encoders")
@@ -47,6 +48,7 @@ class PartedModel:
     unet, vae, text_encoders: modules on meta, each with what binds it. They are to be cast by ``cast_layers`` already,
     but for the VAE. text_salt: what, beside the text encoders' weights, decides on an encoding.
     reload: the tensors can be read again, so parts may leave the device where its memory does not hold them all.
+    offload: of the denoiser's blocks; None where all of them stay on the device.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class PartedModel:
         text_encoders: Sequence[tuple[nn.Module, list[Binding]]],
         text_salt: str,
         reload: bool,
+        offload: BlockOffload | None = None,
     ):
+        self.offload = offload
         self.info, self.architecture, self.device, self.compute_dtype = info, architecture, device, compute_dtype
         self.unet, self._unet_bindings = unet
         self.vae, self._vae_bindings = vae
@@ -99,6 +103,8 @@ class PartedModel:
         for part in parts:
             for binding in bindings[part]:
                 binding.bind(tensors, self.device if move else None)
+                if self.offload is not None:
+                    self.offload.take(binding.owner)
 
     def _load(self, tensors: Mapping[str, Tensor], part: str) -> None:
         if self.residency is None:
@@ -114,6 +120,8 @@ class PartedModel:
     def _unbind(self, part: str) -> None:
         for binding in dict(zip(PARTS, (self._unet_bindings, self._vae_bindings, self._text_bindings)))[part]:
             binding.unbind()
+        if part == "unet" and self.offload is not None:
+            self.offload.clear()
 
     def compute_on(self, device: torch.device) -> None:
         """Compute there from now on; the lender sees to it that the weights are there when they are needed."""
@@ -146,7 +154,8 @@ class PartedModel:
             elif part == "text_encoders":
                 released, self._text_bindings, self.text_encoders = self._text_bindings, [], []
             elif part == "unet":
-                released, self._unet_bindings = self._unet_bindings, []
+                self._unbind(part)
+                released, self._unet_bindings = [], []
             else:
                 raise ValueError(f"no part is called {part!r}")
             for binding in released:
@@ -226,5 +235,9 @@ def weights_digest(bindings: Sequence[Binding], salt: str) -> str:
         flat = tensor.detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // 32)][:32].float())
     for device in dict.fromkeys(sample.device for sample in samples):  # one copy from each, not one for each tensor
-        digest.update(torch.cat([sample for sample in samples if sample.device == device]).cpu().numpy().tobytes())
+        there = [index for index, sample in enumerate(samples) if sample.device == device]
+        copies = torch.cat([samples[index] for index in there]).cpu()
+        for index, copy in zip(there, copies.split([len(samples[index]) for index in there])):
+            samples[index] = copy
+    digest.update(torch.cat(samples).numpy().tobytes())
     return digest.hexdigest()

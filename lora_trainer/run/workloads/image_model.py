@@ -45,6 +45,7 @@ class OfImageModel:
             clip_skip=config.clip_skip,
             text_encoders=config.text_encoders,
             base_precision=config.base_precision,
+            offload_blocks=config.offload_blocks,
         )
 
     def run_key(self, model: LentModel) -> dict[str, Any]:

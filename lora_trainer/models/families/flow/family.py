@@ -50,7 +50,7 @@ class FlowFamily(Family):
     file. needs_t5: it cannot do without T5. vae_file: the usual file of the VAE. alpha: see ``LoraTarget``."""
 
     as_stored = ""  # every tensor: billions of numbers are not converted, each layer casts its own
-    quantized = True
+    quantized = offloads = True
     assume_roomy = False
     presets: Mapping[str, Mapping[str, Any]] = {
         kind: {"learning_rate": 1e-4, "lora_rank": 16, "alpha": 16, "batch_size": 1, "gradient_checkpointing": True}
@@ -176,12 +176,16 @@ class FlowFamily(Family):
         clip_skip: int = 1,
         alphas_cumprod: Tensor | None = None,
         reload: bool = False,
+        offload_blocks: int = 0,
     ) -> FlowModel:
         """tensors: by their names in an all-in-one file (``model.diffusion_model.…``, ``first_stage_model.…``,
         ``text_encoders.clip_l.transformer.…``, ``text_encoders.t5xxl.transformer.…``), in any mix of number formats.
         """
         self.check_complete(architecture, info.name)
-        return self.model(self, tensors, architecture, tokenizer, info, torch.device(device), compute_dtype, reload)
+        device = torch.device(device)
+        return self.model(
+            self, tensors, architecture, tokenizer, info, device, compute_dtype, reload, offload_blocks
+        )  # fmt: skip
 
     def default_resolution(self, info: ModelInfo) -> int:
         return 1024

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
 from lora_trainer.models.families.parts import PartedModel, checkpoint
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_vae, parameters_of
+from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.prompts import parse_weights
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class FlowModel(PartedModel, ABC):
         device: torch.device,
         compute_dtype: torch.dtype,
         reload: bool = False,
+        offload_blocks: int = 0,
     ):
         self.family, self._tokenizer = family, tokenizer
         self.schedule = family.schedule(architecture.transformer)
@@ -54,6 +57,7 @@ class FlowModel(PartedModel, ABC):
             # T5's activations leave the range of fp16.
             cast_layers(module, torch.float32 if compute_dtype == torch.float16 else compute_dtype)
             encoders.append((module, _bindings(module, t5.prefix, {"shared.weight": f"{t5.embedding}.weight"})))
+        offloads = offload_blocks > 0 and device.type == "cuda"
         super().__init__(
             tensors,
             architecture,
@@ -65,7 +69,9 @@ class FlowModel(PartedModel, ABC):
             text_encoders=encoders,
             text_salt=self._text_salt(),
             reload=reload,
+            offload=BlockOffload(blocks_of(transformer), offload_blocks, device) if offloads else None,
         )
+        self.set_gradient_checkpointing(False)
 
     def _text_salt(self) -> str:
         """What, beside the text encoders' weights, decides on an encoding."""
@@ -90,8 +96,25 @@ class FlowModel(PartedModel, ABC):
         return self.family.targets(self.unet, self.text_encoders[:1], self.architecture)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Compute each block of the transformer anew in the backward pass instead of keeping what is inside."""
-        self.unet.run = checkpoint if enabled else directly
+        """Compute each block of the transformer anew in the backward pass instead of keeping what is inside.
+
+        It is always so where blocks are offloaded: by then the weights that autograd would have kept are elsewhere.
+        """
+        if self.offload is not None:
+            self.unet.run = partial(checkpoint, self._entered)
+        else:
+            self.unet.run = checkpoint if enabled else directly
+
+    def _entered(self, block: nn.Module, *inputs: Tensor) -> Any:
+        assert self.offload is not None
+        self.offload.enter(block)
+        return block(*inputs)
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """In the order in which they compute."""
+    named = transformer.named_children()
+    return [block for name, blocks in named if name.endswith("_blocks") for block in blocks.children()]
 
 
 def plain(captions: Sequence[str], weighted: bool) -> list[str]:

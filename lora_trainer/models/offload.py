@@ -1,0 +1,231 @@
+"""Frozen blocks that wait in main memory and are copied to the GPU when they compute, the next one ahead of its time.
+
+They never change, so nothing is copied back. Two buffers on the device are enough: while a block computes out of the
+one, the other is filled by a stream of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_trainer.errors import UserError
+from lora_trainer.storage import Packing, pack, packing_of
+
+_ALIGNMENT = 256
+_BUFFERS = 2
+
+
+def offloaded(blocks: int, count: int) -> list[int]:
+    """Which ``count`` of so many blocks wait in main memory: evenly spread, so that the others compute meanwhile."""
+    count = min(count, blocks)
+    return [(2 * number + 1) * blocks // (2 * count) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in its block's bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape) * torch.empty((), dtype=self.dtype).element_size()
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass
+class _Moving:
+    """See ``storage.Packing``. Autograd keeps it from the forward pass; the weight is elsewhere by the backward pass."""
+
+    now: Packing
+
+    def shape_of(self, stored: Tensor) -> tuple[int, ...]:
+        return self.now.shape_of(stored)
+
+    def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.now.unpack(stored, dtype)
+
+    def to(self, device: torch.device) -> Packing:
+        return self.now.to(device)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """owner, name: the parameter. packing: of a packed one, with the places of its tensors by their fields."""
+
+    owner: nn.Module
+    name: str
+    place: _Place
+    packing: _Moving | None
+    parts: dict[str, _Place]
+
+    def bind(self, flat: Tensor) -> None:
+        parameter = nn.Parameter(self.place.of(flat), requires_grad=False)
+        if self.packing is not None:
+            parts: dict[str, Any] = {field: place.of(flat) for field, place in self.parts.items()}
+            self.packing.now = replace(self.packing.now, **parts)  # type: ignore[type-var]
+            pack(parameter, self.packing)
+        self.owner._parameters[self.name] = parameter
+
+
+class _Block:
+    """A block's weights as one tensor of bytes in main memory."""
+
+    def __init__(self, module: nn.Module):
+        self.weights: list[_Weight] = []
+        tensors: list[tuple[_Place, Tensor]] = []
+        end = 0
+
+        def place(tensor: Tensor) -> _Place:
+            nonlocal end
+            found = _Place(-(-end // _ALIGNMENT) * _ALIGNMENT, tensor.dtype, tensor.shape)
+            tensors.append((found, tensor))
+            end = found.end
+            return found
+
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                where, packing = place(parameter.detach()), packing_of(parameter)
+                parts = {} if packing is None else {name: place(part) for name, part in _tensors(packing).items()}
+                moving = None if packing is None else _Moving(packing)
+                self.weights.append(_Weight(owner, name, where, moving, parts))
+        self.size = end
+        flat = torch.empty(end, dtype=torch.uint8)
+        for where, tensor in tensors:
+            where.of(flat).copy_(tensor)
+        self.flat = _pinned(flat)
+        self.bind(self.flat)
+
+    def bind(self, flat: Tensor) -> None:
+        for weight in self.weights:
+            weight.bind(flat)
+
+
+def _tensors(packing: Packing) -> dict[str, Tensor]:
+    named = {field.name: getattr(packing, field.name) for field in fields(packing)}  # type: ignore[arg-type]
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _pinned(flat: Tensor) -> Tensor:
+    try:
+        return flat.pin_memory()
+    except RuntimeError as error:
+        raise UserError(
+            "Main memory does not suffice for the blocks that wait there.",
+            field="offload_blocks",
+            remedy="Use fewer, or base_precision: nf4.",
+        ) from error
+
+
+class _Buffer:
+    """Memory on the device for one block. holds: its number, or None. loaded: its copy is over."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.flat = torch.empty(size, dtype=torch.uint8, device=device)
+        self.holds: int | None = None
+        self.loaded = torch.cuda.Event()
+
+
+class BlockOffload:
+    """Of the blocks of a model on ``device``, a CUDA one, in the order in which they compute.
+
+    moved: bytes that were copied to the device. Whoever binds a block's weights calls ``take`` afterwards, and whoever
+    computes with one calls ``enter`` before. What autograd keeps of a block must be computed anew in the backward pass
+    (gradient checkpointing): its weights are elsewhere by then.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], count: int, device: torch.device):
+        self.device, self.moved = device, 0
+        self._modules = [blocks[index] for index in offloaded(len(blocks), count)]
+        self._numbers = {id(module): number for number, module in enumerate(self._modules)}
+        self._owners = {id(owner): module for module in self._modules for owner in module.modules()}
+        self._missing = {id(module): _count(module) for module in self._modules}
+        self._blocks: dict[int, _Block] = {}
+        self._buffers: list[_Buffer] = []
+        self._last = -1
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def resident(self) -> list[int]:
+        """The numbers of the blocks whose weights are on the device, or on their way."""
+        return sorted(buffer.holds for buffer in self._buffers if buffer.holds is not None)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of main memory."""
+        return sum(block.size for block in self._blocks.values())
+
+    def take(self, owner: nn.Module) -> None:
+        """A weight of this module was bound. The last one of a block takes the block to main memory."""
+        module = self._owners.get(id(owner))
+        if module is None:
+            return
+        self._missing[id(module)] -= 1
+        if self._missing[id(module)] == 0:
+            self._blocks[self._numbers[id(module)]] = _Block(module)
+        if len(self._blocks) == len(self._modules) and not self._buffers:
+            size = max(block.size for block in self._blocks.values())
+            self._buffers = [_Buffer(size, self.device) for _ in range(min(_BUFFERS, len(self._modules)))]
+
+    def clear(self) -> None:
+        """The weights are let go of; they are taken again when they are bound again."""
+        if self._buffers:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._blocks, self._buffers, self._last = {}, [], -1
+        self._missing = {id(module): _count(module) for module in self._modules}
+
+    def enter(self, module: nn.Module) -> None:
+        """The block computes next, forwards, or once more for its backward pass."""
+        number = self._numbers.get(id(module))
+        if number is None:
+            return
+        buffer = self._holding(number) or self._load(number, self._buffer_beside(self._last))
+        torch.cuda.current_stream(self.device).wait_event(buffer.loaded)
+        self._blocks[number].bind(buffer.flat)
+        ahead = self._next(number)
+        self._last = number
+        if self._holding(ahead) is None:
+            self._load(ahead, self._buffer_beside(number))
+
+    def _next(self, number: int) -> int:
+        """The passes go up and down; one without gradients goes up again from the beginning."""
+        last = len(self._modules) - 1
+        if number == last:
+            return max(0, last - 1) if torch.is_grad_enabled() else 0
+        return number + 1 if number >= self._last or number == 0 else number - 1
+
+    def _holding(self, number: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.holds == number), None)
+
+    def _buffer_beside(self, number: int) -> _Buffer:
+        return next((buffer for buffer in self._buffers if buffer.holds != number), self._buffers[0])
+
+    def _load(self, number: int, buffer: _Buffer) -> _Buffer:
+        """Begin to copy a block. What was computed out of the buffer so far is over before."""
+        if buffer.holds is not None:
+            gone = self._blocks[buffer.holds]
+            gone.bind(gone.flat)
+        block = self._blocks[number]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            buffer.flat[: block.size].copy_(block.flat, non_blocking=True)
+        buffer.loaded.record(self._stream)
+        buffer.holds = number
+        self.moved += block.size
+        return buffer
+
+
+def _count(module: nn.Module) -> int:
+    return sum(1 for _ in module.parameters())

@@ -1,0 +1,139 @@
+"""``offload_blocks``: which blocks are on the device when, what is copied, and that the numbers stay the same."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import from_mapping
+from lora_trainer.errors import ConfigError
+from lora_trainer.models.base import Conditioning
+from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.models.offload import offloaded
+from tests import flux as tiny
+from tests.devices import pretended_gpu
+from tests.streams import pretended_streams
+
+SETTINGS = {"base_model": "x", "train_data_dir": "x", "lora_rank": 2, "gradient_checkpointing": True}
+DOUBLE, SINGLE = 2, 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.tiny_flux(tmp_path_factory.mktemp("flux"), double=DOUBLE, single=SINGLE)
+
+
+def lend(base, **options) -> FileLender:
+    return FileLender(
+        base["base_model"], "cuda:0", vae=base["vae"], text_encoders=base["text_encoders"], **options
+    )  # fmt: skip
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    context, pooled, latents = (
+        torch.randn(1, *shape, generator=generator) for shape in ((4, tiny.TEXT), (tiny.POOLED,), (16, 4, 4))
+    )
+    return latents, torch.tensor([0.4]), Conditioning(context, pooled)
+
+
+def attached(model) -> AdapterSet:
+    adapters = AdapterSet.build(model.lora_targets(), from_mapping(SETTINGS), model.device)
+    for _, adapter in adapters.items():
+        nn.init.normal_(adapter.lora_up.data.held, 0, 0.1, generator=torch.Generator().manual_seed(0))
+    return adapters
+
+
+def passes(model, steps=2):
+    """Gradients of a few steps, and what is predicted without any in between."""
+    found = []
+    latents, sigmas, conditioning = inputs()
+    with attached(model) as adapters:
+        for _ in range(steps):
+            loss = model.predict(latents, sigmas, conditioning, None).square().mean()
+            loss.backward()
+            found += [parameter.grad.cpu() for parameter in adapters.parameters()]
+            adapters.zero_grad()
+            with torch.no_grad():
+                found.append(model.predict(latents, sigmas, conditioning, None).cpu())
+    return found
+
+
+def test_the_blocks_that_wait_are_spread_evenly():
+    assert offloaded(57, 3) == [9, 28, 47] and offloaded(4, 4) == offloaded(4, 9) == [0, 1, 2, 3]
+    assert all(len(set(offloaded(57, count))) == count for count in range(1, 58))
+
+
+@pytest.mark.parametrize("form, count", [("stored", 1), ("stored", 5), ("fp8", 2), ("nf4", 4)])
+def test_the_numbers_are_the_same_to_the_last_bit(base, form, count):
+    with pretended_gpu(), pretended_streams():
+        with lend(base, base_precision=form).borrow() as model:
+            key = model.network_key
+            model.set_gradient_checkpointing(True)
+            expected = passes(model)
+        with lend(base, base_precision=form, offload_blocks=count).borrow() as model:
+            assert model.network_key == key, "a run goes on with another number of them"
+            model.set_gradient_checkpointing(False)
+            for one, other in zip(expected, passes(model)):
+                assert torch.equal(one, other)
+
+
+def test_which_blocks_are_there_and_what_is_copied(base):
+    latents, sigmas, conditioning = inputs()
+    with pretended_gpu() as gpu, pretended_streams():
+        sizes = {}
+        for count in (0, 4):
+            with lend(base, offload_blocks=count).borrow() as model:
+                model.release("vae", "text_encoders")
+                gc.collect()
+                sizes[count] = gpu.allocated
+                if not count:
+                    continue
+                offload, seen = model.offload, []
+                enter = offload.enter
+
+                def watched(block, enter=enter, offload=offload, seen=seen):
+                    enter(block)
+                    there = [p.device.type for p in block.parameters()]
+                    assert set(there) == {"cuda"}
+                    seen.append(tuple(offload.resident))
+
+                offload.enter = watched
+                blocks = [*model.unet.double_blocks, *model.unet.single_blocks]
+                of_block = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+                waiting = [of_block[index] for index in offloaded(len(blocks), count)]
+                assert sum(waiting) <= offload.waiting_bytes < sum(waiting) * 1.1  # each tensor begins at 256 bytes
+                with attached(model):
+                    model.predict(latents, sigmas, conditioning, None).mean().backward()
+                    first, offload.moved = offload.moved, 0
+                    model.predict(latents, sigmas, conditioning, None).mean().backward()
+        gap = sizes[0] - sizes[4]
+        assert abs(gap - (sum(waiting) - 2 * max(waiting))) < 0.1 * sum(waiting)
+        up, down = [(0, 1), (1, 2), (2, 3)], [(1, 2), (0, 1)]
+        order = [there for before, there in zip([None, *seen], seen) if there != before]
+        assert order == [*up, *down, *up[1:], *down]
+        # A step begins with the first two, where the one before has ended, and each of the others comes once on the way
+        # up; down the last two are there still.
+        assert offload.moved == pytest.approx(sum(waiting[2:]) + sum(waiting[:2]), rel=0.1)
+        assert first == pytest.approx(sum(waiting) + sum(waiting[:2]), rel=0.1)
+
+
+def test_what_left_for_other_parts_comes_back(base):
+    with pretended_gpu() as gpu, pretended_streams(), lend(base, offload_blocks=4).borrow() as model:
+        expected = passes(model, steps=1)
+        model.residency.make_room(["vae"])
+        gc.collect()
+        there = gpu.allocated
+        assert model.offload.waiting_bytes == 0
+        found = passes(model, steps=1)
+        assert all(torch.equal(one, other) for one, other in zip(expected, found)) and gpu.peak > there
+
+
+def test_it_needs_gradient_checkpointing():
+    with pytest.raises(ConfigError) as caught:
+        from_mapping({**SETTINGS, "offload_blocks": 3, "gradient_checkpointing": False})
+    assert [problem.field for problem in caught.value.problems] == ["offload_blocks"]
