@@ -45,7 +45,7 @@ class _Place:
 
 @dataclass
 class _Moving:
-    """See ``storage.Packing``. Autograd keeps it from the forward pass; the weight is elsewhere by the backward pass."""
+    """See ``storage.Packing``. Autograd keeps it from the forward pass; the weight has moved by the backward pass."""
 
     now: Packing
 
