@@ -1,29 +1,32 @@
 """What LoRAs that learn a change do to the demo's base, scored on pictures of scenes that no training showed.
 
-    python -m tests.benchmarks.changes words      circles become squares at weight 1, and squares circles at -1
-    python -m tests.benchmarks.changes erase      circles are erased, other shapes stay
-    python -m tests.benchmarks.changes pair       one pair of pictures: the same scene with another shape
-    python -m tests.benchmarks.changes copier     the same pair, learned in two passes
-    python -m tests.benchmarks.changes ordinary   the same two pictures and caption, learned as any other pictures
+    python -m tests.benchmarks.changes                    every kind below, a row of a table for each
+    python -m tests.benchmarks.changes words erase        circles become squares and back at -1; circles are erased
+    python -m tests.benchmarks.changes pair_color         one pair of pictures that differ in color, shape or outline;
+    python -m tests.benchmarks.changes copier_color       the same, learned in two passes;
+    python -m tests.benchmarks.changes ordinary_color     the same two pictures, learned as any other pictures
+    python -m tests.benchmarks.changes words --count 16 max_train_steps=100
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageFilter
 
 from lora_trainer.adapters.initialize import init_from
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.config import TrainConfig, from_mapping
-from lora_trainer.demo import shapes
+from lora_trainer.demo import evaluate, shapes
 from lora_trainer.demo.base import build_base
 from lora_trainer.demo.main import SAMPLING_STEPS, SIDE
-from lora_trainer.demo.score import score
+from lora_trainer.demo.score import nearest, score
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.run import file_lender, train
 from tests.benchmarks.unseen import Asked, draw
@@ -36,86 +39,186 @@ TEMPLATES = [
 ]
 """The base's captions, less the colors of the pictures that are scored."""
 WORDS = {
-    "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 300, "learning_rate": 2e-3, "batch_size": 4,
+    "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 250, "learning_rate": 2e-3, "batch_size": 2,
     "original_prompt": "circle", "prompt_templates": TEMPLATES,
 }  # fmt: skip
-PAIR = {"task": "pair", "lora_rank": 4, "alpha": 1, "max_train_steps": 100, "learning_rate": 5e-3, "min_timestep": 500}
 TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_rate": 2e-3}
-KINDS = {
+OTHERS = shapes.KNOWN_SHAPES[1:]
+BY_WORDS = {
     "words": {**WORDS, "target_prompt": "square", "both_ways": True},
-    "erase": {**WORDS, "protected_prompts": list(shapes.KNOWN_SHAPES[1:])},
-    "pair": PAIR,
+    "erase": {**WORDS, "guidance": 2, "protected_prompts": list(OTHERS)},
+}
+BY_PAIR = {
+    "pair": {
+        "task": "pair", "lora_rank": 4, "alpha": 1, "max_train_steps": 100, "learning_rate": 5e-3,
+        "min_timestep": 500,
+    },
     "copier": {**TWO_PICTURES, "task": "pair", "pair_method": "copier", "copy_steps": 100},
     "ordinary": {**TWO_PICTURES, "task": "image"},
 }  # fmt: skip
 SCENE = shapes.Scene("circle", "red", "grey", "big")
+Pairs = Sequence[tuple[str, str]]
+INK = "black"
+DARKER = 25
+"""How much darker an outline is than what lies on both sides of it, of 255: latents blur it."""
 
 
-def write_pair(folder: Path) -> Path:
-    """A circle, and a square in its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, shape in (("a", "circle"), ("a_after", "square")):
-        shapes.draw(replace(SCENE, shape=shape), SIDE).save(folder / f"{name}.png")
-    return folder
+@dataclass(frozen=True)
+class Look:
+    """What a picture shows. outlined: its shape has an outline in ``INK``."""
+
+    shape: str | None
+    color: str
+    background: str
+    outlined: bool = False
+
+
+def outlined(scene: shapes.Scene) -> Image.Image:
+    """The scene with an outline, as wide as one latent."""
+    drawn = shapes.draw(replace(scene, color=INK), SIDE)
+    inner = shapes.draw_mask(replace(scene, radius=scene.radius - 8 / SIDE), SIDE)
+    drawn.paste(shapes.COLORS[scene.color], (0, 0, SIDE, SIDE), inner)
+    return drawn
+
+
+def look(picture: Image.Image) -> Look:
+    """What is seen, by the demo's scorer. Outlines are no part of a shape's color: the middle of it tells that."""
+    pixels = np.asarray(picture.convert("RGB"), np.float64)
+    found = score(picture, shapes.KNOWN_SHAPES)
+    distance = np.linalg.norm(pixels - shapes.BACKGROUNDS[found.background], axis=-1)
+    there = Image.fromarray(((distance > shapes.MIN_CONTRAST / 2) * 255).astype(np.uint8))
+    inner = np.asarray(there.filter(ImageFilter.MinFilter(31))) > 0
+    if found.shape is None or not inner.any():
+        return Look(found.shape, found.color or "", found.background)
+    light, rim = pixels.mean(-1), (np.asarray(there) > 0) & ~inner
+    paint = np.median(pixels[inner], axis=0)
+    if np.quantile(light[rim], 0.25) > min(paint.mean(), np.median(light[:4])) - DARKER:
+        return Look(found.shape, found.color or "", found.background)
+    color = nearest(paint, shapes.COLORS)
+    silhouette = Image.composite(Image.new("RGB", picture.size, "white"), Image.new("RGB", picture.size), there)
+    return Look(score(silhouette, shapes.KNOWN_SHAPES).shape, color, found.background, True)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures of ``shape`` are asked for at a weight of the LoRA, with these colors and backgrounds.
+
+    asked: of what is seen and what was prompted, whether the change is there. kept: whether the rest is as it was.
+    """
+
+    shape: str
+    weight: float
+    says: str
+    asked: Callable[[Look, shapes.Scene], bool]
+    kept: Callable[[Look, shapes.Scene], bool]
+    pairs: Pairs = tuple(shapes.held_out_pairs())
+
+
+def same_colors(seen: Look, scene: shapes.Scene) -> bool:
+    return (seen.color, seen.background) == (scene.color, scene.background)
+
+
+def turned(shape: str, weight: float, into: str) -> Question:
+    return Question(shape, weight, f"{shape} to {into} at {weight:g}", lambda seen, _: seen.shape == into, same_colors)
+
+
+QUESTIONS = {
+    "words": [turned("circle", 1, "square"), turned("square", -1, "circle")],
+    "erase": [
+        Question("circle", 1, "circle is gone", lambda seen, _: seen.shape != "circle", same_colors),
+        *(Question(one, 1, f"{one} stays", lambda seen, scene: seen.shape == scene.shape, same_colors)
+          for one in OTHERS),
+    ],
+    "shape": [turned("circle", 1, "square")],
+    "color": [
+        Question(
+            "circle", 1, "red to blue",
+            lambda seen, _: seen.color == "blue",
+            lambda seen, scene: (seen.shape, seen.background) == (scene.shape, scene.background),
+            [pair for pair in shapes.color_pairs() if pair[0] == SCENE.color and pair[1] != SCENE.background],
+        )
+    ],
+    "outline": [
+        Question(
+            "circle", 1, "gets an outline",
+            lambda seen, _: seen.outlined,
+            lambda seen, scene: seen.shape == scene.shape and same_colors(seen, scene),
+            [pair for pair in shapes.held_out_pairs() if INK not in pair and pair[1] != "navy"],
+        )
+    ],
+}  # fmt: skip
+"""By what is learned. Outlines in black are not seen on navy."""
+AFTER = {
+    "shape": shapes.draw(replace(SCENE, shape="square"), SIDE),
+    "color": shapes.draw(replace(SCENE, color="blue"), SIDE),
+    "outline": outlined(SCENE),
+}
+KINDS = [*BY_WORDS, *(f"{method}_{change}" for change in AFTER for method in BY_PAIR)]
 
 
 def settings(kind: str, folder: Path, changes: Sequence[str]) -> TrainConfig:
+    method, _, change = kind.partition("_")
     values = {
         "base_model": str(build_base()), "output_dir": str(folder / kind), "output_name": kind, "resolution": SIDE,
-        "overwrite": True, "resume": "never", "tensorboard": False, **KINDS[kind],
+        "overwrite": True, "resume": "never", "tensorboard": False, **{**BY_WORDS, **BY_PAIR}[method],
     }  # fmt: skip
-    if kind in ("pair", "copier", "ordinary"):
-        caption = shapes.plain_caption(SCENE)
-        values |= {"train_data_dir": str(write_pair(folder / "pictures")), "default_caption": caption}
+    if change:
+        pictures = folder / f"pictures_{change}"
+        pictures.mkdir(parents=True, exist_ok=True)
+        for name, picture in (("a", shapes.draw(SCENE, SIDE)), ("a_after", AFTER[change])):
+            picture.save(pictures / f"{name}.png")
+        values |= {"train_data_dir": str(pictures), "default_caption": shapes.plain_caption(SCENE)}
     return from_mapping({**values, **dict(change.split("=", 1) for change in changes)})
 
 
-def measure(
-    config: TrainConfig, lora: Path, prompted: Sequence[str], weights: Sequence[float], count: int, steps: int
-) -> None:
-    """Percent of the pictures of each prompted shape that show each shape, and how many keep color and background.
-
-    steps: of the sampler."""
-    names = shapes.KNOWN_SHAPES
+def measure(config: TrainConfig, lora: Path, questions: Sequence[Question], count: int, steps: int) -> list[str]:
+    """What pictures show of each question, in percent. steps: of the sampler."""
+    rows = []
     with FileLender(config.base_model).borrow() as model:
         adapters = AdapterSet.build(model.lora_targets(), config).eval()
         if problems := init_from(adapters, read_lora(lora)):
             raise SystemExit(" ".join(problems))
         with adapters:
-            for shape in prompted:
-                asked = Asked.of((shape,), count)
-                for weight in weights:
-                    adapters.multiplier = weight
-                    seen = [score(picture, names) for picture in draw(model, asked, steps)]
-                    shown = {one: 100 * sum(found.shape == one for found in seen) / len(seen) for one in names}
-                    kept = sum(
-                        (found.color, found.background) == (scene.color, scene.background)
-                        for found, scene in zip(seen, asked.scenes)
-                    )
-                    said = ", ".join(f"{one} {share:.0f} %" for one, share in shown.items() if share >= 3)
-                    colors = f"colors kept {100 * kept / len(seen):.0f} %"
-                    print(f"{shape:>8} at {weight:+.2f}: {said}; {colors}", flush=True)
+            for question in questions:
+                scenes = evaluate.prompts(count, 1000, (question.shape,), question.pairs)
+                adapters.multiplier = question.weight
+                seen = [look(picture) for picture in draw(model, Asked(scenes, 1000), steps)]
+                shares = []
+                for judge in (question.asked, question.kept):
+                    hits = [judge(one, scene) for one, scene in zip(seen, scenes)]
+                    by_size = [
+                        f"{size} {sum(hit for hit, scene in zip(hits, scenes) if scene.size == size)}"
+                        for size in shapes.SIZES
+                    ]
+                    shares.append(f"{100 * sum(hits) / count:.0f} % ({', '.join(by_size)})")
+                rows.append(f"{question.says} | {' | '.join(shares)}")
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("names", nargs="*", metavar="KIND or SETTING=VALUE", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--folder", type=Path, default=Path("output/changes"))
-    parser.add_argument("--count", type=int, default=64, help="pictures of each shape and weight")
-    parser.add_argument("--weights", default="-1,0,1")
-    parser.add_argument("--shapes", default=",".join(shapes.KNOWN_SHAPES), help="those that are prompted")
+    parser.add_argument("--count", type=int, default=64, help="pictures of each row")
     parser.add_argument("--steps", type=int, default=SAMPLING_STEPS, help="of the sampler")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_intermixed_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = settings(options.kind, options.folder, options.settings)
-    result = train(config, file_lender(config))
-    assert result.lora is not None
-    print(f"{options.kind}: {result.total_steps} steps, {result.seconds:.0f} s, loss {result.loss:.5f}")
-    weights = [float(one) for one in options.weights.split(",")]
-    measure(config, result.lora, options.shapes.split(","), weights, options.count, options.steps)
+    changes = [name for name in options.names if "=" in name]
+    kinds = [name for name in options.names if "=" not in name] or KINDS
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"no such kind: {', '.join(sorted(unknown))}")
+    print(f"| learned | steps, seconds | what | of {options.count} as asked | otherwise unchanged |")
+    print("| --- | --- | --- | --- | --- |")
+    for kind in kinds:
+        config = settings(kind, options.folder, changes)
+        result = train(config, file_lender(config))
+        assert result.lora is not None
+        for row in measure(
+            config, result.lora, QUESTIONS[kind.partition("_")[2] or kind], options.count, options.steps
+        ):
+            print(f"| {kind} | {result.total_steps}, {result.seconds:.0f} | {row} |", flush=True)
 
 
 if __name__ == "__main__":
