@@ -71,13 +71,14 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
 def _two_datasets(config: TrainConfig, side: int, multiple: int) -> tuple[Any, Any, Any, list[str]]:
     """Both data sets, the plan of the longer epoch, and what is to be told. Raises UserError."""
     from lora_trainer.dataset.buckets import BatchPlan
+    from lora_trainer.planning.measured import measure
     from lora_trainer.run.workloads import workload_of
     from lora_trainer.run.workloads.pairs import TwoDatasets
 
     workload = workload_of(config)
     assert issubclass(workload, TwoDatasets)
     workload.check(config)
-    first, second, warnings = workload.read(config)
+    first, second, warnings = workload.read(config, measure=measure)
     plans = [BatchPlan.from_config(one, config, side, multiple) for one in (first, second)]
     plan = max(plans, key=lambda one: one.steps_per_epoch)
     return first, second, plan, [*dict.fromkeys([*first.warnings, *second.warnings, *warnings])]

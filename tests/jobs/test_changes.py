@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from lora_trainer.comparison.plan import Wish, make_plan
+from lora_trainer.dataset import images
 from lora_trainer.errors import ConfigError, UserError
 from lora_trainer.jobs.estimating import estimate_job
 from tests.jobs.fakes import wait_for
@@ -39,6 +40,14 @@ def test_what_they_take_is_forecast(idle, host, pair):
     assert (facts["task"], facts["pictures"], facts["steps"]) == ("pair", 2, 50)
     facts = estimate_job({**pair, "pair_method": "copier", "copy_steps": 70}, host, idle.store)
     assert facts["steps"] == 120
+
+
+def test_estimates_decode_the_pictures_of_a_pair_once(idle, host, pair, monkeypatch):
+    looked, look_at = [], images.measure
+    monkeypatch.setattr(images, "measure", lambda path: looked.append(path.name) or look_at(path))
+    for steps in (50, 60, 70):
+        assert estimate_job({**pair, "max_train_steps": steps}, host, idle.store)["steps"] == steps
+    assert sorted(looked) == ["a.png", "a_after.png"]
 
 
 def test_what_says_no_change_is_refused_before_it_is_queued(idle, host, pair):

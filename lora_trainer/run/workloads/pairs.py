@@ -21,9 +21,10 @@ from lora_trainer.captioning.registry import Sources
 from lora_trainer.config import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.folder import scan
+from lora_trainer.dataset.images import measure
 from lora_trainer.dataset.known import KnownPictures
 from lora_trainer.dataset.pairs import NO_CAPTION, pairs_of
-from lora_trainer.dataset.samples import Dataset
+from lora_trainer.dataset.samples import Dataset, Size
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.families import get_family
@@ -73,10 +74,11 @@ class TwoDatasets(OfImageModel):
         config: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
         known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
+        measure: Callable[[Path], tuple[Size, str]] = measure,
     ) -> tuple[Dataset, Dataset, list[str]]:
-        """Both data sets, and what is to be told of them. known: of the folder in train_data_dir, see ``scan``.
+        """Both data sets, and what is to be told of them. known: of the folder in train_data_dir.
 
-        Raises UserError."""
+        measure: see ``scan``. Raises UserError."""
         raise NotImplementedError
 
     @staticmethod
@@ -154,12 +156,13 @@ class PairedPictures(TwoDatasets):
         config: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
         known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
+        measure: Callable[[Path], tuple[Size, str]] = measure,
     ) -> tuple[Dataset, Dataset, list[str]]:
         with concerning("copied_lora"):
             if config.copied_lora and config.pair_method == "copier":
                 read_lora(config.copied_lora)
         config = replace(config, reg_data_dir=None, more_folders=[])
-        dataset = scan(config, progress, stand_in=NO_CAPTION, known=known(config))
+        dataset = scan(config, progress, measure, NO_CAPTION, known=known(config))
         pairs = pairs_of(dataset, config.pair_suffix, same_size=config.pair_method == "alternating")
         return pairs.before, pairs.after, list(pairs.warnings)
 
@@ -230,15 +233,16 @@ class Opposites(TwoDatasets):
         config: TrainConfig,
         progress: Callable[[int, int], None] | None = None,
         known: Callable[[TrainConfig], KnownPictures | None] = lambda _: None,
+        measure: Callable[[Path], tuple[Size, str]] = measure,
     ) -> tuple[Dataset, Dataset, list[str]]:
         if not config.opposite_dir:
             raise UserError(
                 "is empty.", field="opposite_dir", remedy="Name the folder with pictures of the opposite."
             )
-        first = scan(replace(config, reg_data_dir=None), progress, known=known(config))
+        first = scan(replace(config, reg_data_dir=None), progress, measure, known=known(config))
         with concerning("opposite_dir", instead_of="train_data_dir"):
             opposite = replace(config, train_data_dir=config.opposite_dir, more_folders=[], reg_data_dir=None)
-            second = scan(replace(opposite, metadata_path=None), progress, known=known(opposite))
+            second = scan(replace(opposite, metadata_path=None), progress, measure, known=known(opposite))
         if Path(config.opposite_dir).resolve() == Path(config.train_data_dir).resolve():
             raise UserError("It is the folder of the pictures itself.", field="opposite_dir", remedy="Name another.")
         return first, second, []
