@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.changes                    every kind below, a row of a table for each
     python -m tests.benchmarks.changes words erase        circles become squares and back at -1; circles are erased
+    python -m tests.benchmarks.changes folders            16 squares against 16 circles
     python -m tests.benchmarks.changes pair_color         one pair of pictures that differ in color, shape or outline;
     python -m tests.benchmarks.changes copier_color       the same, learned in two passes;
     python -m tests.benchmarks.changes ordinary_color     the same two pictures, learned as any other pictures
@@ -56,6 +57,10 @@ BY_PAIR = {
     "copier": {**TWO_PICTURES, "task": "pair", "pair_method": "copier", "copy_steps": 100},
     "ordinary": {**TWO_PICTURES, "task": "image"},
 }  # fmt: skip
+FOLDERS = {
+    "task": "slider", "lora_rank": 4, "alpha": 4, "max_train_steps": 500, "learning_rate": 2e-4, "batch_size": 1,
+}  # fmt: skip
+"""As the page's preset has it."""
 SCENE = shapes.Scene("circle", "red", "grey", "big")
 Pairs = Sequence[tuple[str, str]]
 INK = "black"
@@ -124,6 +129,7 @@ def turned(shape: str, weight: float, into: str) -> Question:
 
 QUESTIONS = {
     "words": [turned("circle", 1, "square"), turned("square", -1, "circle")],
+    "folders": [turned("circle", 1, "square"), turned("square", -1, "circle")],
     "erase": [
         Question("circle", 1, "circle is gone", lambda seen, _: seen.shape != "circle", same_colors),
         *(Question(one, 1, f"{one} stays", lambda seen, scene: seen.shape == scene.shape, same_colors)
@@ -153,15 +159,30 @@ AFTER = {
     "color": shapes.draw(replace(SCENE, color="blue"), SIDE),
     "outline": outlined(SCENE),
 }
-KINDS = [*BY_WORDS, *(f"{method}_{change}" for change in AFTER for method in BY_PAIR)]
+KINDS = [*BY_WORDS, "folders", *(f"{method}_{change}" for change in AFTER for method in BY_PAIR)]
+
+
+def write_folder(folder: Path, shape: str) -> Path:
+    """The same 16 scenes for each shape, none of which the captions name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [pair for pair in shapes.color_pairs() if pair not in shapes.held_out_pairs()]
+    for index, scene in enumerate(evaluate.prompts(16, 0, ("circle",), pairs)):
+        shapes.draw(replace(scene, shape=shape), SIDE).save(folder / f"{index:02}.png")
+        caption = shapes.plain_caption(scene).replace("circle", "shape")
+        (folder / f"{index:02}.txt").write_text(caption, encoding="utf-8")
+    return folder
 
 
 def settings(kind: str, folder: Path, changes: Sequence[str]) -> TrainConfig:
     method, _, change = kind.partition("_")
     values = {
         "base_model": str(build_base()), "output_dir": str(folder / kind), "output_name": kind, "resolution": SIDE,
-        "overwrite": True, "resume": "never", "tensorboard": False, **{**BY_WORDS, **BY_PAIR}[method],
+        "overwrite": True, "resume": "never", "tensorboard": False,
+        **{**BY_WORDS, **BY_PAIR, "folders": FOLDERS}[method],
     }  # fmt: skip
+    if kind == "folders":
+        sides = {"train_data_dir": "square", "opposite_dir": "circle"}
+        values |= {name: str(write_folder(folder / shape, shape)) for name, shape in sides.items()}
     if change:
         pictures = folder / f"pictures_{change}"
         pictures.mkdir(parents=True, exist_ok=True)
