@@ -229,7 +229,7 @@ SIMPLE = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_yaml_round_trip(data):
     chosen = data.draw(st.lists(st.sampled_from(SIMPLE), max_size=12, unique_by=lambda field: field.name))
