@@ -16,6 +16,11 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def gpu_count() -> int:
+    """How many GPUs torch sees that several processes can share the work of a run on. Asking initializes nothing."""
+    return torch.cuda.device_count()
+
+
 def indexed(device: torch.device | str) -> torch.device:
     """The device with its index: "cuda" becomes the current one, "cuda:0" say.
 

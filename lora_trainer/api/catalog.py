@@ -78,14 +78,17 @@ def routes(context: Context) -> APIRouter:
 
     @router.get("/settings", response_model=schemas.SettingListModel)
     def list_settings() -> dict[str, Any]:
-        """Every setting with its default and explanation, in the order in which the tab shows them."""
+        """Every setting with its default and explanation, in the order in which the tab shows them; how many GPUs there
+        are for ``gpus``."""
+        from lora_trainer.devices import gpu_count  # torch is slow to import
+
         docs, defaults = field_docs(), to_mapping(TrainConfig())
         rows = [
             {"name": field.name, "group": group, "default": defaults[field.name], "explanation": docs[field.name]}
             for group, kind in GROUPS
             for field in dataclasses.fields(kind)
         ]
-        return {"settings": rows}
+        return {"settings": rows, "gpus": gpu_count()}
 
     @router.post("/settings/check", response_model=schemas.ConfigModel)
     def check(new: schemas.NewJobModel) -> dict[str, Any]:

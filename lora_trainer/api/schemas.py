@@ -382,6 +382,7 @@ class SettingModel(BaseModel):
 
 class SettingListModel(BaseModel):
     settings: list[SettingModel]
+    gpus: int
 
 
 class ConfigModel(BaseModel):

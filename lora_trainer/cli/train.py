@@ -31,10 +31,30 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--config", type=Path, help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="single settings, such as epochs=3")
+    parser.add_argument(
+        "--progress", choices=("bar", "json"), default="bar",
+        help="how progress is shown; json: one object per line on standard output, for a program",
+    )  # fmt: skip
+    parser.add_argument(
+        "--commands", action="store_true",
+        help="read commands from standard input, one word per line: pause, resume, save_now, preview_now, stop, "
+        "stop_and_save; its end stops and saves",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    try:
+        return _run(options)
+    except Exception as error:
+        if options.progress == "json" and os.environ.get("RANK", "0") == "0":
+            from lora_trainer.run.lines import ProgressLines
+
+            ProgressLines(sys.stdout).fail(error)
+        raise
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.config is None and not options.overrides:
         raise UserError("Nothing says what to train.", remedy="Give --config run.yaml, or settings as name=value.")
     path, overrides = options.config, options.overrides
@@ -44,7 +64,10 @@ def run(options: argparse.Namespace) -> int:
         from lora_trainer.run import with_all_others  # torch is slow to import
 
         raise with_all_others(error, home_settings(error.config)) or error from None
-    return run_training(home_settings(config))[0]
+    if config.gpus and not is_one_of_several():
+        count = len(config.gpus)
+        print(f"warning: gpus is for the tab; here use torchrun --nproc-per-node {count}.", file=sys.stderr)
+    return run_training(home_settings(config), options.progress, options.commands)[0]
 
 
 def print_report(path: Path) -> Callable[[Translation], None]:
@@ -64,16 +87,24 @@ def home_settings(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, **paths)
 
 
-def run_training(config: TrainConfig) -> tuple[int, Any]:
+def run_training(config: TrainConfig, progress: str = "bar", listens: bool = False) -> tuple[int, Any]:
     """Train with a progress bar and print the summary; returns the exit code and the ``Result``. Where a launcher has
-    started several such processes, they train one LoRA together, and rank 0 alone says how it goes."""
+    started several such processes, they train one LoRA together, and rank 0 alone says how it goes.
+
+    progress: "bar", or "json" for lines that a program reads. listens: commands are read from standard input.
+    """
     from lora_trainer import run as engine  # torch is slow to import: not for --help
     from lora_trainer.cli.progress import ProgressBar, Silence
+    from lora_trainer.run.lines import ProgressLines, obey
     from lora_trainer.training.callbacks import TrainCommands
 
     with joined(config) as ranks:
         commands = TrainCommands()
-        callbacks = ProgressBar() if ranks.leads else Silence()
+        callbacks: ProgressBar | ProgressLines | Silence = Silence()
+        if ranks.leads:
+            callbacks = ProgressLines(sys.stdout) if progress == "json" else ProgressBar()
+            if listens:
+                obey(commands)
         try:
             lender = engine.file_lender(config)
         except UserError as error:
@@ -88,7 +119,9 @@ def run_training(config: TrainConfig) -> tuple[int, Any]:
         with closing(callbacks), stopping as interrupted:  # a message is not to end on the bar's line
             result = engine.train(config, lender, callbacks=callbacks, commands=commands, ranks=ranks)
         signalled = any(ranks.meet(bool(interrupted)))  # a signal to one of them stops all
-        if ranks.leads:
+        if isinstance(callbacks, ProgressLines):
+            callbacks.end(result, commands.saves_before_stop)
+        elif ranks.leads:
             print(engine.summary(result, config.resume))
     return INTERRUPTED if signalled and result.status != "finished" else 0, result
 

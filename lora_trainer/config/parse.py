@@ -162,6 +162,19 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
             f"These are {len(blocks or [])} numbers, or one is below 0.",
             "Give 25 numbers of 0 or more: 12 in, the middle, 12 out.",
         )
+    gpus = config.gpus or []
+    require(
+        "gpus",
+        len(set(gpus)) == len(gpus) and min(gpus, default=0) >= 0,
+        "A number is below 0, or there twice.",
+        "Give each GPU's number once, such as 0, 1.",
+    )
+    require(
+        "gpus",
+        not gpus or ":" not in config.device,
+        f"device names one of them ({config.device}).",
+        "Set device: auto.",
+    )
     for low, high in (("min_timestep", "max_timestep"), ("min_bucket_resolution", "max_bucket_resolution")):
         require(
             low,

@@ -61,6 +61,10 @@ class ModelSettings:
     device: str = setting("auto", decides=False, fills_memory=True, sets_pace=True)
     """Where to train: auto, cpu, cuda, cuda:1, mps …"""
 
+    gpus: list[int] | None = setting(None, decides=False, sets_pace=True)
+    """Numbers of the GPUs that train together, such as 0, 1, in processes beside the WebUI, which read the base model
+    from its file; empty trains in the WebUI, on its own. On the command line torchrun chooses them."""
+
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto", fills_memory=True, sets_pace=True)
     """Number format of the computation. auto: on a GPU that of the weights which a WebUI lends (fp16 or bf16), else
     bf16 where the GPU supports it and fp16 where not; on the CPU no (fp32)."""

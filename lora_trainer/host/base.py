@@ -38,6 +38,28 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """What another process reads a base model from. vae, text_encoders: files of those that the host adds to it."""
+
+    model: Path
+    vae: Path | None = None
+    text_encoders: tuple[Path, ...] = ()
+
+
+class DeviceLeft(Protocol):
+    """The host's device while its model is not on it."""
+
+    @property
+    def somebody_waits(self) -> bool:
+        """Whether somebody wants to use the host."""
+        ...
+
+    def rest(self) -> AbstractContextManager[None]:
+        """Inside, the host works, with its model on the device."""
+        ...
+
+
+@dataclass(frozen=True)
 class Folders:
     """Where things live.
 
@@ -181,6 +203,16 @@ class Host(Protocol):
     def cleared(self, lender: LanguageModelLender) -> Lender:
         """The same lender; while it lends, the host's own model is not on the device, and afterwards as it was."""
         return lender
+
+    def model_files(self, checkpoint: str) -> ModelFiles:
+        """The files of a checkpoint that is named as for ``lender``. Raises UserError naming ``base_model`` when there
+        is none."""
+        ...
+
+    def device_left(self) -> AbstractContextManager[DeviceLeft | None]:
+        """Inside, the host's own model is not on the device, and is afterwards as it was; None for a host that has
+        none there."""
+        return nullcontext()
 
     def captioners(self) -> Mapping[str, HostCaptioner]:
         """The host's own captioners by name, "host-blip" and "host-deepbooru"; also those whose files are missing."""

@@ -1,4 +1,4 @@
-"""Lending a language model on the device of a WebUI, whose own model leaves it meanwhile and comes back."""
+"""The device of a WebUI for something else, such as a language model: its own model leaves it, and comes back."""
 
 from __future__ import annotations
 
@@ -38,58 +38,38 @@ class OwnModels(Protocol):
         ...
 
 
-class ClearedLender(Lender[LanguageModel]):
-    """Lends what ``inner`` lends. The WebUI's lock is held for the whole run, as its model is not on the device.
+class ClearedDevice:
+    """Inside, the WebUI's lock is held and its models are off the device; afterwards they are as they were.
 
-    When somebody waits for the lock, the two change places between two steps: the WebUI has its model back before the
-    lock is released, and the language model waits in main memory.
+    To be used in one thread. When somebody waits for the lock, ``rest`` lets them in.
     """
 
-    def __init__(self, inner: LanguageModelLender, turns: Turns, own: OwnModels):
-        self._inner, self._turns, self._own = inner, turns, own
+    def __init__(self, turns: Turns, own: OwnModels):
+        self._turns, self._own = turns, own
         self._snapshot = WeightSnapshot({})
-        self._model: LanguageModel | None = None
-
-    def describe(self) -> ModelInfo:
-        return self._inner.describe()
 
     @contextmanager
-    def borrow(self) -> Iterator[LanguageModel]:
+    def held(self) -> Iterator[ClearedDevice]:
         with self._turns.hold():
             try:
                 self._clear()
-                with self._inner.borrow() as self._model:
-                    yield self._model
+                yield self
             finally:
-                self._model = None
                 self._restore()
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        if self._turns.somebody_waits:
-            with self.rest():
-                pass
-        yield
+    @property
+    def somebody_waits(self) -> bool:
+        return self._turns.somebody_waits
 
     @contextmanager
     def rest(self) -> Iterator[None]:
-        if self._model is None:
-            yield
-            return
-        self._model.send("cpu")
+        """Inside, the WebUI works, with its models on the device."""
         self._restore()
         try:
             with self._turns.rest():
                 yield
         finally:
             self._clear()
-            self._model.send(self._model.device)
-
-    def device_turn(self) -> AbstractContextManager[Any]:
-        return self._turns.take()
-
-    def model_hash(self) -> str | None:
-        return self._inner.model_hash()
 
     def _clear(self) -> None:
         self._snapshot = WeightSnapshot(self._own.tensors())
@@ -102,6 +82,55 @@ class ClearedLender(Lender[LanguageModel]):
         if self._snapshot.altered(tensors, tensors):
             log.warning("The WebUI's model was changed during the training; it is loaded again")
             self._own.load_again()
+
+
+class ClearedLender(Lender[LanguageModel]):
+    """Lends what ``inner`` lends. The WebUI's lock is held for the whole run, as its model is not on the device.
+
+    When somebody waits for the lock, the two change places between two steps: the WebUI has its model back before the
+    lock is released, and the language model waits in main memory.
+    """
+
+    def __init__(self, inner: LanguageModelLender, turns: Turns, own: OwnModels):
+        self._inner, self._turns, self._device = inner, turns, ClearedDevice(turns, own)
+        self._model: LanguageModel | None = None
+
+    def describe(self) -> ModelInfo:
+        return self._inner.describe()
+
+    @contextmanager
+    def borrow(self) -> Iterator[LanguageModel]:
+        with self._device.held():
+            try:
+                with self._inner.borrow() as self._model:
+                    yield self._model
+            finally:
+                self._model = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        if self._device.somebody_waits:
+            with self.rest():
+                pass
+        yield
+
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        if self._model is None:
+            yield
+            return
+        self._model.send("cpu")
+        try:
+            with self._device.rest():
+                yield
+        finally:
+            self._model.send(self._model.device)
+
+    def device_turn(self) -> AbstractContextManager[Any]:
+        return self._turns.take()
+
+    def model_hash(self) -> str | None:
+        return self._inner.model_hash()
 
 
 def real_tensors(values: dict[str, Any]) -> dict[str, Tensor]:

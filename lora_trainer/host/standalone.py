@@ -15,7 +15,7 @@ from PIL import Image
 from lora_trainer.adapters.describe import describe
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
+from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, ModelFiles, PreviewRequest
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender
@@ -89,6 +89,9 @@ class StandaloneHost(Host):
             base_precision=options.base_precision,
             offload_blocks=options.offload_blocks,
         )
+
+    def model_files(self, checkpoint: str) -> ModelFiles:
+        return ModelFiles(self._path(checkpoint))
 
     def device_turn(self) -> AbstractContextManager[Any]:
         return self._describing

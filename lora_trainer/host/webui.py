@@ -17,8 +17,17 @@ from lora_trainer.adapters.describe import describe
 from lora_trainer.devices import indexed
 from lora_trainer.errors import UserError
 from lora_trainer.host import drawing
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, PreviewRequest
-from lora_trainer.host.clearing import ClearedLender, OwnModels
+from lora_trainer.host.base import (
+    AccessPolicy,
+    Card,
+    Checkpoint,
+    Folders,
+    Host,
+    LenderOptions,
+    ModelFiles,
+    PreviewRequest,
+)
+from lora_trainer.host.clearing import ClearedDevice, ClearedLender, OwnModels
 from lora_trainer.host.lending import WebuiLender, loaded_model
 from lora_trainer.host.loras import HostLoras
 from lora_trainer.host.options import (
@@ -126,8 +135,19 @@ class WebuiHost(Host):
         self._refuse_other_device(lender.device)
         return ClearedLender(lender, self._turns, self._own_models())
 
+    def device_left(self) -> AbstractContextManager[ClearedDevice]:
+        return ClearedDevice(self._turns, self._own_models()).held()
+
     @abstractmethod
     def _own_models(self) -> OwnModels: ...
+
+    def model_files(self, checkpoint: str) -> ModelFiles:
+        path = Path(self._checkpoint(checkpoint).filename)
+        return ModelFiles(path, *self._added_files(path))
+
+    @abstractmethod
+    def _added_files(self, path: Path) -> tuple[Path | None, tuple[Path, ...]]:
+        """The VAE and the text encoders that the WebUI adds to this checkpoint, as it is set now."""
 
     def draw(self, request: PreviewRequest) -> Image.Image:
         info = self._checkpoint(request.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ def estimate_job(
         UserError, ConfigError: what would stop the run, naming the field.
     """
     config, info = check_wish(settings, host, shown, gone)
+    several = len(config.gpus or ())  # each has a micro-batch in every step
+    if several > config.gradient_accumulation_steps:
+        config = dataclasses.replace(config, gradient_accumulation_steps=several)
     past = QueuedRuns(store)
     if config.task == "text":
         found = estimate_text(config, info, host, past)

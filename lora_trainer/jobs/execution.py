@@ -15,6 +15,7 @@ from lora_trainer.jobs import submitting
 from lora_trainer.jobs.folders import JobFolders
 from lora_trainer.jobs.job import Job, full_disk
 from lora_trainer.jobs.previews import HostPreviewer
+from lora_trainer.jobs.processes import ProcessError, own_lender, train_in_processes
 from lora_trainer.jobs.publishing import NewestWeights, publish
 from lora_trainer.jobs.reporting import JobReporter, job_log
 from lora_trainer.jobs.results import JobResults
@@ -57,7 +58,7 @@ def execute(
             folders.restore(job)
             config = reporter.config = submitting.run_config(job, folders)
             reporter.on_lora = _newest(current_host, store, job, config, reporter)
-            result = _train(current_host(), store, job, config, reporter, commands, train)
+            result = _train(current_host(), store, job, config, reporter, commands, train, log_path)
         except UserError as error:
             log.error("%s", error)
             return _failed(reporter, _no_room(log_path) if disk_is_full(error) else Problem.of(error))
@@ -84,6 +85,7 @@ def _train(
     reporter: JobReporter,
     commands: TrainCommands,
     train: Callable[..., Any] | None,
+    log_path: Path,
 ) -> Any:
     if train is None:
         from lora_trainer import run  # torch is slow to import: not before the first job
@@ -92,10 +94,12 @@ def _train(
     with concerning("base_model"):
         lender = lender_of(host, config)
         info = lender.describe()
-    reporter.device = precision_of(config, host).device
     architecture = architecture_mark(info.architecture)
     store.update(job.id, base_model=info.name, family=info.family, architecture=architecture, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
+    if config.gpus:
+        return train_in_processes(config, host, reporter, commands, log_path)
+    reporter.device = precision_of(config, host).device
     previewer = None
     if config.preview_prompts and config.task != "text" and host.name != "standalone":  # it has the run's own sampler
         previewer = HostPreviewer(host, lender, config, info, Path(config.output_dir).parent)
@@ -107,6 +111,8 @@ def _train(
 
 def lender_of(host: Host, config: TrainConfig) -> Lender:
     """Of the base model of a run on this host. Raises UserError when there is none, or it cannot be trained."""
+    if config.gpus:
+        return own_lender(config, host)
     if config.task != "text":
         return host.lender(config.base_model, lender_options(host, config))
     from lora_trainer.run.workloads.text import Texts
@@ -220,7 +226,7 @@ def _failed(reporter: JobReporter, problem: Problem) -> dict[str, Any]:
 
 def unexpected(error: BaseException, log_path: Path) -> Problem:
     """In words what nobody foresaw."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or (isinstance(error, ProcessError) and error.out_of_memory):
         return Problem(
             "There is not enough memory for this run.",
             "batch_size",
@@ -229,8 +235,9 @@ def unexpected(error: BaseException, log_path: Path) -> Problem:
         )
     if disk_is_full(error):
         return _no_room(log_path)
+    what = str(error) if isinstance(error, ProcessError) else f"{type(error).__name__}: {error}"
     return Problem(
-        f"Something unexpected happened: {type(error).__name__}: {error}",
+        f"Something unexpected happened: {what}",
         remedy=f"It can be resumed, and goes on from its last state. Details are in {log_path}.",
     )
 

@@ -103,6 +103,12 @@ class FileLender(Lender):
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    @contextmanager
+    def rest(self) -> Iterator[None]:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # somebody else may need the memory inside
+        yield
+
     def make_room(self) -> None:
         """Nobody else's things are on the device, but parts of the model that a step does not need may be."""
         if self._lent is not None:

@@ -168,7 +168,7 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
         if found["memory_basis"] is None and same and run.memory:
             found |= {"memory": run.memory, "memory_basis": run.id}
     in_use = _in_use_idle.get(precision.device)
-    if found["memory"] is None and model is not None and in_use is not None:
+    if found["memory"] is None and model is not None and in_use is not None and not config.gpus:
         found["memory"] = in_use + memory_needed(model, size, config, precision, weights_there=host.model_bytes())
     return found
 
@@ -183,7 +183,7 @@ def _training(
         if speed is None:
             return None
         each = speed.seconds(work_on_batch(info.architecture, _size(config, info), config))
-        return Span.within(length.visits / config.batch_size * each, TRIED)
+        return Span.within(length.visits / config.batch_size * each / max(1, len(config.gpus or ())), TRIED)
     spans = []
     for run in timed:
         work = _work_on_picture(config, info) / _work_on_picture(run.config, info)

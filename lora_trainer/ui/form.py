@@ -34,6 +34,7 @@ _WORDS = {"lora": "LoRA", "snr": "SNR", "ema": "EMA", "lr": "learning rate", "va
           "lokr": "LoKr", "metadata": "caption", "path": "table", "diffusers": "diffusers"}  # fmt: skip
 _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_prediction": "V-prediction",
            "metadata_path": "Caption table",
+           "gpus": "GPUs",
            "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
            "reg_data_dir": "Regularization folder", "preserve": "Keep what the model knows",
            "merge_into_base": "Merge into base model",
@@ -52,9 +53,13 @@ def label(name: str) -> str:
 
 def advanced() -> Markup:
     """Every setting that the steps do not ask for, in its group, folded."""
+    from lora_trainer.devices import gpu_count  # torch is slow to import
+
     sections = []
+    hidden = {"gpus"} if gpu_count() < 2 else set[str]()
     for group, kind in GROUPS:
-        fields = [field(one.name) for one in dataclasses.fields(kind) if FACTS[one.name].given_by == "form"]
+        fields = [field(one.name) for one in dataclasses.fields(kind)
+                  if FACTS[one.name].given_by == "form" and one.name not in hidden]  # fmt: skip
         if not fields:
             continue
         summary = tag("summary", tag("span", GROUP_TITLES[group]), tag("span", class_="changed", data_changed=group))

@@ -101,6 +101,24 @@ def test_the_two_models_change_places(both, settings):
         assert places(parts()) == before
 
 
+def test_the_webuis_model_leaves_its_card_for_processes_beside_it(both):
+    host, webui, parts = both
+    with pretended_gpu() as gpu:
+        on_the_gpu(host, webui, gpu)
+        before = places(parts())
+        with host.device_left() as device:
+            assert places(parts()) == {"cpu"} and not device.somebody_waits
+            picture = threading.Thread(target=lambda: drawn.append((webui.generate("a cat"), places(parts()))))
+            drawn: list = []
+            picture.start()
+            wait_for(lambda: device.somebody_waits, "somebody to wait")
+            with device.rest():
+                pass
+            assert places(parts()) == {"cpu"} and drawn[0][1] == before
+        picture.join()
+        assert places(parts()) == before and not webui.call_queue.queue_lock._lock.locked()
+
+
 @pytest.mark.parametrize("end", ["success", "failure", "stop"])
 def test_the_webuis_model_is_bit_for_bit_what_it_was(both, settings, tmp_path, end):
     host, webui, parts = both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,10 @@ class A1111Host(WebuiHost):
 
     def _own_models(self) -> A1111OwnModels:
         return A1111OwnModels(self._webui)
+
+    def _added_files(self, path: Path) -> tuple[Path | None, tuple[Path, ...]]:
+        vae = self._webui.sd_vae.resolve_vae(str(path)).vae
+        return None if vae is None else Path(vae), ()
 
     def _modules(self, sd_model: Any) -> list[nn.Module]:
         return [sd_model]

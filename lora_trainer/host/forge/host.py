@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,10 @@ from lora_trainer.host.forge.loras import ForgeLoras
 from lora_trainer.host.forge.model import patchers
 from lora_trainer.host.forge.own_models import ForgeOwnModels
 from lora_trainer.host.webui import WebuiHost
+from lora_trainer.models.tensors import open_source
+
+_VAE = {f"{prefix}decoder.conv_in.weight" for prefix in ("", "first_stage_model.", "vae.")}
+"""One of these is in every VAE's file."""
 
 
 def import_webui() -> SimpleNamespace:
@@ -47,6 +52,11 @@ class ForgeHost(WebuiHost):
 
     def _own_models(self) -> ForgeOwnModels:
         return ForgeOwnModels(self._webui)
+
+    def _added_files(self, path: Path) -> tuple[Path | None, tuple[Path, ...]]:
+        added = [Path(one) for one in getattr(self._webui.shared.opts, "forge_additional_modules", None) or ()]
+        vaes = [one for one in added if _VAE & open_source(one).shapes.keys()]
+        return next(iter(vaes), None), tuple(one for one in added if one not in vaes)
 
     def _modules(self, sd_model: Any) -> list[nn.Module]:
         return [patcher.model for patcher in patchers(sd_model).values()]
