@@ -122,8 +122,8 @@ def _on_gpus(config: TrainConfig, host: Host) -> bool:
 
 def _device_left(config: TrainConfig, host: Host) -> AbstractContextManager[DeviceLeft | None]:
     """Where one of the GPUs is the host's, the host's model leaves it."""
-    own = host.device()
-    return host.device_left() if own.type == "cuda" and own.index in (config.gpus or ()) else nullcontext()
+    shared = _on_gpus(config, host) and host.device().index in (config.gpus or ())
+    return host.device_left() if shared else nullcontext()
 
 
 def _command(settings: Path, count: int) -> list[str]:
@@ -135,7 +135,7 @@ def _command(settings: Path, count: int) -> list[str]:
 def _environment(config: TrainConfig, host: Host) -> dict[str, str]:
     own = str(Path(lora_trainer.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths}
     if sys.platform == "win32":
         environment["USE_LIBUV"] = "0"  # torch for Windows is built without it
     if _on_gpus(config, host):

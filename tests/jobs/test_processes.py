@@ -160,7 +160,7 @@ def test_the_processes_end_with_the_server_with_their_state_saved(folder, settin
         assert killed.stdout is not None
         assert int(killed.stdout.readline()) == 1
         states = folder / "two/trainer/jobs"
-        wait("steps", lambda: [*states.glob("*/output/logs/metrics.jsonl")])
+        wait("steps", lambda: any('"step": 2' in path.read_text() for path in states.glob("*/output/logs/*.jsonl")))
         ranks = ranks_below(killed.pid)
         assert len(ranks) == 2
     finally:
