@@ -15,7 +15,16 @@ from PIL import Image
 from lora_trainer.adapters.describe import describe
 from lora_trainer.adapters.lora_file import read_lora
 from lora_trainer.errors import UserError
-from lora_trainer.host.base import AccessPolicy, Card, Checkpoint, Folders, Host, LenderOptions, ModelFiles, PreviewRequest
+from lora_trainer.host.base import (
+    AccessPolicy,
+    Card,
+    Checkpoint,
+    Folders,
+    Host,
+    LenderOptions,
+    ModelFiles,
+    PreviewRequest,
+)
 from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender

@@ -193,7 +193,7 @@ def test_gpus_that_are_not_there_are_refused_at_once(idle, host, settings, monke
 
 
 def test_a_base_model_without_a_file_is_refused_in_one_sentence(idle, host, settings):
-    with pytest.raises(UserError, match="There is no .*gone.safetensors") as caught:
+    with pytest.raises(UserError, match=r"There is no .*gone\.safetensors") as caught:
         idle.submit({**settings, "base_model": "gone.safetensors"})
     assert caught.value.field == "base_model"
 
