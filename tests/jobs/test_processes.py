@@ -59,7 +59,7 @@ def server(folder):
     return host, manager, Client(app)
 
 
-def wait(what, condition, seconds=180):
+def wait(what, condition, seconds=600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
@@ -166,7 +166,7 @@ def test_the_processes_end_with_the_server_with_their_state_saved(folder, settin
     finally:
         killed.kill()
         killed.wait()
-    wait("the ranks' end", lambda: not any(map(alive, ranks)), 60)
+    wait("the ranks' end", lambda: not any(map(alive, ranks)), 120)
     (state,) = states.glob("*/output/state/*.state")
     assert int(state.stem.rpartition("step")[2]) > 0
 
