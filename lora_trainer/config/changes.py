@@ -13,7 +13,8 @@ PLACE = "{}"
 
 def filled(template: str, prompt: str) -> str:
     """The template with the prompt in its place. An empty prompt, which erases, leaves the rest of it."""
-    return " ".join(template.replace(PLACE, prompt).split()) if not prompt else template.replace(PLACE, prompt)
+    whole = template.replace(PLACE, prompt)
+    return whole if prompt else " ".join(whole.split())
 
 
 @dataclass(frozen=True)
