@@ -79,7 +79,7 @@ var loraTrainer = window.loraTrainer || {};
             : document.createElement(name);
         for (const [key, value] of Object.entries(attributes || {})) {
             if (value === null || value === undefined || value === false) continue;
-            if (key === "class") node.setAttribute("class", value.split(" ").map((one) => PREFIX + one).join(" "));
+            if (key === "class") node.setAttribute("class", classes(value));
             else if (key === "id") node.id = PREFIX + value;
             else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
             else node.setAttribute(key, value === true ? "" : value);
@@ -88,6 +88,7 @@ var loraTrainer = window.loraTrainer || {};
         made.add(node);
         return node;
     };
+    const classes = (names) => names.split(" ").map((one) => PREFIX + one).join(" ");
     const made = new WeakSet();
 
     /** Whether a node is of our page, also before it stands there. */
@@ -158,6 +159,29 @@ var loraTrainer = window.loraTrainer || {};
         } else {
             node.textContent = text;
         }
+    };
+
+    /** The children of a node, as many as wanted: those that are there stay, and make() gives further ones. */
+    app.setCount = function(node, count, make) {
+        const found = Array.from(node.children);
+        found.slice(count).forEach((child) => child.remove());
+        const more = Array.from({length: Math.max(0, count - found.length)}, make);
+        if (more.length) node.append(...more);
+        return [...found.slice(0, count), ...more];
+    };
+
+    /** A text in parts, [{text, class}]: what has no class is bare text. Changed in place where parts are alike. */
+    app.setParts = function(node, parts) {
+        const alike = node.childNodes.length === parts.length
+            && parts.every((part, index) => (node.childNodes[index].nodeType === Node.ELEMENT_NODE) === Boolean(part.class));
+        if (!alike) return node.replaceChildren(...parts.map((part) => (part.class ? app.el("span", {class: part.class}, part.text) : part.text)));
+        parts.forEach((part, index) => {
+            const child = node.childNodes[index];
+            if (part.class) {
+                child.className = classes(part.class);
+                app.setText(child, part.text);
+            } else if (child.data !== part.text) child.data = part.text;
+        });
     };
 
     app.show = function(node, visible) {

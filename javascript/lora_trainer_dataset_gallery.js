@@ -26,6 +26,12 @@
             event.target.value = "";
             if (tag) gallery.want(app.get("editor_how").value, tag);
         });
+        app.get("editor_grid").addEventListener("click", ({target, shiftKey}) => {
+            const index = Array.from(app.get("editor_grid").children).indexOf(target.closest("li"));
+            if (index < 0) return;
+            if (target.tagName === "INPUT") select(index, target.checked, shiftKey);
+            else if (target.closest("button")) editor.act(() => gallery.hold(index, true));
+        });
         Object.assign(editor.actions, {
             "editor-earlier": () => editor.act(() => gallery.load(gallery.offset - PAGE)),
             "editor-later": () => editor.act(() => gallery.load(gallery.offset + PAGE)),
@@ -86,9 +92,7 @@
     /** Load the page that begins at offset. at: which of its pictures is then in hand; what was typed is kept first. */
     gallery.load = async function(offset, at = 0) {
         await editor.picture.keep();
-        // Pictures of the page that is left, which are still on their way, would stand before the new page's.
-        coming.forEach((image) => image.removeAttribute("src"));
-        coming.clear();
+        editor.thumbnails.forget(); // of the page that is left, they would come before the new page's
         await fetchPage(offset, at);
     };
 
@@ -112,33 +116,10 @@
         return place < 0 ? gallery.index : place;
     });
 
-    // "lazy" loads all 48 of a page, as browsers begin more than a screen ahead, and the page is laid out and painted for
-    // each that arrives. So those near what is seen are fetched, and shown together.
-    const TOGETHER = 80; // milliseconds
-    let watch = null;
-    const coming = new Set();
-    const arrived = [];
-    function nearby(image, address) {
-        watch = watch || new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(({target}) => {
-            watch.unobserve(target);
-            const fetched = new Image();
-            coming.add(fetched);
-            fetched.src = target.dataset.address;
-            fetched.decode().catch(() => null).then(() => coming.delete(fetched) && arrive(target));
-        }), {root: app.get("editor_grid"), rootMargin: "25% 0px"});
-        image.dataset.address = address;
-        watch.observe(image);
-        return image;
-    }
-
-    function arrive(image) {
-        if (!image.isConnected) return;
-        if (arrived.push(image) === 1) setTimeout(() => arrived.splice(0).forEach((one) => (one.src = one.dataset.address)), TOGETHER);
-    }
-
     function draw() {
-        if (watch) watch.disconnect();
-        app.get("editor_grid").replaceChildren(...gallery.rows.map(tile));
+        // Tiles that are there show the new rows: each node that comes or goes wakes the host's watchers of the page.
+        const tiles = app.setCount(app.get("editor_grid"), gallery.rows.length, tile);
+        gallery.rows.forEach((row, index) => fill(tiles[index], row, index));
         const none = !gallery.rows.length;
         app.show(app.get("editor_empty"), none);
         app.show(app.get("editor_detail"), !none);
@@ -151,21 +132,28 @@
         showSelection();
     }
 
-    function tile(row, index) {
-        const box = app.el("input", {type: "checkbox", "aria-label": app.t("Select {file}", {file: row.file})});
+    const tile = () => app.el("li", {class: "tile"},
+        app.el("button", {type: "button", class: "tile_button"},
+            app.el("span", {class: "tile_picture"}, app.el("img", {alt: "", decoding: "async"})), app.el("span", {class: "tile_caption"})),
+        app.el("input", {type: "checkbox"}), app.el("span", {class: "tile_notes"}));
+
+    /** Show this row in the tile. */
+    function fill(node, row, index) {
+        const [button, box, notes] = node.children;
+        const caption = row.caption || app.t("no caption");
+        box.setAttribute("aria-label", app.t("Select {file}", {file: row.file}));
         box.checked = gallery.selected.has(row.file);
-        box.addEventListener("click", (event) => select(index, box.checked, event.shiftKey));
-        const button = app.el("button", {type: "button", class: "tile_button", onclick: () => editor.act(() => gallery.hold(index, true))},
-            nearby(app.el("img", {alt: "", decoding: "async"}), gallery.url(row, "thumbnails")),
-            app.el("span", {class: "tile_caption"}, ...(row.caption ? editor.marked(row.caption) : [app.t("no caption")])));
-        button.setAttribute("aria-label", `${row.file}: ${row.caption || app.t("no caption")}`);
-        const notes = [row.unsaved && app.t("not saved"), row.excluded && app.t("excluded"),
+        button.setAttribute("aria-label", `${row.file}: ${caption}`);
+        if (index === gallery.index) button.setAttribute("aria-current", "true");
+        else button.removeAttribute("aria-current");
+        editor.thumbnails.show(button.querySelector("img"), row);
+        app.setParts(button.lastChild, row.caption ? editor.marked(row.caption) : [{text: caption}]);
+        const said = [row.unsaved && app.t("not saved"), row.excluded && app.t("excluded"),
             row.problems.length && app.t(row.problems.length === 1 ? "1 problem" : "{n} problems", {n: row.problems.length})].filter(Boolean);
-        const node = app.el("li", {class: "tile"}, button, box, notes.length ? app.el("span", {class: "tile_notes"}, notes.join(" · ")) : null);
+        app.setText(notes, said.join(" · "));
+        app.show(notes, said.length);
         node.dataset.excluded = row.excluded;
         node.dataset.empty = !row.caption;
-        if (index === gallery.index) button.setAttribute("aria-current", "true");
-        return node;
     }
 
     const tileAt = (index) => app.get("editor_grid").children[index];
@@ -218,13 +206,21 @@
         const node = tileAt(gallery.index);
         if (node) {
             node.firstChild.setAttribute("aria-current", "true");
-            const grid = app.get("editor_grid");
-            const above = node.offsetTop - grid.scrollTop;
-            if (above < 0 || above + node.offsetHeight > grid.clientHeight) grid.scrollTop = node.offsetTop - grid.clientHeight / 2 + node.offsetHeight / 2;
-            if (focus || grid.contains(document.activeElement)) node.firstChild.focus({preventScroll: true});
+            if (focus || app.get("editor_grid").contains(document.activeElement)) node.firstChild.focus({preventScroll: true});
+            revealing = revealing || requestAnimationFrame(reveal);
         }
         return editor.picture.hold(row, gallery.offset + gallery.index + 1, gallery.total);
     };
+
+    // Places are read when the page is laid out anyway: reading them before would lay it out once more.
+    let revealing = null;
+    function reveal() {
+        revealing = null;
+        const [grid, node] = [app.get("editor_grid"), tileAt(gallery.index)];
+        if (!node) return;
+        const above = node.offsetTop - grid.scrollTop;
+        if (above < 0 || above + node.offsetHeight > grid.clientHeight) grid.scrollTop = node.offsetTop - grid.clientHeight / 2 + node.offsetHeight / 2;
+    }
 
     gallery.focus = function() {
         const node = tileAt(gallery.index);
@@ -256,16 +252,12 @@
 
     /** Rows as they are now, for those that this page shows. */
     gallery.merge = function(rows) {
-        const focused = app.get("editor_grid").contains(document.activeElement);
         for (const row of rows) {
             const index = gallery.rows.findIndex((one) => one.file === row.file);
             if (index < 0) continue;
             gallery.rows[index] = row;
-            tileAt(index).replaceWith(tile(row, index));
-            if (index === gallery.index) {
-                editor.picture.follow(row);
-                if (focused) gallery.focus();
-            }
+            fill(tileAt(index), row, index);
+            if (index === gallery.index) editor.picture.follow(row);
         }
     };
 })(loraTrainer);

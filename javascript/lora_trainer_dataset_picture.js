@@ -9,12 +9,17 @@
     let image = null; // what is drawn, with the row it belongs to
     let previewing = null;
     let asked = 0;
+    let names = []; // of the caption's tags, as they are shown
     let chosen = null; // the tag of the caption whose tools are shown
 
     picture.begin = function() {
         const field = app.get("editor_caption");
         field.addEventListener("input", () => showCaption(field.value));
         field.addEventListener("change", () => editor.act(() => picture.keep()));
+        app.get("editor_items").addEventListener("click", ({target, currentTarget}) => {
+            const index = Array.from(currentTarget.children).indexOf(target.closest("button"));
+            if (index >= 0) choose(names[index]);
+        });
         editor.crop.begin();
         Object.assign(editor.actions, {
             "editor-left": () => turn(270),
@@ -111,19 +116,19 @@
 
     // -- the caption in colors
 
-    /** A caption as nodes: core and mood parts in their colors. For the eye only; the server parses. */
+    /** A caption in parts, as app.setParts takes them: core and mood have their class. For the eye; the server parses. */
     editor.marked = function(text) {
-        const nodes = [];
+        const parts = [];
         const pattern = /\\.|(\*{1,3})(?![\s*])((?:\\.|[^*,，、\n\\])+?)\1(?!\*)/g;
         let end = 0;
         for (const match of text.matchAll(pattern)) {
             if (!match[1]) continue;
-            if (match.index > end) nodes.push(text.slice(end, match.index));
-            nodes.push(app.el("span", {class: match[1].length === 1 ? "mood" : match[1].length === 2 ? "core" : "core mood"}, match[2]));
+            if (match.index > end) parts.push({text: text.slice(end, match.index)});
+            parts.push({text: match[2], class: match[1].length === 1 ? "mood" : match[1].length === 2 ? "core" : "core mood"});
             end = match.index + match[0].length;
         }
-        if (end < text.length) nodes.push(text.slice(end));
-        return nodes;
+        if (end < text.length) parts.push({text: text.slice(end)});
+        return parts;
     };
 
     /** The items of a caption as they are written; brackets and escapes shield commas. */
@@ -149,13 +154,13 @@
         .replace(/\\.|\*{1,3}/g, (found) => (found[0] === "\\" ? found[1] : "")).trim();
 
     function showCaption(text) {
-        const chips = items(text).map((item) => {
-            const name = plain(item);
-            const node = app.el("button", {type: "button", class: "chip", onclick: () => choose(name)}, ...editor.marked(item));
-            node.setAttribute("aria-pressed", String(name === chosen));
-            return node;
+        const shown = items(text);
+        names = shown.map(plain);
+        const chips = app.setCount(app.get("editor_items"), shown.length, () => app.el("button", {type: "button", class: "chip"}));
+        chips.forEach((chip, index) => {
+            app.setParts(chip, editor.marked(shown[index]));
+            chip.setAttribute("aria-pressed", String(names[index] === chosen));
         });
-        app.get("editor_items").replaceChildren(...chips);
         showTools();
         clearTimeout(previewing);
         previewing = setTimeout(() => preview(text).catch((error) => app.complain(error, app.get("editor_problem"))), PREVIEW_MS);
@@ -193,9 +198,9 @@
         const parts = [app.t(seen.tokens ? "{n} tokens" : "about {n} tokens", {n: seen.count})];
         if (seen.chunks > 1) parts.push(app.t("read in {n} parts of 75", {n: seen.chunks}));
         app.setText(app.get("editor_count"), parts.join(" · "));
-        app.get("editor_tokens").replaceChildren(...(seen.tokens
-            ? seen.tokens.map((token) => app.el("span", {class: "token"}, token))
-            : [seen.train || app.t("nothing: the picture is learned without words")]));
+        app.setParts(app.get("editor_tokens"), seen.tokens
+            ? seen.tokens.map((text) => ({text, class: "token"}))
+            : [{text: seen.train || app.t("nothing: the picture is learned without words")}]);
         app.setText(app.get("editor_warnings"), seen.warnings.join(" "));
         app.show(app.get("editor_warnings"), seen.warnings.length);
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,9 @@ from lora_trainer.workspace.tasks import Task
 
 PAGE = 200
 """Pictures that an answer holds at most."""
+
+THUMBNAILS_SECONDS = 0.15
+"""How long an answer with thumbnails is waited for."""
 
 
 def routes(context: Context) -> APIRouter:
@@ -69,6 +74,19 @@ def routes(context: Context) -> APIRouter:
         editor = sessions.get(session)
         path = _picture(editor, file)
         return send(context.library.thumbnails.get(path, editor.session.pictures[file]))
+
+    @router.post("/editor/{session}/thumbnails", response_model=schemas.ThumbnailsModel)
+    def thumbnails(session: str, wanted: schemas.FilesModel) -> dict[str, Any]:
+        """Several in one answer, as ``data:`` URLs by file: those that are there, and what can be made of the others
+        within ``THUMBNAILS_SECONDS``; at least the first. Empty for what cannot be read."""
+        editor = sessions.get(session)
+        until = time.monotonic() + THUMBNAILS_SECONDS
+        made: dict[str, str] = {}
+        for file in wanted.files[:PAGE]:
+            if made and time.monotonic() > until:
+                break
+            made[file] = _thumbnail_url(context, editor, file)
+        return {"pictures": made}
 
     @router.get("/editor/{session}/pictures/{file:path}", response_class=FileResponse)
     def image(session: str, file: str) -> FileResponse:
@@ -254,6 +272,14 @@ def _picture(editor: EditorSession, file: str) -> Any:
     if file not in editor.session.paths or not path.is_file():
         raise UserError(f"There is no picture {file!r} here.", remedy="Reload the folder.")
     return path
+
+
+def _thumbnail_url(context: Context, editor: EditorSession, file: str) -> str:
+    try:
+        path = context.library.thumbnails.get(_picture(editor, file), editor.session.pictures[file])
+    except (UserError, OSError):
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _filter(wanted: schemas.FilterModel | None) -> Filter:

@@ -149,6 +149,10 @@ class FilesModel(BaseModel):
     files: list[str]
 
 
+class ThumbnailsModel(BaseModel):
+    pictures: dict[str, str]
+
+
 class TagModel(BaseModel):
     text: str
     count: int

@@ -1,0 +1,73 @@
+// The Dataset sub-tab's thumbnails: those near what is seen come in one answer and are shown together. A request for each
+// costs a browser more than all the rest of a page of tiles.
+(function(app) {
+    "use strict";
+
+    const KEPT = 300; // some MB
+    const NONE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=";
+    const editor = app.editor;
+    const thumbnails = (editor.thumbnails = {});
+    const kept = new Map(); // picture by address, the one that was shown longest ago first
+    const waiting = new Set(); // what comes into view, and has no picture yet
+    const rows = new WeakMap(); // what a tile's image shows
+    let watch = null;
+    let asking = null;
+
+    /** Let a tile's image show this row's picture: now where it is known, else once it is near what is seen. */
+    thumbnails.show = function(image, row) {
+        const address = editor.gallery.url(row, "thumbnails");
+        rows.set(image, row);
+        if (image.dataset.address === address && image.src !== NONE) return;
+        image.dataset.address = address;
+        waiting.delete(image);
+        image.src = kept.get(address) || NONE;
+        watch = watch || new IntersectionObserver(seen, {root: app.get("editor_grid"), rootMargin: "25% 0px"});
+        watch.unobserve(image); // one that stays in view would not be told of again
+        if (!kept.has(address)) watch.observe(image);
+    };
+
+    /** Nothing that is on its way is waited for. */
+    thumbnails.forget = function() {
+        if (asking) asking.abort();
+        asking = null;
+        waiting.clear();
+        if (watch) watch.disconnect();
+    };
+
+    function seen(entries) {
+        entries.filter((entry) => entry.isIntersecting).forEach(({target}) => {
+            watch.unobserve(target);
+            waiting.add(target);
+        });
+        if (waiting.size && !asking && editor.state) ask(asking = new AbortController());
+    }
+
+    async function ask(mine) {
+        const {id} = editor.state;
+        try {
+            while (waiting.size && asking === mine) {
+                const wanted = Array.from(waiting, (image) => [image, rows.get(image).file, image.dataset.address]);
+                // The server answers with what it has, and what it can make in a moment; the rest is asked for again.
+                const {pictures} = await app.post(`/editor/${id}/thumbnails`, {files: wanted.map(([, file]) => file)}, mine.signal);
+                if (asking !== mine) return;
+                for (const [image, file, address] of wanted) {
+                    if (!(file in pictures)) continue;
+                    keep(address, pictures[file] || NONE);
+                    if (image.dataset.address !== address) continue; // the tile shows another picture by now
+                    image.src = kept.get(address);
+                    waiting.delete(image);
+                }
+            }
+        } catch (error) {
+            if (asking === mine) waiting.clear(); // tiles stay without their pictures, as where one cannot be read
+        } finally {
+            if (asking === mine) asking = null;
+        }
+    }
+
+    function keep(address, picture) {
+        kept.delete(address);
+        kept.set(address, picture);
+        if (kept.size > KEPT) kept.delete(kept.keys().next().value);
+    }
+})(loraTrainer);
