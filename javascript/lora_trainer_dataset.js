@@ -72,7 +72,7 @@
         if (editor.state) return void lookOutside();
         await editor.act(async() => {
             await app.sets.load(true);
-            if (app.pictures.chosen && !editor.other) await editor.open(app.pictures.chosen);
+            if (app.pictures.chosen && !editor.other && !editor.state && !opening) await editor.open(app.pictures.chosen);
         });
     }
 
@@ -81,13 +81,25 @@
         return editor.act(async() => {
             app.openSubTab("Dataset");
             if (!folder) return;
-            if (editor.folder !== folder || !editor.state) await load(folder);
-            if (panel) editor.tools.panel(panel, true);
+            if (opening && opening.folder === folder) await opening.done;
+            else if (editor.folder !== folder || !editor.state) await load(folder);
+            if (panel && editor.folder === folder) editor.tools.panel(panel, true);
         });
     };
 
-    async function load(folder) {
+    /** Open a folder; of several that are asked for, the last one. */
+    function load(folder) {
+        const mine = (opening = {folder});
+        mine.done = fetchFolder(folder, () => mine === opening).finally(() => {
+            if (opening === mine) opening = null;
+        });
+        return mine.done;
+    }
+    let opening = null;
+
+    async function fetchFolder(folder, isLast) {
         const state = await app.post("/editor", {folder, trigger_word: app.form.value("trigger_word") || ""});
+        if (!isLast()) return;
         editor.folder = folder;
         editor.row = null;
         editor.gallery.forget();

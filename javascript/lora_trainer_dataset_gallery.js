@@ -97,10 +97,12 @@
     };
 
     async function fetchPage(offset, at) {
+        if (!editor.state) return; // the folder was left meanwhile
         const mine = ++asked;
-        const path = `/editor/${editor.state.id}/pictures?offset=${Math.max(0, offset)}&limit=${PAGE}`;
+        const {id} = editor.state;
+        const path = `/editor/${id}/pictures?offset=${Math.max(0, offset)}&limit=${PAGE}`;
         const page = await app.post(path, gallery.wanted());
-        if (mine !== asked) return; // a later question was answered first
+        if (mine !== asked || !editor.state || editor.state.id !== id) return; // a later question was answered first
         if (!page.rows.length && page.total) return void await fetchPage(PAGE * Math.floor((page.total - 1) / PAGE), at);
         Object.assign(gallery, {rows: page.rows, total: page.total, offset: page.offset});
         editor.heard(page.state);

@@ -90,7 +90,16 @@
 
     /** Send what was typed, as one step. */
     picture.keep = async function() {
-        if (picture.touched()) keeping = send();
+        if (picture.touched()) {
+            const {row} = editor;
+            const text = app.get("editor_caption").value;
+            const before = row.caption;
+            row.caption = text; // a second call meanwhile must not send it again
+            // In the order in which they were typed.
+            const mine = (keeping = picture.settled().then(() => send(row, text, before)).finally(() => {
+                if (keeping === mine) keeping = null;
+            }));
+        }
         await keeping; // also one that is on its way: what follows shall find it there
     };
     let keeping = null;
@@ -98,19 +107,13 @@
     /** What is on its way has arrived, or is back in the field as not sent. */
     picture.settled = () => Promise.resolve(keeping).catch(() => null);
 
-    async function send() {
-        const {row} = editor;
-        const text = app.get("editor_caption").value;
-        const before = row.caption;
-        row.caption = text; // a second call meanwhile must not send it again
+    async function send(row, text, before) {
         try {
             const answer = await editor.call("/captions", {captions: {[row.file]: text}});
             editor.gallery.merge(answer.rows);
         } catch (error) {
             row.caption = before;
             throw error;
-        } finally {
-            keeping = null;
         }
     }
 

@@ -36,8 +36,10 @@
 
     async function load() {
         if (!editor.state || revision === `${editor.state.id} ${editor.state.revision}`) return;
-        const asked = `${editor.state.id} ${editor.state.revision}`;
-        const found = await app.fetchJson(`/editor/${editor.state.id}/tags`);
+        const {id} = editor.state;
+        const asked = `${id} ${editor.state.revision}`;
+        const found = await app.fetchJson(`/editor/${id}/tags`);
+        if (!editor.state || editor.state.id !== id) return;
         revision = asked;
         tags.found = found;
         draw();

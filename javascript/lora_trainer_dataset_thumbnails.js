@@ -4,10 +4,9 @@
     "use strict";
 
     const KEPT = 300; // some MB
-    const NONE = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=";
     const editor = app.editor;
     const thumbnails = (editor.thumbnails = {});
-    const kept = new Map(); // picture by address, the one that was shown longest ago first
+    const kept = new Map(); // picture by address, empty where it cannot be read; the one that came first is first
     const waiting = new Set(); // what comes into view, and has no picture yet
     const rows = new WeakMap(); // what a tile's image shows
     let watch = null;
@@ -17,11 +16,11 @@
     thumbnails.show = function(image, row) {
         const address = editor.gallery.url(row, "thumbnails");
         rows.set(image, row);
-        if (image.dataset.address === address && image.src !== NONE) return;
+        if (image.dataset.address === address && seen(image)) return;
         image.dataset.address = address;
         waiting.delete(image);
-        image.src = kept.get(address) || NONE;
-        watch = watch || new IntersectionObserver(seen, {root: app.get("editor_grid"), rootMargin: "25% 0px"});
+        put(image, kept.get(address));
+        watch = watch || new IntersectionObserver(near, {root: app.get("editor_grid"), rootMargin: "25% 0px"});
         watch.unobserve(image); // one that stays in view would not be told of again
         if (!kept.has(address)) watch.observe(image);
     };
@@ -34,7 +33,15 @@
         if (watch) watch.disconnect();
     };
 
-    function seen(entries) {
+    const seen = (image) => image.style.visibility === "visible";
+
+    /** Its place stays where there is none, so nothing else is laid out anew. */
+    function put(image, picture) {
+        if (picture) image.src = picture;
+        image.style.visibility = picture ? "visible" : "hidden";
+    }
+
+    function near(entries) {
         entries.filter((entry) => entry.isIntersecting).forEach(({target}) => {
             watch.unobserve(target);
             waiting.add(target);
@@ -52,9 +59,9 @@
                 if (asking !== mine) return;
                 for (const [image, file, address] of wanted) {
                     if (!(file in pictures)) continue;
-                    keep(address, pictures[file] || NONE);
+                    keep(address, pictures[file]);
                     if (image.dataset.address !== address) continue; // the tile shows another picture by now
-                    image.src = kept.get(address);
+                    put(image, pictures[file]);
                     waiting.delete(image);
                 }
             }

@@ -130,7 +130,10 @@
 
     async function loadReport() {
         if (!editor.state.has_report) return;
-        const report = (tools.report = await app.fetchJson(`/editor/${editor.state.id}/report`));
+        const {id} = editor.state;
+        const report = await app.fetchJson(`/editor/${id}/report`);
+        if (!editor.state || editor.state.id !== id) return;
+        tools.report = report;
         const count = (severity) => report.findings.filter((one) => one.severity === severity).length;
         const verdict = report.stops_training ? app.t("A training would not start.")
             : count("error") ? app.t("A training can start, but leaves out or learns badly what the errors name.") : app.t("A training can start.");
@@ -204,7 +207,9 @@
     }
 
     async function loadBackups() {
-        const {backups} = await app.fetchJson(`/editor/${editor.state.id}/backups`);
+        const {id} = editor.state;
+        const {backups} = await app.fetchJson(`/editor/${id}/backups`);
+        if (!editor.state || editor.state.id !== id) return;
         app.get("editor_backups").replaceChildren(
             ...(backups.length ? [] : [app.el("li", {class: "help"}, app.t("None yet: each save that replaces something makes one."))]),
             ...backups.slice(0, 20).map((one) => app.el("li", {},

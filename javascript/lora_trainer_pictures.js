@@ -13,6 +13,8 @@
     // joined: how many were added to earlier ones, and which those are.
     const pictures = (app.pictures = {chosen: null, rows: [], refusedUploads: [], busy: null, joined: null});
     let uploads = Promise.resolve();
+    let listing = null; // the newest question for the list of data sets
+    let choices = 0;
 
     pictures.begin = function() {
         const files = app.get("files");
@@ -45,8 +47,12 @@
         return {files: found, folder: folders.length === 1 && entries.length === 1 ? folders[0].name : null};
     }
 
-    pictures.listEarlier = async function() {
-        const {datasets} = await app.fetchJson("/datasets");
+    pictures.listEarlier = function() {
+        const mine = (listing = app.fetchJson("/datasets").then(({datasets}) => (mine === listing ? showEarlier(datasets) : listing)));
+        return mine;
+    };
+
+    function showEarlier(datasets) {
         const list = app.get("earlier");
         list.replaceChildren(
             app.el("option", {value: ""}, app.t("choose …")),
@@ -57,7 +63,7 @@
         app.pair.listKnown(datasets);
         app.show(app.get("earlier_field"), list.options.length > 1);
         if (list.options.length > 1) app.show(app.get("other_pictures"), true);
-    };
+    }
 
     /** Upload files with their captions, into the chosen dataset or a new one; more of them go where the first went.
      * folder: what a new one may be called. */
@@ -190,6 +196,7 @@
 
     /** Take an uploaded dataset by name, or a folder of the server. */
     pictures.choose = async function(folder) {
+        const mine = ++choices;
         if (pictures.chosen !== (folder || null)) pictures.joined = null;
         pictures.chosen = folder || null;
         pictures.rows = [];
@@ -197,10 +204,11 @@
         app.form.problem("train_data_dir", null);
         const known = pictures.library && (!folder || pictures.library.has(folder) || /[\\/]/.test(folder));
         if (!known) await pictures.listEarlier(); // it may have been made on another page
+        if (mine !== choices) return null; // others were chosen meanwhile
         const uploaded = folder && pictures.library.has(folder);
         if (uploaded) {
             const {pictures: rows} = await app.fetchJson("/datasets/" + encodeURIComponent(folder));
-            if (pictures.chosen !== folder) return null; // others were chosen meanwhile
+            if (mine !== choices) return null;
             pictures.rows = rows;
         }
         app.get("earlier").value = uploaded ? folder : "";

@@ -3,11 +3,14 @@
     "use strict";
 
     const sets = (app.sets = {});
+    let asked = 0;
     const address = (name) => "/datasets/" + encodeURIComponent(name);
 
     /** The list anew; gently: not while somebody is at one of its lines. */
     sets.load = async function(gently = false) {
+        const mine = ++asked;
         const {datasets} = await app.fetchJson("/datasets");
+        if (mine !== asked) return; // a later question was answered first
         if (gently && app.get("sets").contains(document.activeElement)) return;
         app.get("sets").replaceChildren(...datasets.map(line));
         app.show(app.get("sets_empty"), !datasets.length);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import time
@@ -115,6 +116,19 @@ def test_what_is_wrong_is_told_and_changes_nothing(editor, client, root):
         for kind in ("pictures", "thumbnails"):
             assert client.get(f"/editor/{editor.id}/{kind}/{file}").status_code in (400, 404)
     assert client.get("/editor/0123456789abcdef").status_code == 404
+
+
+def test_thumbnails_come_together_as_far_as_they_are_made_in_a_moment(editor, root, monkeypatch):
+    editor.post("pictures/edit", files=["c.png"], rotate=90)
+    (root / "b.png").write_bytes(b"no picture")
+    wanted = ["c.png", "b.png", "../../jobs.sqlite", "a.txt", "a.png"]
+    monkeypatch.setattr("lora_trainer.api.editor.THUMBNAILS_SECONDS", 60)
+    found = editor.post("thumbnails", files=wanted)["pictures"]
+    assert list(found) == wanted and not any(found[name] for name in wanted[1:-1])
+    head, data = found["c.png"].split(",")
+    assert head == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (60, 80)
+    monkeypatch.setattr("lora_trainer.api.editor.THUMBNAILS_SECONDS", -1)
+    assert list(editor.post("thumbnails", files=["a.png", "c.png"])["pictures"]) == ["a.png"]
 
 
 def test_a_conflict_is_told_with_both_texts(editor, root):
