@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from lora_trainer.models.gguf import PREFIX as GGUF
 
@@ -92,6 +93,12 @@ def other_file(names: Iterable[str]) -> tuple[str, str | None] | None:
 
 def other_family(names: Iterable[str]) -> str | None:
     """The family of a model that cannot be trained here; None where no name gives it away."""
+    return _other_family(tuple(names))
+
+
+@lru_cache(maxsize=8)
+def _other_family(names: tuple[str, ...]) -> str | None:
+    """A run asks for its model's several times, and each time is tens of thousands of searches."""
     return next((family for pattern, family in OTHER_FAMILIES if _any_name(names, pattern)), None)
 
 
