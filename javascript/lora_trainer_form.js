@@ -308,16 +308,14 @@
 
     // -- what fits
 
-    form.suggest = async function(pictures, family, signal) {
+    form.suggest = async function(pictures, family) {
         const query = new URLSearchParams();
         if (pictures) query.set("pictures", pictures);
         if (family) query.set("family", family);
-        const {presets} = await app.fetchJson("/presets?" + query, signal);
+        const {presets} = await app.fetchJson("/presets?" + query);
         const preset = presets.find((one) => one.kind === form.kind());
         const fits = form.faithful ? {} : preset.settings;
-        const own = form.faithful ? {} : await form.ownDefaults();
-        if (signal.aborted) return; // something was changed meanwhile, and is asked for
-        form.own = own;
+        form.own = form.faithful ? {} : await form.ownDefaults();
         const {trigger_word, output_name, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, output_name, save_steps, preview_prompts, ...fits};
     };
