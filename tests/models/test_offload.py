@@ -18,8 +18,9 @@ from tests import flux as tiny
 from tests.devices import pretended_gpu
 from tests.streams import pretended_streams
 
-SETTINGS = {"base_model": "x", "train_data_dir": "x", "lora_rank": 2, "gradient_checkpointing": True}
-DOUBLE, SINGLE = 2, 3
+SETTINGS = {"base_model": "x", "train_data_dir": "x", "lora_rank": 2, "gradient_checkpointing": True,
+            "target_modules": ["feed_forward", "linear2"]}  # fmt: skip
+DOUBLE, SINGLE = 1, 3
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,10 @@ def test_the_blocks_that_wait_are_spread_evenly():
     assert all(len(set(offloaded(57, count))) == count for count in range(1, 58))
 
 
-@pytest.mark.parametrize("form, count", [("stored", 1), ("stored", 5), ("fp8", 2), ("nf4", 4)])
+@pytest.mark.parametrize("form, count", [
+    ("stored", 4), ("nf4", 3), pytest.param("stored", 1, marks=pytest.mark.slow),
+    pytest.param("fp8", 2, marks=pytest.mark.slow),
+])
 def test_the_numbers_are_the_same_to_the_last_bit(base, form, count):
     with pretended_gpu(), pretended_streams():
         with lend(base, base_precision=form).borrow() as model:
