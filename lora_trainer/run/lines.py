@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,7 +76,7 @@ class ProgressLines(TrainCallbacks):
         """Nothing was opened."""
 
     def _write(self, event: str, **facts: Any) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):  # nobody listens any more: then the run stops and saves
             self._out.write(json.dumps({"event": event, **facts}) + "\n")
             self._out.flush()
 

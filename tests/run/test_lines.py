@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_what_is_reported_arrives_as_it_was():
     sent = written(lambda progress: [getattr(progress, name)(*values) for name, values in SAID])
     assert len(sent) == len(SAID) and all(lines.tell(line, heard) is None for line in sent)
     assert heard.said == SAID
+
+
+def test_a_run_outlives_whoever_listens():
+    out, into = os.pipe()
+    os.close(out)
+    file = os.fdopen(into, "w")
+    for _ in range(2):
+        lines.ProgressLines(file).on_warning("nobody hears this")
+    with suppress(OSError):
+        file.close()
 
 
 def test_the_last_line_is_the_result():
