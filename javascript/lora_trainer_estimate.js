@@ -20,7 +20,7 @@
         try {
             // Twice when the first answer says how many pictures there are, or another family: what fits depends on it.
             for (let round = 0; round < 2; round++) {
-                await app.form.suggest(estimate.pictures, estimate.family);
+                await app.form.suggest(estimate.pictures, estimate.family, mine.signal);
                 if (mine.signal.aborted) return;
                 app.form.display(focused());
                 if (!app.form.data()) return showNothing();

@@ -308,14 +308,16 @@
 
     // -- what fits
 
-    form.suggest = async function(pictures, family) {
+    form.suggest = async function(pictures, family, signal) {
         const query = new URLSearchParams();
         if (pictures) query.set("pictures", pictures);
         if (family) query.set("family", family);
-        const {presets} = await app.fetchJson("/presets?" + query);
+        const {presets} = await app.fetchJson("/presets?" + query, signal);
         const preset = presets.find((one) => one.kind === form.kind());
         const fits = form.faithful ? {} : preset.settings;
-        form.own = form.faithful ? {} : await form.ownDefaults();
+        const own = form.faithful ? {} : await form.ownDefaults();
+        if (signal.aborted) return; // something was changed meanwhile, and is asked for
+        form.own = own;
         const {trigger_word, output_name, save_steps, preview_prompts} = form.suggested;
         form.suggested = {trigger_word, output_name, save_steps, preview_prompts, ...fits};
     };

@@ -22,7 +22,7 @@
         live.previews = new app.Previews(app.get("previews"), app.get("preview_step"), (choice) =>
             app.runs.publish(live.job, choice).then(live.look, live.complain));
         live.previews.onSteps = (marks) => live.curve.mark(marks, (step) => live.previews.show(step));
-        app.get("log_box").addEventListener("toggle", loadLog);
+        app.get("log_box").addEventListener("toggle", () => loadLog().catch(live.complain));
         document.addEventListener("visibilitychange", () => document.hidden || live.look());
         live.look();
     };
@@ -154,7 +154,7 @@
 
     async function loadEvents(job) {
         const {events} = await app.fetchJson(`/jobs/${job.id}/events?since=${live.lastEvent}`);
-        if (!events.length || live.job.id !== job.id) return;
+        if (!events.length || !live.job || live.job.id !== job.id) return;
         live.lastEvent = events[events.length - 1].id;
         live.previews.add(events);
     }
@@ -162,7 +162,9 @@
     async function loadLog() {
         const box = app.get("log");
         if (!live.job || !app.get("log_box").open) return;
-        const {text} = await app.fetchJson(`/jobs/${live.job.id}/log`);
+        const {id} = live.job;
+        const {text} = await app.fetchJson(`/jobs/${id}/log`);
+        if (!live.job || live.job.id !== id) return;
         const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 20;
         app.setText(box, text || app.t("Nothing yet."));
         if (atEnd) box.scrollTop = box.scrollHeight;

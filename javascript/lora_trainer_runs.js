@@ -6,7 +6,8 @@
     const TYPING_MS = 250;
     // selected: numbers of the runs that are ticked. told: states of runs that led to another look at the list.
     const runs = (app.runs = {jobs: [], opened: null, loaded: false, selected: new Set(), told: new Set()});
-    let asked = 0;
+    let loading = null; // the newest question for the list
+    let openings = 0;
     let typing = null;
 
     runs.begin = function() {
@@ -33,9 +34,14 @@
         app.complain(error, app.get("runs_count"));
     });
 
-    runs.load = async function(more = false) {
+    /** Fetch the list, or more of it; done when what was asked last is there. */
+    runs.load = function(more = false) {
         runs.loaded = true;
-        const mine = ++asked;
+        const mine = (loading = fetchList(more).then((answer) => (mine === loading ? showList(answer, more) : loading)));
+        return mine;
+    };
+
+    async function fetchList(more) {
         const status = app.get("runs_filter").value;
         const search = app.get("runs_search").value.trim();
         const query = new URLSearchParams({
@@ -43,19 +49,21 @@
             order: app.get("runs_order").value, search,
         });
         if (status) query.set("status", status);
-        const {jobs, total} = await app.fetchJson("/jobs?" + query);
-        if (mine !== asked) return; // another filter was chosen meanwhile
+        return {...await app.fetchJson("/jobs?" + query), filtered: Boolean(status || search)};
+    }
+
+    function showList({jobs, total, filtered}, more) {
         runs.jobs = more ? [...runs.jobs, ...jobs] : jobs;
         app.setText(app.get("runs_count"), app.t("{shown} of {total}", {shown: runs.jobs.length, total}));
         app.show(app.get("runs_more"), runs.jobs.length < total);
-        app.show(app.get("runs_empty"), !total && !status && !search);
+        app.show(app.get("runs_empty"), !total && !filtered);
         runs.many.show();
         const list = app.get("runs_list");
-        if (more) return list.append(...jobs.map(line));
+        if (more) return void list.append(...jobs.map(line));
         const open = list.querySelector(".lora_trainer_inside");
         list.replaceChildren(...jobs.map(line));
         if (runs.opened && !unfold(open)) runs.opened = null;
-    };
+    }
 
     /** Put this into the line of the run that is open; false where it has none. */
     function unfold(content) {
@@ -134,11 +142,12 @@
     runs.open = async function(id) {
         app.openSubTab("Runs");
         runs.close();
+        const mine = ++openings;
         if (!runs.loaded || !app.get("run_" + id)) {
             app.get("runs_filter").value = app.get("runs_search").value = "";
             await runs.load();
         }
-        if (!app.get("run_" + id)) return;
+        if (mine !== openings || !app.get("run_" + id)) return; // another one was opened meanwhile, or it is gone
         runs.opened = {id};
         unfold(null);
         await fill(id);
@@ -237,7 +246,7 @@
                 app.button("Delete it", async() => {
                     try {
                         await app.call("DELETE", "/jobs/" + job.id, {confirm: true});
-                        runs.opened = null;
+                        if (runs.opened && runs.opened.id === job.id) runs.opened = null;
                         if (app.live.job && app.live.job.id === job.id) app.live.forget();
                         await runs.load();
                     } catch (error) {
