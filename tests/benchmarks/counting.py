@@ -273,11 +273,14 @@ def as_on_cuda() -> Iterator[None]:
 
 
 def _in_fp32(function: Any) -> Any:
-    def normalize(x: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def normalize(
+        x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
         if not torch.is_autocast_cpu_enabled():
             return function(x, shape, weight, bias, eps)
+        wide = [None if one is None else one.float() for one in (weight, bias)]
         with torch.autocast("cpu", enabled=False):
-            return function(x.float(), shape, weight.float(), bias.float(), eps)
+            return function(x.float(), shape, *wide, eps)
 
     return normalize
 
