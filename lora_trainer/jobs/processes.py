@@ -47,7 +47,7 @@ def check_gpus(config: TrainConfig, host: Host) -> None:
 
 
 def own_config(config: TrainConfig, host: Host) -> TrainConfig:
-    """The settings for the processes: the files that they read the base model from, and their device.
+    """The settings for the processes: the files that they read the base model from, what it predicts, and their device.
 
     Raises UserError when there is no such base model.
     """
@@ -57,12 +57,29 @@ def own_config(config: TrainConfig, host: Host) -> TrainConfig:
         return config
     with concerning("base_model"):
         files = host.model_files(config.base_model)
+        predicted = _predicted(config, host)
     return dataclasses.replace(
         config,
+        **predicted,
         base_model=str(files.model),
         vae=config.vae or (None if files.vae is None else str(files.vae)),
         text_encoders=config.text_encoders or [str(path) for path in files.text_encoders],
     )
+
+
+def _predicted(config: TrainConfig, host: Host) -> dict[str, Any]:
+    """What the model predicts where the host holds it, which may know more of that than the file does."""
+    from lora_trainer.host.base import LenderOptions
+    from lora_trainer.models.families import get_family
+
+    options = LenderOptions(v_prediction=config.v_prediction, zero_terminal_snr=config.zero_terminal_snr)
+    info = host.lender(config.base_model, options).describe()
+    if "v_prediction" in get_family(info.family).unused:
+        return {}
+    return {
+        "v_prediction": info.prediction_type == "v_prediction",
+        "zero_terminal_snr": info.zero_terminal_snr,
+    }
 
 
 def own_lender(config: TrainConfig, host: Host) -> Lender:

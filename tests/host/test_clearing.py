@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.execution import lender_of
+from lora_trainer.jobs.processes import own_config
 from lora_trainer.run import train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from tests.devices import pretended_gpu
@@ -99,6 +100,14 @@ def test_the_two_models_change_places(both, settings):
             with lender.turn():
                 assert places(parts()) == {"cpu"} and places([model.network]) == {"cuda"}
         assert places(parts()) == before
+
+
+def test_processes_beside_it_learn_what_the_loaded_model_predicts(a1111, webui):
+    """A1111 may know it from a YAML file beside the checkpoint, which says nothing of it."""
+    config = from_mapping({"train_data_dir": ".", "base_model": "", "gpus": [0]})
+    assert own_config(config, a1111).v_prediction is False
+    webui.model.parameterization = "v"
+    assert own_config(config, a1111).v_prediction is True
 
 
 def test_the_webuis_model_leaves_its_card_for_processes_beside_it(both):
