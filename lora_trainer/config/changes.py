@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,15 @@ from lora_trainer.config.facts import setting
 PLACE = "{}"
 """Where a prompt stands in a template."""
 
+_COMMA = ",，"
+_COMMAS = re.compile(rf" ?([{_COMMA}])(?: ?[{_COMMA}])*")
+
 
 def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place. An empty prompt, which erases, leaves the rest of it."""
+    """The template with the prompt in its place. An empty prompt, which erases, leaves the rest of it, without the
+    comma that separated it."""
     whole = template.replace(PLACE, prompt)
-    return whole if prompt else " ".join(whole.split())
+    return whole if prompt else _COMMAS.sub(r"\1", " ".join(whole.split())).strip(f" {_COMMA}")
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class ChangeSettings:
     more of the negative prompt."""
 
     protected_prompts: list[str] = setting([], task="words", separator="\n", given_by="steps")
-    """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change. The
-    empty prompt is always one, unless it is what changes."""
+    """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change. Where
+    the model is drawn with a negative prompt, the empty prompt is one of them, unless it is what changes."""
 
     prompt_templates: list[str] = setting([], task="words", separator="\n")
     """Whole prompts in which the prompts above stand where they have {}, one a line, such as "a photo of {} in a park".

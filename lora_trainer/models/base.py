@@ -49,10 +49,10 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
-    @property
-    def guided(self) -> bool:
-        """Pictures are drawn with a second prediction, for the negative prompt."""
-        return True
+    def takes_negative(self, cfg: float | None = None) -> bool:
+        """Whether guidance of strength ``cfg`` (None: the usual one) takes a second prediction, for the negative
+        prompt."""
+        return cfg != 1
 
     @property
     def key(self) -> list[float]:
@@ -80,10 +80,10 @@ class FlowSchedule:
         """What a run is known by."""
         return []
 
-    @property
-    def guided(self) -> bool:
-        """Pictures are drawn with a second prediction, for the negative prompt."""
-        return self.guidance is None and self.cfg != 1
+    def takes_negative(self, cfg: float | None = None) -> bool:
+        """Whether guidance of strength ``cfg`` (None: the usual one) takes a second prediction, for the negative
+        prompt."""
+        return self.guidance is None and (self.cfg if cfg is None else cfg) != 1
 
 
 @dataclass(frozen=True)

@@ -244,8 +244,8 @@ class Family(ABC):
 
     # Forecast -----------------------------------------------------------------------------------------------------
 
-    def guided(self, architecture: Any) -> bool:
-        """``guided`` of the model's noise schedule."""
+    def takes_negative(self, architecture: Any) -> bool:
+        """``takes_negative`` of the model's noise schedule, at its usual guidance."""
         return True
 
     @abstractmethod

@@ -44,14 +44,27 @@ def lessons(config: TrainConfig) -> tuple[Lesson, Lesson | None]:
     return there, back if config.both_ways else None
 
 
-def kept_prompts(config: TrainConfig, guided: bool) -> list[str]:
+def templates_of(config: TrainConfig) -> list[str]:
+    return config.prompt_templates or [PLACE]
+
+
+def kept_prompts(config: TrainConfig, takes_negative: bool) -> list[str]:
     """What is to be answered as the base does: the protected prompts, and the empty one unless that is what changes.
 
     A sampler with guidance moves away from the prediction for the empty prompt. Without this the LoRA changes that one,
-    too, and guidance takes much of the change away again. guided: whether the model is drawn with.
+    too, and guidance takes much of the change away again. takes_negative: whether the model is drawn with a negative
+    prompt.
     """
-    taught = [lesson[0] for lesson in lessons(config) if lesson is not None]
-    return [*([""] if guided and "" not in taught else []), *config.protected_prompts]
+    students = [lesson[0] for lesson in lessons(config) if lesson is not None]
+    taught = {filled(template, student) for template in templates_of(config) for student in students}
+    empty = [""] if takes_negative and "" not in taught else []
+    return list(dict.fromkeys([*empty, *config.protected_prompts]))
+
+
+def erased_templates(config: TrainConfig) -> list[str]:
+    """What the templates become where an empty prompt stands in them; empty where none does."""
+    found = [prompt for lesson in lessons(config) if lesson for prompt in (lesson[0], *(one for _, one in lesson[1]))]
+    return [filled(template, "") for template in config.prompt_templates] if "" in found else []
 
 
 class WordSource:
@@ -74,8 +87,8 @@ class WordSource:
         self._config, self._model, self._precision = config, model, precision
         self._family = get_family(model.info.family)
         self._size, self._keep_model_parts = size, keep_model_parts
-        self._lessons, self._templates = lessons(config), config.prompt_templates or [PLACE]
-        self._kept = kept_prompts(config, model.schedule.guided)
+        self._lessons, self._templates = lessons(config), templates_of(config)
+        self._kept = kept_prompts(config, model.schedule.takes_negative())
         self._encoded: dict[str, Conditioning] = {}
         self.total_steps = self.steps_per_epoch = config.max_train_steps or WORD_STEPS
 
@@ -109,13 +122,16 @@ class WordSource:
         there, back = self._lessons
         forth = back is None or step % 2 == 0
         student, terms = there if forth or back is None else back
+        # Each way goes through the protected prompts by itself, so that all of them are kept at both weights.
+        turn = step if back is None else step // 2
         strength, batches = 1.0 if forth else -1.0, []
-        for micro_step in range(config.gradient_accumulation_steps):
-            first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
+        count = config.gradient_accumulation_steps * config.batch_size
+        for place in range(0, count, config.batch_size):
+            first = step * count + place
             rows = range(first, first + config.batch_size)
             batches.append(self._batch([student] * len(rows), terms, strength, rows))
             if self._kept:
-                chosen = [self._kept[row % len(self._kept)] for row in rows]
+                chosen = [self._kept[(row + (turn - step) * count) % len(self._kept)] for row in rows]
                 batches.append(self._batch(chosen, None, strength, rows))
         return batches[share]
 

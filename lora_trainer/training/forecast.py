@@ -43,7 +43,7 @@ class Work:
 def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], config: TrainConfig) -> Work:
     """The work on one batch of pictures of ``resolution`` (width, height), whatever layers of the denoiser learn."""
     operations = kept = largest = 0.0
-    further = _further_forwards(config, get_family(architecture.family).guided(architecture))
+    further = _further_forwards(config, get_family(architecture.family).takes_negative(architecture))
     for part in get_family(architecture.family).parts(architecture, resolution, config):
         inputs = part.inputs if config.gradient_checkpointing else None
         again = inputs is not None
@@ -53,11 +53,11 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
     return Work(operations, kept + _ANEW * largest)
 
 
-def _further_forwards(config: TrainConfig, guided: bool) -> float:
+def _further_forwards(config: TrainConfig, takes_negative: bool) -> float:
     """Forward passes on a picture beside the one that learns: those whose predictions are targets."""
     if config.task == "words":
-        terms = [len(lessons(config)[0][1])] + ([1] if kept_prompts(config, guided) else [])
-        denoising = (2 if guided else 1) * max(0, config.denoised_steps - 1) / 2  # half of the steps on the average
+        terms = [len(lessons(config)[0][1])] + ([1] if kept_prompts(config, takes_negative) else [])
+        denoising = (2 if takes_negative else 1) * max(0, config.denoised_steps - 1) / 2  # half of the steps
         return denoising + sum(terms) / len(terms)
     if config.task == "pair":
         return 1.0 if config.pair_method == "alternating" else 0.0

@@ -10,7 +10,7 @@ from lora_trainer.config import parse_prompt
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.training.objectives.base import generator_for
-from lora_trainer.training.sampling import guided_pred, sampler_of, takes_negative, told_of_guidance, usual_cfg
+from lora_trainer.training.sampling import guided_pred, sampler_of, told_of_guidance, usual_cfg
 from lora_trainer.training.source import Turn
 
 
@@ -38,7 +38,7 @@ def sample(
     schedule = model.schedule
     sampler = sampler_of(schedule, steps)
     cfg = usual_cfg(schedule) if cfg is None else cfg
-    prompts = [negative, prompt] if takes_negative(schedule, cfg) else [prompt]
+    prompts = [negative, prompt] if schedule.takes_negative(cfg) else [prompt]
     conditioning = told_of_guidance(schedule, model.encode_prompts(prompts).to(model.device), cfg)
     time_ids = family.time_ids([(height, width, 0, 0, height, width)] * len(prompts))
     time_ids = None if time_ids is None else time_ids.to(model.device)

@@ -63,12 +63,6 @@ def usual_cfg(schedule: NoiseSchedule | FlowSchedule) -> float:
     return schedule.cfg if schedule.guidance is None else schedule.guidance
 
 
-def takes_negative(schedule: NoiseSchedule | FlowSchedule, cfg: float) -> bool:
-    """Whether guidance takes a second prediction, for the negative prompt."""
-    distilled = isinstance(schedule, FlowSchedule) and schedule.guidance is not None
-    return not distilled and cfg != 1
-
-
 def told_of_guidance(schedule: NoiseSchedule | FlowSchedule, conditioning: Conditioning, cfg: float) -> Conditioning:
     """The same for a sampler: a model that reads its guidance is told of it."""
     if not isinstance(schedule, FlowSchedule) or schedule.guidance is None:

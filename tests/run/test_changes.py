@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from lora_trainer.config import from_mapping
 from lora_trainer.dataset import images, known
 from lora_trainer.errors import UserError
+from lora_trainer.models.base import FlowSchedule
 from lora_trainer.run import file_lender, train
 from lora_trainer.run.workloads import workload_of
+from lora_trainer.run.workloads.words import Words
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.state import read_state
 from tests.flux import tiny_flux
@@ -178,6 +181,9 @@ def test_what_a_run_leaves(settings, tmp_path):
     [
         ("words", {"target_prompt": "a circle"}, "original_prompt"),
         ("words", {"positive_prompt": "old", "negative_prompt": "old"}, "positive_prompt"),
+        ("words", {"guidance": 0}, "guidance"),
+        ("words", {"guidance": 0, "positive_prompt": "old", "target_prompt": ""}, "guidance"),
+        ("words", {"guidance": 0, "positive_prompt": "old", "target_prompt": "a circle"}, "guidance"),
         ("words", {"train_text_encoder": True}, "train_text_encoder"),
         ("words", {"prompt_templates": ["{} by day", "by night"]}, "prompt_templates"),
         ("pair", {"pair_suffix": "_then"}, "train_data_dir"),
@@ -189,6 +195,30 @@ def test_what_cannot_be_learned_is_refused_with_its_setting(settings, kind, chan
     with pytest.raises(UserError) as caught:
         run(settings(kind, **changes))
     assert caught.value.field == field
+
+
+def test_a_positive_prompt_at_guidance_0_leaves_the_target_prompt_to_learn(settings):
+    Words.look(from_mapping(settings("words", guidance=0, positive_prompt="old")))
+
+
+@pytest.mark.parametrize(
+    ("takes_negative", "changes", "named"),
+    [
+        (False, {}, {}),  # as before the empty prompt was kept
+        (True, {}, {"kept_prompts": ["", "a ring"]}),
+        (True, {"both_ways": True}, {"kept_prompts": ["", "a ring"], "kept_turns": "each way"}),
+        (False, {"both_ways": True}, {}),
+        (False, {"target_prompt": "", "prompt_templates": ["{}, at night"]}, {"erased_templates": ["at night"]}),
+        (False, {"prompt_templates": ["{}, at night"]}, {}),
+    ],
+)
+def test_a_state_fits_where_the_steps_are_the_same(settings, takes_negative, changes, named):
+    config = from_mapping(settings("words", **{"both_ways": False, **changes}))
+    schedule = FlowSchedule("uniform", 1.0, None if takes_negative else 3.5, 4.0)
+    model = SimpleNamespace(schedule=schedule, network_key="", vae_key="", text_key="",
+                            info=SimpleNamespace(family="flux", prediction_type="flow"))  # fmt: skip
+    key = Words(config, None, None, (64, 64)).run_key(model)
+    assert {name: value for name, value in key.items() if name not in ("base_model", "noise_schedule")} == named
 
 
 def test_pictures_of_a_pair_must_be_alike_and_others_are_left_out(settings, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import math
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig, from_mapping
+from lora_trainer.config.changes import filled
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.run import file_lender
@@ -133,7 +135,7 @@ def test_prompts_stand_in_templates():
             assert all(torch.equal(row, empty) for row in stays.context[::2]), "the empty prompt has no template"
             assert which(Conditioning(stays.context[1::2]), "a ring") == seen[-1][1::2]
         ((weight, target),) = change.terms
-        without = ["a photo of by day", "at night", "two pictures: ,"]
+        without = ["a photo of by day", "at night", "two pictures:"]
         assert weight == 1
         for place, row in zip(seen[-1], target.context):
             assert torch.equal(row, model.encode_prompts([without[place]]).context[0]), "the rest of it stays"
@@ -143,14 +145,48 @@ def test_prompts_stand_in_templates():
 
 def test_the_empty_prompt_stays_where_guidance_needs_it():
     slider = {"positive_prompt": "old", "negative_prompt": "new"}
-    for guided, prompts, kept in (
+    for takes_negative, prompts, kept in (
         (True, {"original_prompt": "a disc", **slider}, [""]),
         (False, {"original_prompt": "a disc", **slider}, []),
         (True, slider, []),
         (True, {"original_prompt": "a disc", "protected_prompts": ["a ring"]}, ["", "a ring"]),
         (True, {"original_prompt": "a disc", "both_ways": True}, []),  # at -1 the empty prompt becomes a disc
+        # of the empty prompt in a template only the rest is taught
+        (True, {"original_prompt": "a disc", "both_ways": True, "prompt_templates": ["a photo of {}"]}, [""]),
+        (True, {"original_prompt": "a disc", "both_ways": True, "prompt_templates": ["a photo of {}", "{}"]}, []),
+        (True, {"original_prompt": "a disc", "protected_prompts": ["", "a ring"]}, ["", "a ring"]),
     ):
-        assert kept_prompts(TrainConfig(**prompts), guided) == kept
+        assert kept_prompts(TrainConfig(**prompts), takes_negative) == kept
+
+
+@pytest.mark.parametrize("prompts", [["a ring"], ["a ring", "a star"], ["a ring", "a star", "a tree"]])
+@pytest.mark.parametrize(("batch", "accumulated"), [(1, 1), (2, 1), (2, 3)])
+def test_every_protected_prompt_is_kept_as_often_at_both_weights(prompts, batch, accumulated):
+    model, config, _ = prepared(
+        original_prompt="a disc", positive_prompt="old", negative_prompt="new", both_ways=True, batch_size=batch,
+        gradient_accumulation_steps=accumulated, protected_prompts=prompts,
+    )  # fmt: skip
+    source = WordSource(config, model, (SIDE, SIDE), PRECISION, keep_model_parts=True)
+    assert source.prepare(Turns(), TrainCallbacks(), TrainCommands())
+    known = {prompt: model.encode_prompts([prompt]).context[0] for prompt in ["", *prompts]}
+    seen = collections.Counter()
+    for step in range(2 * len(known)):
+        for kept in source.micro_batches(0, step)[1::2]:
+            for row in kept.student.context:
+                (prompt,) = [one for one, context in known.items() if torch.equal(context, row)]
+                seen[prompt, kept.strength] += 1
+    assert seen == dict.fromkeys(itertools.product(known, (1, -1)), batch * accumulated)
+
+
+@pytest.mark.parametrize(
+    ("template", "rest"),
+    [("{}, oil painting", "oil painting"), ("portrait, {}, by night", "portrait, by night"),
+     ("by night, {}", "by night"), ("a photo of {}, 1,000 stars", "a photo of, 1,000 stars"),
+     ("{}，油画", "油画"), ("{}", "")],
+)  # fmt: skip
+def test_what_is_erased_leaves_no_comma(template, rest):
+    assert filled(template, "") == rest
+    assert filled(template, "a disc") == template.replace("{}", "a disc")
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
@@ -255,13 +291,13 @@ def test_words_of_a_flow_model(flux, denoised):
         assert objective.loss(inputs).item() == pytest.approx(((seen - target) ** 2).mean((1, 2, 3)).sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_what_words_compute_beside_the_loss_is_forecast(guided, flux, tiny_base):
+@pytest.mark.parametrize("takes_negative", [True, False])
+def test_what_words_compute_beside_the_loss_is_forecast(takes_negative, flux, tiny_base):
     """Targets, and pictures that are partly denoised: in two passes a step where there is a negative prompt."""
     steps, prompts = 4, {"original_prompt": "a red circle", "target_prompt": "a red square"}
     model, configure, adapters = flux
     with contextlib.ExitStack() as stack:
-        if guided:
+        if takes_negative:
             config = TrainConfig(task="words", denoised_steps=steps, base_model=str(tiny_base), **prompts)
             model = stack.enter_context(file_lender(config).borrow())
             adapters = stack.enter_context(AdapterSet.build(model.lora_targets(), config))
@@ -270,7 +306,7 @@ def test_what_words_compute_beside_the_loss_is_forecast(guided, flux, tiny_base)
         bare = partial(adapters.enabled, False)
         objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
         batches = words(model, config)
-        assert len(batches) == 1 + guided
+        assert len(batches) == 1 + takes_negative
         noise = torch.randn(1, *batches[0].shape)
         level = objective.draw(batches[0], generator_for(0)).timesteps
         with FlopCounterMode(display=False) as one, torch.no_grad():

@@ -21,7 +21,7 @@ from lora_trainer.run.workloads.image_model import (
     refuse_text_encoders,
 )
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.change_inputs import WordSource, kept_prompts
+from lora_trainer.training.change_inputs import WordSource, erased_templates, kept_prompts
 from lora_trainer.training.objectives.change import WordObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.ranks import ALONE, Ranks
@@ -53,6 +53,13 @@ class Words(OfImageModel):
                 remedy="Say what is changed, and in target_prompt what it becomes; or give a positive and a negative "
                 "prompt.",
             )
+        turned = config.target_prompt not in ("", config.original_prompt)
+        if config.guidance == 0 and not (slides and turned):
+            raise UserError(
+                "At guidance 0 the prompts change nothing: there is nothing to learn.",
+                field="guidance",
+                remedy="Raise it.",
+            )
 
     @classmethod
     def open(
@@ -76,8 +83,17 @@ class Words(OfImageModel):
                                           max(height, multiple) // multiple * multiple))  # fmt: skip
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
-        # Runs of before did not keep the empty prompt.
-        return {**super().run_key(model), "kept_prompts": kept_prompts(self._config, model.schedule.guided)}
+        config = self._config
+        kept, erased = kept_prompts(config, model.schedule.takes_negative()), erased_templates(config)
+        return {
+            **super().run_key(model),
+            # Runs of before kept the protected prompts alone,
+            **({"kept_prompts": kept} if kept != config.protected_prompts else {}),
+            # took turns among them without regard to the two ways,
+            **({"kept_turns": "each way"} if config.both_ways and len(kept) > 1 else {}),
+            # and erased whole templates.
+            **({"erased_templates": erased} if erased else {}),
+        }
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         config = self._config

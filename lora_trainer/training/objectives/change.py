@@ -158,7 +158,7 @@ class WordObjective(_ChangeObjective):
         if isinstance(schedule, NoiseSchedule):
             schedule = trained_schedule(config, schedule, model.info.zero_terminal_snr)
         self._sampler = sampler_of(schedule, config.denoised_steps)
-        self._cfg = DENOISING_CFG if schedule.guided else usual_cfg(schedule)
+        self._cfg = DENOISING_CFG if schedule.takes_negative() else usual_cfg(schedule)
         low, high = self._levels.level_at(0), self._levels.level_at(1)
         self._places = [place for place, level in enumerate(self._sampler.levels) if low <= level <= high]
         if not self._places:
@@ -195,7 +195,7 @@ class WordObjective(_ChangeObjective):
     ) -> Tensor:
         """What the first ``steps`` steps of the sampler make of noise, by the model with its adapters."""
         told = positive
-        if self.model.schedule.guided:
+        if self.model.schedule.takes_negative():
             pairs = zip(negative.tensors.items(), positive.tensors.values())
             told = Conditioning.from_tensors({name: torch.cat([one, other]) for (name, one), other in pairs})
             time_ids = None if time_ids is None else torch.cat([time_ids, time_ids])

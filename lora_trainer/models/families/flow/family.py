@@ -88,8 +88,8 @@ class FlowFamily(Family):
     @abstractmethod
     def schedule(self, transformer: Any) -> FlowSchedule: ...
 
-    def guided(self, architecture: FlowArchitecture) -> bool:
-        return self.schedule(architecture.transformer).guided
+    def takes_negative(self, architecture: FlowArchitecture) -> bool:
+        return self.schedule(architecture.transformer).takes_negative()
 
     @property
     @abstractmethod

@@ -74,8 +74,8 @@ class FluxFamily(FluxLayoutFamily):
         return Flux(transformer)
 
     def schedule(self, transformer: FluxShape) -> FlowSchedule:
-        guided = transformer.guidance
-        return FlowSchedule("flux_shift", _SAMPLER_MU[guided], _GUIDANCE if guided else None)
+        distilled = transformer.guidance
+        return FlowSchedule("flux_shift", _SAMPLER_MU[distilled], _GUIDANCE if distilled else None)
 
     # Adapters -----------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ def read_folder(folder: Path) -> tuple[Tensors, Hints] | None:
 
 def _shape(shapes: Shapes) -> FluxShape:
     text = "time_text_embed.text_embedder.linear_1.weight"
-    guided = "time_text_embed.guidance_embedder.linear_1.weight" in shapes
-    return FluxShape(**blocks_shape(shapes), pooled_dim=shapes[text][1], guidance=guided)
+    distilled = "time_text_embed.guidance_embedder.linear_1.weight" in shapes
+    return FluxShape(**blocks_shape(shapes), pooled_dim=shapes[text][1], guidance=distilled)
 
 
 def blocks_shape(shapes: Shapes) -> dict[str, Any]:

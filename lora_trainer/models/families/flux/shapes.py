@@ -21,8 +21,8 @@ def claims(shapes: Shapes) -> bool:
 def transformer_shape(shapes: Shapes) -> FluxShape:
     """Raises KeyError, IndexError or ValueError where layers are missing."""
     pooled = shapes[f"{TRANSFORMER}vector_in.in_layer.weight"][1]
-    guided = f"{TRANSFORMER}guidance_in.in_layer.weight" in shapes
-    return FluxShape(**blocks_shape(shapes), pooled_dim=pooled, guidance=guided)
+    distilled = f"{TRANSFORMER}guidance_in.in_layer.weight" in shapes
+    return FluxShape(**blocks_shape(shapes), pooled_dim=pooled, guidance=distilled)
 
 
 def blocks_shape(shapes: Shapes) -> dict[str, Any]:
