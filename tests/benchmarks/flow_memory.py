@@ -154,11 +154,11 @@ def _offloaded(transformer: nn.Module, number: int, plain: Counted) -> Counted:
             "stream": lambda stream: contextlib.nullcontext()}  # fmt: skip
     with patch.multiple(torch.cuda, **cuda), patch.object(offload, "_pinned", lambda flat: flat):
         blocks = blocks_of(transformer)
+        owners = [owner for block in blocks for owner in block.modules()]
+        before = [(owner, name, one) for owner in owners for name, one in owner.named_parameters(recurse=False)]
         waiting = offload.BlockOffload(blocks, number, _CPU)
-        for block in blocks:
-            for owner in block.modules():
-                for _ in owner.parameters(recurse=False):
-                    waiting.take(owner)
+        for owner, _, _ in before:
+            waiting.take(owner)
         for _ in range(2):
             waiting.moved = 0
             for block in (*blocks, *reversed(blocks)):
@@ -169,6 +169,8 @@ def _offloaded(transformer: nn.Module, number: int, plain: Counted) -> Counted:
             moved=waiting.moved,
         )  # fmt: skip
         waiting.clear()
+        for owner, name, parameter in before:
+            owner._parameters[name] = parameter
     return found
 
 
