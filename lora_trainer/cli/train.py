@@ -104,6 +104,8 @@ def run_training(config: TrainConfig, progress: str = "bar", listens: bool = Fal
         if ranks.leads:
             callbacks = ProgressLines(sys.stdout) if progress == "json" else ProgressBar()
             if listens:
+                if isinstance(callbacks, ProgressLines):
+                    commands.on_paused = callbacks.paused
                 obey(commands)
         try:
             lender = engine.file_lender(config)

@@ -13,8 +13,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 
 _LOOK_SECONDS = 0.1  # between two looks at what somebody wants
+_PAUSE_SECONDS = 60.0  # for the processes to pause, before the host gets its device all the same
 _LEAVING_SECONDS = 60.0  # for the processes to end by themselves, before they are ended
 _ERROR = "error: "
 
@@ -180,11 +182,17 @@ def _follow(
         lines.put(None)
 
     threading.Thread(target=read, name="lora-trainer-lines", daemon=True).start()
-    last = None
+    last, asked = None, None
     while True:
-        if device is not None and device.somebody_waits:
-            with relay.paused(), device.rest():
-                pass
+        if device is not None:
+            if not device.somebody_waits:
+                asked = None
+            elif asked is None:
+                asked = time.monotonic()
+            elif relay.has_paused or time.monotonic() - asked > _PAUSE_SECONDS:
+                with device.rest():
+                    asked = None
+            relay.need_device(asked is not None)
         try:
             line = lines.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
@@ -192,7 +200,11 @@ def _follow(
         if line is None:
             return last
         try:
-            last = tell(line.decode("utf-8", "replace"), callbacks) or last
+            facts = tell(line.decode("utf-8", "replace"), callbacks)
+            if facts is not None and facts["event"] == "paused":
+                relay.heard_pause()
+            else:
+                last = facts or last
         except ValueError:  # what some library prints
             log.info("%s", line.decode("utf-8", "replace").rstrip())
 
@@ -202,18 +214,23 @@ class _Relay:
 
     def __init__(self, pipe: IO[bytes], commands: TrainCommands):
         self._pipe, self._commands = pipe, commands
-        self._over, self._device_needed = threading.Event(), threading.Event()
+        self._over, self._device_needed, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._paused = False
         self._thread = threading.Thread(target=self._pass_on, name="lora-trainer-relay", daemon=True)
         self._thread.start()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The processes pause inside, whatever is commanded."""
-        self._device_needed.set()
-        try:
-            yield
-        finally:
-            self._device_needed.clear()
+    def need_device(self, needed: bool) -> None:
+        """The processes pause while it is needed, whatever is commanded."""
+        (self._device_needed.set if needed else self._device_needed.clear)()
+
+    def heard_pause(self) -> None:
+        """The processes say that they wait. They say it again and again."""
+        self._answered.set()
+
+    @property
+    def has_paused(self) -> bool:
+        """Whether they have said so since they were last told to pause."""
+        return self._paused and self._answered.is_set()
 
     def end(self) -> None:
         """Close the pipe: the processes stop."""
@@ -223,7 +240,7 @@ class _Relay:
             self._pipe.close()
 
     def _pass_on(self) -> None:
-        paused = stopped = False
+        stopped = False
         while not self._over.wait(_LOOK_SECONDS):
             if self._commands.take_save():
                 self._say("save_now")
@@ -233,8 +250,9 @@ class _Relay:
                 stopped = True
                 self._say("stop_and_save" if self._commands.saves_before_stop else "stop")
             wanted = self._commands.paused or self._device_needed.is_set()
-            if wanted != paused:
-                paused = wanted
+            if wanted != self._paused:
+                self._answered.clear()
+                self._paused = wanted
                 self._say("pause" if wanted else "resume")
 
     def _say(self, word: str) -> None:

@@ -56,6 +56,10 @@ class ProgressLines(TrainCallbacks):
     def on_warning(self, text: str) -> None:
         self._write("warning", text=text)
 
+    def paused(self) -> None:
+        """The run waits."""
+        self._write("paused")
+
     def end(self, result: Result, saved: bool) -> None:
         """saved: a stop was asked for together with a save, be it by the run itself."""
         facts = dataclasses.asdict(result)
@@ -107,13 +111,13 @@ def obey(commands: TrainCommands, descriptor: int = 0, last_resort: Callable[[],
 
 
 def tell(line: str, callbacks: TrainCallbacks) -> dict[str, Any] | None:
-    """Pass on what a line reports. Returns the facts of the last line of a run, which has "event" "result" or "error";
-    None for others. Raises ValueError for a line that is none of ours."""
+    """Pass on what a line reports. Returns the facts of the last line of a run, which has "event" "result" or "error",
+    and of "paused"; None for others. Raises ValueError for a line that is none of ours."""
     facts = json.loads(line)
     if not isinstance(facts, dict) or "event" not in facts:
         raise ValueError(line)
     event = facts["event"]
-    if event in ("result", "error"):
+    if event in ("result", "error", "paused"):
         return facts
     del facts["event"]
     if event == "step":

@@ -72,11 +72,12 @@ class TrainCommands:
     """Thread-safe commands to a run.
 
     resting: what the run waits in while it is paused; a lender that keeps the device for a whole run gives it back
-    inside.
+    inside. on_paused: called as the run begins to wait, and again while it does; its device computes nothing then.
     """
 
     def __init__(self) -> None:
         self.resting: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.on_paused: Callable[[], None] = lambda: None
         self._running = threading.Event()
         self._running.set()
         self._stop = threading.Event()
@@ -132,6 +133,7 @@ class TrainCommands:
         """Return when ``resume`` or a stop is said, or after ``timeout`` seconds. Called by the run, between turns."""
         if self.paused:
             with self.resting():
+                self.on_paused()
                 self._running.wait(timeout)
 
     def take_save(self) -> bool:

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from lora_trainer.host.base import PreviewRequest
 from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.jobs import processes
 from lora_trainer.jobs.worker import JobManager
+from lora_trainer.run.lines import ProgressLines, obey
+from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.ui.form import advanced
 from tests.api.conftest import Client
 from tests.pictures import draw_dataset
@@ -169,6 +173,57 @@ def test_the_processes_end_with_the_server_with_their_state_saved(folder, settin
     wait("the ranks' end", lambda: not any(map(alive, ranks)), 120)
     (state,) = states.glob("*/output/state/*.state")
     assert int(state.stem.rpartition("step")[2]) > 0
+
+
+class Device:
+    """Somebody waits for it from ``wanted`` on, until it has rested once."""
+
+    def __init__(self, computing):
+        self.wanted, self.found, self._computing = threading.Event(), [], computing
+
+    @property
+    def somebody_waits(self):
+        return self.wanted.is_set()
+
+    @contextmanager
+    def rest(self):
+        self.found.append(self._computing.is_set())
+        self.wanted.clear()
+        yield
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_host_has_its_device_back_when_the_step_is_done_or_after_a_while(monkeypatch, answers):
+    monkeypatch.setattr(processes, "_PAUSE_SECONDS", 600 if answers else 0.5)
+    (words, into), (out, lines_into) = os.pipe(), os.pipe()
+    computing, told, commands = threading.Event(), ProgressLines(os.fdopen(lines_into, "w")), TrainCommands()
+    if answers:
+        commands.on_paused = told.paused
+    obey(commands, words, lambda: None)
+
+    def run():
+        while not commands.stopping:
+            computing.set()
+            time.sleep(1)
+            computing.clear()
+            commands.wait_while_paused(0.1)
+        told.fail(UserError("over"))
+        told._out.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    device, given = Device(computing), TrainCommands()
+    relay = processes._Relay(os.fdopen(into, "wb", buffering=0), given)
+    follower = threading.Thread(target=processes._follow, args=(os.fdopen(out, "rb"), TrainCallbacks(), relay, device))
+    follower.start()
+    for count in (1, 2):
+        wait("a step", computing.is_set)
+        device.wanted.set()
+        wait("a rest", lambda: len(device.found) == count, 20)
+    given.stop()
+    follower.join(20)
+    relay.end()
+    assert not follower.is_alive() and device.found[0] is not answers
 
 
 def test_gpus_are_numbered_among_those_that_the_server_sees():
