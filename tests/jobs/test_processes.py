@@ -214,7 +214,8 @@ def test_the_host_has_its_device_back_when_the_step_is_done_or_after_a_while(mon
     thread.start()
     device, given = Device(computing), TrainCommands()
     relay = processes._Relay(os.fdopen(into, "wb", buffering=0), given)
-    follower = threading.Thread(target=processes._follow, args=(os.fdopen(out, "rb"), TrainCallbacks(), relay, device))
+    reported = os.fdopen(out, "rb")
+    follower = threading.Thread(target=processes._follow, args=(reported, TrainCallbacks(), relay, device), daemon=True)
     follower.start()
     for count in (1, 2):
         wait("a step", computing.is_set)
