@@ -220,7 +220,7 @@ def test_the_host_has_its_device_back_when_the_step_is_done_or_after_a_while(mon
     for count in (1, 2):
         wait("a step", computing.is_set)
         device.wanted.set()
-        wait("a rest", lambda: len(device.found) == count, 20)
+        wait("a rest", lambda count=count: len(device.found) == count, 20)
     given.stop()
     follower.join(20)
     relay.end()
