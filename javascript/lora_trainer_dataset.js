@@ -12,11 +12,17 @@
     let looking = null;
     let refreshed = 0;
 
-    /** A call about the open folder; its answer's state is shown, unless another folder was opened meanwhile. */
-    editor.call = async function(path, body) {
-        const {id} = editor.state;
+    /** Thrown by editor.call: what was asked for is done, but its folder is not open any more. */
+    editor.OVERTAKEN = new Error("another folder was opened");
+
+    /** Is this session of the server the open folder's? */
+    editor.isOpen = (id) => Boolean(editor.state) && editor.state.id === id;
+
+    /** A call about the open folder, or about the session that is named; its answer's state is shown. */
+    editor.call = async function(path, body, id = editor.state.id) {
         const answer = await app.post(`/editor/${id}${path}`, body);
-        if (editor.state && editor.state.id === id) editor.heard(answer.state || (answer.id && answer));
+        if (!editor.isOpen(id)) throw editor.OVERTAKEN; // nothing of the answer is to be shown
+        editor.heard(answer.state || (answer.id && answer));
         return answer;
     };
 
@@ -24,7 +30,7 @@
     editor.act = function(action) {
         app.show(app.get("editor_problem"), false);
         return Promise.resolve().then(action).catch((error) => (error.status === GONE && editor.state ? openAgain() : Promise.reject(error)))
-            .catch((error) => app.complain(error, app.get("editor_problem")));
+            .catch((error) => (error === editor.OVERTAKEN ? null : app.complain(error, app.get("editor_problem"))));
     };
 
     /** The server was started anew and does not know the folder any more. What is being typed is still here. */
@@ -32,19 +38,24 @@
     let reopening = null;
 
     async function reopen() {
+        const {folder, state: {id}} = editor;
         await editor.picture.settled();
-        const {folder, state: {unsaved}} = editor;
+        if (!editor.isOpen(id)) return; // another folder was opened meanwhile
+        const {unsaved} = editor.state;
         const typed = editor.picture.touched() && {file: editor.row.file, text: app.get("editor_caption").value};
         try {
             await load(folder);
         } catch (error) {
+            if (editor.folder !== folder) return;
             editor.state = editor.row = null;
             app.show(app.get("editor"), false);
             app.show(app.get("editor_open"), true);
             throw error;
         }
+        if (editor.folder !== folder) return;
         if (typed) {
             await editor.gallery.show(typed.file);
+            if (editor.folder !== folder) return;
             editor.picture.type(typed.text);
         }
         if (unsaved) editor.say(app.t(unsaved === 1 ? "The WebUI was started anew; 1 change that was not saved is gone." : "The WebUI was started anew; {n} changes that were not saved are gone.", {n: unsaved}));
@@ -83,6 +94,7 @@
             if (!folder) return;
             if (opening && opening.folder === folder) await opening.done;
             else if (editor.folder !== folder || !editor.state) await load(folder);
+            else opening = null; // it is open: another one that is on its way is not wanted any more
             if (panel && editor.folder === folder) editor.tools.panel(panel, true);
         });
     };
@@ -99,6 +111,7 @@
 
     async function fetchFolder(folder, isLast) {
         const state = await app.post("/editor", {folder, trigger_word: app.form.value("trigger_word") || ""});
+        if (editor.folder !== folder) await editor.picture.keep(); // what was typed belongs to the folder that is left
         if (!isLast()) return;
         editor.folder = folder;
         editor.row = null;
@@ -155,7 +168,7 @@
                 if (error.status !== GONE) looking = setTimeout(look, REFRESH_MS); // the task goes on meanwhile
                 throw error;
             });
-            if (!editor.state || editor.state.id !== id) return;
+            if (!editor.isOpen(id)) return;
             editor.heard(state);
             if (!state.task || state.task.status === "running") return;
             await editor.gallery.reload();
@@ -206,7 +219,7 @@
         await editor.stepped(answer, which === "undo"
             ? app.t("Undone: {step} ({n})", {step: label, n: answer.changed})
             : app.t("Done again: {step} ({n})", {step: label, n: answer.changed}));
-        if (answer.rows.length && answer.rows.length < 3) editor.gallery.show(answer.rows[0].file);
+        if (editor.isOpen(answer.state.id) && answer.rows.length && answer.rows.length < 3) editor.gallery.show(answer.rows[0].file);
     });
 
     editor.save = (force) => inTurn(async() => {

@@ -101,10 +101,13 @@
         const mine = ++asked;
         const {id} = editor.state;
         const path = `/editor/${id}/pictures?offset=${Math.max(0, offset)}&limit=${PAGE}`;
-        const page = await app.post(path, gallery.wanted());
-        if (mine !== asked || !editor.state || editor.state.id !== id) return; // a later question was answered first
+        const page = await app.post(path, gallery.wanted()).catch((error) => {
+            editor.thumbnails.resume(); // the page that was to be left stays
+            throw error;
+        });
+        if (mine !== asked || !editor.isOpen(id)) return; // a later question was answered first
         if (!page.rows.length && page.total) return void await fetchPage(PAGE * Math.floor((page.total - 1) / PAGE), at);
-        Object.assign(gallery, {rows: page.rows, total: page.total, offset: page.offset});
+        Object.assign(gallery, {rows: page.rows.map(editor.picture.ahead), total: page.total, offset: page.offset});
         editor.heard(page.state);
         draw();
         const place = typeof at === "function" ? at(page.rows) : at;
@@ -119,8 +122,11 @@
     });
 
     function draw() {
-        // Tiles that are there show the new rows: each node that comes or goes wakes the host's watchers of the page.
-        const tiles = app.setCount(app.get("editor_grid"), gallery.rows.length, tile);
+        // Tiles that are there show the new rows, and those too many are hidden: each node that comes or goes wakes the
+        // host's watchers of the page.
+        const grid = app.get("editor_grid");
+        const tiles = app.setCount(grid, Math.max(grid.children.length, gallery.rows.length), tile);
+        tiles.forEach((node, index) => app.show(node, index < gallery.rows.length));
         gallery.rows.forEach((row, index) => fill(tiles[index], row, index));
         const none = !gallery.rows.length;
         app.show(app.get("editor_empty"), none);
@@ -254,7 +260,7 @@
 
     /** Rows as they are now, for those that this page shows. */
     gallery.merge = function(rows) {
-        for (const row of rows) {
+        for (const row of rows.map(editor.picture.ahead)) {
             const index = gallery.rows.findIndex((one) => one.file === row.file);
             if (index < 0) continue;
             gallery.rows[index] = row;

@@ -91,28 +91,48 @@
     /** Send what was typed, as one step. */
     picture.keep = async function() {
         if (picture.touched()) {
-            const {row} = editor;
-            const text = app.get("editor_caption").value;
-            const before = row.caption;
-            row.caption = text; // a second call meanwhile must not send it again
+            const {row, state: {id}} = editor; // the text belongs to this folder, whichever is open when it is sent
+            const earlier = sending.get(address(id, row.file));
+            const one = {text: app.get("editor_caption").value, stored: earlier ? earlier.stored : row.caption};
+            sending.set(address(id, row.file), one);
+            row.caption = one.text; // a second call meanwhile must not send it again
             // In the order in which they were typed.
-            const mine = (keeping = picture.settled().then(() => send(row, text, before)).finally(() => {
+            const mine = (keeping = picture.settled().then(() => send(id, row.file, one)).finally(() => {
                 if (keeping === mine) keeping = null;
             }));
         }
-        await keeping; // also one that is on its way: what follows shall find it there
+        while (keeping) await keeping; // also those that are on their way: what follows shall find them there
     };
     let keeping = null;
+
+    // Captions that are on their way, by session and file: the last text of each, and the caption that the server has.
+    const sending = new Map();
+    const address = (id, file) => `${id}/${file}`;
+
+    /** A row as the server sent it, with the caption that is still on its way there: it is newer than the row's. */
+    picture.ahead = function(row) {
+        const one = sending.get(address(editor.state.id, row.file));
+        if (!one) return row;
+        one.stored = row.caption;
+        return {...row, caption: one.text};
+    };
 
     /** What is on its way has arrived, or is back in the field as not sent. */
     picture.settled = () => Promise.resolve(keeping).catch(() => null);
 
-    async function send(row, text, before) {
+    async function send(id, file, one) {
+        const arrived = () => sending.get(address(id, file)) === one && sending.delete(address(id, file));
         try {
-            const answer = await editor.call("/captions", {captions: {[row.file]: text}});
-            editor.gallery.merge(answer.rows);
+            const {rows} = await editor.call("/captions", {captions: {[file]: one.text}}, id);
+            arrived();
+            editor.gallery.merge(rows);
         } catch (error) {
-            row.caption = before;
+            const last = arrived();
+            if (error === editor.OVERTAKEN) return; // it is sent, and its folder is not shown any more
+            if (last && editor.isOpen(id) && editor.row && editor.row.file === file) {
+                editor.row.caption = one.stored;
+                editor.gallery.merge([editor.row]);
+            }
             throw error;
         }
     }

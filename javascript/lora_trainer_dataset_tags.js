@@ -39,7 +39,7 @@
         const {id} = editor.state;
         const asked = `${id} ${editor.state.revision}`;
         const found = await app.fetchJson(`/editor/${id}/tags`);
-        if (!editor.state || editor.state.id !== id) return;
+        if (!editor.isOpen(id)) return;
         revision = asked;
         tags.found = found;
         draw();

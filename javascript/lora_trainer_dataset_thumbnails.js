@@ -4,6 +4,7 @@
     "use strict";
 
     const KEPT = 300; // some MB
+    const AGAIN_MS = 5000; // after an error
     const editor = app.editor;
     const thumbnails = (editor.thumbnails = {});
     const kept = new Map(); // picture by address, empty where it cannot be read; the one that came first is first
@@ -11,6 +12,7 @@
     const rows = new WeakMap(); // what a tile's image shows
     let watch = null;
     let asking = null;
+    let resuming = null;
 
     /** Let a tile's image show this row's picture: now where it is known, else once it is near what is seen. */
     thumbnails.show = function(image, row) {
@@ -30,7 +32,16 @@
         if (asking) asking.abort();
         asking = null;
         waiting.clear();
+        clearTimeout(resuming);
         if (watch) watch.disconnect();
+    };
+
+    /** Look again at the tiles that have no picture yet, after they were forgotten or could not be asked for. */
+    thumbnails.resume = function() {
+        clearTimeout(resuming);
+        for (const image of app.get("editor_grid").querySelectorAll("img")) {
+            if (!seen(image) && !kept.has(image.dataset.address)) watch.observe(image);
+        }
     };
 
     const seen = (image) => image.style.visibility === "visible";
@@ -66,7 +77,10 @@
                 }
             }
         } catch (error) {
-            if (asking === mine) waiting.clear(); // tiles stay without their pictures, as where one cannot be read
+            if (asking !== mine) return;
+            waiting.clear();
+            clearTimeout(resuming);
+            resuming = setTimeout(thumbnails.resume, AGAIN_MS);
         } finally {
             if (asking === mine) asking = null;
         }

@@ -132,7 +132,7 @@
         if (!editor.state.has_report) return;
         const {id} = editor.state;
         const report = await app.fetchJson(`/editor/${id}/report`);
-        if (!editor.state || editor.state.id !== id) return;
+        if (!editor.isOpen(id)) return;
         tools.report = report;
         const count = (severity) => report.findings.filter((one) => one.severity === severity).length;
         const verdict = report.stops_training ? app.t("A training would not start.")
@@ -209,7 +209,7 @@
     async function loadBackups() {
         const {id} = editor.state;
         const {backups} = await app.fetchJson(`/editor/${id}/backups`);
-        if (!editor.state || editor.state.id !== id) return;
+        if (!editor.isOpen(id)) return;
         app.get("editor_backups").replaceChildren(
             ...(backups.length ? [] : [app.el("li", {class: "help"}, app.t("None yet: each save that replaces something makes one."))]),
             ...backups.slice(0, 20).map((one) => app.el("li", {},

@@ -73,7 +73,7 @@ def routes(context: Context) -> APIRouter:
         """The picture, turned and cropped as it is now, as a JPEG of at most 256 pixels a side."""
         editor = sessions.get(session)
         path = _picture(editor, file)
-        return send(context.library.thumbnails.get(path, editor.session.pictures[file]))
+        return send(context.library.thumbnails.get(path, _edit(editor, file)))
 
     @router.post("/editor/{session}/thumbnails", response_model=schemas.ThumbnailsModel)
     def thumbnails(session: str, wanted: schemas.FilesModel) -> dict[str, Any]:
@@ -274,12 +274,19 @@ def _picture(editor: EditorSession, file: str) -> Any:
     return path
 
 
+def _edit(editor: EditorSession, file: str) -> Any:
+    """The picture's edit; none for one that was taken out of the folder a moment ago."""
+    from lora_trainer.dataset.picture_edits import UNTOUCHED
+
+    return editor.session.pictures.get(file, UNTOUCHED)
+
+
 def _thumbnail_url(context: Context, editor: EditorSession, file: str) -> str:
     try:
-        path = context.library.thumbnails.get(_picture(editor, file), editor.session.pictures[file])
-    except (UserError, OSError):
+        data = context.library.thumbnails.get(_picture(editor, file), _edit(editor, file)).read_bytes()
+    except (UserError, OSError):  # also one that is deleted meanwhile: the others are still to be shown
         return ""
-    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
 def _filter(wanted: schemas.FilterModel | None) -> Filter:

@@ -15,6 +15,7 @@ from lora_trainer.api import add_routes
 from lora_trainer.captioning.base import Description, HostCaptioner
 from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.dataset.picture_edits import load_edits
+from lora_trainer.dataset.thumbnails import ThumbnailCache
 from lora_trainer.host.base import AccessPolicy
 from tests.api.conftest import Client
 from tests.jobs.fakes import wait_for
@@ -129,6 +130,24 @@ def test_thumbnails_come_together_as_far_as_they_are_made_in_a_moment(editor, ro
     assert head == "data:image/jpeg;base64" and Image.open(io.BytesIO(base64.b64decode(data))).size == (60, 80)
     monkeypatch.setattr("lora_trainer.api.editor.THUMBNAILS_SECONDS", -1)
     assert list(editor.post("thumbnails", files=["a.png", "c.png"])["pictures"]) == ["a.png"]
+
+
+def test_a_thumbnail_that_is_deleted_meanwhile_costs_only_itself(editor, manager, monkeypatch):
+    get = ThumbnailCache.get
+
+    def get_and_lose(cache, picture, *edit):
+        path = get(cache, picture, *edit)
+        if picture.name == "b.png":
+            path.unlink()
+        elif picture.name == "c.png":  # the folder is read again by another request
+            del editor_session.session.pictures["a.png"]
+        return path
+
+    editor_session = manager.sessions.get(editor.id)
+    monkeypatch.setattr(ThumbnailCache, "get", get_and_lose)
+    monkeypatch.setattr("lora_trainer.api.editor.THUMBNAILS_SECONDS", 60)
+    found = editor.post("thumbnails", files=["c.png", "b.png", "a.png"])["pictures"]
+    assert found["c.png"] and found["a.png"] and not found["b.png"]
 
 
 def test_a_conflict_is_told_with_both_texts(editor, root):

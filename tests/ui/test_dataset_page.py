@@ -33,11 +33,13 @@ def folder(manager):
 def open_page(browser, site):
     errors, pages = [], []
 
-    def open_one(name="mine", width=1400):
+    def open_one(name="mine", width=1400, prepare=None):
         page = browser.new_page(viewport={"width": width, "height": 1000})
         pages.append(page)
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
+        if prepare:
+            prepare(page)
         page.goto(site)
         page.wait_for_function("() => window.loraTrainer && loraTrainer.begun")
         page.evaluate(f"loraTrainer.editor.open('{name}')")
@@ -315,3 +317,37 @@ def test_what_is_being_typed_counts_before_the_folder_is_left(page):
     page.click("button:has-text('Other pictures')")
     until(page, "message", "1 change is not saved")
     assert page.is_visible("#lora_trainer_editor")
+
+
+SHOWN = """() => Array.from(document.querySelectorAll("#lora_trainer_editor_grid img"))
+    .filter((image) => image.offsetParent && image.style.visibility === "visible").length"""
+
+
+def test_thumbnails_are_asked_for_again_after_an_error(open_page, folder):
+    page = open_page(prepare=lambda page: page.route("**/thumbnails", lambda route: route.abort(), times=1))
+    page.wait_for_function(f"() => ({SHOWN})() > 0", timeout=15_000)
+
+
+def test_thumbnails_come_although_the_next_page_does_not(page):
+    page.wait_for_function(f"() => ({SHOWN})() > 0")
+    page.evaluate("loraTrainer.get('editor_grid').scrollTop = 0")
+    page.route("**/pictures?offset=*", lambda route: route.abort())
+    page.evaluate("loraTrainer.editor.act(() => loraTrainer.editor.gallery.load(48))")
+    until(page, "problem", "does not answer")
+    page.evaluate("loraTrainer.get('editor_grid').scrollTop = 1e6")
+    page.wait_for_function("() => loraTrainer.get('editor_grid').lastChild.querySelector('img').style.visibility === 'visible'")
+
+
+def test_a_shorter_page_takes_no_tile_away(page):
+    moved = page.evaluate("""async () => {
+        const {gallery} = loraTrainer.editor, grid = loraTrainer.get("editor_grid");
+        let moved = 0;
+        const watch = new MutationObserver((found) => (moved += found.length));
+        watch.observe(grid, {childList: true});
+        for (const offset of [48, 0]) await gallery.load(offset);
+        await gallery.load(48);
+        watch.takeRecords().forEach(() => moved++);
+        return moved;
+    }""")
+    assert moved == 0
+    assert page.locator("#lora_trainer_editor_grid li:visible").count() == PICTURES - 48
