@@ -335,7 +335,8 @@ def test_thumbnails_come_although_the_next_page_does_not(page):
     page.evaluate("loraTrainer.editor.act(() => loraTrainer.editor.gallery.load(48))")
     until(page, "problem", "does not answer")
     page.evaluate("loraTrainer.get('editor_grid').scrollTop = 1e6")
-    page.wait_for_function("() => loraTrainer.get('editor_grid').lastChild.querySelector('img').style.visibility === 'visible'")
+    last = "loraTrainer.get('editor_grid').lastChild.querySelector('img')"
+    page.wait_for_function(f"() => {last}.style.visibility === 'visible'")
 
 
 def test_a_shorter_page_takes_no_tile_away(page):
