@@ -56,6 +56,17 @@ def packing_of(stored: Tensor) -> Packing | None:
     return getattr(stored, "packing", None)
 
 
+def same_weight(stored: TensorT, mark: object) -> TensorT:
+    """The same tensor, marked as a copy of a weight of which all copies have this mark."""
+    stored.weight_mark = mark  # type: ignore[attr-defined]
+    return stored
+
+
+def mark_of(stored: Tensor) -> object:
+    """Is the same object for every copy of a weight that ``same_weight`` has marked; else the tensor itself."""
+    return getattr(stored, "weight_mark", stored)
+
+
 def form_of(stored: Tensor) -> tuple[object, object]:
     """How a weight is stored. Autograd may hand a saved tensor back as another object: whoever saves one keeps this
     beside it, for ``as_stored``."""

@@ -211,6 +211,8 @@ class _Mode(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
             func = _attention  # torch's own makes its causal mask where C++ takes the tensors to be
         found = func(*args, **kwargs)
+        if func is torch.Tensor.narrow and getattr(args[0], "is_pinned_here", False):
+            found.is_pinned_here = True
         if here and type(found) in (torch.Tensor, torch.nn.Parameter):
             wraps = DeviceTensor(found.detach(), self.gpu)
             return wraps.requires_grad_() if found.requires_grad else wraps

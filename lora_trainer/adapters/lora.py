@@ -16,7 +16,7 @@ from lora_trainer.adapters.algebra import changed_norm_squared, column_norm, low
 from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
 from lora_trainer.devices import without_autocast
-from lora_trainer.storage import dense_weight
+from lora_trainer.storage import dense_weight, mark_of
 
 if TYPE_CHECKING:
     from lora_trainer.adapters.copies import WorkingCopies
@@ -141,12 +141,13 @@ class LoraAdapter(Adapter):
     def base_norm_squared(self) -> tuple[Tensor, Tensor]:
         """‖W‖² per column of the weight that the layer has now, which its lender may have bound anew; and the least
         that ‖W + ΔW‖² is taken for: a thousandth of W's length, or what keeps a column of zeros from becoming NaN."""
-        if self._base_norm is None or self._base_norm[0]() is not self.layer.weight:
+        mark = mark_of(self.layer.weight)
+        if self._base_norm is None or self._base_norm[0]() is not mark:
             squared = column_norm(self.base_weight()).square()
             least = (1e-6 * squared).clamp_min(torch.finfo(squared.dtype).tiny)
             if self._base_norm is not None:  # a CUDA graph may read those
                 squared, least = self._base_norm[1].copy_(squared), self._base_norm[2].copy_(least)
-            self._base_norm = weakref.ref(self.layer.weight), squared, least
+            self._base_norm = weakref.ref(mark), squared, least
         return self._base_norm[1:]
 
     # -- dropout -----------------------------------------------------------------------------------------------

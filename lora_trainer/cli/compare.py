@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from lora_trainer.comparison.plan import Wish, make_plan
     from lora_trainer.comparison.runs import find_run, saved_loras
     from lora_trainer.host.standalone import StandaloneHost
-    from lora_trainer.jobs.execution import lender_options
+    from lora_trainer.jobs.execution import drawing_options
     from lora_trainer.run.workloads import task_of
     from lora_trainer.run_files import GRID
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     given = {"base_model": options.base and str(options.base), "device": options.device}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value})
     host = StandaloneHost(folder, device=config.device)
-    lending = lender_options(host, config)
+    lending = drawing_options(host, config)
     info = host.lender(config.base_model, lending).describe()
     plan = make_plan(config, saved_loras(folder, config.output_name), info, wish)
 

@@ -141,6 +141,13 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
     )
 
 
+def drawing_options(host: Host, config: TrainConfig) -> LenderOptions:
+    """``lender_options`` for pictures of a finished run: its LoRA is merged into the weights, which stay on the device,
+    and which a WebUI has in its own format."""
+    options = replace(lender_options(host, config), offload_blocks=0)
+    return options if host.name == "standalone" else replace(options, base_precision="stored")
+
+
 def _newest(
     current_host: Callable[[], Host], store: JobStore, job: Job, config: TrainConfig, reporter: JobReporter
 ) -> Callable[[Path, int], None] | None:

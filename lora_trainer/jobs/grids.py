@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_trainer.errors import UserError, concerning
-from lora_trainer.jobs.execution import lender_options
+from lora_trainer.jobs.execution import drawing_options
 from lora_trainer.jobs.job import ACTIVE, Job
 from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
@@ -57,7 +57,7 @@ class Grids:
         host, config = self._current_host(), self._config_of(job)
         if config.task == "text":
             raise UserError(f"{job.name} taught a language model.", remedy="A grid shows pictures.")
-        options = lender_options(host, config)
+        options = drawing_options(host, config)
         with concerning("base_model"):
             info = host.lender(config.base_model, options).describe()
         recommended = job.result.get("recommended_step")

@@ -126,7 +126,8 @@ class FileLender(Lender):
 
     def _place(self, tensors: Tensors, family: Family) -> None:
         def quantized(name: str, tensor: Tensor) -> Tensor:
-            return quantize(tensor, self.base_precision) if family.in_blocks(name) and tensor.dim() == 2 else tensor
+            ours = family.in_blocks(name) and name.endswith(".weight") and tensor.dim() == 2
+            return quantize(tensor, self.base_precision) if ours else tensor
 
         made = None if self.base_precision == "stored" else quantized
         tensors.place(self.device, self.weight_dtype, as_stored=family.as_stored, quantize=made)
@@ -140,6 +141,8 @@ class FileLender(Lender):
                 field="base_precision",
                 remedy="Use stored. FLUX.1, Chroma and SD 3 can be quantized.",
             )
+        if self.base_precision != "stored" and self.path.suffix.lower() == ".gguf":
+            raise UserError(f"{self.path.name} is quantized already.", field="base_precision", remedy="Use stored.")
         if self.offload_blocks and not family.offloads:
             raise UserError(
                 f"{family.title} is not trained with blocks in main memory.",

@@ -46,11 +46,15 @@ class LatentFormat:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model on the meta device: its layers that adapters can attach to, and its number of weights."""
+    """A model on the meta device: its layers that adapters can attach to, and its number of weights.
+
+    blocks: the number of weights in each of those that ``offload_blocks`` counts.
+    """
 
     architecture: Any
     weights: int
     targets: tuple[LoraTarget, ...]
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

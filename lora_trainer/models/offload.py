@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.errors import UserError
-from lora_trainer.storage import Packing, pack, packing_of
+from lora_trainer.models.pinned import PinnedMemory
+from lora_trainer.storage import Packing, pack, packing_of, same_weight
 
 _ALIGNMENT = 256
-_BUFFERS = 2
+BUFFERS = 2
 
 
 def offloaded(blocks: int, count: int) -> list[int]:
@@ -70,7 +70,7 @@ class _Weight:
     parts: dict[str, _Place]
 
     def bind(self, flat: Tensor) -> None:
-        parameter = nn.Parameter(self.place.of(flat), requires_grad=False)
+        parameter = same_weight(nn.Parameter(self.place.of(flat), requires_grad=False), self)
         if self.packing is not None:
             parts: dict[str, Any] = {field: place.of(flat) for field, place in self.parts.items()}
             self.packing.now = replace(self.packing.now, **parts)  # type: ignore[type-var]
@@ -81,7 +81,7 @@ class _Weight:
 class _Block:
     """A block's weights as one tensor of bytes in main memory."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, memory: PinnedMemory):
         self.weights: list[_Weight] = []
         tensors: list[tuple[_Place, Tensor]] = []
         end = 0
@@ -101,11 +101,9 @@ class _Block:
                 parts = {} if packing is None else {name: place(part) for name, part in _tensors(packing).items()}
                 moving = None if packing is None else _Moving(packing)
                 self.weights.append(_Weight(owner, name, where, moving, parts))
-        self.size = end
-        flat = torch.empty(end, dtype=torch.uint8)
+        self.flat = memory.take(-(-end // _ALIGNMENT) * _ALIGNMENT)
         for where, tensor in tensors:
-            where.of(flat).copy_(tensor)
-        self.flat = _pinned(flat)
+            where.of(self.flat).copy_(tensor)
         self.bind(self.flat)
 
     def bind(self, flat: Tensor) -> None:
@@ -116,17 +114,6 @@ class _Block:
 def _tensors(packing: Packing) -> dict[str, Tensor]:
     named = {field.name: getattr(packing, field.name) for field in fields(packing)}  # type: ignore[arg-type]
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
-
-
-def _pinned(flat: Tensor) -> Tensor:
-    try:
-        return flat.pin_memory()
-    except RuntimeError as error:
-        raise UserError(
-            "Main memory does not suffice for the blocks that wait there.",
-            field="offload_blocks",
-            remedy="Use fewer, or base_precision: nf4.",
-        ) from error
 
 
 class _Buffer:
@@ -153,6 +140,7 @@ class BlockOffload:
         self._owners = {id(owner): module for module in self._modules for owner in module.modules()}
         self._missing = {id(module): _count(module) for module in self._modules}
         self._blocks: dict[int, _Block] = {}
+        self._memory = PinnedMemory()
         self._buffers: list[_Buffer] = []
         self._last = -1
         self._stream = torch.cuda.Stream(device)
@@ -164,8 +152,8 @@ class BlockOffload:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of main memory."""
-        return sum(block.size for block in self._blocks.values())
+        """Of main memory, which are pinned."""
+        return self._memory.bytes
 
     def take(self, owner: nn.Module) -> None:
         """A weight of this module was bound. The last one of a block takes the block to main memory."""
@@ -174,16 +162,17 @@ class BlockOffload:
             return
         self._missing[id(module)] -= 1
         if self._missing[id(module)] == 0:
-            self._blocks[self._numbers[id(module)]] = _Block(module)
+            self._blocks[self._numbers[id(module)]] = _Block(module, self._memory)
         if len(self._blocks) == len(self._modules) and not self._buffers:
-            size = max(block.size for block in self._blocks.values())
-            self._buffers = [_Buffer(size, self.device) for _ in range(min(_BUFFERS, len(self._modules)))]
+            size = max(block.flat.numel() for block in self._blocks.values())
+            self._buffers = [_Buffer(size, self.device) for _ in range(min(BUFFERS, len(self._modules)))]
 
     def clear(self) -> None:
         """The weights are let go of; they are taken again when they are bound again."""
         if self._buffers:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._blocks, self._buffers, self._last = {}, [], -1
+        self._memory.clear()
         self._missing = {id(module): _count(module) for module in self._modules}
 
     def enter(self, module: nn.Module) -> None:
@@ -220,10 +209,10 @@ class BlockOffload:
         block = self._blocks[number]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            buffer.flat[: block.size].copy_(block.flat, non_blocking=True)
+            buffer.flat[: block.flat.numel()].copy_(block.flat, non_blocking=True)
         buffer.loaded.record(self._stream)
         buffer.holds = number
-        self.moved += block.size
+        self.moved += block.flat.numel()
         return buffer
 
 

@@ -87,4 +87,5 @@ def quantize(weight: Tensor, form: str) -> Tensor:
     packing = packing_of(weight)
     if weight.element_size() <= BYTES[form] or not (packing is None or isinstance(packing, Scaled)):
         return weight
-    return _MADE[form](weight if packing is None else dense_weight(weight, torch.float32))
+    plain = packing is None and weight.element_size() > 1  # torch 2.1 joins no fp8
+    return _MADE[form](weight if plain else dense_weight(weight, torch.float32))

@@ -14,6 +14,7 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.base import LoraTarget, ModelArchitecture
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import MetaModel
+from lora_trainer.models.offload import BUFFERS, offloaded
 from lora_trainer.models.quantize import BYTES
 from lora_trainer.training.change_inputs import kept_prompts, lessons
 from lora_trainer.training.precision import Precision
@@ -85,12 +86,17 @@ def memory_needed(
 
 
 def base_bytes(model: MetaModel, config: TrainConfig, precision: Precision) -> float:
-    """Of the base model's weights, as this run keeps them."""
+    """Of the base model's weights, as this run keeps them on the device."""
     each = number_bytes(precision.weight_dtype)
-    if config.base_precision == "stored":
-        return model.weights * each
-    quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
-    return model.weights * each - quantized * (each - BYTES[config.base_precision])
+    in_blocks = BYTES.get(config.base_precision, each)
+    taken: float = model.weights * each
+    if in_blocks != each:
+        quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
+        taken -= quantized * (each - in_blocks)
+    if config.offload_blocks and model.blocks and precision.device.type == "cuda":
+        waiting = [model.blocks[number] for number in offloaded(len(model.blocks), config.offload_blocks)]
+        taken -= in_blocks * max(0, sum(waiting) - BUFFERS * max(waiting))
+    return taken
 
 
 def step_bytes(model: MetaModel, resolution: tuple[int, int], config: TrainConfig, precision: Precision) -> float:

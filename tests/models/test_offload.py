@@ -6,16 +6,20 @@ import gc
 
 import pytest
 import torch
-from torch import nn
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import ConfigError
+from lora_trainer.host.standalone import StandaloneHost
+from lora_trainer.jobs.execution import drawing_options, lender_options
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.offload import offloaded
+from lora_trainer.models.pinned import PinnedMemory
+from lora_trainer.storage import mark_of
 from tests import flux as tiny
 from tests.devices import pretended_gpu
+from tests.jobs.fakes import FakeHost
 from tests.streams import pretended_streams
 
 SETTINGS = {"base_model": "x", "train_data_dir": "x", "lora_rank": 2, "gradient_checkpointing": True,
@@ -45,7 +49,7 @@ def inputs():
 def attached(model) -> AdapterSet:
     adapters = AdapterSet.build(model.lora_targets(), from_mapping(SETTINGS), model.device)
     for _, adapter in adapters.items():
-        nn.init.normal_(adapter.lora_up.data.held, 0, 0.1, generator=torch.Generator().manual_seed(0))
+        adapter.lora_up.data.held.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     return adapters
 
 
@@ -110,7 +114,7 @@ def test_which_blocks_are_there_and_what_is_copied(base):
                 blocks = [*model.unet.double_blocks, *model.unet.single_blocks]
                 of_block = [sum(p.nbytes for p in block.parameters()) for block in blocks]
                 waiting = [of_block[index] for index in offloaded(len(blocks), count)]
-                assert sum(waiting) <= offload.waiting_bytes < sum(waiting) * 1.1  # each tensor begins at 256 bytes
+                assert sum(waiting) <= offload.waiting_bytes <= 4 * max(waiting) * 2
                 with attached(model):
                     model.predict(latents, sigmas, conditioning, None).mean().backward()
                     first, offload.moved = offload.moved, 0
@@ -135,6 +139,41 @@ def test_what_left_for_other_parts_comes_back(base):
         assert model.offload.waiting_bytes == 0
         found = passes(model, steps=1)
         assert all(torch.equal(one, other) for one, other in zip(expected, found)) and gpu.peak > there
+
+
+def test_pinned_pieces_share_what_torch_rounds_up():
+    """torch pins a power of two of bytes each time: 57 blocks of FLUX.1 alone would take 38 GiB instead of 22."""
+    with pretended_gpu():
+        memory = PinnedMemory()
+        sizes = [640] * 19 + [264] * 38
+        pieces = [memory.take(size) for size in sizes]
+        assert [piece.numel() for piece in pieces] == sizes and all(piece.is_pinned_here for piece in pieces)
+        for number, piece in enumerate(pieces):
+            piece.fill_(number)
+        assert all(piece.eq(number).all() for number, piece in enumerate(pieces)), "none lies in another"
+        assert memory.bytes < 1.2 * sum(sizes) and memory.bytes % 2048 == 0
+        memory.clear()
+        assert memory.bytes == 0
+
+
+def test_a_copy_of_a_weight_is_known_as_the_same(base):
+    """DoRA keeps the norm of a weight, wherever its block is."""
+    with pretended_gpu(), pretended_streams(), lend(base, offload_blocks=4).borrow() as model:
+        layer = next(target.module for target in model.lora_targets() if "blocks" in target.kohya_name)
+        before = layer.weight
+        passes(model, steps=1)
+        assert layer.weight is not before and mark_of(layer.weight) is mark_of(before)
+
+
+def test_a_finished_runs_pictures_are_drawn_with_all_blocks_on_the_device(tmp_path):
+    """The LoRA is merged into the weights then, and a block that is bound anew would have none of it."""
+    config = from_mapping({**SETTINGS, "offload_blocks": 3, "base_precision": "nf4", "device": "cpu"})
+    standalone = StandaloneHost(tmp_path, device="cpu")
+    assert lender_options(standalone, config).offload_blocks == 3
+    options = drawing_options(standalone, config)
+    assert (options.offload_blocks, options.base_precision) == (0, "nf4")
+    webui = FakeHost(tmp_path, name="A1111")
+    assert drawing_options(webui, config).base_precision == "stored"
 
 
 def test_it_needs_gradient_checkpointing():

@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_dense_weight_and_nothing_of_its_size_is_kept
     cast_layers(layer, torch.float32)
     adapter, reference = (LoraAdapter(one, 4, 4.0, seed=1) for one in (layer, dense))
     for one in (adapter, reference):
-        nn.init.normal_(one.lora_up, 0, 0.1, generator=torch.Generator().manual_seed(0))
+        one.lora_up.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     for module, other in ((layer, dense), (adapter, reference)):
         x = torch.randn(3, 128, generator=torch.Generator().manual_seed(6)).requires_grad_()
         twin = x.detach().clone().requires_grad_()
@@ -130,5 +130,7 @@ def test_what_is_quantized_already_stays_as_it_is_or_becomes_smaller():
     assert quantize(eight, "fp8") is eight and quantize(four, "nf4") is four and quantize(four, "fp8") is four
     bare = weight.to(torch.float8_e4m3fn)
     assert quantize(bare, "fp8") is bare
+    assert quantize(torch.randn(3, 5).to(torch.float8_e4m3fn), "nf4").numel() == 32, "filled up to a whole block"
     expected = dense_weight(nf4(dense_weight(eight, torch.float32)), torch.float32)
     assert torch.equal(dense_weight(quantize(eight, "nf4"), torch.float32), expected)
+

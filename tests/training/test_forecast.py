@@ -25,7 +25,7 @@ from lora_trainer.training import throughput as throughput_module
 from lora_trainer.training.forecast import Work, base_bytes, memory_needed, step_bytes, work_on_batch
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.objectives.pictures import Batch
-from lora_trainer.training.precision import resolve
+from lora_trainer.training.precision import Precision, resolve
 from tests import flux
 from tests.tiny import SD1, SD1_FULL, SDXL, SDXL_FULL, sd1_shapes, sdxl_shapes, tiny_sd1, tiny_sdxl
 
@@ -229,3 +229,16 @@ def test_a_quantized_base_takes_what_its_layers_take(form, bits):
     base = base_bytes(model, TrainConfig(), precision)
     assert base == 2 * sum(map(math.prod, shapes.values()))
     assert base_bytes(model, TrainConfig(base_precision=form), precision) == base - layers * (2 - bits / 8)
+
+
+def test_blocks_that_wait_in_main_memory_are_not_on_the_device():
+    shapes = {TRANSFORMER + name: shape for name, shape in flux.transformer_shapes(double=2, single=3).items()}
+    model = meta_model(dataclasses.replace(detect(shapes), t5=None, clips=()))
+    precision = Precision(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
+    of_block = [sum(math.prod(shape) for name, shape in shapes.items() if f"{kind}_blocks.{number}." in name)
+                for kind, count in (("double", 2), ("single", 3)) for number in range(count)]  # fmt: skip
+    config = TrainConfig(offload_blocks=5, gradient_checkpointing=True)
+    saved = base_bytes(model, TrainConfig(), precision) - base_bytes(model, config, precision)
+    assert saved == 2 * (sum(of_block) - 2 * max(of_block)) > 0
+    on_cpu = dataclasses.replace(precision, device=torch.device("cpu"))
+    assert base_bytes(model, config, on_cpu) == base_bytes(model, TrainConfig(), on_cpu)

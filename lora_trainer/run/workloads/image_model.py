@@ -18,7 +18,7 @@ from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.workloads.base import digest
 from lora_trainer.training.callbacks import TrainCallbacks
-from lora_trainer.training.precision import Precision
+from lora_trainer.training.precision import Precision, resolve
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.ranks import Ranks
 from lora_trainer.training.source import Turn
@@ -108,6 +108,8 @@ def describe_base(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks
     get_family(info.family).check_settings(config)
     for sentence in without_effect(config, get_family(info.family).unused, task):
         callbacks.on_warning(sentence)
+    if config.offload_blocks and resolve(config.device, config.mixed_precision).device.type != "cuda":
+        callbacks.on_warning("offload_blocks has no effect, because the training does not run on an NVIDIA or AMD GPU.")
     return info
 
 

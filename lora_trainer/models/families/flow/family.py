@@ -15,7 +15,7 @@ from lora_trainer.errors import UserError
 from lora_trainer.models.base import FlowSchedule, LoraTarget, ModelInfo
 from lora_trainer.models.families.flow.architecture import FlowArchitecture, T5Shape
 from lora_trainer.models.families.flow.folder import add_text_encoders
-from lora_trainer.models.families.flow.model import FlowModel
+from lora_trainer.models.families.flow.model import FlowModel, blocks_of
 from lora_trainer.models.families.flow.names import T5, TRANSFORMER, Layer
 from lora_trainer.models.families.flow.shapes import clip_shape, refuse_storage, t5_shape, vae_shape
 from lora_trainer.models.families.flow.t5 import T5Encoder
@@ -205,7 +205,8 @@ class FlowFamily(Family):
         clips = [build_text_encoder(shape)[0] for shape in architecture.clips]
         vae = [] if architecture.vae is None else [build_vae(architecture.vae)[0]]
         weights = sum(weight.numel() for part in (transformer, *vae, *clips, *t5) for weight in part.parameters())
-        return MetaModel(architecture, weights, tuple(self.targets(transformer, clips, architecture)))
+        blocks = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks_of(transformer))
+        return MetaModel(architecture, weights, tuple(self.targets(transformer, clips, architecture)), blocks)
 
     # Forecast -----------------------------------------------------------------------------------------------------
 
