@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,15 +10,11 @@ from lora_trainer.config.facts import setting
 PLACE = "{}"
 """Where a prompt stands in a template."""
 
-_COMMA = ",，"
-_COMMAS = re.compile(rf" ?([{_COMMA}])(?: ?[{_COMMA}])*")
-
 
 def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place. An empty prompt, which erases, leaves the rest of it, without the
-    comma that separated it."""
-    whole = template.replace(PLACE, prompt)
-    return whole if prompt else _COMMAS.sub(r"\1", " ".join(whole.split())).strip(f" {_COMMA}")
+    """The template with the prompt in its place. Of an empty prompt, which erases, nothing stays: where the rest of the
+    template was the target, the demo's base went on drawing what was to be erased."""
+    return template.replace(PLACE, prompt) if prompt else ""
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,6 @@ def kept_prompts(config: TrainConfig, takes_negative: bool) -> list[str]:
     return list(dict.fromkeys([*empty, *config.protected_prompts]))
 
 
-def erased_templates(config: TrainConfig) -> list[str]:
-    """What the templates become where an empty prompt stands in them; empty where none does."""
-    found = [prompt for lesson in lessons(config) if lesson for prompt in (lesson[0], *(one for _, one in lesson[1]))]
-    return [filled(template, "") for template in config.prompt_templates] if "" in found else []
-
-
 class WordSource:
     """The ``Source`` of runs on words. A step is one lesson, and one of what is to stay.
 
@@ -148,7 +142,7 @@ class WordSource:
             items = [self._encoded[prompt] for prompt in (*prompts, *beside)]
             return self._family.collate(items, empty)[: len(prompts)]
 
-        seen = [filled(*one) if terms is not None or one[1] else "" for one in zip(templates, students)]
+        seen = [filled(*one) for one in zip(templates, students)]
         latent_format, student = self._family.latents, collated(seen)
         across, down = latent_format.size(width, height)
         target = [(1.0, student)]

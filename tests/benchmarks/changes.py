@@ -47,7 +47,7 @@ TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_
 OTHERS = shapes.KNOWN_SHAPES[1:]
 BY_WORDS = {
     "words": {**WORDS, "target_prompt": "square", "both_ways": True},
-    "erase": {**WORDS, "guidance": 2, "protected_prompts": list(OTHERS)},
+    "erase": {**WORDS, "protected_prompts": list(OTHERS)},
 }
 BY_PAIR = {
     "pair": {
@@ -93,9 +93,9 @@ def look(picture: Image.Image) -> Look:
     distance = np.linalg.norm(pixels - shapes.BACKGROUNDS[found.background], axis=-1)
     there = Image.fromarray(((distance > shapes.MIN_CONTRAST / 2) * 255).astype(np.uint8))
     inner = np.asarray(there.filter(ImageFilter.MinFilter(31))) > 0
-    if found.shape is None or not inner.any():
-        return Look(found.shape, found.color or "", found.background)
     light, rim = pixels.mean(-1), (np.asarray(there) > 0) & ~inner
+    if found.shape is None or not inner.any() or not rim.any():
+        return Look(found.shape, found.color or "", found.background)
     paint = np.median(pixels[inner], axis=0)
     if np.quantile(light[rim], 0.25) > min(paint.mean(), np.median(light[:4])) - DARKER:
         return Look(found.shape, found.color or "", found.background)

@@ -208,7 +208,6 @@ def test_a_positive_prompt_at_guidance_0_leaves_the_target_prompt_to_learn(setti
         (True, {}, {"kept_prompts": ["", "a ring"]}),
         (True, {"both_ways": True}, {"kept_prompts": ["", "a ring"], "kept_turns": "each way"}),
         (False, {"both_ways": True}, {}),
-        (False, {"target_prompt": "", "prompt_templates": ["{}, at night"]}, {"erased_templates": ["at night"]}),
         (False, {"prompt_templates": ["{}, at night"]}, {}),
     ],
 )

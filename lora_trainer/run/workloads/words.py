@@ -21,7 +21,7 @@ from lora_trainer.run.workloads.image_model import (
     refuse_text_encoders,
 )
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
-from lora_trainer.training.change_inputs import WordSource, erased_templates, kept_prompts
+from lora_trainer.training.change_inputs import WordSource, kept_prompts
 from lora_trainer.training.objectives.change import WordObjective
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.ranks import ALONE, Ranks
@@ -84,15 +84,13 @@ class Words(OfImageModel):
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
         config = self._config
-        kept, erased = kept_prompts(config, model.schedule.takes_negative()), erased_templates(config)
+        kept = kept_prompts(config, model.schedule.takes_negative())
         return {
             **super().run_key(model),
             # Runs of before kept the protected prompts alone,
             **({"kept_prompts": kept} if kept != config.protected_prompts else {}),
-            # took turns among them without regard to the two ways,
+            # and took turns among them without regard to the two ways.
             **({"kept_turns": "each way"} if config.both_ways and len(kept) > 1 else {}),
-            # and erased whole templates.
-            **({"erased_templates": erased} if erased else {}),
         }
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
