@@ -64,7 +64,7 @@
     editor.begin = function() {
         const folder = app.get("editor_folder");
         if (folder) folder.addEventListener("keydown", (event) => event.key === "Enter" && editor.actions["editor-folder"]());
-        document.addEventListener("keydown", onKey);
+        editor.keys.begin();
         window.addEventListener("beforeunload", (event) => {
             if (!editor.state || !(editor.state.unsaved || editor.picture.touched())) return;
             event.preventDefault();
@@ -179,7 +179,7 @@
     /** Somebody else may have changed the files while this page was not looked at. */
     async function lookOutside() {
         const now = Date.now();
-        if (!editor.state || !visible() || now - refreshed < REFRESH_MS) return;
+        if (!editor.state || !editor.visible() || now - refreshed < REFRESH_MS) return;
         if (editor.state.task && editor.state.task.status === "running") return;
         refreshed = now;
         await editor.act(async() => {
@@ -190,7 +190,7 @@
         });
     }
 
-    const visible = () => Boolean(app.get("editor").offsetParent);
+    editor.visible = () => Boolean(app.get("editor").offsetParent);
 
     /** A short sentence about what was done; nodes may follow it. */
     editor.say = function(text, ...nodes) {
@@ -301,52 +301,4 @@
         "editor-train": train,
         "editor-cancel": () => editor.act(() => editor.call("/cancel")),
     };
-
-    // -- keys
-
-    const writes = (target) => target.closest && target.closest("textarea, select, input:not([type=checkbox])");
-
-    function onKey(event) {
-        if (!editor.state || !visible() || event.altKey || event.defaultPrevented) return;
-        const caption = event.target === app.get("editor_caption");
-        const command = event.ctrlKey || event.metaKey;
-        const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-        const done = () => {
-            event.preventDefault();
-            event.stopPropagation(); // the host has keys of its own
-        };
-        if (command && key === "s") {
-            done();
-            return void editor.save();
-        }
-        if (command && (key === "z" || key === "y")) {
-            // While a text is being typed, its own undo comes first.
-            if (writes(event.target) && !(caption && !editor.picture.touched())) return;
-            done();
-            return void editor.undo(key === "y" || event.shiftKey ? "redo" : "undo");
-        }
-        if (command || event.isComposing) return;
-        if (caption) {
-            if (key === "Enter" && !event.shiftKey) {
-                done();
-                editor.act(() => editor.picture.keep());
-                editor.gallery.focus();
-            } else if (key === "Escape") {
-                done();
-                editor.picture.putBack();
-                editor.gallery.focus();
-            }
-            return;
-        }
-        if (writes(event.target)) return;
-        if (key === "ArrowRight" || key === "ArrowLeft") {
-            done();
-            editor.act(() => editor.gallery.walk(key === "ArrowRight" ? 1 : -1));
-        } else if (key === "Enter" && (!event.target.closest("button, summary, a") || event.target.closest("#lora_trainer_editor_grid"))) {
-            done();
-            editor.picture.edit();
-        } else if (key === "Escape") {
-            editor.crop.end();
-        }
-    }
 })(loraTrainer);

@@ -29,7 +29,9 @@ CHINESE = json.loads((ROOT / "localizations" / "zh_CN.json").read_text(encoding=
 
 @pytest.fixture(scope="module")
 def page():
-    return read_html(*(one.create_ui() for one in (train_tab, dataset_tab, results_tab, tools_tab)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_trainer.devices.gpu_count", lambda: 2)  # with fewer there is no field for them
+        return read_html(*(one.create_ui() for one in (train_tab, dataset_tab, results_tab, tools_tab)))
 
 
 def controls(page):
