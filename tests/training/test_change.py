@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig, from_mapping
 from lora_trainer.config.changes import filled
+from lora_trainer.devices import torch_version
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.schedule import rescale_zero_terminal_snr
 from lora_trainer.run import file_lender
@@ -280,6 +281,7 @@ def test_words_of_a_flow_model(flux, denoised):
         assert objective.loss(inputs).item() == pytest.approx(((seen - target) ** 2).mean((1, 2, 3)).sum(), rel=1e-3)
 
 
+@pytest.mark.skipif(torch_version() == (2, 3), reason="torch 2.3 cannot count products that go into a given tensor")
 @pytest.mark.parametrize("takes_negative", [True, False])
 def test_what_words_compute_beside_the_loss_is_forecast(takes_negative, flux, tiny_base):
     """Targets, and pictures that are partly denoised: in two passes a step where there is a negative prompt."""
