@@ -242,10 +242,9 @@ def unexpected(error: BaseException, log_path: Path) -> Problem:
         )
     if disk_is_full(error):
         return _no_room(log_path)
-    what = str(error) if isinstance(error, ProcessError) else f"{type(error).__name__}: {error}"
-    kind, _, text = what.partition(": ")
+    kind = error.kind if isinstance(error, ProcessError) else type(error).__name__
     return Problem(
-        f"Something unexpected happened: {kind}: {text}",
+        f"Something unexpected happened: {kind}: {error}",
         remedy=f"It can be resumed, and goes on from its last state. Details are in {log_path}.",
     )
 

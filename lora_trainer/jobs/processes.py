@@ -128,11 +128,11 @@ def train_in_processes(
 
 
 class ProcessError(Exception):
-    """``str`` is the type and the text of what was raised in another process."""
+    """Something was raised in another process. kind: the name of its type. text: its own."""
 
-    def __init__(self, text: str, out_of_memory: bool):
+    def __init__(self, kind: str, text: str, out_of_memory: bool):
         super().__init__(text)
-        self.out_of_memory = out_of_memory
+        self.kind, self.out_of_memory = kind, out_of_memory
 
 
 def _on_gpus(config: TrainConfig, host: Host) -> bool:
@@ -288,5 +288,6 @@ def _outcome(last: dict[str, Any], commands: TrainCommands) -> Result:
             commands.stop_and_save()
         return result_of(last)
     if "unforeseen" in last:
-        raise ProcessError(last["unforeseen"], last["out_of_memory"])
+        kind, _, text = last["unforeseen"].partition(": ")
+        raise ProcessError(kind, text, last["out_of_memory"])
     raise UserError(last["message"], field=last["field"], remedy=last["remedy"])

@@ -47,8 +47,7 @@ def _pinned(size: int) -> Tensor:
     try:
         return torch.empty(size, dtype=torch.uint8).pin_memory()
     except RuntimeError as error:
-        # torch.empty's own words; CUDA's are "out of memory", as everywhere
-        if not (is_out_of_memory(error) or "allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "Main memory does not suffice for the blocks that wait there.",
