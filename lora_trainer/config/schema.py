@@ -37,7 +37,8 @@ class ModelSettings:
 
     base_precision: Literal["stored", "fp8", "nf4"] = setting("stored", fills_memory=True, sets_pace=True, task="image")
     """Format of the frozen weights of FLUX.1, Chroma and SD 3 from a file, quantized as they are read: fp8 takes half
-    the memory of bf16, nf4 little more than a quarter, slower. stored: that of the file, and always in a WebUI."""
+    the memory of bf16, nf4 little more than a quarter, slower. stored: that of the file, or of the WebUI that lends
+    them."""
 
     offload_blocks: int = setting(
         0, minimum=0, maximum=1000, decides=False, fills_memory=True, sets_pace=True, task="image"
