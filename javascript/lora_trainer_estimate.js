@@ -12,21 +12,35 @@
         timer = setTimeout(estimate.now, DELAY);
     };
 
+    /** Asks now. Resolves when the numbers follow the last change: what asks anew meanwhile is waited for, too. */
     estimate.now = async function() {
         clearTimeout(timer);
         timer = null;
-        if (running) running.abort();
-        const mine = (running = new AbortController());
+        if (running) running.controller.abort();
+        const controller = new AbortController();
+        const mine = (running = {controller, done: ask(controller.signal)});
+        mine.done.finally(() => {
+            if (running === mine) running = null;
+        });
+        await estimate.settled();
+    };
+
+    /** Resolves when nothing waits to be asked or is being asked. */
+    estimate.settled = async function() {
+        while (timer !== null || running) await (timer !== null ? estimate.now() : running.done);
+    };
+
+    async function ask(signal) {
         try {
             // Twice when the first answer says how many pictures there are, or another family: what fits depends on it.
             for (let round = 0; round < 2; round++) {
-                await app.form.suggest(estimate.pictures, estimate.family, mine.signal);
-                if (mine.signal.aborted) return;
+                await app.form.suggest(estimate.pictures, estimate.family, signal);
+                if (signal.aborted) return;
                 app.form.display(focused());
                 if (!app.form.data()) return showNothing();
                 const settings = app.form.settings();
                 if (settings.task === "text") await app.texts.show();
-                const facts = await app.post("/estimate", {settings}, mine.signal);
+                const facts = await app.post("/estimate", {settings}, signal);
                 const known = facts.pictures === estimate.pictures && facts.family === estimate.family;
                 Object.assign(estimate, {pictures: facts.pictures, family: facts.family});
                 if (!known && round === 0) continue;
@@ -43,10 +57,8 @@
             if (app.form.task() === "image") app.pictures.notJudged();
             if (error.problems) app.form.showProblems(error.problems);
             else app.complain(error);
-        } finally {
-            if (running === mine) running = null;
         }
-    };
+    }
 
     /** The setting that is being typed in: its text is left alone. */
     const focused = () => (document.activeElement && document.activeElement.dataset.setting) || undefined;
@@ -128,7 +140,7 @@
         let wrong = false;
         try {
             await Promise.all([app.pictures.busy, app.texts.busy, app.pair.busy]);
-            if (timer !== null || running) await estimate.now(); // what is suggested follows the last change, too
+            await estimate.settled(); // what is suggested follows the last change, too
             app.live.askForNotifications();
             const {continues} = app.form;
             const settings = app.form.settings();

@@ -156,3 +156,22 @@ def test_what_is_typed_is_not_put_into_a_folder_that_was_opened_while_its_own_wa
     cats.wait_for_timeout(100)
     assert cats.evaluate("loraTrainer.editor.folder") == "dogs" and captions("cats") == "of a cat"
     assert cats.input_value("#lora_trainer_editor_caption") == dogs
+
+
+def test_numbers_that_were_asked_for_twice_are_waited_for_by_both(page):
+    """Start waits for them and sends what they suggest: an older question ends with the newest one's answer."""
+    page.evaluate("() => loraTrainer.pictures.choose('cats')")
+    answered = page.evaluate("""async() => {
+        const {estimate, form} = loraTrainer;
+        const own = form.ownDefaults;
+        let asked = 0;
+        form.ownDefaults = async() => {
+            await new Promise((done) => setTimeout(done, 100));
+            asked++;
+            return own();
+        };
+        const first = estimate.now().then(() => asked);
+        estimate.now();
+        return first;
+    }""")
+    assert answered == 1, "the first gives up where it stands; the second asks"
