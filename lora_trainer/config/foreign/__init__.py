@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign import ai_toolkit, kohya, kohya_gui, onetrainer, sd_scripts
+from lora_trainer.config.foreign import ai_toolkit, kohya, kohya_flow, kohya_gui, onetrainer, sd_scripts
 from lora_trainer.config.foreign.formats import form_of, is_toml, parse_any
 from lora_trainer.config.foreign.report import Taken, Translation, Unmet
 from lora_trainer.config.names import ALIASES, types
@@ -15,7 +15,7 @@ from lora_trainer.errors import UnreadableError, UserError
 
 __all__ = ["Translation", "own_settings", "read_text", "read_what_can_be_read", "translate"]
 
-_OF_SD_SCRIPTS = {*kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya.OF_OTHER_FAMILIES,
+_OF_SD_SCRIPTS = {*kohya.SAME, *kohya.UNLESS_OFF, *kohya.CANNOT, *kohya.NOTHING, *kohya_flow.NAMES,
                   *sd_scripts.NAMES}  # fmt: skip
 _OURS_ALONE = set(types()) - _OF_SD_SCRIPTS
 """Settings that stand in a file of our own only."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.config.foreign import ai_toolkit_flow
 from lora_trainer.config.foreign.kohya import resolution
 from lora_trainer.config.foreign.report import Reading, Translation, choice, is_off, is_on, number
 from lora_trainer.errors import UserError
@@ -144,10 +145,15 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     reading.set("training_folder", "output_dir", f"{output.rstrip('/')}/{name}")
     _device(reading)
     reading.take("trigger_word", "trigger_word")
+    family = ai_toolkit_flow.family_of(process.get("model"))
     sections = {"network": _network, "save": _save, "train": _train, "model": _model, "sample": _sample}
+    of_flow = {"train": ai_toolkit_flow.read_train, "model": ai_toolkit_flow.read_model}
     for section, read in sections.items():
-        inner = reading.pop(section)
-        read(Reading(translation, inner if isinstance(inner, Mapping) else {}, f"{section}."))
+        given = reading.pop(section)
+        inner = Reading(translation, given if isinstance(given, Mapping) else {}, f"{section}.")
+        if family is not None and section in of_flow:
+            of_flow[section](inner, family)
+        read(inner)
     _datasets(reading.pop("datasets") or [], translation)
     reading.ignore("type", "performance_log_every", "logging", "sqlite_db_path", "extensions")
     reading.finish(known)

@@ -159,20 +159,6 @@ NOTHING = """
 """.split()
 """How another program computes, logs and stores; here that is decided otherwise and changes no result."""
 
-OF_OTHER_FAMILIES = """
-    ae clip_l clip_g t5xxl t5xxl_max_token_length guidance_scale timestep_sampling model_prediction_type
-    discrete_flow_shift sigmoid_scale apply_t5_attn_mask split_qkv single_dim double_dim img_mod_dim txt_mod_dim
-    in_dims weighting_scheme logit_mean logit_std mode_scale single_blocks_to_swap double_blocks_to_swap
-    blocks_to_swap cpu_offload_checkpointing t5xxl_device t5xxl_dtype flux1_cache_text_encoder_outputs
-    flux1_cache_text_encoder_outputs_to_disk sd3_cache_text_encoder_outputs sd3_cache_text_encoder_outputs_to_disk
-    flux_fused_backward_pass sd3_fused_backward_pass mem_eff_save img_attn_dim txt_attn_dim img_mlp_dim
-    txt_mlp_dim train_double_block_indices train_single_block_indices train_t5xxl enable_all_linear sd3_clip_l
-    sd3_clip_g sd3_t5xxl sd3_clip_l_dropout_rate sd3_text_encoder_batch_size clip_l_dropout_rate
-    clip_g_dropout_rate t5_dropout_rate training_shift pos_emb_random_crop_rate enable_scaled_pos_embed
-    use_t5xxl_cache_only
-""".split()
-"""Settings of FLUX and SD 3, which the interface writes for every model."""
-
 
 def common(reading: Reading) -> None:
     """Everything that both tools name alike, but the network, the learning rates and the length."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign import kohya
+from lora_trainer.config.foreign import kohya, kohya_flow
 from lora_trainer.config.foreign.report import Reading, Translation, is_off, is_on, number
 
 TOOL = "kohya's GUI (kohya_ss)"
@@ -44,13 +44,15 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     if "max_resolution" in reading.left:
         reading.left.setdefault("resolution", reading.pop("max_resolution"))
     reading.take("lora_network_weights", "init_lora")
+    family = kohya_flow.family_of(str(reading.left.get("LoRA_type")), reading.left)
     _network(reading)
     unet, text, general = (number(reading.left.get(name)) for name in ("unet_lr", "text_encoder_lr", "learning_rate"))
     if is_off(unet) and is_off(text):  # both are left to the general rate
         reading.ignore("unet_lr", "text_encoder_lr")
         text = general
     text_only = is_on(text) and is_off(unet) and "unet_lr" in reading.left
-    kohya.rates(reading, unet_only=is_off(text), text_encoder_only=text_only)
+    unet_only = is_off(text) or kohya_flow.text_encoders_idle(reading, family)
+    kohya.rates(reading, unet_only=unet_only, text_encoder_only=text_only)
     kohya.optimizer(reading, "optimizer" if "optimizer" in reading.left else "optimizer_type")
     kohya.schedule(reading)
     kohya.warmup(reading, "lr_warmup_steps")
@@ -61,8 +63,12 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
         reading.set("sample_prompts", "preview_prompts", [line.strip() for line in str(prompts).splitlines() if line])
     if (named := reading.pop("dataset_config")) is not None:
         reading.unmet("dataset_config", named, "give that file itself, or train_data_dir")
+    if family is not None:
+        kohya_flow.read_network(reading, reading.left)
+        reading.ignore("max_token_length")  # of CLIP in Stable Diffusion alone
     kohya.common(reading)
-    reading.ignore(*kohya.NOTHING, *kohya.OF_OTHER_FAMILIES)
+    kohya_flow.read(reading, family)
+    reading.ignore(*kohya.NOTHING)
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
     reading.finish(known)
     return translation

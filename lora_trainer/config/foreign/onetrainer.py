@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from lora_trainer.config.foreign import onetrainer_flow
 from lora_trainer.config.foreign.kohya import resolution
 from lora_trainer.config.foreign.report import Reading, Translation, choice, is_off, is_on, number
 from lora_trainer.errors import UserError
@@ -112,6 +113,8 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
             reading.left[name] = value
             reading.note(f"{name} is not given: OneTrainer takes {value}.")
     reading.take("base_model_name", "base_model")
+    if (family := onetrainer_flow.family_of(reading.left)) is not None:
+        onetrainer_flow.read(reading, family)
     _output(reading)
     choice(_NETWORKS, reading, "peft_type", "adapter", "lora")
     reading.take("lora_alpha", "alpha", number)

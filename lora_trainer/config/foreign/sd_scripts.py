@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign import kohya
+from lora_trainer.config.foreign import kohya, kohya_flow
 from lora_trainer.config.foreign.report import Reading, Translation, is_on, number
 from lora_trainer.errors import UserError
 
@@ -62,7 +62,8 @@ def set_aside(values: Mapping[str, Any]) -> Translation:
     """A file with our names, into which some of sd-scripts' were carried over that mean nothing here."""
     translation = Translation("this program, with some of sd-scripts")
     reading = Reading(translation, values)
-    reading.ignore(*kohya.NOTHING, *kohya.OF_OTHER_FAMILIES)
+    reading.cannot(kohya_flow.INSTEAD)
+    reading.ignore(*kohya.NOTHING, *kohya_flow.NAMES)
     if str(reading.left.get("network_module", "")) in ("", "networks.lora"):
         reading.ignore("network_module")
     if "unet_lr" in reading.left and "learning_rate" in reading.left:
@@ -74,16 +75,18 @@ def set_aside(values: Mapping[str, Any]) -> Translation:
 
 
 def _arguments(reading: Reading, known: set[str]) -> None:
+    module = str(reading.pop("network_module") or "networks.lora")
+    family = kohya_flow.family_of(module, reading.left)
     for name, value in DEFAULTS.items():
-        if name not in reading.left and not _decided(reading, name):
+        if name == "max_token_length" and family is not None:  # of CLIP in Stable Diffusion alone
+            reading.ignore(name)
+        elif name not in reading.left and not _decided(reading, name):
             reading.left[name] = value
             if name != "max_train_steps" or "max_train_epochs" not in reading.left:
                 reading.note(f"{name} is not given: sd-scripts takes {value}.")
-    kind = _NETWORKS.get(str(reading.left.get("network_module") or "networks.lora"))
-    module = str(reading.pop("network_module") or "networks.lora")
     arguments = kohya.pairs(reading.pop("network_args"))
     lycoris = module == "lycoris.kohya"
-    algorithm = str(arguments.get("algo", "lora")) if lycoris else kind or module
+    algorithm = str(arguments.get("algo", "lora")) if lycoris else _NETWORKS.get(module, module)
     convolutions = is_on(arguments.get("conv_dim"))
     if lycoris and not convolutions and str(arguments.get("preset", "full")) == "full":
         # LyCORIS trains the convolutions as well, with the rank of the others.
@@ -93,6 +96,9 @@ def _arguments(reading: Reading, known: set[str]) -> None:
     unet_only, text_only = (
         is_on(reading.left.get(one)) for one in ("network_train_unet_only", "network_train_text_encoder_only")
     )
+    if family is not None:
+        kohya_flow.read_network(reading, arguments, "network_args.")
+        convolutions, unet_only = False, unet_only or kohya_flow.text_encoders_idle(reading, family)
     kohya.network(reading, algorithm, arguments, convolutions=convolutions, name=name)
     kohya.rates(reading, unet_only=unet_only, text_encoder_only=text_only)
     kohya.optimizer(reading)
@@ -103,7 +109,8 @@ def _arguments(reading: Reading, known: set[str]) -> None:
         reading.take("dataset_repeats", "repeats", number)
     _previews(reading)
     kohya.common(reading)
-    reading.ignore(*kohya.NOTHING, *kohya.OF_OTHER_FAMILIES)
+    kohya_flow.read(reading, family)
+    reading.ignore(*kohya.NOTHING)
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
     reading.finish(known)
 
