@@ -163,11 +163,7 @@ def _load_path(path: Path) -> None:
     if not start.is_file():
         remedy = "Give the path of a Python file, or of a folder with __init__.py."
         raise UserError(f"There is no plug-in {path}.", field="plugins", remedy=remedy)
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
-    mark, source = digest.hexdigest(), str(path)
+    mark, source = _digest(path), str(path)
     with _lock:
         if _loaded.get(source) == mark:
             return
@@ -195,12 +191,28 @@ def _load_entry_point(point: metadata.EntryPoint) -> None:
 
 
 def _code_of(point: metadata.EntryPoint) -> bytes:
-    """The module's file: a package that is edited where it lies keeps its version."""
+    """All modules of the package that the entry point names: one that is edited where it lies keeps its version."""
     try:
-        spec = importlib.util.find_spec(point.value.partition(":")[0])
-        return Path(spec.origin).read_bytes() if spec is not None and spec.origin else b""
+        name, spec = "", None
+        for part in point.value.partition(":")[0].strip().split("."):
+            name = f"{name}.{part}".lstrip(".")
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin:  # a folder without __init__.py is shared by several packages
+                break
+        if spec is None or not spec.origin:
+            return b""
+        start = Path(spec.origin)
+        return _digest(start.parent if spec.submodule_search_locations else start).encode()
     except (ImportError, OSError, ValueError):
         return b""  # loading says what is wrong
+
+
+def _digest(path: Path) -> str:
+    """Of a Python file, or of all Python files in a folder, with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _entry_points() -> Iterable[metadata.EntryPoint]:

@@ -211,6 +211,20 @@ def test_entry_points(tmp_path, monkeypatch):
     sys.modules.pop("installed_plugin")
 
 
+@pytest.mark.parametrize("entry", ["pack13:setup", "pack13.main:setup", "space13.pack13.main"])
+def test_every_module_of_an_installed_package_counts(tmp_path, monkeypatch, entry):
+    package = tmp_path / "space13" / "pack13" if entry.startswith("space13") else tmp_path / "pack13"
+    (package / "losses").mkdir(parents=True)
+    for name in ("__init__.py", "main.py", "losses/__init__.py"):
+        write(package / name, "")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = metadata.EntryPoint("any", entry, plugins.GROUP)
+    before = plugins._code_of(point)
+    write(package / "losses" / "__init__.py", "SCALE = 2\n")
+    assert plugins._code_of(point) != before and "pack13" not in sys.modules
+    sys.modules.pop("space13", None)
+
+
 def test_a_broken_installed_package_is_named(monkeypatch):
     point = metadata.EntryPoint("any", "no_such_module:setup", plugins.GROUP)
     monkeypatch.setattr(plugins, "_entry_points", lambda: [point])

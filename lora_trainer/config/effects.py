@@ -22,9 +22,19 @@ class _Dependence:
 
 _DEPENDENCES = (
     _Dependence(
+        ("train_text_encoder", "text_encoder_target_modules"),
+        lambda config: not config.train_text_encoder or config.text_encoders_learn,
+        "text_encoder_lr is 0",
+    ),
+    _Dependence(
         ("text_encoder_lr", "text_encoder_target_modules"),
         lambda config: config.train_text_encoder,
         "train_text_encoder is off",
+    ),
+    _Dependence(
+        ("learning_rate",),
+        lambda config: bool(config.target_modules) or config.text_encoder_lr is None,
+        "no layer of the UNet learns and text_encoder_lr is given",
     ),
     _Dependence(
         ("lr_cycles",),

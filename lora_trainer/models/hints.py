@@ -26,6 +26,9 @@ _OTHER_VARIANTS = {
 _EPSILON, _V = ("epsilon", "eps", "noise"), ("v", "v_prediction", "v-prediction", "vpred", "v_pred", "velocity")
 _PREDICTIONS = {**dict.fromkeys(_EPSILON, "epsilon"), **dict.fromkeys(_V, "v_prediction")}
 _PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+_SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
+"""sgm's classes by which a .yaml says what the model predicts."""
+_TRUE = ("true", "1", "yes")
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _metadata_hints(path: Path, metadata: Mapping[str, str]) -> Hints:
     said = next((text for key in _PREDICTION_KEYS if (text := metadata.get(key))), None)
     hints = Hints(prediction_type=_prediction(path, said))
-    if hints.prediction_type is None and metadata.get("ss_v_parameterization") == "True":
+    if hints.prediction_type is None and _is_true(metadata.get("ss_v_parameterization")):
         hints = replace(hints, prediction_type="v_prediction")
-    if metadata.get("ss_zero_terminal_snr") == "True":
+    if _is_true(metadata.get("ss_zero_terminal_snr")):
         hints = replace(hints, zero_terminal_snr=True)
     if hints.prediction_type is None and metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v":
         hints = replace(hints, prediction_type="v_prediction")
@@ -162,24 +165,36 @@ def _yaml_hints(path: Path) -> Hints:
     network = _dig(params, "unet_config", "params") or _dig(params, "network_config", "params")
     encoders = [_dig(params, "cond_stage_config"), *(_dig(params, "conditioner_config", "params", "emb_models") or [])]
     text_heads = [heads for encoder in encoders if (heads := _text_heads(_dig(encoder, "params"), path)) is not None]
-    scaling = str(_dig(params, "denoiser_config", "params", "scaling_config", "target") or "")
-    if "EDM" in scaling.rpartition(".")[2]:
-        raise _other_variant(path.with_suffix(".safetensors"), "an EDM model, as the .yaml beside it says")
-    if _dig(params, "parameterization") not in (None, "v", "eps"):
-        raise _other_variant(path.with_suffix(".safetensors"), f"a model that predicts {params['parameterization']!r}")
-    if _dig(params, "parameterization") == "v" or scaling.rpartition(".")[2].startswith("VScaling"):
-        prediction = "v_prediction"
-    elif _dig(params, "parameterization") == "eps" or scaling.endswith("EpsScaling"):
-        prediction = "epsilon"
-    else:
-        prediction = None
     return Hints(
         num_heads=_count(_dig(network, "num_heads")),
         head_dim=_count(_dig(network, "num_head_channels")),
         text_heads=tuple(text_heads) or None,
-        prediction_type=prediction,
+        prediction_type=_yaml_prediction(path, params),
         zero_terminal_snr=True if _dig(params, "zero_terminal_snr") is True else None,
     )
+
+
+def _yaml_prediction(path: Path, params: Any) -> str | None:
+    """What a model predicts: ldm's ``parameterization``, or the class of sgm's denoiser that scales its output.
+
+    Raises:
+        UserError: it is a word or class of another kind of model.
+    """
+    model = path.with_suffix(".safetensors")
+    denoiser = _dig(params, "denoiser_config", "params")
+    for name in ("scaling_config", "discretization_config"):
+        if "EDM" in _class_name(_dig(denoiser, name)):
+            raise _other_variant(model, "an EDM model, as the .yaml beside it says")
+    said = _prediction(model, _dig(params, "parameterization"))
+    scaling = _class_name(_dig(denoiser, "scaling_config"))
+    if scaling and scaling not in _SCALINGS:
+        raise _other_variant(model, f"a model that predicts {scaling!r}")
+    return said or _SCALINGS.get(scaling)
+
+
+def _class_name(config: Any) -> str:
+    """The class that a part of a .yaml names as its target, without its module."""
+    return str(_dig(config, "target") or "").rpartition(".")[2]
 
 
 def _text_heads(params: Any, path: Path) -> int | None:
@@ -200,6 +215,10 @@ def _dig(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _is_true(text: str | None) -> bool:
+    return str(text or "").strip().lower() in _TRUE
 
 
 def _is_count(value: Any) -> bool:

@@ -62,6 +62,21 @@ def test_what_the_family_of_the_model_does_not_use_is_said(name, silent):
     assert (len(set(read)) == 1) != silent, "as the family's code says"
 
 
+@pytest.mark.parametrize(
+    ("values", "idle"),
+    [
+        ({"train_text_encoder": True, "text_encoder_lr": 0}, ["train_text_encoder"]),
+        ({"train_text_encoder": True, "text_encoder_lr": 0, "text_encoder_target_modules": ["attention"]},
+         ["train_text_encoder", "text_encoder_target_modules"]),
+        ({"target_modules": [], "text_encoder_lr": 1e-5, "learning_rate": 3e-4}, ["learning_rate"]),
+        ({"target_modules": [], "train_text_encoder": True, "learning_rate": 3e-4}, []),
+        ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, []),
+    ],
+)  # fmt: skip
+def test_rates_that_nothing_learns_with_are_said(values, idle):
+    assert [text.partition(":")[0] for text in without_effect(from_mapping(values))] == idle
+
+
 def test_a_rate_for_the_text_encoders_means_training_them():
     assert from_mapping({"text_encoder_lr": 5e-5}).train_text_encoder
     assert not from_mapping({"text_encoder_lr": 0}).train_text_encoder
