@@ -463,6 +463,9 @@ def pretended_gpu(
         if gpu.device.type == "cuda":
             for name, function in _cuda(gpu).items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, function))
+            if hasattr(torch, "accelerator"):  # whose C++ asks CUDA; AdamW asks it from torch 2.14 on
+                stream = SimpleNamespace(is_capturing=lambda: False)
+                stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream))
         if gpu.device.type == "mps":
             stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: True))
         stack.enter_context(_Mode(gpu))

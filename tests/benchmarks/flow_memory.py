@@ -5,7 +5,7 @@
 
 The real step runs at FLUX.1 dev's full size on tensors without memory (see ``counting``): batch 1, rank 16 on all
 layers of the blocks, gradient checkpointing, AdamW. Offload is the real ``BlockOffload``, on those tensors. Counted are
-tensors: what CUDA's context, cuBLAS and the allocator take comes on top (about 1 GB).
+tensors: what CUDA's context, cuBLAS and the allocator take comes on top.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
-from lora_trainer.models import offload
+from lora_trainer.models import offload, pinned
 from lora_trainer.models import quantize as quantizing
 from lora_trainer.models.base import Conditioning, ModelInfo
 from lora_trainer.models.casting import cast_layers
@@ -152,7 +152,7 @@ def _offloaded(transformer: nn.Module, number: int, plain: Counted) -> Counted:
     """After ``plain``, with so many blocks in main memory; what is copied is that of the second step."""
     cuda = {"Stream": Stream, "Event": Event, "current_stream": lambda device: Stream(),
             "stream": lambda stream: contextlib.nullcontext()}  # fmt: skip
-    with patch.multiple(torch.cuda, **cuda), patch.object(offload, "_pinned", lambda flat: flat):
+    with patch.multiple(torch.cuda, **cuda), patch.object(pinned, "_pinned", _not_pinned):
         blocks = blocks_of(transformer)
         owners = [owner for block in blocks for owner in block.modules()]
         before = [(owner, name, one) for owner in owners for name, one in owner.named_parameters(recurse=False)]
@@ -163,15 +163,19 @@ def _offloaded(transformer: nn.Module, number: int, plain: Counted) -> Counted:
             waiting.moved = 0
             for block in (*blocks, *reversed(blocks)):
                 waiting.enter(block)
-        buffers = sum(buffer.flat.nbytes for buffer in waiting._buffers)
+        there = sum(buffer.flat.nbytes for buffer in waiting._buffers)
+        there -= sum(block.flat.nbytes for block in waiting._blocks.values())
         found = replace(
-            plain, weights=plain.weights - waiting.waiting_bytes + buffers, waiting=waiting.waiting_bytes,
-            moved=waiting.moved,
+            plain, weights=plain.weights + there, waiting=waiting.waiting_bytes, moved=waiting.moved
         )  # fmt: skip
         waiting.clear()
         for owner, name, parameter in before:
             owner._parameters[name] = parameter
     return found
+
+
+def _not_pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def main() -> None:
