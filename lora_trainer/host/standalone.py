@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from lora_trainer.adapters.describe import describe
-from lora_trainer.adapters.lora_file import read_lora
+from lora_trainer.adapters.lora_file import ModuleWeights, read_lora
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import (
     AccessPolicy,
@@ -29,7 +30,7 @@ from lora_trainer.host.publishing import place_lora
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.causal_lm.folder import is_language_model
-from lora_trainer.storage import dense_weight, packing_of
+from lora_trainer.storage import Packing, dense_weight, pack, packing_of
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import sample
 
@@ -177,10 +178,40 @@ def _picture(model: LentModel, request: PreviewRequest) -> Image.Image:
     )
 
 
-def _dense_dtype(stored: torch.Tensor) -> torch.dtype:
-    """The stored format, where it is fine enough for a LoRA's change to show."""
-    fine = packing_of(stored) is None and stored.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return stored.dtype if fine else torch.float16
+@dataclass(frozen=True)
+class _Changed:
+    """See ``storage.Packing``: a weight of few bits, to which a LoRA's change is added whenever it is unpacked: its sum
+    has no place in its format, and kept in another one it would take several times the memory."""
+
+    packing: Packing | None
+    weights: ModuleWeights
+    strength: float
+
+    def shape_of(self, stored: torch.Tensor) -> tuple[int, ...]:
+        return tuple(stored.shape) if self.packing is None else self.packing.shape_of(stored)
+
+    def unpack(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        base = stored.float() if self.packing is None else self.packing.unpack(stored, torch.float32)
+        return (base + self.strength * self.weights.change(base)).to(dtype)
+
+    def to(self, device: torch.device) -> _Changed:
+        packing = None if self.packing is None else self.packing.to(device)
+        return replace(self, packing=packing, weights=_on(self.weights, device))
+
+
+def _on(weights: ModuleWeights, device: torch.device) -> ModuleWeights:
+    return replace(weights, tensors={name: tensor.to(device) for name, tensor in weights.tensors.items()})
+
+
+def _changed(bound: torch.Tensor, weights: ModuleWeights, strength: float) -> torch.nn.Parameter:
+    """The weight with the LoRA's change in it, in its format where that is fine enough for the change to show."""
+    packing = packing_of(bound)
+    if packing is None and bound.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base = dense_weight(bound, torch.float32)
+        merged = base + strength * weights.change(base.cpu()).to(base.device)
+        return torch.nn.Parameter(merged.to(bound.dtype), requires_grad=False)
+    same = torch.nn.Parameter(bound.detach(), requires_grad=False)
+    return pack(same, _Changed(packing, _on(weights, bound.device), strength))
 
 
 @contextmanager
@@ -193,9 +224,7 @@ def _merged(model: LentModel, lora: Path, weight: float) -> Iterator[None]:
     bound = {name: modules[name].weight for name in matched}
     try:
         for name, weights in matched.items():
-            base = dense_weight(bound[name], torch.float32)
-            merged = base + weight * weights.change(base.cpu()).to(base.device)
-            modules[name].weight = torch.nn.Parameter(merged.to(_dense_dtype(bound[name])), requires_grad=False)
+            modules[name].weight = _changed(bound[name], weights, weight)
         yield
     finally:
         for name, parameter in bound.items():

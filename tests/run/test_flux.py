@@ -107,17 +107,18 @@ def test_the_saved_lora_changes_what_the_model_predicts_and_the_export_is_the_sa
     torch.testing.assert_close(predictions[1], predictions[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["fp32", "fp8", "scaled fp8"])
+@pytest.mark.parametrize("form", ["fp32", "fp8", "scaled fp8", "nf4"])
 def test_a_grid_draws_with_the_lora_merged_into_the_weights_whatever_their_format(trained, tmp_path, form):
     stored = load_file(trained.base_model)
-    if form != "fp32":
+    if "fp8" in form:
         stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored.items()}
     if form == "scaled fp8":
         stored |= {name.replace("weight", "scale_weight"): torch.tensor([0.5]) for name, tensor in stored.items()
                    if name.endswith("weight") and tensor.dim() == 2}  # fmt: skip
         stored["scaled_fp8"] = torch.zeros(0).to(torch.float8_e4m3fn)
     save_file(stored, str(tmp_path / "base.safetensors"))
-    base = FileLender(str(tmp_path / "base.safetensors"), vae=trained.vae, text_encoders=trained.text_encoders)
+    base = FileLender(str(tmp_path / "base.safetensors"), vae=trained.vae, text_encoders=trained.text_encoders,
+                      base_precision="nf4" if form == "nf4" else "stored")  # fmt: skip
     latents, sigmas, lora = torch.randn(1, 16, 4, 4), torch.tensor([0.5]), _out(trained) / "taught.safetensors"
     with base.borrow() as model, torch.no_grad():
         conditioning = model.encode_prompts(["a red circle"])
@@ -128,8 +129,10 @@ def test_a_grid_draws_with_the_lora_merged_into_the_weights_whatever_their_forma
         with adapters:
             adapters.eval()
             expected = model.predict(latents, sigmas, conditioning, None)
+        size = sum(parameter.nbytes for parameter in model.unet.parameters())
         with _merged(model, lora, 1.0):
             merged = model.predict(latents, sigmas, conditioning, None)
+            assert sum(parameter.nbytes for parameter in model.unet.parameters()) == size
         assert torch.equal(model.predict(latents, sigmas, conditioning, None), bare), "and it is taken out again"
     change = (expected - bare).abs().max()
     assert change > 1e-3 and (merged - expected).abs().max() < change / 20
