@@ -233,6 +233,9 @@ var loraTrainer = window.loraTrainer || {};
         `${API}/datasets/${encodeURIComponent(dataset)}/thumbnails/${file.split("/").map(encodeURIComponent).join("/")}`;
 
     app.sentence = (problem) => [problem.message, problem.remedy].filter(Boolean).map(app.said).join(" ");
+    /** What a run warns of, and its verdict, as sentences. */
+    app.remarks = ({warnings, advice}) => [...warnings.map(app.sentence),
+        ...(advice && !warnings.some((one) => one.message === advice) ? [app.said(advice)] : [])];
 
     app.named = (problem) => (problem.field ? problem.field + ": " : "") + app.sentence(problem);
 

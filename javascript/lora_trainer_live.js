@@ -229,8 +229,7 @@
         if (job.published) lines.push(whatIsThere(job));
         if (job.lora && job.task === "text") lines.push(app.t("The LoRA is the folder {path} among the files of this run, as PEFT, vLLM and llama.cpp's converter read it.", {path: job.lora.replace(/\/[^/]*$/, "")}));
         if (job.verified && app.host.hasPrompt()) lines.push(app.t("Loaded back and tried: every part fits, and it changes the picture."));
-        lines.push(...job.warnings.map(app.sentence));
-        if (job.advice && !job.warnings.some((one) => one.message === job.advice)) lines.push(app.said(job.advice));
+        lines.push(...app.remarks(job));
         const box = app.get("job_message");
         const text = lines.join("\n");
         if (box.dataset.text !== text) {

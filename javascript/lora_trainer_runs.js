@@ -181,7 +181,7 @@
             }
         });
         const node = app.el("div", {class: "inside"},
-            ...[job.error, ...job.warnings].filter(Boolean).map((problem) => app.el("p", {class: "notice"}, app.sentence(problem))),
+            ...[...(job.error ? [app.sentence(job.error)] : []), ...app.remarks(job)].map((sentence) => app.el("p", {class: "notice"}, sentence)),
             app.el("div", {class: "row"}, ...app.live.actions(job, previews).map((action) => app.button(...action)),
                 job.started ? app.button("Report", () => window.open(app.reportUrl(job.id), "_blank", "noopener")) : null,
                 job.lora ? publishing(job, message) : null,

@@ -17,7 +17,8 @@ INSIDE = ".lora_trainer_inside"
 
 def run_of(manager, name, steps, factor=1.0) -> Job:
     """A finished run with curves, held-out pictures and two previews."""
-    known = {"status": "finished", "started": 1.0, "finished": 2.0, "step": steps, "total_steps": steps}
+    known = {"status": "finished", "started": 1.0, "finished": 2.0, "step": steps, "total_steps": steps,
+             "result": {"advice": f"It is still learning at step {steps}."}}  # fmt: skip
     job = manager.store.add(name, "", folder=f"7-{name}", **known)
     output = manager.folders.output(job)
     (output / "logs").mkdir(parents=True)
@@ -67,6 +68,7 @@ def test_curves(page, manager, runs):
     """One page for all of it: a browser costs more than what is looked at."""
     small, large = runs
     opened(page, small)
+    assert "It is still learning at step 40." in page.inner_text(INSIDE)
     frame = page.locator(f"{INSIDE} .lora_trainer_plot_frame")
 
     # Every measure that was written can be chosen; the keyboard reads the values.
