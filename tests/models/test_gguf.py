@@ -15,6 +15,7 @@ from lora_trainer.models.gguf import GgufSource
 from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
 from lora_trainer.storage import dense_weight, pack
 from tests import flux as tiny
+from tests.gguf import F32, Q8_0, quantized, write
 
 
 def half(data: bytes, at: int) -> float:
@@ -108,32 +109,6 @@ def test_a_layer_has_the_gradient_of_its_dense_weight_and_keeps_no_copy():
     torch.testing.assert_close(x.grad, 2 * (x @ weight.t()).detach() @ weight)
 
 
-def write(path, tensors, alignment=32):
-    """tensors: name -> (number of ggml's type, shape, bytes)."""
-
-    def text(value):
-        return struct.pack("<Q", len(value.encode())) + value.encode()
-
-    content = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + text("general.architecture") + struct.pack("<I", 8)
-    content += text("flux")
-    data = b""
-    for name, (kind, shape, stored) in tensors.items():
-        data += bytes(-len(data) % alignment)
-        content += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        content += struct.pack("<IQ", kind, len(data))
-        data += stored
-    path.write_bytes(content + bytes(-len(content) % alignment) + data)
-    return path
-
-
-def quantized(weight: torch.Tensor) -> bytes:
-    """Q8_0 of a matrix."""
-    blocks = weight.reshape(-1, 32)
-    scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
-    numbers = (blocks / scale.float()).round().to(torch.int8)
-    return torch.cat([scale.view(torch.uint8), numbers.view(torch.uint8)], dim=1).numpy().tobytes()
-
-
 @torch.no_grad()
 def test_a_flux_in_q8_0_computes_with_what_is_stored(tmp_path):
     base = tiny.tiny_flux(tmp_path / "base")
@@ -142,11 +117,11 @@ def test_a_flux_in_q8_0_computes_with_what_is_stored(tmp_path):
     for name, tensor in weights.items():
         if tensor.dim() == 2 and "blocks" in name:
             stored = quantized(tensor)
-            tensors[name] = (8, tuple(tensor.shape), stored)
+            tensors[name] = (Q8_0, tuple(tensor.shape), stored)
             raw = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
             dense[name] = dense_weight(pack(raw, GgufPacking("Q8_0", tuple(tensor.shape))), torch.float32)
         else:
-            tensors[name] = (0, tuple(tensor.shape), tensor.numpy().tobytes())
+            tensors[name] = (F32, tuple(tensor.shape), tensor.numpy().tobytes())
             dense[name] = tensor
     path = write(tmp_path / "flux.gguf", tensors)
     options = {"vae": base["vae"], "text_encoders": base["text_encoders"]}

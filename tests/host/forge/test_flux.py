@@ -22,10 +22,10 @@ from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
 from lora_trainer.models.tokenizer import load_tokenizer
 from lora_trainer.storage import dense_weight, pack
 from tests import flux as tiny
+from tests.gguf import quantized
 from tests.host.a1111.fake import Info, module_tree
 from tests.host.conftest import OPTIONS, storages
 from tests.host.forge.fake import Engine, Patcher, put
-from tests.models.test_gguf import quantized
 
 LATENTS, SIGMAS = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0.6])
 
