@@ -57,6 +57,12 @@ BY_PAIR = {
     "copier": {**TWO_PICTURES, "task": "pair", "pair_method": "copier", "copy_steps": 100},
     "ordinary": {**TWO_PICTURES, "task": "image"},
 }  # fmt: skip
+PAIR_COLOR = {
+    "alpha": 4, "pair_weight": 0.7, "max_train_steps": 120, "batch_size": 4, "repeats": 4, "min_timestep": 0,
+    "caption_dropout": 0.5, "target_modules": ["attn2"],
+}  # fmt: skip
+"""For a pair of another color, beside that: the prompt, which names the old one, pulls back at every noise level, and
+guidance multiplies what the LoRA does with the prompt but not without."""
 FOLDERS = {
     "task": "slider", "lora_rank": 4, "alpha": 4, "max_train_steps": 500, "learning_rate": 2e-4, "batch_size": 1,
 }  # fmt: skip
@@ -180,6 +186,8 @@ def settings(kind: str, folder: Path, changes: Sequence[str]) -> TrainConfig:
         "overwrite": True, "resume": "never", "tensorboard": False,
         **{**BY_WORDS, **BY_PAIR, "folders": FOLDERS}[method],
     }  # fmt: skip
+    if kind == "pair_color":
+        values |= PAIR_COLOR
     if kind == "folders":
         sides = {"train_data_dir": "square", "opposite_dir": "circle"}
         values |= {name: str(write_folder(folder / shape, shape)) for name, shape in sides.items()}
