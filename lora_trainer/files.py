@@ -26,7 +26,11 @@ _SYSTEM = (
 )  # fmt: skip
 _NOT_SYSTEM = ("/dev/shm", "/run/media", "/run/user", "/System/Volumes")  # where disks and shares are mounted
 _WHOLE = ("/home", "/private", "/private/var", "/root", "/usr", "/var", "/Users", "/Volumes", "C:\\Users")
-_KEYS = (".aws", ".gnupg", ".kube", ".ssh")
+_KEYS = (
+    ".aws", ".azure", ".config", ".docker", ".git-credentials", ".gnupg", ".kube", ".mozilla", ".netrc", ".npmrc",
+    ".password-store", ".pki", ".pypirc", ".ssh", ".thunderbird", "keychains", "keyrings", "kwalletd",
+)  # fmt: skip
+_NOT_KEYS = (".config/stabilitymatrix",)  # which keeps WebUIs and pictures there
 _UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
 
 
@@ -119,7 +123,9 @@ def sha256_file(path: Path) -> str:
 def is_of_the_system(path: Path) -> bool:
     """Whether a resolved path is a whole disk, a folder in which other people's files lie, or one of the operating
     system or of keys: nobody keeps pictures or models there, and nothing of it is to be read or shown."""
-    if path.parent == path or any(part.lower() in _KEYS for part in path.parts):
+    parts = [part.lower() for part in path.parts]
+    kept = any(folder in "/".join(parts) for folder in _NOT_KEYS)
+    if path.parent == path or any(part in _KEYS for part in parts if not (kept and part == ".config")):
         return True
     folders = [os.environ[name] for name in ("SystemRoot", "ProgramData") if name in os.environ] if _WINDOWS else ()
     inside = [Path(folder) for folder in (*_SYSTEM, *folders)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.listing import Listing, NameIndex, list_folder, stem_of
+from lora_trainer.dataset.keys import stem_of
+from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
 from lora_trainer.errors import UserError
 
 _SHOWN = 5  # how many files a message names
+_TABLES, _LARGEST_TABLE = 20, 16 << 20  # that are looked into, although nobody named them; bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,8 @@ def _read_metadata(
 ) -> dict[str, CaptionSource]:
     captions: dict[str, CaptionSource] = {}
     prefix = metadata_prefix(path, listing.root)
-    rows, lost = list(read_rows(path, problems)), len(problems)
+    before = len(problems)
+    rows, lost = list(read_rows(path, problems, listing.root)), len(problems)
     for row in rows:
         key = names.find(prefix + row.filename) or names.find(row.filename) or names.find_below(row.filename)
         if key is None or key not in listing.pictures:
@@ -151,4 +154,30 @@ def _read_metadata(
             f"{row.filename} is not in the folder. Give file names as they are there."
         )
         problems.append(CaptionProblem(path, None, message, fatal=True))
+    unusable = [problem for problem in problems[before:lost] if problem.line and not problem.fatal]
+    if not rows and unusable and not any(problem.empty for problem in unusable):
+        message = f"has no row that can be used. First, line {unusable[0].line}: {unusable[0].message}"
+        problems[before:lost] = [CaptionProblem(path, None, message, fatal=True)]
     return captions
+
+
+def unused_tables(
+    listing: Listing, metadata_path: str | Path | None, captions: Mapping[str, CaptionSource]
+) -> list[str]:
+    """A sentence for each table in the data folder that is not read and has other captions than ``captions``."""
+    names, told = NameIndex(listing), []
+    used = [path.resolve() for path in metadata_files(listing, metadata_path, [])]
+    tables = [key for key in listing.files if key.casefold().endswith((".csv", ".jsonl"))]
+    for key in tables[:_TABLES]:
+        path = listing.files[key]
+        if path.resolve() in used or path.name.casefold() in METADATA_NAMES or path.stat().st_size > _LARGEST_TABLE:
+            continue
+        problems: list[CaptionProblem] = []
+        rows = _read_metadata(path, listing, names, problems)
+        other = [key for key, row in rows.items() if key not in captions or captions[key].text != row.text]
+        if other and not any(problem.fatal for problem in problems):
+            told.append(
+                f"{key} has captions of {len(other)} pictures and is not used; to use it, name it in metadata_path "
+                f"or call it metadata{path.suffix.lower()}."
+            )
+    return told

@@ -120,6 +120,14 @@ def train_text(
     return unicodedata.normalize("NFC", ", ".join(texts))
 
 
+def has_weights(caption: Caption) -> bool:
+    """Whether it holds the WebUI's weights or emphasis brackets, which ``weighted`` keeps."""
+    return any(
+        re.sub(r"\\([()\[\]\\])", r"\1", _render(item, _Mode.WEIGHTED)) != _render(item, _Mode.PLAIN)
+        for item in caption.items
+    )
+
+
 def prompt_text(caption: Caption) -> str:
     """The caption as a WebUI prompt: marks removed, weights kept, literal brackets and backslashes escaped, in the
     order in which it was written."""

@@ -21,7 +21,7 @@ from typing import cast
 
 from lora_trainer.config import TrainConfig, has_trigger, parse_folder, with_trigger
 from lora_trainer.dataset import captions as grammar
-from lora_trainer.dataset.caption_files import read_captions, some
+from lora_trainer.dataset.caption_files import read_captions, some, unused_tables
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS, check_size, measure, open_image
 from lora_trainer.dataset.known import KnownPictures, stamp
 from lora_trainer.dataset.listing import KohyaFolders, Listing, folder_notes, list_folder, mask_of, masks_in
@@ -134,16 +134,17 @@ def _translated(dataset: Dataset, config: TrainConfig) -> Dataset:
         return dataset
     with concerning("caption_mapping"):
         mapping = grammar.load_mapping(config.caption_mapping)
-    samples = tuple(
-        dataclasses.replace(
-            sample,
-            caption="\n".join(
-                grammar.format(grammar.translate(grammar.parse(line), mapping)) for line in sample.caption.splitlines()
-            ),
-        )
-        for sample in dataset.samples
-    )
-    return dataclasses.replace(dataset, samples=samples)
+    samples, matched = [], False
+    for sample in dataset.samples:
+        lines = [grammar.parse(line) for line in sample.caption.splitlines()]
+        translated = [grammar.translate(line, mapping) for line in lines]
+        matched |= translated != lines
+        samples.append(dataclasses.replace(sample, caption="\n".join(map(grammar.format, translated))))
+    notes = [
+        f"caption_mapping has no effect: no caption of {len(samples)} pictures holds one of its {len(mapping)} terms."
+    ]
+    warned = (*dataset.warnings, *([] if matched else notes))
+    return dataclasses.replace(dataset, samples=tuple(samples), warnings=warned)
 
 
 def _with_trigger(dataset: Dataset, config: TrainConfig) -> Dataset:
@@ -185,7 +186,7 @@ def _scan_root(
         with concerning("mask_dir"):
             found_there = masks_in(Path(config.mask_dir), listing)
         listing = dataclasses.replace(listing, masks={**listing.masks, **found_there})
-    notes = [*listing.warnings, *row_notes, *folder_notes(listing)]
+    notes = [*listing.warnings, *row_notes, *folder_notes(listing), *unused_tables(listing, metadata_path, captions)]
 
     edits = load_edits(root)
     skipped = list(listing.skipped)

@@ -6,27 +6,18 @@ import itertools
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Literal
-
-from PIL import Image
 
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS
+from lora_trainer.dataset.keys import fold, folder_of
+from lora_trainer.dataset.links import Link, Links, is_within, not_followed
+from lora_trainer.dataset.masks import Stems, find_companions, is_picture
 from lora_trainer.dataset.samples import Skipped
 from lora_trainer.errors import UserError, has_half_characters
 from lora_trainer.files import is_of_the_system
-
-_MASK_ENDINGS = (".mask", "-masklabel")
-"""What goes behind a picture's name, with or without its own ending, to make its mask's: ours, and OneTrainer's."""
-_LIKELY_MASK_ENDINGS = ("-mask", "_mask")
-"""The same where a picture of that name is beside it."""
-_MASK_FOLDERS = ("mask", "masks")
-"""Folders beside pictures, whose files have the pictures' names."""
-_CONDITION_ENDING = "-condlabel"  # OneTrainer's conditioning pictures, which nothing is taught by here
 
 _UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".cr2", ".nef", ".arw", ".dng")
 _IGNORED_FOLDERS = ("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information")
@@ -34,10 +25,8 @@ _KOHYA_FOLDER = re.compile(r"([0-9]+)_(.+)")
 _MAX_REPEATS = 10_000
 _MAX_ENTRIES = 1_000_000
 _MAX_SECONDS = 60
+_SHOWN = 5
 _SURPRISING_REPEATS = 200
-
-
-Links = Literal["none", "pictures", "all"]
 
 
 class Files(Mapping[str, Path]):
@@ -91,9 +80,7 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
 
     Links to folders outside are followed once each, so loops end.
 
-    links: to files outside of ``root`` that are followed. "pictures": others (captions, tables) only where they lead to
-        a folder that is read, or in which a picture of these lies: nobody's other texts become captions. "all", for
-        who edits the own files. "none" follows no link out of ``root``, to folders neither.
+    links: which links out of ``root`` are followed. Folders of the system are never looked into.
 
     Raises:
         UserError: there is no such folder, or it cannot be opened; or it is one of the system, has too many files or
@@ -115,11 +102,11 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
     keys: list[str] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
-    linked: dict[str, str] = {}  # key of a file -> where its link leads
+    linked: dict[str, Link] = {}
     away: list[str] = []  # links that are not followed
-    pending, looked_at, end = [""], 0, time.monotonic() + _MAX_SECONDS
+    pending, looked_at, end = [("", real_root)], 0, time.monotonic() + _MAX_SECONDS
     while pending:
-        inside = pending.pop()  # the start of the keys of a folder's files
+        inside, home = pending.pop()  # the start of the keys of a folder's files; see ``Link``
         folder = root / inside
         try:
             with os.scandir(folder) as found:
@@ -148,41 +135,47 @@ def list_folder(root: Path, exclude: Iterable[Path] = (), *, links: Links = "pic
                 real = os.path.realpath(entry.path)
                 if real in excluded:
                     continue
+                here = home
                 if entry.is_symlink():
-                    if links == "none" and not _is_within(real_root, real):
+                    if not is_within(real_root, real) and (links == "none" or is_of_the_system(Path(real))):
                         away.append(key)
                         continue
-                    if _is_within(real, real_root) or any(_is_within(known, real) for known in (real_root, *followed)):
+                    if is_within(real, real_root) or any(is_within(known, real) for known in (real_root, *followed)):
                         notes.append(f"{name} links to {real}, which is read already; the link is left out.")
                         continue
                     followed.add(real)
-                pending.append(f"{key}/")
+                    here = real
+                pending.append((f"{key}/", here))
             elif has_half_characters(name):
                 skipped.append(Skipped(root / key, "its name is not UTF-8; rename it"))
             elif _is(entry.is_file):  # no pipes or devices, which would block
                 keys.append(key)
                 if entry.is_symlink():
-                    linked[key] = os.path.realpath(entry.path)
+                    linked[key] = Link(os.path.realpath(entry.path), home)
             elif entry.is_symlink() and is_picture(name):
                 skipped.append(Skipped(root / key, "it is a link to a file that is not there"))
-    read = (real_root, *followed)
-    outside = {key: real for key, real in linked.items() if not any(_is_within(place, real) for place in read)}
-    left_out = set(_not_followed(outside, links))
+    known = find_companions(keys)
+    others = {*known.masks.values(), *known.conditions, *known.strays}
+    left_out = not_followed(linked, real_root, {key for key in linked if is_picture(key) and key not in others}, links)
     away += left_out
     if away:
-        notes.append(f"{len(away)} links lead out of the folder and are not followed: {', '.join(sorted(away)[:5])}.")
+        notes.append(f"{len(away)} links lead out of the folder and are not followed: {_first(away)}.")
     files = Files(root, sorted(key for key in keys if key not in left_out))
-    masks = _masks(files)
-    of_pictures = set(masks.values())
-    pictures = Files(root, (key for key in files if is_picture(key) and key not in of_pictures))
-    if conditions := sum(_is_condition(key) for key in files):
-        notes.append(f"{conditions} conditioning pictures (…{_CONDITION_ENDING}.png) are left out.")
+    pictures = Files(root, (key for key in files if is_picture(key) and key not in others))
+    if known.conditions:
+        notes.append(f"{len(known.conditions)} conditioning pictures are left out: {_first(known.conditions)}.")
+    if known.strays:
+        notes.append(f"{len(known.strays)} masks belong to no picture and are left out: {_first(known.strays)}.")
     for key in files:
         if key.casefold().endswith(_UNREADABLE_EXTENSIONS):
             suffix = PurePosixPath(key).suffix
             skipped.append(Skipped(files[key], f"{suffix} pictures cannot be read; convert it to PNG or JPEG"))
-    of_keys = {key: files[mask] for key, mask in masks.items()}
-    return Listing(root, files, pictures, of_keys, tuple(skipped), tuple(notes))
+    masks = {key: files[mask] for key, mask in known.masks.items() if mask in files}
+    return Listing(root, files, pictures, masks, tuple(skipped), tuple(notes))
+
+
+def _first(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)[:_SHOWN])
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -191,77 +184,6 @@ def _is(kind: Callable[[], bool]) -> bool:
         return kind()
     except OSError:
         return False
-
-
-def _not_followed(outside: Mapping[str, str], links: Links) -> list[str]:
-    """Of the links that lead out of a data folder (key -> where to) those that are left out."""
-    pictures = {key for key in outside if key.casefold().endswith(IMAGE_EXTENSIONS)}
-    others = [key for key in outside if key not in pictures]
-    if links == "none":
-        return list(outside)
-    if links == "all" or not others:
-        return []
-    folders = {os.path.dirname(outside[key]) for key in others}
-    # A data set may be made of links altogether, as in the cache of Hugging Face's hub.
-    shared = {os.path.dirname(outside[key]) for key in pictures if _is_image(outside[key], folders)}
-    return [key for key in others if os.path.dirname(outside[key]) not in shared]
-
-
-def _is_image(path: str, folders: set[str]) -> bool:
-    """Whether the file lies in one of these folders and is a picture, whatever its name says."""
-    if os.path.dirname(path) not in folders:
-        return False
-    try:
-        with Image.open(path):
-            return True
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file of this name is a training picture, as far as the name alone tells (masks are not)."""
-    name = name.casefold()
-    return name.endswith(IMAGE_EXTENSIONS) and not stem_of(name).endswith((*_MASK_ENDINGS, _CONDITION_ENDING))
-
-
-def _is_condition(key: str) -> bool:
-    return stem_of(key).casefold().endswith(_CONDITION_ENDING)
-
-
-def stem_of(key: str) -> str:
-    """A key without the ending of its file."""
-    dot = key.rfind(".")
-    return key[:dot] if key.rfind("/") + 1 < dot < len(key) - 1 else key
-
-
-def folder_of(key: str) -> str:
-    """The part of a key that names its folder; "" for the data folder itself."""
-    return key[: max(key.rfind("/"), 0)]
-
-
-def _masks(files: Iterable[str]) -> dict[str, str]:
-    """Picture's key -> its mask's: a file beside it with an ending of masks, or of its name in a folder of masks."""
-    by_stem = {stem_of(key): key for key in files if key.casefold().endswith(IMAGE_EXTENSIONS)}
-    endings = (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
-    folders = {folder for key in files if (folder := folder_of(key)).rpartition("/")[2] in _MASK_FOLDERS}
-    if not folders and not any(stem.endswith(endings) for stem in by_stem):
-        return {}
-    found: dict[str, str] = {}
-    for key in files:
-        if not is_picture(key):
-            continue
-        place, stem = folder_of(key), stem_of(key)
-        beside = [one + ending for ending in endings for one in (stem, key)]
-        near = [f"{start}/{name}".lstrip("/") for start in (place, folder_of(place)) for name in _MASK_FOLDERS]
-        near = [folder for folder in near if folder in folders and folder != place]
-        name = stem[len(place) :].lstrip("/")
-        inside = [f"{folder}/{name}{ending}" for folder in near for ending in ("", *endings)]
-        for candidate in (*beside, *inside):
-            if by_stem.get(candidate, key) != key:
-                found[key] = by_stem[candidate]
-                break
-    of_pictures = set(found.values())
-    return {key: mask for key, mask in found.items() if key not in of_pictures}
 
 
 class KohyaFolders:
@@ -294,9 +216,8 @@ def mask_of(listing: Listing, key: str) -> Path | None:
 def masks_in(folder: Path, listing: Listing) -> dict[str, Path]:
     """Picture's key -> the file of its name in a folder of masks that lies anywhere. Raises UserError for no folder."""
     files = list_folder(folder).files
-    by_stem = {stem_of(key): key for key in files if key.casefold().endswith(IMAGE_EXTENSIONS)}
-    names = {key: (stem_of(key), stem_of(PurePosixPath(key).name)) for key in listing.pictures}
-    return {key: files[by_stem[name]] for key, both in names.items() for name in reversed(both) if name in by_stem}
+    stems = Stems(key for key in files if key.casefold().endswith(IMAGE_EXTENSIONS))
+    return {key: files[mask] for key in listing.pictures if (mask := stems.mask_of(key)) is not None}
 
 
 def folder_notes(listing: Listing) -> list[str]:
@@ -320,32 +241,24 @@ class NameIndex:
         self._listing = listing
         self._folded: dict[str, str] = {}
         for key in listing.files:
-            self._folded.setdefault(_fold(key), key)
+            self._folded.setdefault(fold(key), key)
 
     def find(self, name: str) -> str | None:
         return self.find_key(name) or self.find_key(str(PurePosixPath(name.replace("\\", "/"))))
 
     def find_key(self, key: str) -> str | None:
         """The same for a name that is written as keys are."""
-        return key if key in self._listing.files else self._folded.get(_fold(key))
+        return key if key in self._listing.files else self._folded.get(fold(key))
 
     @cached_property
     def _pictures(self) -> Mapping[str, str | None]:
         found: dict[str, str | None] = {}
         for key in self._listing.pictures:
             for name in {PurePosixPath(key).name, PurePosixPath(key).stem}:
-                found[_fold(name)] = None if _fold(name) in found else key
+                found[fold(name)] = None if fold(name) in found else key
         return found
 
     def find_below(self, name: str) -> str | None:
         """The one picture in some sub-folder with this bare name, with or without its ending; None for none or
         several."""
-        return None if "/" in name or "\\" in name else self._pictures.get(_fold(name))
-
-
-def _fold(name: str) -> str:
-    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_within(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+        return None if "/" in name or "\\" in name else self._pictures.get(fold(name))

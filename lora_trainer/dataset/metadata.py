@@ -76,8 +76,11 @@ def read_text(path: Path) -> str | CaptionProblem:
     return text
 
 
-def read_rows(path: Path, problems: list[CaptionProblem]) -> list[Row]:
-    """All usable rows of a metadata file, in order; what is wrong with the others is appended to ``problems``."""
+def read_rows(path: Path, problems: list[CaptionProblem], root: Path | None = None) -> list[Row]:
+    """All usable rows of a metadata file, in order; what is wrong with the others is appended to ``problems``.
+
+    root: absolute paths of files in this folder are made relative to it.
+    """
     text = read_text(path)
     if isinstance(text, CaptionProblem):
         problems.append(text)
@@ -90,7 +93,7 @@ def read_rows(path: Path, problems: list[CaptionProblem]) -> list[Row]:
     else:
         problems.append(CaptionProblem(path, None, "is neither a .csv nor a .jsonl file.", fatal=True))
         return []
-    return list(_usable(path, rows, problems))
+    return list(_usable(path, rows if root is None else _from(root, rows), problems))
 
 
 def path_problem(filename: str) -> str | None:
@@ -100,6 +103,14 @@ def path_problem(filename: str) -> str | None:
     if ".." in filename.replace("\\", "/").split("/"):
         return "{0} leads out of the folder with '..'; the row is left out."
     return None
+
+
+def _from(root: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, with names relative to ``root`` where they are absolute paths inside of it."""
+    starts = {os.path.join(start, "") for start in (os.path.abspath(root), os.path.realpath(root))}
+    for row in rows:
+        inside = [start for start in starts if os.path.normcase(row.filename).startswith(os.path.normcase(start))]
+        yield Row(row.line, row.filename[len(inside[0]) :], row.caption) if inside else row
 
 
 def _usable(path: Path, rows: Iterator[Row], problems: list[CaptionProblem]) -> Iterator[Row]:

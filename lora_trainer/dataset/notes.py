@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lora_trainer.config import TrainConfig, has_trigger
 from lora_trainer.dataset.caption_files import some
-from lora_trainer.dataset.captions import has_choices, parse
+from lora_trainer.dataset.captions import has_choices, has_weights, parse
 from lora_trainer.dataset.images import reading
 from lora_trainer.dataset.listing import KohyaFolders
 from lora_trainer.dataset.samples import Dataset, Sample
@@ -65,6 +65,14 @@ def _caption_notes(
         yield Note(f"wildcards has no effect: no caption of {pictures} pictures has several lines or {{a|b}}.")
     if config.shuffle_tags and not any(len(parse(sample.caption).items) > 1 for sample in training):
         yield Note(f"shuffle_tags has no effect: no caption of {pictures} pictures has more than one part.")
+    captions = [parse(sample.caption) for sample in dataset.samples]
+    if config.tag_dropout > 0 and not any(len(caption.items) > 1 for caption in captions):
+        yield Note(f"tag_dropout leaves out whole captions: no caption of {pictures} pictures has more than one part.")
+    if config.weighted_captions and not any(map(has_weights, captions)):
+        yield Note(f"weighted_captions has no effect: no caption of {pictures} pictures has a weight.")
+    separator = config.secondary_separator
+    if separator and not any(separator in sample.caption for sample in dataset.samples):
+        yield Note(f"secondary_separator has no effect: no caption of {pictures} pictures holds {separator}.")
     if config.default_caption.strip() and all(sample.caption_from != "default_caption" for sample in training):
         yield Note(f"default_caption has no effect: each of {pictures} pictures has a caption without it.")
     ending = config.caption_extension

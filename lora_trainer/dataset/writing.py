@@ -25,7 +25,9 @@ from lora_trainer.dataset.caption_files import (
     some,
 )
 from lora_trainer.dataset.captions import parse, plain_text
-from lora_trainer.dataset.listing import Links, Listing, NameIndex, list_folder, stem_of
+from lora_trainer.dataset.keys import stem_of
+from lora_trainer.dataset.links import Links
+from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import CaptionProblem
 from lora_trainer.dataset.metadata_rows import REWRITERS
 from lora_trainer.errors import UserError, has_half_characters

@@ -86,7 +86,7 @@ class DatasetLibrary:
         return sorted(map(self._summary, named), key=lambda dataset: -dataset.changed)
 
     def _summary(self, folder: os.DirEntry[str]) -> DatasetSummary:
-        from lora_trainer.dataset.listing import is_picture
+        from lora_trainer.dataset.masks import is_picture
 
         pictures, texts, size, cover = 0, 0, 0, None
         for entry in _files(folder.path):
@@ -225,7 +225,7 @@ class DatasetLibrary:
 
     def picture(self, name: str, file: str) -> Path:
         """The path of one picture. Raises UserError when it is not a picture inside the dataset."""
-        from lora_trainer.dataset.listing import is_picture
+        from lora_trainer.dataset.masks import is_picture
 
         path = confined(self.folder(name), file)
         if not path.is_file() or not is_picture(path.name):
@@ -260,7 +260,7 @@ class DatasetLibrary:
             NameTakenError: without ``numbered``.
             UserError: naming the file: too large, not a picture, or not a name.
         """
-        from lora_trainer.dataset.listing import is_picture
+        from lora_trainer.dataset.masks import is_picture
         from lora_trainer.planning.measured import measure
 
         root = self.folder(name)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lora_trainer.captioning.registry import Sources
     from lora_trainer.dataset.editing import EditSession
     from lora_trainer.dataset.findings import Report
-    from lora_trainer.dataset.listing import Links
+    from lora_trainer.dataset.links import Links
     from lora_trainer.host.base import Host
     from lora_trainer.run.captioning import CaptionJob
 

@@ -273,7 +273,8 @@ def test_templates_are_no_way_to_fill_the_memory(client, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["/", "/etc", "/etc/ssl", "/proc/self", "/sys", "/dev", "/usr", "/usr/lib",
-                                    "/var/log", "/home", "~/.ssh", "/etc/../etc", "/boot"])  # fmt: skip
+                                    "/var/log", "/home", "~/.ssh", "/etc/../etc", "/boot", "~/.config/x", "~/.docker",
+                                    "~/.mozilla", "~/.kube", "~/.local/share/keyrings"])  # fmt: skip
 def test_folders_of_the_system_are_refused_when_they_are_posted(client, settings, folder, tmp_path):
     for name in ("train_data_dir", "reg_data_dir", "mask_dir"):
         for route in ("/jobs", "/estimate"):

@@ -322,18 +322,52 @@ def test_a_link_that_claims_to_be_a_picture_opens_no_folder(tmp_path):
     assert captions(dataset) == {"a.png": "sks"}
 
 
-def test_a_data_set_of_links_keeps_its_captions(tmp_path):
-    """As the cache of Hugging Face's hub and folders that several runs share are made."""
-    root, blobs = tmp_path / "data", tmp_path / "blobs"
+@pytest.mark.parametrize("place", ["secret", "/etc", "picture"])
+@pytest.mark.parametrize("name", ["a.txt", "metadata.csv", "a-mask.png", "masks/a.png"])
+def test_a_link_to_a_folder_or_picture_opens_no_other_file_there(tmp_path, place, name):
+    root = linked_set(tmp_path, [name])
+    picture(tmp_path / "private" / "p.png")
+    if place == "picture":
+        (root / "b.png").symlink_to(tmp_path / "private" / "p.png")
+    else:
+        (root / "x").symlink_to(tmp_path / "private" if place == "secret" else "/etc")
+    dataset = scan_folder(root, trigger_word="sks", use_masks=True)
+    assert set(captions(dataset).values()) == {"sks"}
+    assert all(sample.mask_path is None for sample in dataset.samples)
+    assert any(text.startswith("2 links" if place == "/etc" else "1 links") and name in text
+               for text in dataset.warnings)  # fmt: skip
+
+
+def test_linked_pictures_keep_the_captions_and_masks_beside_them(tmp_path):
+    """As folders that several runs share are made."""
+    root, there = tmp_path / "data", tmp_path / "there"
     root.mkdir()
+    for name in ("a", "b"):
+        picture(there / f"{name}.png")
+        picture(there / f"{name}-mask.png")
+        write(there / f"{name}.txt", f"disc {name}")
+    (there / "c.txt").symlink_to(there / "a.txt")
+    picture(there / "c.png")
+    for file in ("a.png", "a.txt", "a-mask.png"):
+        (root / file).symlink_to(there / file)
+    (root / "more").symlink_to(there)
+    dataset = scan_folder(root, use_masks=True)
+    assert captions(dataset) == {
+        "a.png": "disc a", "more/a.png": "disc a", "more/b.png": "disc b", "more/c.png": "disc a"
+    }  # fmt: skip
+    assert [sample.mask_path is not None for sample in dataset.samples] == [True, True, True, False]
+
+
+def test_the_cache_of_the_hub_keeps_its_captions(tmp_path):
+    root, blobs = tmp_path / "datasets--discs" / "snapshots" / "0f", tmp_path / "datasets--discs" / "blobs"
+    root.mkdir(parents=True)
     picture(blobs / "0123")
     write(blobs / "4567", "a red disc")
-    (root / "a.png").symlink_to(blobs / "0123")
-    (root / "a.txt").symlink_to(blobs / "4567")
-    picture(tmp_path / "more" / "b.png")
-    write(tmp_path / "more" / "b.txt", "a blue disc")
-    (root / "more").symlink_to(tmp_path / "more")
-    assert captions(scan_folder(root)) == {"a.png": "a red disc", "more/b.png": "a blue disc"}
+    write(tmp_path / "blobs" / "8", "a secret of mine")
+    for name, target in (("a.png", blobs / "0123"), ("a.txt", blobs / "4567"), ("b.png", blobs / "0123"),
+                         ("b.txt", tmp_path / "blobs" / "8")):  # fmt: skip
+        (root / name).symlink_to(target)
+    assert captions(scan_folder(root, trigger_word="sks")) == {"a.png": "a red disc", "b.png": "sks"}
 
 
 def test_links_inside_the_data_set_are_followed(tmp_path):
