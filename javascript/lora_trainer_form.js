@@ -206,7 +206,7 @@
     };
 
     // Settings without a control, which a settings file can have: kept as they came.
-    const UNSEEN = ["plugins", "augmentations", "regularisers"];
+    const UNSEEN = ["plugins", "augmentations", "regularisers", "text_encoders"];
 
     /** What the API gets: everything that differs from the defaults or was chosen. */
     form.settings = function() {

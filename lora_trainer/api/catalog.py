@@ -26,6 +26,12 @@ _ELSEWHERE = {
     "cache_dir": "the trainings here share one",
 }
 """Settings that the page does not take from a file."""
+_OF_THE_WEBUI = {
+    "text_encoders": "the WebUI's own are used",
+    "base_precision": "the WebUI's weights are used as it holds them",
+    "offload_blocks": "the WebUI decides what of its model is on the GPU",
+}
+"""Settings of a base model that is read from its file, where a WebUI lends it."""
 
 
 def routes(context: Context) -> APIRouter:
@@ -97,11 +103,13 @@ def routes(context: Context) -> APIRouter:
         settings = new.given()
         if isinstance(settings, str):
             given, translation, unread = read_what_can_be_read(settings)
+            translation = translation or own_settings(given, settings, _ELSEWHERE)
+            if context.host.name != "standalone" and not given.get("gpus"):
+                translation.leave_out(_OF_THE_WEBUI)
+            given = translation.settings
         else:
             given, translation, unread = settings, None, []
         config = from_mapping(given, unread)
-        if translation is None and isinstance(settings, str):
-            translation = own_settings(given, settings, _ELSEWHERE)
         names = [ALIASES.get(name, name) for name in given]
         if not config.output_name and (name := last_part(config.output_dir)):
             config = dataclasses.replace(config, output_name=name)

@@ -37,6 +37,31 @@ def test_settings_of_another_tool_name_their_format(client):
     assert told(client, text)["translation"]["tool"].endswith("(TOML)")
 
 
+FLUX = """network_module = "networks.lora_flux"
+clip_l = "/m/clip_l.safetensors"
+t5xxl = "/m/t5xxl.safetensors"
+fp8_base = true
+gradient_checkpointing = true
+blocks_to_swap = 2
+"""
+
+
+def test_how_a_flux_is_read_from_its_file_is_left_out_where_a_webui_lends_it(client, host):
+    kept = {"text_encoders": ["/m/clip_l.safetensors", "/m/t5xxl.safetensors"], "base_precision": "fp8",
+            "offload_blocks": 3}  # fmt: skip
+    answer = told(client, FLUX)
+    assert {name: answer["settings"][name] for name in kept} == kept and set(kept) <= set(answer["given"])
+    host.name = "Forge"
+    for text in (FLUX, "base_precision: fp8\noffload_blocks: 3\ntext_encoders: [/m/t5.safetensors]\n"
+                       "gradient_checkpointing: true\n"):  # fmt: skip
+        answer = told(client, text)
+        assert answer["settings"]["offload_blocks"] == 0 and answer["settings"]["base_precision"] == "stored"
+        assert answer["settings"]["text_encoders"] == [] and not set(kept) & set(answer["given"])
+        assert sum("WebUI" in one["reason"] for one in answer["translation"]["unmet"]) == 3
+    answer = told(client, "base_precision: fp8\ngpus: [0]\n")  # whose processes read the file
+    assert answer["settings"]["base_precision"] == "fp8"
+
+
 def test_all_that_is_wrong_is_said_in_one_round(client):
     settings = {"merge_into_base": "m.safetensors", "init_lora": "/x\u0001y"}
     answer = client.post("/estimate", json={"settings": settings})

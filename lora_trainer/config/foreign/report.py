@@ -46,6 +46,13 @@ class Translation:
     notes: list[str] = field(default_factory=list)
     form: str = "YAML"
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Settings by our names that cannot be honored after all, each with its reason."""
+        for one in [one for one in self.taken if one.ours in reasons]:
+            self.taken.remove(one)
+            self.unmet.append(Unmet(one.theirs, one.value, reasons[one.ours]))
+        self.settings = {name: value for name, value in self.settings.items() if name not in reasons}
+
     def to_text(self, source: str = "The settings") -> str:
         """For a terminal, and for the comment above a converted file."""
         lines = [f"{source}: settings of {self.tool}."]
