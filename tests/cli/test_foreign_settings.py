@@ -8,6 +8,7 @@ import yaml
 from lora_trainer.adapters.describe import describe
 from lora_trainer.cli import main
 from lora_trainer.demo.base import build_base
+from tests import flux as tiny
 from tests.config import foreign_presets as presets
 from tests.pictures import draw_dataset
 
@@ -60,3 +61,33 @@ def test_convert_config_writes_a_file_that_means_the_same(tmp_path, capsys):
     assert "# Cannot be honored here (1):" in written and "conv_rank" not in yaml.safe_load(written)
     assert main(["convert-config", str(source), str(target)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_toml_of_flux_train_network_trains_as_it_stands(tmp_path):
+    files = tiny.tiny_flux(tmp_path / "base")
+    clip_l, t5xxl = files["text_encoders"]
+    (tmp_path / "flux.toml").write_text(f"""
+pretrained_model_name_or_path = '{files["base_model"]}'
+ae = '{files["vae"]}'
+clip_l = '{clip_l}'
+t5xxl = '{t5xxl}'
+train_data_dir = '{draw_dataset(tmp_path / "data", 1)}'
+output_dir = '{tmp_path / "out"}'
+output_name = "from_flux"
+resolution = "64,64"
+network_module = "networks.lora_flux"
+network_dim = 2
+network_args = ["train_blocks=single"]
+network_train_unet_only = true
+timestep_sampling = "flux_shift"
+model_prediction_type = "raw"
+guidance_scale = 1.0
+gradient_checkpointing = true
+blocks_to_swap = 2
+fp8_base = true
+max_train_steps = 1
+mixed_precision = "no"
+""", encoding="utf-8")  # fmt: skip
+    assert main(["train", "--config", str(tmp_path / "flux.toml"), "device=cpu"]) == 0
+    described = describe(next(tmp_path.glob("out/from_flux.safetensors")))
+    assert described.modules == {"unet": 6} and described.base_precision == "fp8", "three layers of two single blocks"
