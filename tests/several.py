@@ -151,7 +151,7 @@ def _train(answer: Path, settings: list[dict[str, Any]]) -> int:
                 if act is not None:
                     globals()[act[0]](ranks, *act[1:])
                 config = from_mapping(values)
-                result = train(config, file_lender(config), callbacks=Listener(), ranks=ranks)
+                result = train(config, file_lender(config, ranks), callbacks=Listener(), ranks=ranks)
                 results.append({"status": result.status, "step": result.step, "loss": result.loss})
     except (UserError, RankFailedError) as error:
         print(f"error: {error}")
@@ -184,6 +184,38 @@ def dawdle(ranks: Any, seconds: float) -> None:
 
     for of, method in slow:
         setattr(of, method, slowed(getattr(of, method), [1]))
+
+
+def count_gathered(ranks: Any) -> None:
+    """Says at the end of a run how many blocks of a base that is kept together this process has, of how many bytes
+    each part is, and how many blocks were whole at once."""
+    import weakref
+
+    import numpy
+    import torch
+
+    from lora_trainer.models.sharding import ShardedBlocks
+    from lora_trainer.training.processes import Processes
+
+    alive: list[int] = []
+    most = [0, 0]
+    gathered, cleared = Processes._gathered, ShardedBlocks.clear
+
+    def counted(self: Processes, number: int) -> torch.Tensor:
+        whole = gathered(self, number)
+        memory = numpy.empty(len(whole) + 64, numpy.uint8)  # whose end can be seen, as a tensor's cannot
+        alive.append(number)
+        weakref.finalize(memory, alive.remove, number)
+        most[0], most[1] = max(most[0], len(alive)), most[1] + 1
+        tensor = torch.from_numpy(memory)
+        tensor = tensor[-tensor.data_ptr() % 64 :][: len(whole)]
+        return tensor.copy_(whole)
+
+    def told(self: ShardedBlocks) -> None:
+        print(json.dumps({"kept": self.bytes, "blocks": len(self._parts), "at once": most[0], "gathered": most[1]}))
+        cleared(self)
+
+    Processes._gathered, ShardedBlocks.clear = counted, told
 
 
 def interrupt(rank: int) -> None:

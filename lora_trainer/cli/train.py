@@ -108,7 +108,7 @@ def run_training(config: TrainConfig, progress: str = "bar", listens: bool = Fal
                     commands.on_paused = callbacks.paused
                 obey(commands)
         try:
-            lender = engine.file_lender(config)
+            lender = engine.file_lender(config, ranks)
         except UserError as error:
             raise engine.with_all_others(error, config) or error from None
 

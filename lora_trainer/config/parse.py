@@ -212,6 +212,18 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
         "What a block computes must not be kept while its weights are elsewhere.",
         "Set gradient_checkpointing: true, or offload_blocks: 0.",
     )
+    require(
+        "shard_base",
+        not config.shard_base or config.gradient_checkpointing,
+        "What a block computes must not be kept when its weights are let go of.",
+        "Set gradient_checkpointing: true, or shard_base: false.",
+    )
+    require(
+        "shard_base",
+        not (config.shard_base and (config.offload_blocks or config.quantize == "nf4")),
+        "It cannot be combined with offload_blocks, nor with quantize: nf4.",
+        "Leave out one of them.",
+    )
     for prompt in config.preview_prompts:
         try:
             parse_prompt(prompt)

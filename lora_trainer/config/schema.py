@@ -66,6 +66,11 @@ class ModelSettings:
     """Numbers of the GPUs that train together, such as 0, 1, in processes beside the WebUI, which read the base model
     from its file; empty trains in the WebUI, on its own. On the command line torchrun chooses them."""
 
+    shard_base: bool = setting(False, decides=False, fills_memory=True, sets_pace=True)
+    """Each of several processes keeps a part of the base model's blocks, which are gathered when they compute (as FSDP
+    does): for a FLUX.1, Chroma, SD 3 or language model larger than one card; needs gradient_checkpointing. Not yet
+    tried on cards."""
+
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting("auto", fills_memory=True, sets_pace=True)
     """Number format of the computation. auto: on a GPU that of the weights which a WebUI lends (fp16 or bf16), else
     bf16 where the GPU supports it and fp16 where not; on the CPU no (fp32)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +39,10 @@ def estimate_job(
     Raises:
         UserError, ConfigError: what would stop the run, naming the field.
     """
+    from lora_trainer.run import with_work_for_all
+
     config, info = check_wish(settings, host, shown, gone)
-    several = len(config.gpus or ())  # each has a micro-batch in every step
-    if several > config.gradient_accumulation_steps:
-        config = dataclasses.replace(config, gradient_accumulation_steps=several)
+    config = with_work_for_all(config, len(config.gpus or ()))
     past = QueuedRuns(store)
     if config.task == "text":
         found = estimate_text(config, info, host, past)

@@ -111,6 +111,9 @@ def _train(
 
 def lender_of(host: Host, config: TrainConfig) -> Lender:
     """Of the base model of a run on this host. Raises UserError when there is none, or it cannot be trained."""
+    from lora_trainer.run import check_processes
+
+    check_processes(config, len(config.gpus or ()))
     if config.gpus:
         return own_lender(config, host)
     if config.task != "text":

@@ -18,6 +18,7 @@ from lora_trainer.models.families import choose, claiming, families, get_family
 from lora_trainer.models.family import Family
 from lora_trainer.models.hints import Hints, read_json
 from lora_trainer.models.quantize import quantize
+from lora_trainer.models.sharding import Peers
 from lora_trainer.models.tensors import Source, Tensors, open_source
 
 
@@ -28,6 +29,7 @@ class FileLender(Lender):
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
     base_precision, offload_blocks: the settings; what fp8 and nf4 quantize is quantized as it is read.
+    peers: the processes that keep the denoiser's blocks together; None keeps them whole.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
         whose checkpoints lack them. complete: False for one that is only described, and that somebody else completes.
@@ -50,6 +52,7 @@ class FileLender(Lender):
         complete: bool = True,
         base_precision: str = "stored",
         offload_blocks: int = 0,
+        peers: Peers | None = None,
     ):
         self.path = Path(path)
         self.device = torch.device(device)
@@ -57,6 +60,7 @@ class FileLender(Lender):
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
         self.base_precision, self.offload_blocks = base_precision, offload_blocks
+        self._peers = peers
         self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)
         self._v_prediction = v_prediction
@@ -91,6 +95,7 @@ class FileLender(Lender):
             clip_skip=self.clip_skip,
             reload=True,
             **({"offload_blocks": self.offload_blocks} if self.offload_blocks else {}),
+            **({"peers": self._peers} if self._peers is not None else {}),
         )
         self._place(tensors, family)  # which lets go of the tensors that were read last
         self._lent = model

@@ -84,7 +84,7 @@ class Family(ABC):
     halve the rank as well. assume_roomy: which it is where the free memory is not known.
     presets: settings that differ for this family, by kind of preset.
     quantized: the weights may be in fp8, GGUF or nf4: the model computes with them as they are.
-    offloads: ``build`` knows ``offload_blocks``, the setting.
+    offloads: ``build`` knows ``offload_blocks``, the setting, and ``peers`` (``models.sharding``).
     unused: settings that change nothing with this family, each with the reason.
     usual: what the models that people use are made of, without a VAE: it names the layers of a LoRA whose base is not
     at hand. None where there is no such model.
@@ -179,7 +179,12 @@ class Family(ABC):
 
     def check_settings(self, config: TrainConfig) -> None:
         """Raises UserError for settings that no LoRA of this family can be trained with."""
-        return
+        if config.shard_base and not self.offloads:
+            raise UserError(
+                f"{self.title} is not trained on a base of which each process keeps a part.",
+                field="shard_base",
+                remedy="Use false. FLUX.1, Chroma, SD 3 and language models can be.",
+            )
 
     def prediction_type(self, tensors: Mapping[str, Tensor], architecture: Any) -> str:
         """What the model predicts, where neither the file nor the settings say it."""

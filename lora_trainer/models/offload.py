@@ -6,18 +6,14 @@ one, the other is filled by a stream of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lora_trainer.models.block_bytes import Arrivals, BlockBytes
 from lora_trainer.models.pinned import PinnedMemory
-from lora_trainer.storage import Packing, pack, packing_of, same_weight
 
-_ALIGNMENT = 256
 BUFFERS = 2
 
 
@@ -25,95 +21,6 @@ def offloaded(blocks: int, count: int) -> list[int]:
     """Which ``count`` of so many blocks wait in main memory: evenly spread, so that the others compute meanwhile."""
     count = min(count, blocks)
     return [(2 * number + 1) * blocks // (2 * count) for number in range(count)]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies in its block's bytes."""
-
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    @property
-    def end(self) -> int:
-        return self.start + math.prod(self.shape) * torch.empty((), dtype=self.dtype).element_size()
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.end].view(self.dtype).view(self.shape)
-
-
-@dataclass
-class _Moving:
-    """See ``storage.Packing``. Autograd keeps it from the forward pass; the weight has moved by the backward pass."""
-
-    now: Packing
-
-    def shape_of(self, stored: Tensor) -> tuple[int, ...]:
-        return self.now.shape_of(stored)
-
-    def unpack(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.now.unpack(stored, dtype)
-
-    def to(self, device: torch.device) -> Packing:
-        return self.now.to(device)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """owner, name: the parameter. packing: of a packed one, with the places of its tensors by their fields."""
-
-    owner: nn.Module
-    name: str
-    place: _Place
-    packing: _Moving | None
-    parts: dict[str, _Place]
-
-    def bind(self, flat: Tensor) -> None:
-        parameter = same_weight(nn.Parameter(self.place.of(flat), requires_grad=False), self)
-        if self.packing is not None:
-            parts: dict[str, Any] = {field: place.of(flat) for field, place in self.parts.items()}
-            self.packing.now = replace(self.packing.now, **parts)  # type: ignore[type-var]
-            pack(parameter, self.packing)
-        self.owner._parameters[self.name] = parameter
-
-
-class _Block:
-    """A block's weights as one tensor of bytes in main memory."""
-
-    def __init__(self, module: nn.Module, memory: PinnedMemory):
-        self.weights: list[_Weight] = []
-        tensors: list[tuple[_Place, Tensor]] = []
-        end = 0
-
-        def place(tensor: Tensor) -> _Place:
-            nonlocal end
-            found = _Place(-(-end // _ALIGNMENT) * _ALIGNMENT, tensor.dtype, tensor.shape)
-            tensors.append((found, tensor))
-            end = found.end
-            return found
-
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is None:
-                    continue
-                where, packing = place(parameter.detach()), packing_of(parameter)
-                parts = {} if packing is None else {name: place(part) for name, part in _tensors(packing).items()}
-                moving = None if packing is None else _Moving(packing)
-                self.weights.append(_Weight(owner, name, where, moving, parts))
-        self.flat = memory.take(-(-end // _ALIGNMENT) * _ALIGNMENT)
-        for where, tensor in tensors:
-            where.of(self.flat).copy_(tensor)
-        self.bind(self.flat)
-
-    def bind(self, flat: Tensor) -> None:
-        for weight in self.weights:
-            weight.bind(flat)
-
-
-def _tensors(packing: Packing) -> dict[str, Tensor]:
-    named = {field.name: getattr(packing, field.name) for field in fields(packing)}  # type: ignore[arg-type]
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 class _Buffer:
@@ -137,9 +44,8 @@ class BlockOffload:
         self.device, self.moved = device, 0
         self._modules = [blocks[index] for index in offloaded(len(blocks), count)]
         self._numbers = {id(module): number for number, module in enumerate(self._modules)}
-        self._owners = {id(owner): module for module in self._modules for owner in module.modules()}
-        self._missing = {id(module): _count(module) for module in self._modules}
-        self._blocks: dict[int, _Block] = {}
+        self._arrivals = Arrivals(self._modules)
+        self._blocks: dict[int, BlockBytes] = {}
         self._memory = PinnedMemory()
         self._buffers: list[_Buffer] = []
         self._last = -1
@@ -157,12 +63,10 @@ class BlockOffload:
 
     def take(self, owner: nn.Module) -> None:
         """A weight of this module was bound. The last one of a block takes the block to main memory."""
-        module = self._owners.get(id(owner))
+        module = self._arrivals.completed_by(owner)
         if module is None:
             return
-        self._missing[id(module)] -= 1
-        if self._missing[id(module)] == 0:
-            self._blocks[self._numbers[id(module)]] = _Block(module, self._memory)
+        self._blocks[self._numbers[id(module)]] = BlockBytes(module, self._memory.take)
         if len(self._blocks) == len(self._modules) and not self._buffers:
             size = max(block.flat.numel() for block in self._blocks.values())
             self._buffers = [_Buffer(size, self.device) for _ in range(min(BUFFERS, len(self._modules)))]
@@ -173,7 +77,7 @@ class BlockOffload:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self._blocks, self._buffers, self._last = {}, [], -1
         self._memory.clear()
-        self._missing = {id(module): _count(module) for module in self._modules}
+        self._arrivals.begin_again()
 
     def enter(self, module: nn.Module) -> None:
         """The block computes next, forwards, or once more for its backward pass."""
@@ -215,6 +119,3 @@ class BlockOffload:
         self.moved += block.flat.numel()
         return buffer
 
-
-def _count(module: nn.Module) -> int:
-    return sum(1 for _ in module.parameters())

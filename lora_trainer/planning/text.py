@@ -183,6 +183,7 @@ def _comparable(config: TrainConfig, info: ModelInfo, host: Host, past: PastRuns
 def _memory(model: MetaLanguageModel, config: TrainConfig, precision: Precision, work: _Work) -> tuple[int, float]:
     """Bytes of a run at its fullest moment, and those of the weights in it. Raises UserError where nothing learns."""
     from lora_trainer.adapters.inject import choose
+    from lora_trainer.models.sharding import WHOLE_BLOCKS
     from lora_trainer.training.forecast import learning_bytes, number_bytes
 
     choose(model.targets, config)  # which finds what selects no layer
@@ -192,7 +193,11 @@ def _memory(model: MetaLanguageModel, config: TrainConfig, precision: Precision,
         weights = (model.weights - model.in_blocks) * stored + model.in_blocks * _NF4_BYTES
     tokens = work.longest * min(config.batch_size, work.trained * config.repeats)
     kept = model.kept(tokens, config.gradient_checkpointing) * computed
-    return int(weights + learning_bytes(model.targets, config) + kept + _HEAD_BYTES), weights
+    held, processes = weights, len(config.gpus or ())
+    if config.shard_base and processes > 1:
+        absent = model.blocks * (1 - 1 / processes) - WHOLE_BLOCKS
+        held -= max(0, absent) * model.in_blocks / model.blocks * stored
+    return int(held + learning_bytes(model.targets, config) + kept + _HEAD_BYTES), weights
 
 
 def _model(config: TrainConfig, info: ModelInfo, host: Host, busy: bool) -> MetaLanguageModel | None:

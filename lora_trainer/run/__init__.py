@@ -1,6 +1,23 @@
 """One run, assembled: configuration + lent model + pictures -> a finished LoRA."""
 
-from lora_trainer.run.beginning import check_files, file_lender, look_at_data, with_all_others
+from lora_trainer.run.beginning import (
+    check_files,
+    check_processes,
+    file_lender,
+    look_at_data,
+    with_all_others,
+    with_work_for_all,
+)
 from lora_trainer.run.engine import Result, summary, train
 
-__all__ = ["Result", "check_files", "file_lender", "look_at_data", "summary", "train", "with_all_others"]
+__all__ = [
+    "Result",
+    "check_files",
+    "check_processes",
+    "file_lender",
+    "look_at_data",
+    "summary",
+    "train",
+    "with_all_others",
+    "with_work_for_all",
+]

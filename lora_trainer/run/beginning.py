@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +14,38 @@ from lora_trainer.models.base import Lender
 from lora_trainer.run.workloads import task_of, workload_of
 from lora_trainer.training.optim import check_optimizer
 from lora_trainer.training.precision import resolve
+from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.state import named_state
 
 
-def file_lender(config: TrainConfig) -> Lender:
-    """The lender of ``base_model`` as a file or folder. Raises UserError when there is none."""
+def file_lender(config: TrainConfig, ranks: Ranks = ALONE) -> Lender:
+    """The lender of ``base_model`` as a file or folder. ranks: the processes that train on it, which may share it.
+
+    Raises UserError when there is none.
+    """
     if not config.base_model:
         raise UserError("is empty.", field="base_model", remedy="Give the path of a .safetensors checkpoint.")
     if not Path(config.base_model).exists():
         message = f"There is no {config.base_model}."
         raise UserError(message, field="base_model", remedy="Give the path of a .safetensors checkpoint.")
-    return workload_of(config).file_lender(config, resolve(config.device, config.mixed_precision))
+    precision = resolve(config.device, config.mixed_precision)
+    return workload_of(config).file_lender(config, precision, ranks.peers if config.shard_base else None)
+
+
+def check_processes(config: TrainConfig, count: int) -> None:
+    """Raises UserError for settings that so many processes cannot train with."""
+    if config.shard_base and count < 2:
+        raise UserError(
+            "One process alone has nobody to share the base model with.",
+            field="shard_base",
+            remedy="Start several with torchrun, name several gpus in the tab, or set shard_base: false.",
+        )
+
+
+def with_work_for_all(config: TrainConfig, count: int) -> TrainConfig:
+    """The settings with a micro-batch for each of so many processes in every step."""
+    accumulation = max(count, config.gradient_accumulation_steps)
+    return dataclasses.replace(config, gradient_accumulation_steps=accumulation)
 
 
 def check_files(config: TrainConfig) -> LoraFile | None:

@@ -19,7 +19,13 @@ from lora_trainer.config import FACTS, TrainConfig, to_mapping, to_yaml
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write, sha256_file
 from lora_trainer.models.base import Lender, LentNetwork
-from lora_trainer.run.beginning import check_files, look_at_data, with_all_others
+from lora_trainer.run.beginning import (
+    check_files,
+    check_processes,
+    look_at_data,
+    with_all_others,
+    with_work_for_all,
+)
 from lora_trainer.run.environment import write_environment
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.passes import Passes, first_pass, second_pass
@@ -85,7 +91,13 @@ def train(
     """
     callbacks, commands = callbacks or TrainCallbacks(), commands or TrainCommands()
     ranks.listen(commands)
-    config = with_work_for_all(dataclasses.replace(config, output_name=output_name(config)), ranks, callbacks)
+    given = dataclasses.replace(config, output_name=output_name(config))
+    config = with_work_for_all(given, ranks.size)
+    if config != given:
+        callbacks.on_warning(
+            f"gradient_accumulation_steps is {ranks.size} instead of {given.gradient_accumulation_steps}, as "
+            f"{ranks.size} processes share the micro-batches of a step. The learning rate stays as it is."
+        )
     before = first_pass(config)
     if before is None:
         return _train(config, lender, callbacks, commands, previewer, captioners, ranks)
@@ -110,6 +122,7 @@ def _train(
     try:
         initial = check_files(config)
         check_optimizer(config)
+        check_processes(config, ranks.size)
         workload = workload_of(config).open(config, lender, callbacks, commands, captioners, ranks)
     except UserError as error:
         others = with_all_others(error, config, lambda config: lender, lambda config: look_at_data(config, captioners))
@@ -185,7 +198,7 @@ def _train(
                     result = dataclasses.replace(result, merged=merge())
             except UserError as error:  # the LoRA is there all the same
                 callbacks.on_warning(f"The LoRA is finished, but not merged: {error}")
-    ranks.meet(None)  # rank 0 has saved everything
+        ranks.meet(None)  # rank 0 has saved everything, and needs nothing of what the others have of the model
     return result
 
 
@@ -208,17 +221,6 @@ def summary(result: Result, resume: str = "auto") -> str:
         how = "the same command again" if resume == "auto" else "it again with resume: auto"
         lines.append(f"Start {how} to go on from here.")
     return "\n".join(lines)
-
-
-def with_work_for_all(config: TrainConfig, ranks: Ranks, callbacks: TrainCallbacks) -> TrainConfig:
-    """The settings with a micro-batch for each process in every step; that there are more is said."""
-    if config.gradient_accumulation_steps >= ranks.size:
-        return config
-    callbacks.on_warning(
-        f"gradient_accumulation_steps is {ranks.size} instead of {config.gradient_accumulation_steps}, as "
-        f"{ranks.size} processes share the micro-batches of a step. The learning rate stays as it is."
-    )
-    return dataclasses.replace(config, gradient_accumulation_steps=ranks.size)
 
 
 def _refuse_other_data(run_key: Mapping[str, Any], ranks: Ranks) -> None:

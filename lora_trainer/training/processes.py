@@ -12,7 +12,7 @@ import pickle
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import RankFailedError, UserError
+from lora_trainer.models.sharding import Peers
+from lora_trainer.out_of_memory import is_out_of_memory
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.ranks import Ranks
 from lora_trainer.training.watch import Limits, Watch, peek
@@ -34,6 +36,9 @@ COLLECTIVE_SECONDS = 1800.0
 """A collective gives up after so long. Nothing waits in one that long: what fails, the watch finds before."""
 _LARGE = 2**20
 """A value of more bytes is broadcast instead of being put into the store."""
+_NO_END = timedelta(days=365)
+_NONE = 2**31
+"""Of all blocks of a base that is kept together, which are counted from 0."""
 _SOON, _SLOWEST_POLL = 0.05, 0.02
 
 
@@ -69,6 +74,8 @@ class Processes(Ranks):
         self._device = device
         self._count = 0  # of what all have done together
         self._told: list[str] = []  # keys that are still in the store
+        self._parts: Sequence[Tensor] = ()  # of the base's blocks, what this process keeps
+        self._needs: Any = None  # the group in which processes say which block they need
         self._on_gpu = device.type == "cuda" and dist.is_nccl_available()
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group("nccl" if self._on_gpu else "gloo", timeout=timeout)
@@ -94,7 +101,10 @@ class Processes(Ranks):
     def first(self, compute: Callable[[], Value]) -> Value:
         key = self._key("first")
         if self.leads:
-            data = pickle.dumps(value := compute())
+            value = compute()
+        self._take_part()
+        if self.leads:
+            data = pickle.dumps(value)
             large = len(data) > _LARGE
             self._put(key, b"large" if large else data)
         else:
@@ -107,6 +117,7 @@ class Processes(Ranks):
         return value if self.leads else pickle.loads(data)
 
     def meet(self, value: Value) -> list[Value]:
+        self._take_part()
         key = self._key("meet")
         self._put(f"{key}/{self.rank}", pickle.dumps(value))
         if self.leads:
@@ -119,6 +130,7 @@ class Processes(Ranks):
         return values
 
     def decide(self, stop: bool) -> bool:
+        self._take_part()
         key = self._key("decide")
         if self.leads:
             self._put(key, b"1" if stop else b"0")
@@ -145,14 +157,18 @@ class Processes(Ranks):
 
     def _get(self, key: str) -> bytes:
         """What is put there, whenever that is. Asked for again and again, as a question that waits may give up."""
+        return self._found(lambda: peek(self._store, key))
+
+    def _found(self, look: Callable[[], Value | None]) -> Value:
+        """What ``look`` finds sooner or later; a signal is heard meanwhile."""
         started = time.monotonic()
         with self._watch.waiting():
             while True:
                 if self._watch.problem is not None:
                     raise self._watch.problem
                 with self._connection():
-                    if (data := peek(self._store, key)) is not None:
-                        return data
+                    if (found := look()) is not None:
+                        return found
                 if (waited := time.monotonic() - started) > _SOON:
                     time.sleep(min(_SLOWEST_POLL, waited / 10))
 
@@ -166,6 +182,7 @@ class Processes(Ranks):
     # -- within a step
 
     def total(self, *numbers: float) -> list[float]:
+        self._take_part()
         values = torch.tensor(numbers, dtype=torch.float64)
         with self._collective():
             dist.all_reduce(values, group=self._small)
@@ -173,10 +190,12 @@ class Processes(Ranks):
         return values.tolist()
 
     def add(self, flat: Tensor) -> None:
+        self._take_part()
         with self._collective():
             dist.all_reduce(flat)
 
     def collect(self, flat: Tensor) -> list[Tensor]:
+        self._take_part()
         found = [torch.empty_like(flat) for _ in range(self.size)]
         with self._collective():
             dist.all_gather(found, flat)
@@ -196,6 +215,57 @@ class Processes(Ranks):
         """Who is to blame for an error of torch.distributed."""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return self._watch.verdict() or RankFailedError(f"{self.name} has lost the others: {reason}")
+
+    # -- a base of which each process keeps a part
+
+    @property
+    def peers(self) -> Peers | None:
+        return self
+
+    def keep(self, parts: Sequence[Tensor]) -> None:
+        """See ``models.sharding.Peers``. Where some are kept, all processes call it."""
+        self._parts = parts
+        if parts and self._needs is None:
+            with self._collective():
+                self._needs = dist.new_group(backend="gloo", timeout=_NO_END)
+
+    def gather(self, number: int) -> Tensor:
+        while True:
+            needed = self._needed(number)
+            whole = self._gathered(needed)
+            if needed == number:
+                return whole
+
+    def _take_part(self) -> None:
+        """Before all processes do something together: until no other one needs a block any more."""
+        while self._parts and (needed := self._needed(_NONE)) != _NONE:
+            self._gathered(needed)
+
+    def _needed(self, number: int) -> int:
+        """The block that is gathered next: of those that any process needs, the one with the lowest number."""
+        needed = torch.tensor(number)
+        work = dist.all_reduce(needed, dist.ReduceOp.MIN, group=self._needs, async_op=True)
+        self._found(lambda: work.is_completed() or None)
+        with self._connection():
+            work.wait()
+        return int(needed)
+
+    def _gathered(self, number: int) -> Tensor:
+        part = self._parts[number]
+        try:
+            whole = part.new_empty(self.size * part.numel())
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # No less would do, and the others wait: nothing can be repeated with less memory here.
+            message = "The memory of the device does not suffice for a whole block of the base model beside the rest."
+            raise UserError(message, field="batch_size", remedy="Lower it, or the resolution or max_length.") from error
+        with self._collective():
+            if self._on_gpu:
+                dist.all_gather_into_tensor(whole, part)
+            else:  # gloo cannot do that in torch 2.1
+                dist.all_gather(list(whole.chunk(self.size)), part)
+        return whole
 
     # -- what the others must know
 

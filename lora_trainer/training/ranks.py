@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from lora_trainer.models.sharding import Peers
 from lora_trainer.training.callbacks import TrainCommands
 
 Value = TypeVar("Value")
@@ -36,6 +37,11 @@ class Ranks:
     def numbered(self, parts: Sequence[Part]) -> Iterator[tuple[int, Part]]:
         """This process's micro-batches with their numbers among those of the whole step."""
         return ((self.rank + place * self.size, part) for place, part in enumerate(parts))
+
+    @property
+    def peers(self) -> Peers | None:
+        """The processes that can keep a base model together; None where there is only one."""
+        return None
 
     # -- what all do together, in main memory; each waits for the others, however long
 

@@ -88,8 +88,8 @@ class TrainingStep:
             self.graphs.give_up("cuda_graphs is off.")
         elif self.shared is not None and self.shared.in_order:
             self.graphs.give_up("each micro-batch's gradients are kept apart.")
-        elif config.offload_blocks:
-            self.graphs.give_up("offload_blocks moves the weights.")
+        elif config.offload_blocks or config.shard_base:
+            self.graphs.give_up("the weights move.")
         elif self.regularisers:
             self.graphs.give_up("there are regularisers.")
         self.recovery = recovery

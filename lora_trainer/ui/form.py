@@ -34,7 +34,7 @@ _WORDS = {"lora": "LoRA", "snr": "SNR", "ema": "EMA", "lr": "learning rate", "va
           "lokr": "LoKr", "metadata": "caption", "path": "table", "diffusers": "diffusers"}  # fmt: skip
 _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_prediction": "V-prediction",
            "metadata_path": "Caption table",
-           "gpus": "GPUs",
+           "gpus": "GPUs", "shard_base": "Shard the base model",
            "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
            "reg_data_dir": "Regularization folder", "preserve": "Keep what the model knows",
            "merge_into_base": "Merge into base model",
@@ -56,7 +56,7 @@ def advanced() -> Markup:
     from lora_trainer.devices import gpu_count  # torch is slow to import
 
     sections = []
-    hidden = {"gpus"} if gpu_count() < 2 else set[str]()
+    hidden = {"gpus", "shard_base"} if gpu_count() < 2 else set[str]()
     for group, kind in GROUPS:
         fields = [field(one.name) for one in dataclasses.fields(kind)
                   if FACTS[one.name].given_by == "form" and one.name not in hidden]  # fmt: skip

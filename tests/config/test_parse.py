@@ -221,6 +221,7 @@ def _values(field: dataclasses.Field) -> st.SearchStrategy:
 DEPENDENT = {
     "resolution", "output_name", "bucket_step", "min_bucket_resolution", "max_bucket_resolution",
     "min_timestep", "max_timestep", "dora", "debiased_estimation", "adapter", "augmentations", "offload_blocks",
+    "shard_base",
 }  # fmt: skip
 SIMPLE = [
     field

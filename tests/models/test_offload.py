@@ -101,7 +101,7 @@ def test_which_blocks_are_there_and_what_is_copied(base):
                 sizes[count] = gpu.allocated
                 if not count:
                     continue
-                offload, seen = model.offload, []
+                offload, seen = model.blocks, []
                 enter = offload.enter
 
                 def watched(block, enter=enter, offload=offload, seen=seen):
@@ -136,7 +136,7 @@ def test_what_left_for_other_parts_comes_back(base):
         model.residency.make_room(["vae"])
         gc.collect()
         there = gpu.allocated
-        assert model.offload.waiting_bytes == 0
+        assert model.blocks.waiting_bytes == 0
         found = passes(model, steps=1)
         assert all(torch.equal(one, other) for one, other in zip(expected, found)) and gpu.peak > there
 

@@ -34,7 +34,8 @@ def failures(folder, tiny_base, cases):
     for number, (where, how) in enumerate(cases):
         kind = "pictures" if where == "caching" else "text"
         settings = {**kinds[kind], "output_dir": str(folder / f"{where} {how}")}
-        plan[f"{where} {how}"] = (2, [{**settings, "_act": ["fail", WHERE[where], where, how]}], 0)
+        sharded = {"shard_base": True, "gradient_checkpointing": True} if where == "step" else {}
+        plan[f"{where} {how}"] = (2, [{**settings, **sharded, "_act": ["fail", WHERE[where], where, how]}], 0)
         plan[f"{where} {how} again"] = (1 + number % 2, [settings], 1)
         plan[f"{kind} whole"] = (1, [{**kinds[kind], "output_dir": str(folder / f"{kind} whole")}], 1)
     signal = {**kinds["text"], "epochs": 100, "output_dir": str(folder / "signal")}

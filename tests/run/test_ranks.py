@@ -104,10 +104,17 @@ def test_fewer_micro_batches_than_processes_are_raised_said_and_kept(found):
 @pytest.mark.slow
 def test_waiting_lasts_longer_than_a_collective(base, tmp_path):
     """Encoding a picture, a pause and previews take twice as long each."""
-    slow = {**base, "output_dir": str(tmp_path / "slow"), "max_train_steps": 2, "_act": ["dawdle", 2 * TIMEOUT]}
-    said = runs(tmp_path, {"slow": (2, [{**slow, "_timeout": TIMEOUT}])})["slow"]
-    assert [rank["code"] for rank in said] == [0, 0], said
-    assert said[0]["results"][0]["step"] == 2 and said[1]["seconds"] > 6 * TIMEOUT
+    model, rows = tiny_language_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    text = {"task": "text", "base_model": str(model), "train_data_dir": str(rows), "resolution": "auto",
+            "shard_base": True, "gradient_checkpointing": True}  # fmt: skip
+    plan = {}
+    for name, more in {"pictures": {}, "text": text}.items():
+        slow = {**base, **more, "max_train_steps": 2, "_act": ["dawdle", 2 * TIMEOUT], "_timeout": TIMEOUT}
+        plan[name] = (2, [{**slow, "output_dir": str(tmp_path / name)}])
+    for name, said in runs(tmp_path, plan).items():
+        assert [rank["code"] for rank in said] == [0, 0], said
+        assert said[0]["results"][0]["step"] == 2
+        assert said[1]["seconds"] > (6 if name == "pictures" else 4) * TIMEOUT
 
 
 def test_rank_0_alone_writes_and_counts_every_picture_once(found):

@@ -17,6 +17,7 @@ from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.binding import Binding
 from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.residency import Residency
+from lora_trainer.models.sharding import ShardedBlocks
 
 PARTS = ("unet", "vae", "text_encoders")
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
@@ -48,7 +49,7 @@ class PartedModel:
     unet, vae, text_encoders: modules on meta, each with what binds it. They are to be cast by ``cast_layers`` already,
     but for the VAE. text_salt: what, beside the text encoders' weights, decides on an encoding.
     reload: the tensors can be read again, so parts may leave the device where its memory does not hold them all.
-    offload: of the denoiser's blocks; None where all of them stay on the device.
+    blocks: the denoiser's, where they come to the device as they compute; None where all of them stay there.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class PartedModel:
         text_encoders: Sequence[tuple[nn.Module, list[Binding]]],
         text_salt: str,
         reload: bool,
-        offload: BlockOffload | None = None,
+        blocks: BlockOffload | ShardedBlocks | None = None,
     ):
-        self.offload = offload
+        self.blocks = blocks
         self.info, self.architecture, self.device, self.compute_dtype = info, architecture, device, compute_dtype
         self.unet, self._unet_bindings = unet
         self.vae, self._vae_bindings = vae
@@ -87,7 +88,11 @@ class PartedModel:
                     raise RuntimeError(f"the buffer {name} was left on meta")
             encoder.to(device)  # buffers only: the parameters are there already
         self._load(tensors, "unet")
-        self.network_key = weights_digest(self._unet_bindings, f"{architecture.family} unet")
+        sharded = self.blocks if isinstance(self.blocks, ShardedBlocks) else None
+        if sharded is not None:
+            self.hold("unet")  # other processes compute with what this one has of it
+        bring = None if sharded is None else sharded.enter_block_of
+        self.network_key = weights_digest(self._unet_bindings, f"{architecture.family} unet", bring)
 
     # Weights ------------------------------------------------------------------------------------------------------
 
@@ -103,8 +108,8 @@ class PartedModel:
         for part in parts:
             for binding in bindings[part]:
                 binding.bind(tensors, self.device if move else None)
-                if self.offload is not None:
-                    self.offload.take(binding.owner)
+                if self.blocks is not None:
+                    self.blocks.take(binding.owner)
 
     def _load(self, tensors: Mapping[str, Tensor], part: str) -> None:
         if self.residency is None:
@@ -120,8 +125,8 @@ class PartedModel:
     def _unbind(self, part: str) -> None:
         for binding in dict(zip(PARTS, (self._unet_bindings, self._vae_bindings, self._text_bindings)))[part]:
             binding.unbind()
-        if part == "unet" and self.offload is not None:
-            self.offload.clear()
+        if part == "unet" and self.blocks is not None:
+            self.blocks.clear()
 
     def compute_on(self, device: torch.device) -> None:
         """Compute there from now on; the lender sees to it that the weights are there when they are needed."""
@@ -225,15 +230,20 @@ class PartedModel:
 
 
 @torch.no_grad()
-def weights_digest(bindings: Sequence[Binding], salt: str) -> str:
-    """SHA-256 over names, shapes and up to 32 values of every bound tensor: cheap, and other weights give another."""
+def weights_digest(bindings: Sequence[Binding], salt: str, bring: Callable[[nn.Module], None] | None = None) -> str:
+    """SHA-256 over names, shapes and up to 32 values of every bound tensor: cheap, and other weights give another.
+
+    bring: called with a module whose weights are read next.
+    """
     digest = hashlib.sha256(salt.encode())
     samples = []
     for binding in bindings:
+        if bring is not None:
+            bring(binding.owner)
         tensor = binding.owner._parameters[binding.name]
         digest.update(f"{binding.source} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1)
-        samples.append(flat[:: max(1, flat.numel() // 32)][:32].float())
+        samples.append(flat[:: max(1, flat.numel() // 32)][:32].to(torch.float32, copy=True))
     for device in dict.fromkeys(sample.device for sample in samples):  # one copy from each, not one for each tensor
         there = [index for index, sample in enumerate(samples) if sample.device == device]
         copies = torch.cat([samples[index] for index in there]).cpu()

@@ -14,6 +14,7 @@ from lora_trainer.errors import UserError, concerning
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
+from lora_trainer.models.sharding import Peers
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.workloads.base import digest
@@ -33,8 +34,8 @@ class OfImageModel:
         self._config, self._lender, self._info, self._size = config, lender, info, size
 
     @staticmethod
-    def file_lender(config: TrainConfig, precision: Precision) -> FileLender:
-        """The lender of ``base_model`` as a file."""
+    def file_lender(config: TrainConfig, precision: Precision, peers: Peers | None = None) -> FileLender:
+        """The lender of ``base_model`` as a file. peers: the processes that keep it together."""
         return FileLender(
             config.base_model,
             device=precision.device,
@@ -46,6 +47,7 @@ class OfImageModel:
             text_encoders=config.text_encoders,
             base_precision=config.base_precision,
             offload_blocks=config.offload_blocks,
+            peers=peers,
         )
 
     def run_key(self, model: LentModel) -> dict[str, Any]:

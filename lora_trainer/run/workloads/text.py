@@ -22,6 +22,7 @@ from lora_trainer.models.families.causal_lm.families import LANGUAGE_FAMILIES, f
 from lora_trainer.models.families.causal_lm.folder import load_tokenizer, read_config
 from lora_trainer.models.families.causal_lm.lender import LanguageModelLender
 from lora_trainer.models.families.causal_lm.model import LanguageModel
+from lora_trainer.models.sharding import Peers
 from lora_trainer.run.outputs import AdapterFolders, Outputs
 from lora_trainer.run.saving import AdapterSaver
 from lora_trainer.run.workloads.base import Work, digest
@@ -46,14 +47,15 @@ class Texts:
         self._config, self._rows, self._split = config, rows, split
 
     @staticmethod
-    def file_lender(config: TrainConfig, precision: Precision) -> LanguageModelLender:
-        """The lender of ``base_model`` as a folder."""
+    def file_lender(config: TrainConfig, precision: Precision, peers: Peers | None = None) -> LanguageModelLender:
+        """The lender of ``base_model`` as a folder. peers: the processes that keep it together."""
         return LanguageModelLender(
             config.base_model,
             precision.device,
             precision.weight_dtype,
             trust_remote_code=config.trust_remote_code,
             nf4=config.quantize == "nf4",
+            peers=peers,
         )
 
     @staticmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_trainer.models.base import LentNetwork, LoraTarget, ModelInfo
 from lora_trainer.models.families.causal_lm.network import decoder_layers, head_of
+from lora_trainer.models.sharding import ShardedBlocks
 
 _ATTENTION = {"self_attn", "self_attention", "attention"}
 _ALSO_NAMED = {
@@ -36,11 +39,19 @@ class Head:
 
 
 class LanguageModel(LentNetwork):
-    """See ``LentNetwork``. network: transformers', in eval mode, with frozen weights."""
+    """See ``LentNetwork``. network: transformers', in eval mode, with frozen weights. blocks: its own, where several
+    processes keep them together."""
 
     def __init__(
-        self, network: nn.Module, info: ModelInfo, device: torch.device, compute_dtype: torch.dtype, network_key: str
+        self,
+        network: nn.Module,
+        info: ModelInfo,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        network_key: str,
+        blocks: ShardedBlocks | None = None,
     ):
+        self._blocks = blocks
         self.network, self.info, self.device = network, info, device
         self.compute_dtype, self.network_key = compute_dtype, network_key
         self._prefix, self._layers = decoder_layers(network)
@@ -48,6 +59,7 @@ class LanguageModel(LentNetwork):
         # Its name in late releases of transformers 5, and before.
         known = inspect.signature(network.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
+        self.set_gradient_checkpointing(False)
         self._softcap = getattr(network.config, "final_logit_softcapping", None)
 
     @property
@@ -93,8 +105,15 @@ class LanguageModel(LentNetwork):
         """Ours, around whole blocks: transformers' own works in training mode only, and differs between releases."""
         for layer in self._layers:
             vars(layer).pop("forward", None)
-            if enabled:
+            if self._blocks is not None:
+                layer.forward = _recomputed(partial(self._entered, layer, layer.forward))
+            elif enabled:
                 layer.forward = _recomputed(layer.forward)
+
+    def _entered(self, layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        assert self._blocks is not None
+        self._blocks.enter(layer)
+        return forward(*arguments, **named)
 
     def send(self, device: torch.device | str) -> None:
         """Keep the weights on this device for now; steps need them on ``device``."""
@@ -102,6 +121,9 @@ class LanguageModel(LentNetwork):
 
     def release(self) -> None:
         """Let go of all weights."""
+        self._blocks, blocks = None, self._blocks
+        if blocks is not None:
+            blocks.clear()
         self.set_gradient_checkpointing(False)
         for module in self.network.modules():
             for name, parameter in module._parameters.items():

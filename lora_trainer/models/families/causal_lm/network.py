@@ -70,8 +70,11 @@ def bind_weights(
     device: torch.device,
     source: Path,
     frozen: Callable[[nn.Module, str, Tensor], nn.Parameter] = as_it_is,
+    taken: Callable[[nn.Module], None] = lambda owner: None,
 ) -> None:
-    """Give every parameter its tensor, and every buffer its place on ``device``. frozen: makes the parameters.
+    """Give every parameter its tensor, and every buffer its place on ``device``.
+
+    frozen: makes the parameters. taken: is told whose parameter was given its tensor.
 
     Raises:
         UserError: a tensor is missing, or has another shape than config.json says.
@@ -93,6 +96,7 @@ def bind_weights(
                     remedy="Its config.json and its weights are of different models.",
                 )
             module._parameters[name] = frozen(module, name, value)
+            taken(module)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)

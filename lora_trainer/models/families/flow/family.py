@@ -25,6 +25,7 @@ from lora_trainer.models.families.unet.binding import build_text_encoder, build_
 from lora_trainer.models.families.unet.folder import add_vae_file
 from lora_trainer.models.family import Family, MetaModel, Shapes
 from lora_trainer.models.hints import Hints
+from lora_trainer.models.sharding import Peers
 from lora_trainer.models.tensors import Tensors
 
 T5_XXL = T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32)
@@ -177,6 +178,7 @@ class FlowFamily(Family):
         alphas_cumprod: Tensor | None = None,
         reload: bool = False,
         offload_blocks: int = 0,
+        peers: Peers | None = None,
     ) -> FlowModel:
         """tensors: by their names in an all-in-one file (``model.diffusion_model.…``, ``first_stage_model.…``,
         ``text_encoders.clip_l.transformer.…``, ``text_encoders.t5xxl.transformer.…``), in any mix of number formats.
@@ -184,7 +186,7 @@ class FlowFamily(Family):
         self.check_complete(architecture, info.name)
         device = torch.device(device)
         return self.model(
-            self, tensors, architecture, tokenizer, info, device, compute_dtype, reload, offload_blocks
+            self, tensors, architecture, tokenizer, info, device, compute_dtype, reload, offload_blocks, peers
         )  # fmt: skip
 
     def default_resolution(self, info: ModelInfo) -> int:

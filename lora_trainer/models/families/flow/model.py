@@ -21,6 +21,7 @@ from lora_trainer.models.families.parts import PartedModel, checkpoint
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_vae, parameters_of
 from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.prompts import parse_weights
+from lora_trainer.models.sharding import Peers, ShardedBlocks
 
 if TYPE_CHECKING:
     from lora_trainer.models.families.flow.family import FlowFamily
@@ -41,6 +42,7 @@ class FlowModel(PartedModel, ABC):
         compute_dtype: torch.dtype,
         reload: bool = False,
         offload_blocks: int = 0,
+        peers: Peers | None = None,
     ):
         self.family, self._tokenizer = family, tokenizer
         self.schedule = family.schedule(architecture.transformer)
@@ -57,7 +59,11 @@ class FlowModel(PartedModel, ABC):
             # T5's activations leave the range of fp16.
             cast_layers(module, torch.float32 if compute_dtype == torch.float16 else compute_dtype)
             encoders.append((module, _bindings(module, t5.prefix, {"shared.weight": f"{t5.embedding}.weight"})))
-        offloads = offload_blocks > 0 and device.type == "cuda"
+        blocks: BlockOffload | ShardedBlocks | None = None
+        if peers is not None:
+            blocks = ShardedBlocks(blocks_of(transformer), peers, device)
+        elif offload_blocks > 0 and device.type == "cuda":
+            blocks = BlockOffload(blocks_of(transformer), offload_blocks, device)
         super().__init__(
             tensors,
             architecture,
@@ -69,7 +75,7 @@ class FlowModel(PartedModel, ABC):
             text_encoders=encoders,
             text_salt=self._text_salt(),
             reload=reload,
-            offload=BlockOffload(blocks_of(transformer), offload_blocks, device) if offloads else None,
+            blocks=blocks,
         )
         self.set_gradient_checkpointing(False)
 
@@ -98,16 +104,16 @@ class FlowModel(PartedModel, ABC):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Compute each block of the transformer anew in the backward pass instead of keeping what is inside.
 
-        It is always so where blocks are offloaded: by then the weights that autograd would have kept are elsewhere.
+        It is always so where the weights that autograd would keep are elsewhere by then.
         """
-        if self.offload is not None:
+        if self.blocks is not None:
             self.unet.run = partial(checkpoint, self._entered)
         else:
             self.unet.run = checkpoint if enabled else directly
 
     def _entered(self, block: nn.Module, *inputs: Tensor) -> Any:
-        assert self.offload is not None
-        self.offload.enter(block)
+        assert self.blocks is not None
+        self.blocks.enter(block)
         return block(*inputs)
 
 
