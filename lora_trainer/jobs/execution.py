@@ -98,7 +98,7 @@ def _train(
     store.update(job.id, base_model=info.name, family=info.family, architecture=architecture, host=host.name)
     log.info("Job %s, attempt %s: %s on %s (%s)", job.id, job.attempt, job.name, info.name, info.family)
     if config.gpus:
-        return train_in_processes(config, host, reporter, commands, log_path)
+        return _train_beside(config, host, reporter, commands, log_path)
     reporter.device = precision_of(config, host).device
     previewer = None
     if config.preview_prompts and config.task != "text" and host.name != "standalone":  # it has the run's own sampler
@@ -107,6 +107,20 @@ def _train(
     return train(
         config, lender, callbacks=reporter, commands=commands, previewer=previewer, captioners=captioners
     )  # fmt: skip
+
+
+def _train_beside(
+    config: TrainConfig, host: Host, reporter: JobReporter, commands: TrainCommands, log_path: Path
+) -> Any:
+    """The processes do not have the server's captioners: it describes the pictures before it starts them."""
+    from lora_trainer.run import Result
+    from lora_trainer.run.captioning import caption_for_training
+
+    if config.task == "image":
+        captioned = caption_for_training(config, reporter, commands, host.device_turn, captioner_sources(host))
+        if captioned is not None and captioned.cancelled:
+            return Result("stopped", 0, 0, 0.0, None, name=config.output_name, trigger_word=config.trigger_word)
+    return train_in_processes(config, host, reporter, commands, log_path)
 
 
 def lender_of(host: Host, config: TrainConfig) -> Lender:

@@ -18,10 +18,13 @@ import torch
 from fastapi import FastAPI
 
 from lora_trainer.api import add_routes
+from lora_trainer.captioning.base import Description, HostCaptioner, Tag
+from lora_trainer.config import from_mapping
+from lora_trainer.dataset.caption_files import read_captions
 from lora_trainer.errors import UserError
 from lora_trainer.host.base import PreviewRequest
 from lora_trainer.host.standalone import StandaloneHost
-from lora_trainer.jobs import processes
+from lora_trainer.jobs import execution, processes
 from lora_trainer.jobs.worker import JobManager
 from lora_trainer.run.lines import ProgressLines, obey
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
@@ -246,6 +249,29 @@ def test_gpus_that_are_not_there_are_refused_at_once(idle, host, settings, monke
     with pytest.raises(UserError, match=re.escape(problem)) as caught:
         idle.submit(wish)
     assert caught.value.field == "gpus"
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_server_describes_pictures_without_captions_before_the_processes_start(
+    host, settings, tmp_path, monkeypatch, stops
+):
+    pictures, commands, found = draw_dataset(tmp_path / "bare", 9, caption=lambda index: None), TrainCommands(), []
+
+    class Words:
+        def describe(self, images):
+            if stops:
+                commands.stop_and_save()
+            return [Description(tags=(Tag("disc"),)) for _ in images]
+
+        def close(self):
+            pass
+
+    host.captioners = lambda: {"words": HostCaptioner("Words", lambda settings: Words())}
+    monkeypatch.setattr(execution, "train_in_processes", lambda *of: found.append(len(read_captions(pictures))))
+    config = from_mapping({**settings, "train_data_dir": str(pictures), "task": "image"})
+    result = execution._train_beside(config, host, TrainCallbacks(), commands, tmp_path / "log")
+    assert found == ([] if stops else [9])
+    assert not stops or (result.status, result.lora) == ("stopped", None)
 
 
 def test_a_base_model_without_a_file_is_refused_in_one_sentence(idle, host, settings):
