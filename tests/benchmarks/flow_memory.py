@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
-from lora_trainer.models import offload, pinned
+from lora_trainer.models import block_bytes, offload, pinned
 from lora_trainer.models import quantize as quantizing
 from lora_trainer.models.base import Conditioning, ModelInfo
 from lora_trainer.models.casting import cast_layers
@@ -141,7 +141,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for parameter in module.parameters():
         yield parameter
         if (packing := packing_of(parameter)) is not None:
-            yield from offload._tensors(packing).values()
+            yield from block_bytes._tensors(packing).values()
 
 
 def _bytes(module: nn.Module) -> int:
