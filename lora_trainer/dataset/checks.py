@@ -55,7 +55,7 @@ _PAIR_TEXTS: dict[str, tuple[Severity, str, str]] = {
     ),
     "changed-copy": (
         "warning",
-        "The picture is {0} made brighter or darker, mirrored, cropped or turned a little.",
+        "The picture is {0} made brighter, darker or grey, mirrored, cropped or turned.",
         "Remove one: copies weigh double in what is learned. The setting flip mirrors pictures by itself.",
     ),
     "similar": (

@@ -31,7 +31,7 @@ _BITS = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8
 @dataclass(frozen=True)
 class Pair:
     """``second`` repeats ``first`` (indices, first < second). kind: "duplicate" (same bytes), "near-duplicate",
-    "changed-copy" (brighter or darker, mirrored, cropped or turned a little) or "similar"."""
+    "changed-copy" (brighter or darker, mirrored, cropped, turned or grey) or "similar"."""
 
     first: int
     second: int
@@ -46,7 +46,7 @@ def find_pairs(pictures: Sequence[Picture]) -> list[Pair]:
     layouts = Layouts(pictures)
     seen: dict[str, int] = {}
     pairs = []
-    for (second, alike), likely in zip(alike_earlier(pictures), layouts.likely()):
+    for (second, alike), likely, turned in zip(alike_earlier(pictures), layouts.likely(), layouts.turned()):
         picture = pictures[second]
         if (first := seen.setdefault(picture.digest, second)) != second:
             pairs.append(Pair(first, second, "duplicate"))
@@ -61,6 +61,7 @@ def find_pairs(pictures: Sequence[Picture]) -> list[Pair]:
                 best = mean, Pair(first, second, kind)
         if best is None or best[1].kind == "similar":
             copied = layouts.changed_copy(second, likely)
+            copied = layouts.turned_copy(second, turned) if copied is None else copied
             best = best if copied is None else (0.0, Pair(copied, second, "changed-copy"))
         if best:
             pairs.append(best[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageOps
 
 from lora_trainer.dataset import near
 from lora_trainer.dataset.checks import check_folder
@@ -75,6 +75,52 @@ def test_every_changed_copy_is_found(photographs, tmp_path, change):
     assert found == list(range(COUNT))
     assert all(pairs[COUNT + number].first == number for number in range(COUNT))
     assert {pair.kind for pair in pairs.values()} <= {"changed-copy", "near-duplicate"}
+
+
+def part(left, top, right, bottom):
+    """A crop to this part of a picture, in shares of its sides."""
+    return lambda image: image.crop(
+        (round(image.width * left), round(image.height * top), round(image.width * right), round(image.height * bottom))
+    )
+
+
+OTHER_CHANGES = {
+    "5 % off the left": part(0.05, 0, 1, 1),
+    "5 % off the top": part(0, 0.05, 1, 1),
+    "a corner off, 95 %": part(0, 0, 0.95, 0.95),
+    "the other corner off, 97 %": part(0.03, 0.03, 1, 1),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "grey and mirrored": lambda image: ImageOps.mirror(image).convert("L").convert("RGB"),
+    "upside down": lambda image: image.rotate(180),
+    "a quarter turn": lambda image: image.rotate(90, expand=True),
+    "a quarter turn back": lambda image: image.rotate(-90, expand=True),
+    "flipped": ImageOps.flip,
+    "upside down, 5 % off": lambda image: part(0.05, 0, 1, 1)(image.rotate(180)),
+}
+
+
+@pytest.mark.parametrize("turn_around", [False, True])
+def test_crops_off_the_middle_other_orientations_and_grey_copies_are_found(photographs, tmp_path, turn_around):
+    """Each change of a picture of its own, all in one set; the copy may come before its original."""
+    originals = photographs[1][: len(OTHER_CHANGES)]
+    copies = []
+    for number, change in enumerate(OTHER_CHANGES.values()):
+        change(scene(number)).save(tmp_path / "copy.png")
+        copies.append(inspect(tmp_path / "copy.png"))
+    count = len(copies)
+    pairs = find_pairs([*copies, *originals] if turn_around else [*originals, *copies])
+    found = {(pair.first, pair.second - count) for pair in pairs if pair.kind == "changed-copy"}
+    assert found == {(number, number) for number in range(count)}
+
+
+def test_a_drawing_in_another_place_or_upside_down_is_another(tmp_path):
+    drawing = Image.new("RGB", (256, 256), "white")
+    drawing.paste((200, 30, 30), (60, 40, 110, 150))
+    for number, other in enumerate([drawing, drawing.rotate(180), ImageChops.offset(drawing, 9, 5)]):
+        other.save(tmp_path / f"{number}.png")
+    pictures = [inspect(path) for path in sorted(tmp_path.glob("*.png"))]
+    assert all(picture.is_flat for picture in pictures)
+    assert [pair for pair in find_pairs(pictures) if pair.kind == "changed-copy"] == []
 
 
 def test_a_changed_copy_is_a_warning_with_both_names(tmp_path):
