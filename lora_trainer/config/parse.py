@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -11,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lora_trainer import plugins
 from lora_trainer.config.foreign import Translation, read_text, read_what_can_be_read
 from lora_trainer.config.names import ALIASES, is_text
@@ -20,10 +17,12 @@ from lora_trainer.config.problems import Problems
 from lora_trainer.config.prompts import parse_prompt
 from lora_trainer.config.schema import FACTS, TrainConfig
 from lora_trainer.config.values import check_limits, convert, is_off, kind_of, said_of, split_list, unquoted, wanted
-from lora_trainer.config.yaml_text import file_text
+from lora_trainer.config.yaml_text import file_text, yaml_value
 from lora_trainer.errors import ConfigError, UserError, unusable
 from lora_trainer.files import safe_name_problem
 
+_MOST_UNKNOWN = 20
+"""So many settings that do not exist are told, each with the name that is nearest, which takes time to find."""
 _OTHER_WORDS = {
     ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
     ("save_precision", "float"): "fp32", ("resume", ""): "auto",
@@ -84,8 +83,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         values[name] = text
         if _stands_as_it_is(name, text):
             continue
-        with contextlib.suppress(yaml.YAMLError):
-            values[name] = yaml.safe_load(text)
+        values[name] = yaml_value(text)
     return values
 
 
@@ -100,10 +98,14 @@ def from_mapping(values: Mapping[str, Any], before: Sequence[UserError] = ()) ->
     problems: list[UserError] = []
     clean: dict[str, Any] = {}
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    unknown = [given for given in values if ALIASES.get(given, given) not in known]
+    problems += [_unknown(given, known) for given in unknown[:_MOST_UNKNOWN]]
+    if len(unknown) > _MOST_UNKNOWN:
+        message = f"{len(unknown) - _MOST_UNKNOWN} more settings do not exist."
+        problems.append(UserError(message, remedy="This is no file of settings."))
     for given, value in values.items():
         name = ALIASES.get(given, given)
         if name not in known:
-            problems.append(_unknown(given, known))
             continue
         if name in clean:
             problems.append(UserError(f"'{given}' is a second name of '{name}', which is set too.", field=given,

@@ -13,6 +13,8 @@ from lora_trainer.errors import UnreadableError, UserError, shown
 _KEY = re.compile(r"[\"']?([\w.-]+)[\"']?\s*(?:[:=]|\s)")
 _MOST = 20
 """So many problems are told; who has more has given no file of settings."""
+_MOST_READ, _EACH = 300_000, 100
+"""Characters that are parsed to find them, each parse counted for so many more; reading as many takes seconds."""
 
 
 @dataclass
@@ -51,21 +53,24 @@ def parse_or_salvage(text: str, source: str, form: Form, faulty: Mapping[int, Us
     else:
         whole = Fault("", 1)
     entries, problems = _entries(text, form), dict(faulty)
+    budget = _Budget(form, _MOST_READ)
     for start in sorted(entries):
         if any(start <= line < start + len(entries[start]) for line in faulty):
             del entries[start]
             continue
+        if len(problems) > _MOST or budget.left < 0:
+            break
         try:
-            form.parse("\n".join(entries[start]))
+            budget.parse("\n".join(entries[start]))
         except Fault as fault:
             if fault.needs_others:
                 continue
             line = start - 1 + min(fault.line or 1, len(entries[start]))
             problems[line] = _problem(fault, line, entries.pop(start), start, source, form)
     values: dict[str, Any] = {}
-    while len(problems) <= _MOST:
+    while len(problems) <= _MOST and budget.left >= 0:
         try:
-            values = form.parse(_joined(entries))
+            values = budget.parse(_joined(entries))
             break
         except Fault as fault:
             line = fault.line or 0
@@ -78,24 +83,33 @@ def parse_or_salvage(text: str, source: str, form: Form, faulty: Mapping[int, Us
     raise UnreadableError([problems[line] for line in sorted(problems)][:_MOST], values)
 
 
+@dataclass
+class _Budget:
+    """Parses until so many characters are ``left``; below 0 it is used up."""
+
+    form: Form
+    left: int
+
+    def parse(self, text: str) -> dict[str, Any]:
+        self.left -= len(text) + _EACH
+        return self.form.parse(text)
+
+
 def _entries(text: str, form: Form) -> dict[int, list[str]]:
     """Lines of each entry, by the number of the first."""
     entries: dict[int, list[str]] = {}
-    start = 0
+    start = brackets = 0
+    quotes = [0, 0]
     for number, line in enumerate(text.split("\n"), start=1):
         outside = line[:1] not in ("", " ", "\t", "#", "-", "]", "}", "\r")
-        if not entries or form.begins.match(line) or (outside and not _is_open(entries[start])):
-            start = number
+        is_open = brackets > 0 or any(count % 2 for count in quotes)  # over several lines
+        if not entries or form.begins.match(line) or (outside and not is_open):
+            start, brackets, quotes = number, 0, [0, 0]
             entries[start] = []
         entries[start].append(line)
+        brackets += sum(line.count(one) for one in "[{") - sum(line.count(one) for one in "]}")
+        quotes = [count + line.count(one) for count, one in zip(quotes, ('"""', "'''"))]
     return entries
-
-
-def _is_open(lines: list[str]) -> bool:
-    """Whether brackets, or quotes for several lines, are not closed yet."""
-    text = "\n".join(lines)
-    opened = sum(text.count(one) for one in "[{") - sum(text.count(one) for one in "]}")
-    return opened > 0 or any(text.count(quotes) % 2 for quotes in ('"""', "'''"))
 
 
 def _joined(entries: Mapping[int, list[str]]) -> str:

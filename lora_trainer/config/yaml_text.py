@@ -17,7 +17,9 @@ from lora_trainer.errors import UserError, unusable
 
 _SETTING = re.compile(r'\s*(?:-\s+)?"?([\w.]+)"?\s*[:=]')
 _PATHS = settings_where(lambda facts: facts.path is not None)
-_LONGEST, _DEEPEST = 200_000, 20
+_LONGEST, _MOST_LINES, _DEEPEST = 200_000, 10_000, 20
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+"""What PyYAML raises; for a value that does not fit its tag, as in ``!!timestamp x``, whatever its conversion does."""
 _PATH_ENDINGS = ("_dir", "_path", "_folder", "_file", "_model", "path_or_name", "name_or_path")
 _SINGLE_BACKSLASH = re.compile(r'[:=]\s*"((?:\\\\|[^"\\])*\\[^"\\][^"]*)"')
 _FAULTS = (
@@ -39,9 +41,10 @@ _DRIVE = re.compile(r'(?<!\')"((?:[A-Za-z]:|\\\\\w+)(?:\\\\[^"\\]*)*\\[^"\\][^"]
 
 
 def file_text(path: Path) -> str:
-    """The text of a file of settings. Raises UserError when there is none."""
+    """The text of a file of settings. Raises UserError when there is none, or it is too long."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_LONGEST + 1)
     except FileNotFoundError:
         raise UserError(f"There is no configuration at {path}.", remedy="Check the path after --config.") from None
     except UnicodeDecodeError as error:
@@ -50,6 +53,8 @@ def file_text(path: Path) -> str:
         raise UserError(
             f"{path} cannot be read: {error.strerror}.", remedy="Give the path of a YAML, JSON or TOML file."
         ) from None
+    check_length(text, str(path))
+    return text
 
 
 def wrong_backslashes(text: str, source: str) -> dict[int, UserError]:
@@ -77,8 +82,13 @@ def check_length(text: str, source: str) -> None:
     """Raises UserError for a text that is too long for settings: reading megabytes of YAML takes minutes."""
     if len(text) > _LONGEST:
         raise UserError(
-            f"{source} has {len(text)} characters; that is no file of settings.",
+            f"{source} has more than {_LONGEST} characters; that is no file of settings.",
             remedy=f"Give one of up to {_LONGEST} characters.",
+        )
+    if (lines := text.count("\n")) > _MOST_LINES:
+        raise UserError(
+            f"{source} has {lines} lines; that is no file of settings.",
+            remedy=f"Give one of up to {_MOST_LINES} lines.",
         )
 
 
@@ -86,7 +96,7 @@ def yaml_value(text: str) -> Any:
     """A value in YAML ``text``, such as a list in quotes; the text itself where it is none."""
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader) if len(text) <= _LONGEST else text
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except _UNREADABLE:
         return text
     return text if unusable(value) else value
 
@@ -100,7 +110,7 @@ def parse_yaml(text: str, source: str = "The configuration") -> dict[str, Any]:
 def _mapping(text: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         problem = getattr(error, "problem", None) or "it is not valid YAML"
         mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
         known = (row for row in _FAULTS if row[0] in problem)

@@ -11,7 +11,7 @@ from lora_trainer.config.foreign.formats import form_of, is_toml, parse_any
 from lora_trainer.config.foreign.report import Taken, Translation, Unmet
 from lora_trainer.config.names import ALIASES, types
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.errors import UnreadableError, UserError
+from lora_trainer.errors import UnreadableError, UserError, unusable
 
 __all__ = ["Translation", "own_settings", "read_text", "read_what_can_be_read", "translate"]
 
@@ -75,13 +75,21 @@ def translate(values: Mapping[str, Any], folder: Path | None = None, *, toml: bo
     known = {*types(), *ALIASES}
     names = set(values)
     if ai_toolkit.is_one(values):
-        return ai_toolkit.translate(values, folder, known)
+        return ai_toolkit.translate(_usable(values), folder, known)
     if names & (onetrainer.MARKERS - known):
-        return onetrainer.translate(values, folder, known)
+        return onetrainer.translate(_usable(values), folder, known)
     if names & (kohya_gui.MARKERS - known):
-        return kohya_gui.translate(values, folder, known)
+        return kohya_gui.translate(_usable(values), folder, known)
     if names & _OURS_ALONE:
-        return sd_scripts.set_aside(values) if names & _NOT_OURS else None
+        return sd_scripts.set_aside(_usable(values)) if names & _NOT_OURS else None
     if toml or sd_scripts.is_dataset_config(values) or names & _NOT_OURS or {"learning_rate", "unet_lr"} <= names:
-        return sd_scripts.translate(values, folder, known)
+        return sd_scripts.translate(_usable(values), folder, known)
     return None
+
+
+def _usable(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``values``. Raises UserError where they are nested too deep, too long or too many."""
+    if reason := unusable(values):
+        field = next((name for name, value in values.items() if unusable(value)), None)
+        raise UserError(reason, field=field, remedy="Give the file as its program wrote it.")
+    return values

@@ -8,7 +8,18 @@ from typing import Any
 
 from lora_trainer.config.foreign import ai_toolkit_flow
 from lora_trainer.config.foreign.kohya import resolution
-from lora_trainer.config.foreign.report import Reading, Translation, choice, is_off, is_on, number
+from lora_trainer.config.foreign.report import (
+    Reading,
+    Translation,
+    choice,
+    computed,
+    entries,
+    is_off,
+    is_on,
+    number,
+    section,
+    sections,
+)
 from lora_trainer.errors import UserError
 
 TOOL = "ai-toolkit"
@@ -122,7 +133,7 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     """Raises UserError where there is no process that trains, or more than one."""
     translation = Translation(TOOL)
     config = values["config"]
-    processes = [one for one in config.get("process") or [] if isinstance(one, Mapping)]
+    processes = sections(config.get("process"), "config.process")
     if len(processes) != 1:
         raise UserError(
             f"holds {len(processes)} processes; there is one training in a file here.", field="process",
@@ -146,15 +157,14 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     _device(reading)
     reading.take("trigger_word", "trigger_word")
     family = ai_toolkit_flow.family_of(process.get("model"))
-    sections = {"network": _network, "save": _save, "train": _train, "model": _model, "sample": _sample}
+    parts = {"network": _network, "save": _save, "train": _train, "model": _model, "sample": _sample}
     of_flow = {"train": ai_toolkit_flow.read_train, "model": ai_toolkit_flow.read_model}
-    for section, read in sections.items():
-        given = reading.pop(section)
-        inner = Reading(translation, given if isinstance(given, Mapping) else {}, f"{section}.")
-        if family is not None and section in of_flow:
-            of_flow[section](inner, family)
+    for part, read in parts.items():
+        inner = Reading(translation, section(reading.pop(part), part), f"{part}.")
+        if family is not None and part in of_flow:
+            of_flow[part](inner, family)
         read(inner)
-    _datasets(reading.pop("datasets") or [], translation)
+    _datasets(sections(reading.pop("datasets"), "datasets"), translation)
     reading.ignore("type", "performance_log_every", "logging", "sqlite_db_path", "extensions")
     reading.finish(known)
     return translation
@@ -184,7 +194,7 @@ def _network(reading: Reading) -> None:
     reading.ignore("conv", "conv_alpha")
     reading.take_unless_off("dropout", "dropout", number)
     reading.take("lokr_factor", "lokr_factor", number)
-    only = reading.pop("network_kwargs") or {}
+    only = section(reading.pop("network_kwargs"), "network.network_kwargs")
     inner = Reading(reading.translation, only, "network.network_kwargs.")
     inner.take("lokr_factor", "lokr_factor", number)
     inner.finish()
@@ -233,7 +243,8 @@ def _train(reading: Reading) -> None:
     reading.take_unless_off("min_snr_gamma", "min_snr_gamma", number)
     reading.take_unless_off("snr_gamma", "min_snr_gamma", number)
     reading.take_unless_off("min_denoising_steps", "min_timestep", number)
-    reading.take_unless_off("max_denoising_steps", "max_timestep", lambda value: number(value) - 1)
+    reading.take_unless_off("max_denoising_steps", "max_timestep",
+                            lambda value: computed(value, lambda end: end - 1))  # fmt: skip
     ema = reading.left.get("ema_config")
     if isinstance(ema, Mapping) and is_on(ema.get("use_ema")):
         reading.pop("ema_config")
@@ -244,7 +255,8 @@ def _train(reading: Reading) -> None:
 
 
 def _warmup(reading: Reading) -> None:
-    for holder in (reading, Reading(reading.translation, reading.left.get("lr_scheduler_params") or {})):
+    params = section(reading.left.get("lr_scheduler_params"), "train.lr_scheduler_params")
+    for holder in (reading, Reading(reading.translation, params)):
         for name in ("lr_warmup_steps", "num_warmup_steps", "warmup_steps"):
             holder.take_unless_off(name, "lr_warmup_steps", number)
         if holder is not reading and not holder.left:
@@ -262,9 +274,9 @@ def _model(reading: Reading) -> None:
 
 
 def _sample(reading: Reading) -> None:
-    prompts = reading.pop("prompts") or []
-    samples = reading.pop("samples") or []
-    prompts = list(prompts) + [str(one.get("prompt", "")) for one in samples if isinstance(one, Mapping)]
+    prompts = reading.pop("prompts")
+    prompts = prompts.splitlines() if isinstance(prompts, str) else list(entries(prompts, "sample.prompts"))
+    prompts += [str(one.get("prompt", "")) for one in sections(reading.pop("samples"), "sample.samples")]
     if prompts:
         shared = _flags(reading)
         reading.set("prompts", "preview_prompts", [f"{prompt}{shared}" for prompt in prompts])
@@ -286,8 +298,7 @@ def _flags(reading: Reading) -> str:
     return flags
 
 
-def _datasets(datasets: list[Any], translation: Translation) -> None:
-    datasets = [one for one in datasets if isinstance(one, Mapping)]
+def _datasets(datasets: list[dict[str, Any]], translation: Translation) -> None:
     training = [one for one in datasets if not one.get("is_reg")]
     regularization = [one for one in datasets if one.get("is_reg")]
     if not training:

@@ -21,6 +21,10 @@ _TOML_PLACE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$
 _TOML_LINE = re.compile(r'\s*(\[{1,2}\s*[\w."-]+\s*\]{1,2}|["\w.-]+\s*=.*)\s*(#.*)?')
 
 
+_LONG_NAME = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){50}""")
+"""A name of so many parts that tomllib takes minutes."""
+
+
 def parse_any(text: str, source: str = "The configuration") -> dict[str, Any]:
     """The mapping in ``text``. Raises UserError naming ``source`` and each line that is wrong."""
     text = text.removeprefix("\ufeff")
@@ -71,6 +75,8 @@ def _json(text: str, source: str) -> dict[str, Any]:
 
 
 def _toml(text: str) -> dict[str, Any]:
+    if found := _LONG_NAME.search(text):
+        raise Fault("a name has too many parts", text.count("\n", 0, found.start()) + 1)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from lora_trainer.config.foreign.report import Reading, choice, is_off, is_on, number
+from lora_trainer.config.foreign.report import Reading, choice, computed, is_off, is_on, number
+
+_LONGEST_LITERAL = 1000  # characters; Python needs much memory for a long nested one
 
 SAME = {
     "pretrained_model_name_or_path": "base_model",
@@ -189,12 +192,7 @@ def common(reading: Reading) -> None:
 def _timesteps(reading: Reading) -> None:
     """kohya draws up to, and without, max_timestep."""
     reading.take_unless_off("min_timestep", "min_timestep", number)
-
-    def last(value: Any) -> Any:
-        value = number(value)
-        return value - 1 if isinstance(value, (int, float)) else value
-
-    reading.take_unless_off("max_timestep", "max_timestep", last)
+    reading.take_unless_off("max_timestep", "max_timestep", lambda value: computed(value, lambda end: end - 1))
 
 
 def resolution(value: Any) -> Any:
@@ -234,8 +232,8 @@ def warmup(reading: Reading, theirs: str, *, percent: bool = False) -> None:
         reading.ignore(theirs)
         return
     value = number(reading.pop(theirs))
-    if isinstance(value, (int, float)) and (percent or value < 1):
-        reading.set(theirs, "lr_warmup_ratio", value / 100 if percent else value)
+    if percent or (isinstance(value, (int, float)) and value < 1):
+        reading.set(theirs, "lr_warmup_ratio", computed(value, lambda share: share / 100) if percent else value)
     else:
         reading.set(theirs, "lr_warmup_steps", value)
 
@@ -297,11 +295,22 @@ def pairs(value: Any) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    value: Any = None
+    if len(text) <= _LONGEST_LITERAL:
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(text)
+    if isinstance(value, tuple):
+        value = list(value)
+    if value is None or not _is_plain(value):
         return {"true": True, "false": False}.get(text.lower(), text.strip("\"'"))
-    return list(value) if isinstance(value, tuple) else value
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can stand in YAML."""
+    if isinstance(value, (list, dict)):
+        return all(_is_plain(part) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
+    return isinstance(value, (bool, int, float, str))
 
 
 # -- networks -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +74,11 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """``--a=1 --b 2 --c`` -> {"a": "1", "b": "2", "c": True}."""
+    """``--a=1 --b 2 --c`` -> {"a": "1", "b": "2", "c": True}, cut at spaces and without double quotes, as the interface
+    does it."""
     found: dict[str, Any] = {}
     name = ""
-    for word in shlex.split(text):
+    for word in text.replace('"', "").split():
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             found[name] = value if equals else True

@@ -9,8 +9,20 @@ from typing import Any
 
 from lora_trainer.config.foreign import onetrainer_flow
 from lora_trainer.config.foreign.kohya import resolution
-from lora_trainer.config.foreign.report import Reading, Translation, choice, is_off, is_on, number
-from lora_trainer.errors import UserError
+from lora_trainer.config.foreign.report import (
+    Reading,
+    Translation,
+    choice,
+    computed,
+    find,
+    is_off,
+    is_on,
+    number,
+    section,
+    sections,
+)
+from lora_trainer.config.yaml_text import file_text
+from lora_trainer.errors import UserError, shown
 
 TOOL = "OneTrainer"
 MARKERS = {"training_method", "concept_file_name", "learning_rate_scheduler", "output_model_destination",
@@ -154,7 +166,7 @@ def _size(reading: Reading, value: Any) -> str:
     sizes = [part.strip() for part in str(value).split(",") if part.strip()]
     if len(sizes) > 1:
         reading.note(f"Pictures are trained in one size: the largest of {', '.join(sizes)}.")
-    return resolution(max(sizes, key=lambda size: int("".join(c for c in size.split("x")[0] if c.isdigit()) or 0)))
+    return resolution(max(sizes, key=lambda size: float("".join(c for c in size.split("x")[0] if c.isdecimal()) or 0)))
 
 
 def _optimizer(reading: Reading) -> None:
@@ -186,23 +198,26 @@ def _schedule(reading: Reading) -> None:
         reading.set("learning_rate_warmup_steps", "lr_warmup_ratio" if share else "lr_warmup_steps", warmup)
     reading.take_unless_off("rescale_noise_scheduler_to_zero_terminal_snr", "zero_terminal_snr", is_on)
     reading.take_unless_off("force_v_prediction", "v_prediction", is_on)
-    reading.take_unless_off("min_noising_strength", "min_timestep", lambda value: round(1000 * number(value)))
-    reading.take_unless_off("max_noising_strength", "max_timestep", lambda value: round(1000 * number(value)) - 1)
+    reading.take_unless_off("min_noising_strength", "min_timestep", _timestep)
+    reading.take_unless_off("max_noising_strength", "max_timestep", lambda value: _timestep(value, -1))
     skip = number(reading.pop("text_encoder_layer_skip"))
     if is_on(skip):
-        reading.set("text_encoder_layer_skip", "clip_skip", skip + 1)
+        reading.set("text_encoder_layer_skip", "clip_skip", computed(skip, lambda layers: layers + 1))
     ema, decay = reading.pop("ema"), reading.pop("ema_decay")
     if is_on(ema):
         reading.set("ema", "ema_decay", decay or 0.999)
 
 
+def _timestep(strength: Any, more: int = 0) -> Any:
+    return computed(strength, lambda share: round(1000 * share) + more)
+
+
 def _parts(reading: Reading) -> None:
     """Which of UNet and text encoders learn, and how fast; earlier versions wrote that flat."""
     general = number(reading.pop("learning_rate"))
-    unet = reading.pop("unet") or {}
-    text = reading.pop("text_encoder") or {}
-    second = reading.pop("text_encoder_2") or {}
-    vae = reading.pop("vae") or {}
+    unet, text, second, vae = (
+        section(reading.pop(name), name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")
+    )
     flat = {name: reading.pop(name) for name in ("train_unet", "unet_learning_rate", "train_text_encoder",
                                                  "text_encoder_learning_rate", "train_text_encoder_2",
                                                  "text_encoder_2_learning_rate")}  # fmt: skip
@@ -286,7 +301,7 @@ def _concepts(reading: Reading) -> None:
         if concepts is None:
             reading.unmet("concept_file_name", named, "give the folder as train_data_dir")
             return
-    concepts = [one for one in concepts if isinstance(one, Mapping) and one.get("enabled", True)]
+    concepts = [one for one in sections(concepts, "concepts") if one.get("enabled", True)]
     training = [one for one in concepts if not _is_validation(one)]
     if not training:
         raise UserError("names no folder with pictures.", field="concepts", remedy="Give a concept its path.")
@@ -294,7 +309,7 @@ def _concepts(reading: Reading) -> None:
     inner = Reading(reading.translation, first, "concepts.")
     inner.take("path", "train_data_dir")
     inner.set("balancing", "repeats", _repeats(first))
-    text, image = dict(first.get("text") or {}), dict(first.get("image") or {})
+    text, image = (section(first.get(name), f"concepts.{name}") for name in ("text", "image"))
     of_text = Reading(reading.translation, text, "concepts.text.")
     of_text.take("enable_tag_shuffling", "shuffle_tags", is_on)
     if is_on(text.get("enable_tag_shuffling")):
@@ -319,7 +334,11 @@ def _is_validation(concept: Mapping[str, Any]) -> bool:
 
 
 def _repeats(concept: Mapping[str, Any]) -> int:
-    return max(1, round(float(concept.get("balancing", concept.get("repeats", 1)) or 1)))
+    given = concept.get("balancing", concept.get("repeats")) or 1
+    repeats = computed(given, lambda times: max(1, round(times)))
+    if not isinstance(repeats, int):
+        raise UserError(f"{shown(given)} is not a number.", field="concepts.balancing", remedy="Give it as a number.")
+    return repeats
 
 
 def _samples(reading: Reading) -> None:
@@ -327,8 +346,8 @@ def _samples(reading: Reading) -> None:
     if not samples:
         samples = _json_list(named, reading.folder)
     prompts = []
-    for one in samples or []:
-        if isinstance(one, Mapping) and one.get("enabled", True) and one.get("prompt"):
+    for one in sections(samples, "samples"):
+        if one.get("enabled", True) and one.get("prompt"):
             flags = [
                 (one.get("width"), "w"),
                 (one.get("height"), "h"),
@@ -343,13 +362,11 @@ def _samples(reading: Reading) -> None:
 
 
 def _json_list(named: Any, folder: Path | None) -> list[Any] | None:
-    if folder is None or not named:
+    path = find(named, folder)
+    if path is None:
         return None
-    for path in (folder / str(named), Path(str(named))):
-        if path.is_file():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8-sig"))
-            except ValueError:
-                return None
-            return values if isinstance(values, list) else None
-    return None
+    try:
+        values = json.loads(file_text(path))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, list) else None

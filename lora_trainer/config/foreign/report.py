@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.errors import UserError, shown
+
 _LONGEST = 60  # characters of a value that are shown
+_HUGE = 1e15
+_AS_WRITTEN = "Give the file as its program wrote it."
 _OFF = ("", "0", "0.0", "none", "null", "false", "no", "off")
 
 
@@ -182,6 +187,44 @@ def number(value: Any) -> Any:
         except ValueError:
             continue
     return value
+
+
+def computed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``change`` of the number that ``value`` is or spells; else what was given, as in ``number``."""
+    found = number(value)
+    is_one = isinstance(found, (int, float)) and not isinstance(found, bool)
+    return change(found) if is_one and abs(found) < _HUGE else value
+
+
+def section(value: Any, name: str) -> dict[str, Any]:
+    """The mapping under ``name``; empty where nothing is given. Raises UserError for something else."""
+    if is_off(value):
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{shown(value)} is not a mapping of names to values.", field=name, remedy=_AS_WRITTEN)
+    return {str(key): one for key, one in value.items()}
+
+
+def sections(value: Any, name: str) -> list[dict[str, Any]]:
+    """The list of mappings under ``name``; empty where nothing is given. Raises UserError for something else."""
+    return [section(one, name) for one in entries(value, name)]
+
+
+def entries(value: Any, name: str) -> list[Any]:
+    """The list under ``name``; empty where nothing is given. Raises UserError for something else."""
+    if is_off(value):
+        return []
+    if not isinstance(value, list):
+        raise UserError(f"{shown(value)} is not a list.", field=name, remedy=_AS_WRITTEN)
+    return value
+
+
+def find(name: Any, folder: Path | None) -> Path | None:
+    """A file that settings name, beside them (in ``folder``) or from here; None where it may not be read or is not
+    there."""
+    if folder is None or not name:
+        return None
+    return next((path for path in (folder / str(name), Path(str(name))) if os.path.isfile(path)), None)
 
 
 def choice(table: Mapping[str, str], reading: Reading, theirs: str, ours: str, fallback: str, hint: str = "") -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_trainer.config.foreign import kohya, kohya_flow
-from lora_trainer.config.foreign.report import Reading, Translation, is_on, number
+from lora_trainer.config.foreign.report import Reading, Translation, find, is_on, number, section, sections
+from lora_trainer.config.yaml_text import file_text
 from lora_trainer.errors import UserError
 
 TOOL = "sd-scripts"
@@ -126,25 +127,18 @@ def _previews(reading: Reading) -> None:
     named = reading.pop("sample_prompts")
     if named is None:
         return
-    path = _find(str(named), reading.folder)
+    path = find(named, reading.folder)
     if path is None or path.suffix.lower() not in (".txt", ""):
         reading.unmet("sample_prompts", named, "write the prompts as preview_prompts, one a line")
         return
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    prompts = [line.strip() for line in file_text(path).splitlines()]
     reading.set("sample_prompts", "preview_prompts", [line for line in prompts if line and not line.startswith("#")])
-
-
-def _find(name: str, folder: Path | None) -> Path | None:
-    """A file that the settings name, relative to them or to here; None where it may not be read or is not there."""
-    if folder is None:
-        return None
-    return next((path for path in (folder / name, Path(name)) if path.is_file()), None)
 
 
 def _read_dataset_config(name: str, folder: Path | None, translation: Translation) -> dict[str, Any]:
     from lora_trainer.config.foreign.formats import parse_any
 
-    path = _find(name, folder)
+    path = find(name, folder)
     if path is None:
         raise UserError(
             f"dataset_config names {name}, which "
@@ -153,16 +147,16 @@ def _read_dataset_config(name: str, folder: Path | None, translation: Translatio
             remedy="Check the path." if folder is not None else "Paste its lines below the others.",
         )
     translation.notes.append(f"The pictures are those of {path}.")
-    return parse_any(path.read_text(encoding="utf-8-sig"), str(path))
+    return parse_any(file_text(path), str(path))
 
 
 def _datasets(data: Mapping[str, Any], translation: Translation) -> None:
     """[general], [[datasets]] and [[datasets.subsets]]: what stands in a lower one counts."""
-    general = dict(data.get("general") or {})
+    general = section(data.get("general"), "general")
     subsets: list[dict[str, Any]] = []
-    for one in data.get("datasets") or []:
+    for one in sections(data.get("datasets"), "datasets"):
         shared = {**general, **{name: value for name, value in one.items() if name != "subsets"}}
-        subsets += [{**shared, **subset} for subset in one.get("subsets") or []]
+        subsets += [{**shared, **subset} for subset in sections(one.get("subsets"), "datasets.subsets")]
     training = [subset for subset in subsets if not subset.get("is_reg")]
     regularization = [subset for subset in subsets if subset.get("is_reg")]
     if not training:
@@ -233,7 +227,8 @@ def _further_folders(subsets: list[dict[str, Any]], translation: Translation) ->
 def _label(folder: str) -> tuple[int, str] | None:
     """What a folder's own name says: ``10_dog`` -> (10, "dog")."""
     repeats, underscore, words = Path(folder.replace("\\", "/")).name.partition("_")
-    return (int(repeats), words) if underscore and repeats.isdecimal() and words else None
+    counts = underscore and words and repeats.isdecimal() and len(repeats) <= 5
+    return (int(repeats), words) if counts else None
 
 
 def _says(folder: str, repeats: Any, words: str) -> bool:
