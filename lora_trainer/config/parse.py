@@ -23,6 +23,8 @@ from lora_trainer.files import safe_name_problem
 
 _MOST_UNKNOWN = 20
 """So many settings that do not exist are told, each with the name that is nearest, which takes time to find."""
+_FREE_TEXT = ("default_caption", "description", "preview_prompts", "secondary_separator", "system_prompt")
+"""Settings that may begin and end with quotes."""
 _OTHER_WORDS = {
     ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
     ("save_precision", "float"): "fp32", ("resume", ""): "auto",
@@ -116,7 +118,7 @@ def from_mapping(values: Mapping[str, Any], before: Sequence[UserError] = ()) ->
             continue
         if value is None and known[name].default == "":
             value = ""  # "trigger_word:" with nothing behind it
-        if isinstance(value, str) and FACTS[name].path is not None:
+        if isinstance(value, str) and name not in _FREE_TEXT:
             value = unquoted(value)
         if isinstance(value, str) and (separator := FACTS[name].separator):
             value = [part.strip() for part in value.split(separator) if part.strip()]

@@ -1,4 +1,4 @@
-"""Preview prompts with the flags that kohya's scripts know: ``a red disc --w 768 --h 512 --d 7 --n blurry``."""
+"""Preview prompts with the flags that kohya's scripts and ai-toolkit know: ``a disc --w 768 --d 7 --n blurry``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lora_trainer.errors import UserError
 
 _TRIGGER = re.compile(r"\[(?:trigger|name)\]", re.IGNORECASE)
-_FLAG = re.compile(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)")
+_FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)=?")
 _NUMBERS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
     "w": ("width", int, 64, 4096),
     "h": ("height", int, 64, 4096),
@@ -18,7 +18,25 @@ _NUMBERS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
     "d": ("seed", int, 0, 2**63 - 1),
     "l": ("cfg", float, 0, 100),
 }
+_SAME = {"seed": "d", "steps": "s", "cfg": "l"}  # ai-toolkit's longer names
+_RANDOM = "d -1"
 _NOT_HERE = {
+    _RANDOM: "a preview has the run's seed",
+    "n2": "all text encoders read one prompt",
+    "p2": "all text encoders read one prompt",
+    "m": "the LoRA has its full strength",
+    "network_multiplier": "the LoRA has its full strength",
+    "gr": "it is for renormalization",
+    "rcfg": "it is for renormalization",
+    "a": "it is for control pictures",
+    "ctrl_img": "it is for control pictures",
+    "ctrl_idx": "it is for control pictures",
+    "ref": "refiners are not used",
+    "ev": "pictures are learned without further values",
+    "extra_values": "pictures are learned without further values",
+    "frames": "it is for films",
+    "num_frames": "it is for films",
+    "fps": "it is for films",
     "ss": "the sampler is always the same",
     "g": "it is for guidance of distilled models",
     "cn": "it is for ControlNet",
@@ -31,7 +49,7 @@ _NOT_HERE = {
     "tr": "it is for renormalization",
     "nf": "it is for films",
 }
-"""Flags of kohya's scripts that are read and have no meaning here."""
+"""Flags of the two that are read and have no meaning here."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,9 @@ def parse_prompt(line: str) -> PreviewPrompt:
     prompt = PreviewPrompt(line[: flags[0].start()].strip() if flags else line.strip())
     for match, end in zip(flags, ends):
         name, value = match[1].lower(), line[match.end() : end].strip()
+        name = _SAME.get(name, name)
+        if (name, value) == ("d", "-1"):
+            name = _RANDOM
         if name == "n":
             prompt = replace(prompt, negative=value)
         elif name in _NUMBERS:

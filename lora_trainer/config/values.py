@@ -20,6 +20,7 @@ from lora_trainer.errors import has_half_characters, shown
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _LARGEST = 2**63  # of whole numbers: what every store and every library takes
+_QUOTES = ("''", '""', "“”", "‘’")
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -76,9 +77,10 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def unquoted(path: str) -> str:
-    """A path without the quotes around it, which Windows puts there when it is copied."""
-    path = path.strip() if path.strip()[:1] in ("'", '"') else path
-    return path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+    """A path, or another value, without the quotes around it; Windows puts them there when a path is copied."""
+    bare = path.strip()
+    in_quotes = bare[:1] + bare[-1:] in _QUOTES and len(bare) > 2 and not {bare[0], bare[-1]} & set(bare[1:-1])
+    return bare[1:-1] if in_quotes else path
 
 
 def is_off(value: Any, field: dataclasses.Field) -> bool:

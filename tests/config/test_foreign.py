@@ -128,7 +128,7 @@ def test_a_dataset_config_with_subsets(tmp_path):
     config, report = read(presets.dataset_config(Path("/a"), Path("/b"), Path("/reg")))
     assert changed(config) == {
         "train_data_dir": "/a", "repeats": 2, "more_folders": ["3_a disc=/b"], "reg_data_dir": "/reg",
-        "resolution": "64", "batch_size": 2, "shuffle_tags": True, "keep_tokens": 1,
+        "resolution": "64", "batch_size": 2, "shuffle_tags": True, "keep_tokens": 1, "max_bucket_resolution": 1024,
     }  # fmt: skip
     assert not report.unmet
     (tmp_path / "data.toml").write_text(presets.dataset_config(Path("/a"), Path("/b"), Path("/reg")))
@@ -188,6 +188,7 @@ def test_a_configuration_of_onetrainer():
         "gradient_checkpointing": True, "resolution": "64", "repeats": 2, "flip": True, "shuffle_tags": True,
         "keep_tokens": 2, "lora_rank": 4, "alpha": 2.0, "epochs": 1, "batch_size": 2, "learning_rate": 2e-4,
         "lr_warmup_ratio": 0.1, "min_snr_gamma": 4.0, "noise_offset": 0.02, "save_epochs": 1,
+        "conv_rank": 4, "conv_alpha": 2.0,
         "optimizer_args": {"weight_decay": 0.01, "eps": 1e-8, "betas": [0.9, 0.98]},
     }  # fmt: skip
     assert unmet(report) == {"timestep_distribution", "concepts.image.enable_random_hue"}
@@ -287,5 +288,6 @@ def test_settings_in_quotes_mean_what_they_mean_without():
     })  # fmt: skip
     assert (config.epochs, config.flip, config.target_modules, config.vae) == (3, True, ["to_q", "to_v"], "v.pt")
     assert config.block_ranks == [4] * 25 and config.optimizer_args == {"weight_decay": 0.01}
-    for arguments in (["weight_decay=0.1", "betas=0.9,0.99"], "weight_decay=0.1 betas=0.9,0.99"):
+    text = "weight_decay=0.1 betas=0.9,0.99"
+    for arguments in (text.split(), text, f"'{text}'"):
         assert from_mapping({"optimizer_args": arguments}).optimizer_args == {"weight_decay": 0.1, "betas": [0.9, 0.99]}

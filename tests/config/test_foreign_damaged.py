@@ -81,7 +81,7 @@ def test_one_name_of_a_prompt_file_too_long_for_the_disk_is_no_crash(tmp_path):
     assert "sample_prompts" in {one.theirs for one in read_text(text, folder=tmp_path)[1].unmet}
 
 
-@pytest.mark.parametrize("value", ["!!timestamp x", "!!bool x", "!!int ''", "0001-01-01T00:00:00+10:00"])
+@pytest.mark.parametrize("value", ["!!timestamp x", "!!bool x", "!!int ''"])
 def test_a_value_that_does_not_fit_its_yaml_tag_is_a_line_that_is_wrong(value):
     with pytest.raises(UserError, match=r"line 1|YAML"):
         read_text(f"epochs: {value}\n")

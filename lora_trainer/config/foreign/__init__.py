@@ -80,11 +80,12 @@ def translate(values: Mapping[str, Any], folder: Path | None = None, *, toml: bo
         return onetrainer.translate(_usable(values), folder, known)
     if names & (kohya_gui.MARKERS - known):
         return kohya_gui.translate(_usable(values), folder, known)
+    others = sd_scripts.has_other_forms(values)
     if names & _OURS_ALONE:
-        return sd_scripts.set_aside(_usable(values)) if names & _NOT_OURS else None
+        return sd_scripts.set_aside(_usable(values)) if names & _NOT_OURS or others else None
     if toml or sd_scripts.is_dataset_config(values) or names & _NOT_OURS or {"learning_rate", "unet_lr"} <= names:
         return sd_scripts.translate(_usable(values), folder, known)
-    return None
+    return sd_scripts.set_aside(_usable(values)) if others else None
 
 
 def _usable(values: Mapping[str, Any]) -> Mapping[str, Any]:

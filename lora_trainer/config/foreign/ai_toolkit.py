@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_trainer.config.foreign import ai_toolkit_flow
 from lora_trainer.config.foreign.kohya import resolution
+from lora_trainer.config.foreign.kohya_network import whole_matrices
 from lora_trainer.config.foreign.report import (
     Reading,
     Translation,
@@ -157,7 +158,8 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     _device(reading)
     reading.take("trigger_word", "trigger_word")
     family = ai_toolkit_flow.family_of(process.get("model"))
-    parts = {"network": _network, "save": _save, "train": _train, "model": _model, "sample": _sample}
+    parts = {"network": lambda inner: _network(inner, convolutions=family is None), "save": _save, "train": _train,
+             "model": _model, "sample": _sample}  # fmt: skip
     of_flow = {"train": ai_toolkit_flow.read_train, "model": ai_toolkit_flow.read_model}
     for part, read in parts.items():
         inner = Reading(translation, section(reading.pop(part), part), f"{part}.")
@@ -175,7 +177,7 @@ def _device(reading: Reading) -> None:
     reading.set("device", "device", "auto" if device in ("cuda", "cuda:0") else device)
 
 
-def _network(reading: Reading) -> None:
+def _network(reading: Reading, *, convolutions: bool) -> None:
     settings = reading.translation.settings
     if str(reading.left.get("type")) == "dora":
         settings["dora"] = True
@@ -193,6 +195,11 @@ def _network(reading: Reading) -> None:
         reading.take_unless_off("conv_alpha", "conv_alpha", number)
     reading.ignore("conv", "conv_alpha")
     reading.take_unless_off("dropout", "dropout", number)
+    if settings.get("adapter") == "lokr" and is_on(reading.left.get("lokr_full_rank", True)):  # which is on there
+        given = reading.left.pop("lokr_full_rank", True)
+        whole_matrices(reading, "lokr_full_rank", given, "lora_rank")
+        if convolutions:
+            whole_matrices(reading, "lokr_full_rank", given, "conv_rank")
     reading.take("lokr_factor", "lokr_factor", number)
     only = section(reading.pop("network_kwargs"), "network.network_kwargs")
     inner = Reading(reading.translation, only, "network.network_kwargs.")
@@ -218,6 +225,9 @@ def _train(reading: Reading) -> None:
                       "optimizer_params": "optimizer_args"})  # fmt: skip
     reading.take_unless_off("gradient_accumulation_steps", "gradient_accumulation_steps", number)
     reading.take_unless_off("gradient_accumulation", "gradient_accumulation_steps", number)
+    if "steps" not in reading.left:
+        reading.left["steps"] = 1000
+        reading.note("steps is not given: ai-toolkit takes 1000.")
     reading.take_unless_off("steps", "max_train_steps", number)
     general, unet = number(reading.pop("lr")), number(reading.pop("unet_lr"))
     if unet is not None:
@@ -276,10 +286,11 @@ def _model(reading: Reading) -> None:
 def _sample(reading: Reading) -> None:
     prompts = reading.pop("prompts")
     prompts = prompts.splitlines() if isinstance(prompts, str) else list(entries(prompts, "sample.prompts"))
-    prompts += [str(one.get("prompt", "")) for one in sections(reading.pop("samples"), "sample.samples")]
-    if prompts:
-        shared = _flags(reading)
-        reading.set("prompts", "preview_prompts", [f"{prompt}{shared}" for prompt in prompts])
+    samples = [{"prompt": prompt} for prompt in prompts] + sections(reading.pop("samples"), "sample.samples")
+    if samples:
+        shared = {name: reading.pop(name) for name in _FLAGS}
+        prompts = [f"{one.get('prompt', '')}{_flags({**shared, **one})}" for one in samples]
+        reading.set("prompts", "preview_prompts", prompts)
         reading.take_unless_off("sample_every", "preview_steps", number)
     reading.ignore("sampler", "walk_seed", "sample_start_step", "guidance_rescale", "format", "ext", "sample_every",
                    "network_multiplier", "num_frames", "fps", "refiner_start_at", "neg", "seed", "width", "height",
@@ -287,15 +298,13 @@ def _sample(reading: Reading) -> None:
     reading.finish()
 
 
-def _flags(reading: Reading) -> str:
-    """What all previews share, as the flags behind a prompt."""
-    flags = ""
-    for name, flag in (("width", "w"), ("height", "h"), ("sample_steps", "s"), ("guidance_scale", "l"),
-                       ("seed", "d"), ("neg", "n")):  # fmt: skip
-        value = reading.pop(name)
-        if value is not None and value is not False:
-            flags += f" --{flag} {value}"
-    return flags
+_FLAGS = {"width": "w", "height": "h", "sample_steps": "s", "guidance_scale": "l", "seed": "d", "neg": "n"}
+
+
+def _flags(sample: Mapping[str, Any]) -> str:
+    """What a preview is drawn with, as the flags behind its prompt."""
+    given = ((flag, sample.get(name)) for name, flag in _FLAGS.items())
+    return "".join(f" --{flag} {value}" for flag, value in given if value is not None and value is not False)
 
 
 def _datasets(datasets: list[dict[str, Any]], translation: Translation) -> None:

@@ -18,7 +18,6 @@ SAME = {
     "reg_data_dir": "reg_data_dir",
     "prior_loss_weight": "prior_loss_weight",
     "bucket_no_upscale": "bucket_no_upscale",
-    "bucket_reso_steps": "bucket_step",
     "min_bucket_reso": "min_bucket_resolution",
     "max_bucket_reso": "max_bucket_resolution",
     "enable_bucket": "enable_bucket",
@@ -35,7 +34,6 @@ SAME = {
     "gradient_checkpointing": "gradient_checkpointing",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "train_batch_size": "batch_size",
-    "network_dim": "lora_rank",
     "network_dropout": "dropout",
     "max_grad_norm": "max_grad_norm",
     "noise_offset": "noise_offset",
@@ -163,8 +161,9 @@ NOTHING = """
 """How another program computes, logs and stores; here that is decided otherwise and changes no result."""
 
 
-def common(reading: Reading) -> None:
+def common(reading: Reading, family: str | None = None) -> None:
     """Everything that both tools name alike, but the network, the learning rates and the length."""
+    bucket_step(reading, 8 if family is None else 16)
     reading.take_all(SAME)
     for theirs, ours in UNLESS_OFF.items():
         convert = number
@@ -174,7 +173,10 @@ def common(reading: Reading) -> None:
     _timesteps(reading)
     choice(LOSSES, reading, "loss_type", "loss", "mse")
     choice(SAVE_PRECISIONS, reading, "save_precision", "save_precision", "fp16")
-    if is_on(reading.left.get("min_snr_gamma")):
+    if is_on(reading.left.get("min_snr_gamma")) and is_on(reading.translation.settings.get("debiased_estimation")):
+        reading.unmet("min_snr_gamma", reading.left["min_snr_gamma"], "debiased_estimation takes its place")
+        reading.translation.settings["min_snr_gamma"] = None
+    elif is_on(reading.left.get("min_snr_gamma")):
         reading.take("min_snr_gamma", "min_snr_gamma")
     else:
         reading.ignore("min_snr_gamma")
@@ -187,6 +189,16 @@ def common(reading: Reading) -> None:
         reading.take("resolution", "resolution", resolution)
     if is_on(reading.left.get("sample_every_n_epochs")):
         reading.note("Previews are drawn every preview_steps, or when the LoRA is saved; not every so many epochs.")
+
+
+def bucket_step(reading: Reading, multiple: int) -> None:
+    """Rounded up to what the model's latents allow."""
+    step = number(reading.left.get("bucket_reso_steps"))
+    if isinstance(step, int) and step > 0 and step % multiple:
+        rounded = step + multiple - step % multiple
+        reading.note(f"bucket_reso_steps {step} becomes {rounded}: sides are multiples of {multiple} pixels.")
+        reading.left["bucket_reso_steps"] = rounded
+    reading.take("bucket_reso_steps", "bucket_step")
 
 
 def _timesteps(reading: Reading) -> None:
@@ -241,7 +253,7 @@ def warmup(reading: Reading, theirs: str, *, percent: bool = False) -> None:
 def rates(reading: Reading, *, unet_only: bool, text_encoder_only: bool) -> None:
     """``unet_lr`` and ``text_encoder_lr`` go before ``learning_rate``; which parts learn follows from them."""
     general = number(reading.pop("learning_rate"))
-    unet, text = (_rate(reading.pop(name)) for name in ("unet_lr", "text_encoder_lr"))
+    unet, text = (one_rate(reading, name, reading.pop(name)) for name in ("unet_lr", "text_encoder_lr"))
     if unet is not None and is_on(unet):
         if general is not None and general != unet:
             reading.note(f"unet_lr ({unet}) counts, not learning_rate ({general}).")
@@ -252,6 +264,8 @@ def rates(reading: Reading, *, unet_only: bool, text_encoder_only: bool) -> None
     text_rate = general if text is None else text
     if unet_only or (text is not None and is_off(text)):
         settings["train_text_encoder"] = False
+        if is_on(reading.left.get("network_train_unet_only")):
+            reading.take("network_train_unet_only", "train_text_encoder", is_off)
         reading.note("The text encoders do not learn: network_train_unet_only, or their rate is 0.")
         return
     settings["train_text_encoder"] = True
@@ -263,9 +277,11 @@ def rates(reading: Reading, *, unet_only: bool, text_encoder_only: bool) -> None
         reading.set("network_train_text_encoder_only", "target_modules", [])
 
 
-def _rate(value: Any) -> Any:
+def one_rate(reading: Reading, name: str, value: Any) -> Any:
     """One rate; of a list (one per text encoder) the first."""
     if isinstance(value, (list, tuple)):
+        if len({str(number(one)) for one in value}) > 1:
+            reading.note(f"{name} has several rates; the first counts.")
         value = value[0] if value else None
     return number(value)
 
@@ -312,67 +328,3 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(part) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
     return isinstance(value, (bool, int, float, str))
 
-
-# -- networks -------------------------------------------------------------------------------------------------------
-
-ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
-
-
-def network(reading: Reading, kind: str, arguments: dict[str, Any], *, convolutions: bool, name: str) -> None:
-    """A LoRA of this kind with kohya's and LyCORIS' arguments.
-
-    kind: an algorithm of LyCORIS, or lora. convolutions: whether the tool trains the 3×3 convolutions with these
-    settings. name: the setting that says the kind, for the report.
-    """
-    settings = reading.translation.settings
-    if (adapter := ALGORITHMS.get(kind.lower())) is None:
-        settings["adapter"] = "lora"
-        reading.unmet(name, kind, "a plain LoRA takes its place")
-    elif adapter != "lora" or kind.lower() != "lora":
-        reading.set(name, "adapter", adapter)
-    network_alpha = number(reading.pop("network_alpha"))
-    # 1 is what kohya's scripts take where none is given; 0 means the rank.
-    settings["alpha"] = 1.0 if network_alpha is None else None if is_off(network_alpha) else network_alpha
-    if network_alpha is not None:
-        reading.set("network_alpha", "alpha", settings["alpha"])
-    inner = Reading(reading.translation, arguments, f"{name}.", reading.folder)
-    if convolutions and is_on(arguments.get("conv_dim")):
-        inner.take("conv_dim", "conv_rank", number)
-        settings["conv_alpha"] = 1.0
-        inner.take_unless_off("conv_alpha", "conv_alpha", number)
-    else:
-        inner.ignore("conv_dim", "conv_alpha")
-    inner.take_all({"dropout": "dropout", "rank_dropout": "rank_dropout"})
-    inner.take_unless_off("module_dropout", "module_dropout", number)
-    if adapter == "lokr":
-        inner.take("factor", "lokr_factor", number)
-    inner.ignore("factor")
-    for dora in ("dora_wd", "weight_decompose"):
-        inner.take_unless_off(dora, "dora", is_on)
-    _blocks(inner)
-    inner.ignore("algo", "preset", *NOTHING)
-    inner.cannot(CANNOT, HARMLESS)
-    inner.finish()
-
-
-def _blocks(inner: Reading) -> None:
-    if is_on(inner.left.get("block_dims")):
-        inner.take("block_dims", "block_ranks", _numbers)
-    weights = [_numbers(inner.left.get(part)) for part in ("down_lr_weight", "mid_lr_weight", "up_lr_weight")]
-    if any(is_on(inner.left.get(part)) for part in ("down_lr_weight", "mid_lr_weight", "up_lr_weight")):
-        whole = [part or [1.0] * size for part, size in zip(weights, (12, 1, 12))]
-        if [len(part) for part in whole] == [12, 1, 12]:
-            inner.set(
-                "down_lr_weight, mid_lr_weight, up_lr_weight", "block_lr_weights", [*whole[0], *whole[1], *whole[2]]
-            )
-        else:
-            inner.unmet("down_lr_weight", inner.left.get("down_lr_weight"), "give 25 numbers as block_lr_weights")
-    for part in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"):
-        inner.left.pop(part, None)
-
-
-def _numbers(value: Any) -> list[Any]:
-    if is_off(value):
-        return []
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    return [number(part) for part in parts]

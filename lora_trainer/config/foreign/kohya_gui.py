@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign import kohya, kohya_flow
+from lora_trainer.config.foreign import kohya, kohya_flow, kohya_network
 from lora_trainer.config.foreign.report import Reading, Translation, is_off, is_on, number
 
 TOOL = "kohya's GUI (kohya_ss)"
@@ -36,6 +36,7 @@ _OF_THE_NETWORK = """
 def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -> Translation:
     translation = Translation(TOOL)
     reading = Reading(translation, values, folder=folder)
+    _noise(reading)
     extra = _arguments(str(reading.pop("additional_parameters") or ""))
     if extra:
         reading.left.update(extra)  # the interface appends them to the command, where the last one counts
@@ -44,13 +45,15 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
         reading.left.setdefault("resolution", reading.pop("max_resolution"))
     reading.take("lora_network_weights", "init_lora")
     family = kohya_flow.family_of(str(reading.left.get("LoRA_type")), reading.left)
-    _network(reading)
+    unet_only = _network(reading, family)
     unet, text, general = (number(reading.left.get(name)) for name in ("unet_lr", "text_encoder_lr", "learning_rate"))
     if is_off(unet) and is_off(text):  # both are left to the general rate
         reading.ignore("unet_lr", "text_encoder_lr")
         text = general
     text_only = is_on(text) and is_off(unet) and "unet_lr" in reading.left
-    unet_only = is_off(text) or kohya_flow.text_encoders_idle(reading, family)
+    text_only |= is_on(reading.left.get("network_train_text_encoder_only"))
+    unet_only |= is_off(text) or is_on(reading.left.get("network_train_unet_only"))
+    unet_only |= kohya_flow.text_encoders_idle(reading, family)
     kohya.rates(reading, unet_only=unet_only, text_encoder_only=text_only)
     kohya.optimizer(reading, "optimizer" if "optimizer" in reading.left else "optimizer_type")
     kohya.schedule(reading)
@@ -65,7 +68,7 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     if family is not None:
         kohya_flow.read_network(reading, reading.left)
         reading.ignore("max_token_length")  # of CLIP in Stable Diffusion alone
-    kohya.common(reading)
+    kohya.common(reading, family)
     kohya_flow.read(reading, family)
     reading.ignore(*kohya.NOTHING)
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
@@ -87,7 +90,21 @@ def _arguments(text: str) -> dict[str, Any]:
     return found
 
 
-def _network(reading: Reading) -> None:
+def _noise(reading: Reading) -> None:
+    """noise_offset_type says which of the two kinds of noise the interface passes on."""
+    if "noise_offset_type" not in reading.left:
+        return
+    word = str(reading.pop("noise_offset_type") or "Original")
+    idle: tuple[str, ...] = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")
+    if word != "Multires":
+        idle = ("multires_noise_iterations", "multires_noise_discount")
+    if is_on(reading.left.get(idle[0])):
+        reading.note(f"noise_offset_type is {word}: {idle[0]} does not count.")
+    reading.ignore(*idle)
+
+
+def _network(reading: Reading, family: str | None) -> bool:
+    """Whether the UNet learns alone, by the preset of LyCORIS."""
     kind = str(reading.pop("LoRA_type") or "Standard")
     algorithm, convolutions = _KINDS.get(kind.lower(), (kind, False))
     arguments = {name: reading.left.pop(name) for name in _OF_THE_NETWORK if name in reading.left}
@@ -95,12 +112,14 @@ def _network(reading: Reading) -> None:
         for name in ("conv_dim", "conv_alpha"):
             if is_on(arguments.get(name)):
                 reading.note(f"{name} is not active: {kind} trains no convolutions.")
-    preset = str(reading.left.get("LyCORIS_preset") or "full")
-    if kind.lower().startswith("lycoris/") and preset in ("attn-mlp", "attn-only"):
-        convolutions = False
-        if preset == "attn-only":
-            reading.set("LyCORIS_preset", "target_modules", ["attention"])
-    kohya.network(reading, algorithm, arguments, convolutions=convolutions, name="LoRA_type")
+    unet_only = False
+    if kind.lower().startswith("lycoris/"):
+        with_them, unet_only = kohya_network.lycoris_preset(
+            reading, "LyCORIS_preset", reading.pop("LyCORIS_preset"), family
+        )
+        convolutions = convolutions and with_them
+    kohya_network.network(reading, algorithm, arguments, convolutions=convolutions, name="LoRA_type")
+    return unet_only
 
 
 def _length(reading: Reading) -> None:

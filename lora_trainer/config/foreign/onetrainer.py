@@ -30,7 +30,7 @@ MARKERS = {"training_method", "concept_file_name", "learning_rate_scheduler", "o
 
 # What OneTrainer does where a setting is not given, and this program would do otherwise.
 DEFAULTS = {"learning_rate_scheduler": "CONSTANT", "learning_rate_warmup_steps": 200, "epochs": 100,
-            "lora_alpha": 1.0, "lora_rank": 16}  # fmt: skip
+            "lora_alpha": 1.0, "lora_rank": 16, "layer_filter_preset": "full"}  # fmt: skip
 
 SAME = {
     "epochs": "epochs", "batch_size": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -120,8 +120,11 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
         )
     translation = Translation(TOOL)
     reading = Reading(translation, values, folder=folder)
+    for name, earlier in (("layer_filter_preset", "lora_layer_preset"), ("layer_filter", "lora_layers")):
+        if earlier in reading.left:
+            reading.left.setdefault(name, reading.left.pop(earlier))
     for name, value in DEFAULTS.items():
-        if name not in reading.left:
+        if name not in reading.left and not (name == "layer_filter_preset" and reading.left.get("layer_filter")):
             reading.left[name] = value
             reading.note(f"{name} is not given: OneTrainer takes {value}.")
     reading.take("base_model_name", "base_model")

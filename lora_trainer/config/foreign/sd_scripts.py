@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_trainer.config.foreign import kohya, kohya_flow
+from lora_trainer.config.foreign import kohya, kohya_flow, kohya_network
 from lora_trainer.config.foreign.report import Reading, Translation, find, is_on, number, section, sections
 from lora_trainer.config.yaml_text import file_text
 from lora_trainer.errors import UserError
@@ -15,13 +15,13 @@ TOOL = "sd-scripts"
 
 # What train_network.py does where a setting is not given, and this program would do otherwise.
 DEFAULTS = {"lr_scheduler": "constant", "network_dim": 4, "max_train_steps": 1600, "max_token_length": 75,
-            "enable_bucket": False, "train_batch_size": 1}  # fmt: skip
+            "enable_bucket": False, "max_bucket_reso": 1024, "train_batch_size": 1}  # fmt: skip
 
 NAMES = """
     network_module network_args network_alpha optimizer_type optimizer_args learning_rate unet_lr text_encoder_lr
     lr_scheduler lr_warmup_steps max_train_steps max_train_epochs loss_type save_precision min_snr_gamma
     min_timestep max_timestep resolution masked_loss alpha_mask sample_prompts dataset_config dataset_repeats
-    datasets general conv_dim conditioning_data_dir
+    datasets general conv_dim conditioning_data_dir network_dim bucket_reso_steps
 """.split()
 """What is read here beside the names of ``kohya.py``."""
 
@@ -54,8 +54,12 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     if data:  # goes before the arguments of the same name
         _datasets(data, translation)
         reading.ignore("train_data_dir", "reg_data_dir", "in_json", "resolution", "train_batch_size")
+        reading.ignore(*(theirs for theirs, ours in kohya.SAME.items() if ours in translation.settings))
     if given:
         _arguments(reading, known)
+    else:
+        _defaults(reading, "enable_bucket", "max_bucket_reso")
+        reading.take_all(kohya.SAME)
     return translation
 
 
@@ -63,6 +67,7 @@ def set_aside(values: Mapping[str, Any]) -> Translation:
     """A file with our names, into which some of sd-scripts' were carried over that mean nothing here."""
     translation = Translation("this program, with some of sd-scripts")
     reading = Reading(translation, values)
+    _other_forms(reading)
     reading.cannot(kohya_flow.INSTEAD)
     reading.ignore(*kohya.NOTHING, *kohya_flow.NAMES)
     if str(reading.left.get("network_module", "")) in ("", "networks.lora"):
@@ -75,32 +80,54 @@ def set_aside(values: Mapping[str, Any]) -> Translation:
     return translation
 
 
+def has_other_forms(values: Mapping[str, Any]) -> bool:
+    """Whether settings that have our names are written as sd-scripts takes them."""
+    warmup = number(values.get("lr_warmup_steps"))
+    return (
+        (isinstance(warmup, float) and 0 < warmup < 1)
+        or any(isinstance(values.get(name), list) for name in ("resolution", "text_encoder_lr"))
+        or ("clip_skip" in values and number(values["clip_skip"]) == 0)
+    )
+
+
+def _other_forms(reading: Reading) -> None:
+    left = reading.left
+    if has_other_forms({"lr_warmup_steps": left.get("lr_warmup_steps")}):
+        kohya.warmup(reading, "lr_warmup_steps")
+    if isinstance(left.get("resolution"), list):
+        reading.take("resolution", "resolution", kohya.resolution)
+    if isinstance(left.get("text_encoder_lr"), list):
+        reading.take("text_encoder_lr", "text_encoder_lr",
+                     lambda value: kohya.one_rate(reading, "text_encoder_lr", value))  # fmt: skip
+    if number(left.get("clip_skip", 1)) == 0:
+        reading.ignore("clip_skip")
+    kohya_network.arguments(reading, kohya.pairs(reading.pop("network_args")))
+
+
 def _arguments(reading: Reading, known: set[str]) -> None:
     module = str(reading.pop("network_module") or "networks.lora")
     family = kohya_flow.family_of(module, reading.left)
-    for name, value in DEFAULTS.items():
-        if name == "max_token_length" and family is not None:  # of CLIP in Stable Diffusion alone
-            reading.ignore(name)
-        elif name not in reading.left and not _decided(reading, name):
-            reading.left[name] = value
-            if name != "max_train_steps" or "max_train_epochs" not in reading.left:
-                reading.note(f"{name} is not given: sd-scripts takes {value}.")
+    if family is not None:
+        reading.ignore("max_token_length")  # of CLIP in Stable Diffusion alone
+    _defaults(reading, *(name for name in DEFAULTS if name != "max_token_length" or family is None))
     arguments = kohya.pairs(reading.pop("network_args"))
     lycoris = module == "lycoris.kohya"
     algorithm = str(arguments.get("algo", "lora")) if lycoris else _NETWORKS.get(module, module)
-    convolutions = is_on(arguments.get("conv_dim"))
-    if lycoris and not convolutions and str(arguments.get("preset", "full")) == "full":
-        # LyCORIS trains the convolutions as well, with the rank of the others.
-        convolutions, arguments["conv_dim"] = True, reading.left.get("network_dim")
-        arguments.setdefault("conv_alpha", reading.left.get("network_alpha", 1))
+    convolutions, unet_only = is_on(arguments.get("conv_dim")), False
+    if lycoris:  # which trains the convolutions with the rank of the others where they have none of their own
+        convolutions, unet_only = kohya_network.lycoris_preset(
+            reading, "network_args.preset", arguments.pop("preset", None), family
+        )
+        if not arguments.get("conv_dim"):
+            arguments["conv_dim"] = reading.left.get("network_dim")
+            arguments.setdefault("conv_alpha", reading.left.get("network_alpha", 1))
     name = "network_args.algo" if lycoris else "network_module"
-    unet_only, text_only = (
-        is_on(reading.left.get(one)) for one in ("network_train_unet_only", "network_train_text_encoder_only")
-    )
+    unet_only = unet_only or is_on(reading.left.get("network_train_unet_only"))
+    text_only = is_on(reading.left.get("network_train_text_encoder_only"))
     if family is not None:
         kohya_flow.read_network(reading, arguments, "network_args.")
         convolutions, unet_only = False, unet_only or kohya_flow.text_encoders_idle(reading, family)
-    kohya.network(reading, algorithm, arguments, convolutions=convolutions, name=name)
+    kohya_network.network(reading, algorithm, arguments, convolutions=convolutions, name=name)
     kohya.rates(reading, unet_only=unet_only, text_encoder_only=text_only)
     kohya.optimizer(reading)
     kohya.schedule(reading)
@@ -109,16 +136,31 @@ def _arguments(reading: Reading, known: set[str]) -> None:
     if "dataset_repeats" in reading.left:
         reading.take("dataset_repeats", "repeats", number)
     _previews(reading)
-    kohya.common(reading)
+    kohya.common(reading, family)
     kohya_flow.read(reading, family)
     reading.ignore(*kohya.NOTHING)
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
     reading.finish(known)
 
 
+def _defaults(reading: Reading, *names: str) -> None:
+    """What sd-scripts takes for those of the names that are not given."""
+    for name in names:
+        value = DEFAULTS[name]
+        if name in reading.left or _decided(reading, name) or (name == "max_bucket_reso" and not _buckets(reading)):
+            continue
+        reading.left[name] = value
+        if name != "max_train_steps" or "max_train_epochs" not in reading.left:
+            reading.note(f"{name} is not given: sd-scripts takes {value}.")
+
+
+def _buckets(reading: Reading) -> bool:
+    return is_on(reading.left.get("enable_bucket")) or is_on(reading.translation.settings.get("enable_bucket"))
+
+
 def _decided(reading: Reading, name: str) -> bool:
     """Whether a dataset_config has said it already."""
-    ours = {"enable_bucket": "enable_bucket", "train_batch_size": "batch_size"}.get(name)
+    ours = kohya.SAME.get(name)
     return ours in reading.translation.settings
 
 
@@ -207,6 +249,7 @@ def _one_folder(subset: Mapping[str, Any], translation: Translation) -> None:
     for theirs, ours in kohya.SAME.items():
         if theirs in reading.left:
             reading.take(theirs, ours)
+    kohya.bucket_step(reading, 8)
     if is_on(reading.left.get("alpha_mask")) or is_on(reading.left.get("conditioning_data_dir")):
         translation.settings["use_masks"] = True
     reading.take_unless_off("conditioning_data_dir", "mask_dir")
