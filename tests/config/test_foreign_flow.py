@@ -51,7 +51,7 @@ def test_a_toml_of_flux_train_network():
         "train_data_dir": "/data/discs", "output_dir": "/out", "alpha": 16.0, "target_modules": ["/single_blocks/"],
         "optimizer": "adamw8bit", "epochs": 16, "mixed_precision": "bf16", "gradient_checkpointing": True,
         "base_precision": "fp8", "offload_blocks": 29, "sigma_sampling": "shift", "sigma_shift": 3.1582,
-        "lr_scheduler": "constant", "min_snr_gamma": None,
+        "lr_scheduler": "constant", "min_snr_gamma": None, "max_bucket_resolution": 1024,
     }  # fmt: skip
     assert unmet(report) == {"network_args.split_qkv", "network_args.img_attn_dim"}
     assert {"guidance_scale", "model_prediction_type", "cache_text_encoder_outputs"} <= set(report.ignored)
