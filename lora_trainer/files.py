@@ -28,7 +28,8 @@ _NOT_SYSTEM = ("/dev/shm", "/run/media", "/run/user", "/System/Volumes")  # wher
 _WHOLE = ("/home", "/private", "/private/var", "/root", "/usr", "/var", "/Users", "/Volumes", "C:\\Users")
 _KEYS = (
     ".aws", ".azure", ".config", ".docker", ".git-credentials", ".gnupg", ".kube", ".mozilla", ".netrc", ".npmrc",
-    ".password-store", ".pki", ".pypirc", ".ssh", ".thunderbird", "keychains", "keyrings", "kwalletd",
+    ".password-store", ".pki", ".pypirc", ".ssh", ".thunderbird", ".local/share/keyrings", ".local/share/kwalletd",
+    "library/keychains",
 )  # fmt: skip
 _NOT_KEYS = (".config/stabilitymatrix",)  # which keeps WebUIs and pictures there
 _UNSAFE = re.compile(r'[\x00-\x1f<>:"/\\|?*]')
@@ -120,12 +121,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _shares_config(path: Path) -> bool:
+    """Whether a path lies in the folder of ~/.config in which this program itself was installed, with its WebUI."""
+    own = Path(__file__).resolve()
+    config = next((folder for folder in own.parents if folder.parent.name == ".config"), None)
+    return config is not None and config in (path, *path.parents)
+
+
 def is_of_the_system(path: Path) -> bool:
     """Whether a resolved path is a whole disk, a folder in which other people's files lie, or one of the operating
     system or of keys: nobody keeps pictures or models there, and nothing of it is to be read or shown."""
-    parts = [part.lower() for part in path.parts]
-    kept = any(folder in "/".join(parts) for folder in _NOT_KEYS)
-    if path.parent == path or any(part in _KEYS for part in parts if not (kept and part == ".config")):
+    whole = "/".join(part.lower() for part in (*path.parts, ""))
+    kept = any(f"/{folder}/" in whole for folder in _NOT_KEYS) or _shares_config(path)
+    if path.parent == path or any(f"/{key}/" in whole for key in _KEYS if not (kept and key == ".config")):
         return True
     folders = [os.environ[name] for name in ("SystemRoot", "ProgramData") if name in os.environ] if _WINDOWS else ()
     inside = [Path(folder) for folder in (*_SYSTEM, *folders)]

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from lora_trainer import files
 from lora_trainer.errors import UserError
-from lora_trainer.files import atomic_write
+from lora_trainer.files import atomic_write, is_of_the_system
 
 
 class Windows:
@@ -77,3 +77,19 @@ def test_a_file_that_stays_open_is_left_as_it_is_and_said(tmp_path, windows):
     with pytest.raises(UserError, match="Close what has it open"):
         atomic_write(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.csv"]
+
+
+@pytest.mark.parametrize("place, expected", [
+    ("/home/me/.config/chromium/a", True), ("/home/me/.ssh", True), ("/home/me/.local/share/keyrings/a", True),
+    ("/Users/me/Library/Keychains", True), ("/data/keychains", False), ("/data/keyrings/brass", False),
+    ("/home/me/.config/StabilityMatrix/Images", False), ("/home/me/.configs/a", False),
+])  # fmt: skip
+def test_what_is_of_the_system(place, expected):
+    assert is_of_the_system(PurePosixPath(place)) is expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such folders are not Windows'")
+def test_a_webui_in_a_folder_of_settings_reads_its_own_pictures(monkeypatch):
+    monkeypatch.setattr(files, "__file__", "/home/me/.config/webui/extensions/trainer/lora_trainer/files.py")
+    assert not is_of_the_system(Path("/home/me/.config/webui/data"))
+    assert is_of_the_system(Path("/home/me/.config/chromium"))

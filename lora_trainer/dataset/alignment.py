@@ -18,6 +18,8 @@ _SCALES = (1.0, 0.95, 0.9, 1 / 0.95, 1 / 0.9)
 _ANGLES = (0.0, 1.0, -1.0, 2.0, -2.0)  # degrees
 _EDGE = 8  # pixels around the middle, which a turned or cropped copy lacks
 _INNER = slice(_EDGE, SIDE - _EDGE)
+_WORTH_TRYING = 0.4
+"""Agreement as they are, below which pictures are told apart without looking further."""
 _WORTH_A_SEARCH = 0.6
 _STEPS = 8
 _FARTHEST = 10.0  # pixels that a corner moves
@@ -37,7 +39,7 @@ def agreement(first: np.ndarray, second: np.ndarray, enough: float, *, search: b
     for transform in _transforms():
         if (value := float(_inner(_changed(image, transform)) @ wanted)) > best:
             best, start = value, transform
-        if best >= enough:
+        if best >= enough or best < _WORTH_TRYING:
             return best
     if not search or best < _WORTH_A_SEARCH:
         return best

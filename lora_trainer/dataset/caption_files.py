@@ -13,7 +13,7 @@ from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_p
 from lora_trainer.errors import UserError
 
 _SHOWN = 5  # how many files a message names
-_TABLES, _LARGEST_TABLE = 20, 16 << 20  # that are looked into, although nobody named them; bytes
+_TABLES, _LARGEST_TABLE = 20, 1 << 20  # that are looked into, although nobody named them; bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from lora_trainer.dataset.near import by_second, pairs_above, reduced, stacked
 _CANDIDATE = 0.75  # correlation at 8 × 8 pixels
 _COPY, _COPY_OF_A_DRAWING = 0.95, 0.9995
 _MOST_CANDIDATES = 12
+_MOST_TURNED = 4
 _AT_ONCE = 1 << 16
 _TURNED = 0.85  # correlation of the lightness at 8 × 8 pixels
 _ORIENTATIONS = 8  # quarter turns, then the same of the mirror image
@@ -101,7 +102,7 @@ class Layouts:
             order = np.lexsort((-values, second))
             pairs = np.stack([first, number], axis=1).astype(int)[order]
             for some in np.split(pairs, np.searchsorted(second[order], range(block.start + 1, block.stop))):
-                yield [(int(first), int(number)) for first, number in some[:_MOST_CANDIDATES]]
+                yield [(int(first), int(number)) for first, number in some[:_MOST_TURNED]]
 
     def turned_copy(self, second: int, likely: Sequence[tuple[int, int]]) -> int | None:
         """The first of ``likely`` that this picture is a copy of, turned by quarters or made grey, if any."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lora_trainer.dataset.images import IMAGE_EXTENSIONS
 from lora_trainer.dataset.keys import folder_of, name_of, stem_of
 from lora_trainer.files import is_of_the_system
 
 Links = Literal["none", "pictures", "all"]
 """To files outside of a data folder that are followed. "pictures": those of pictures, and those of a caption or mask
-that lies beside its linked picture there too. "all", for who edits the own files. "none" follows no link out of the
-folder, to folders neither."""
+that lies to its linked picture there as it does here. "all", for who edits the own files. "none" follows no link out
+of the folder, to folders neither."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ def not_followed(links: Mapping[str, Link], root: str, pictures: Collection[str]
     if policy == "none":
         return {key for key, link in links.items() if not is_within(root, link.target)}
     away = {key: link for key, link in links.items() if not _is_at_home(link, root)}
-    linked = {stem_of(key): away[key].target for key in away if key in pictures}
+    linked: dict[str, list[tuple[str, str]]] = {}
+    for key in away.keys() & set(pictures):
+        linked.setdefault(stem_of(name_of(key)), []).append((folder_of(key), away[key].target))
     return {
         key
         for key, link in away.items()
@@ -52,16 +55,21 @@ def _is_at_home(link: Link, root: str) -> bool:
     return bool(repository) and is_within(os.path.join(repository, "blobs"), link.target)
 
 
-def _goes_with(key: str, target: str, linked: Mapping[str, str]) -> bool:
-    """Whether a link of a caption or mask leads to what lies beside its picture, where that is a link too.
+def _goes_with(key: str, target: str, linked: Mapping[str, Sequence[tuple[str, str]]]) -> bool:
+    """Whether a link of a caption or mask leads to what lies to its picture as it does here, where that is a link too.
 
-    linked: key of a linked picture, without its ending -> the picture's resolved path.
+    A caption lies beside its picture, a mask perhaps in a folder near it. linked: name of a linked picture, without its
+    ending -> its folder in the data folder and its resolved path, for each.
     """
     folder, name = folder_of(key), name_of(key)
     for length in range(1, len(name) + 1):
-        picture = linked.get(f"{folder}/{name[:length]}".lstrip("/"))
-        if picture is not None and target == os.path.splitext(picture)[0] + name[length:]:
-            return True
+        for of, picture in linked.get(name[:length], ()):
+            if of != folder and not name.lower().endswith(IMAGE_EXTENSIONS):
+                continue
+            home, stem = os.path.split(os.path.splitext(picture)[0])
+            way = os.path.relpath(folder or ".", of or ".")
+            if target == os.path.normpath(os.path.join(home, way, stem + name[length:])):
+                return True
     return False
 
 

@@ -15,6 +15,7 @@ _LIKELY_MASK_ENDINGS = ("-mask", "_mask", "_masklabel")
 _ENDINGS = (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
 _MASK_FOLDERS = ("mask", "masks")
 """Folders near pictures, whose files have the pictures' names."""
+_CAPTION_ENDINGS = (".txt", ".caption")
 _CONDITION_ENDING = "-condlabel"  # OneTrainer's conditioning pictures, which nothing is taught by here
 _CONDITION_FOLDERS = (
     "cond", "conditioning", "conditioning_data", "conditioning_image", "conditioning_images", "control",
@@ -39,7 +40,12 @@ def is_picture(name: str) -> bool:
 
 
 def find_companions(files: Iterable[str]) -> Companions:
-    """Masks and conditioning pictures among the keys of a folder's files; names are compared in any case."""
+    """Masks and conditioning pictures among the keys of a folder's files; names are compared in any case.
+
+    A picture with a caption file of its own is trained, though its folder is called as one of conditioning pictures or
+    is one of masks for other pictures.
+    """
+    files = list(files)
     images = [key for key in files if key.lower().endswith(IMAGE_EXTENSIONS)]
     found = Companions(conditions={key for key in images if stem_of(key).lower().endswith(_CONDITION_ENDING)})
     folders = {folder_of(key) for key in images}
@@ -48,6 +54,7 @@ def find_companions(files: Iterable[str]) -> Companions:
     if not mask_folders | condition_folders and not any(stem_of(key).lower().endswith(_ENDINGS) for key in images):
         return found
     stems = Stems(images)
+    captioned = {fold(stem_of(key)) for key in files if key.lower().endswith(_CAPTION_ENDINGS)}
     for key in filter(is_picture, images):
         beside = [one + ending for ending in _ENDINGS for one in (stem_of(key), key)]
         inside = [
@@ -57,14 +64,15 @@ def find_companions(files: Iterable[str]) -> Companions:
             found.masks[key] = mask
         name = stem_of(name_of(key))
         conditions = (f"{folder}/{name}" for folder in _mirrors(key, _CONDITION_FOLDERS, condition_folders))
-        if condition := stems.first(conditions, key):
+        if (condition := stems.first(conditions, key)) and fold(stem_of(condition)) not in captioned:
             found.conditions.add(condition)
     others = found.conditions.union(found.masks.values())
     found.masks = {key: mask for key, mask in found.masks.items() if key not in others}
     of_masks = {folder_of(mask) for mask in found.masks.values() if fold(folder_of(mask)) in mask_folders}
-    found.strays = {
-        key for key in images if key not in others and (folder_of(key) in of_masks or not is_picture(key))
-    }
+    for key in images:
+        beside_masks = folder_of(key) in of_masks and fold(stem_of(key)) not in captioned
+        if key not in others and (beside_masks or not is_picture(key)):
+            found.strays.add(key)
     return found
 
 

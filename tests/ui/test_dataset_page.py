@@ -12,6 +12,7 @@ from PIL import Image
 pytest.importorskip("playwright.sync_api")
 
 from lora_trainer.errors import UserError
+from tests.jobs.fakes import wait_for
 
 PICTURES = 60
 
@@ -281,6 +282,7 @@ def test_a_picture_taken_in_hand_while_the_page_is_fetched_again_stays(page):
     waiting = []
     page.route("**/pictures?offset=*", lambda route: waiting.append(route))
     page.evaluate("void loraTrainer.editor.gallery.reload()")
+    wait_for(lambda: page.wait_for_timeout(10) or waiting, "the page of pictures")
     page.keyboard.press("ArrowRight")
     until(page, "place_of", "2 of")
     page.keyboard.press("Enter")

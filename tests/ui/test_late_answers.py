@@ -27,6 +27,7 @@ def held(page):
         page.route(address, lambda route: route.continue_() if waiting else waiting.append(route))
 
         def let_go():
+            wait_for(lambda: page.wait_for_timeout(10) or waiting, f"a request to {address}")
             with page.expect_response(address):
                 waiting[0].continue_()
             page.wait_for_timeout(100)
@@ -119,6 +120,7 @@ def test_an_answer_does_not_overwrite_the_caption_that_was_typed_after_it(cats, 
     cats.route("**/captions", lambda route: waiting.append(route))
     for typed in ("first", "second"):
         cats.evaluate(TYPE, typed)
+    wait_for(lambda: cats.wait_for_timeout(10) or waiting, "the first caption")
     with cats.expect_response("**/captions"):
         waiting[0].continue_()
     wait_for(lambda: cats.wait_for_timeout(10) or len(waiting) == 2, "the second caption")
