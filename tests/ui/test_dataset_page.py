@@ -269,12 +269,21 @@ def test_a_server_that_was_started_anew_opens_the_folder_again(page, folder, man
     until(page, "place_of", "2 of")
     page.keyboard.press("Enter")
     page.keyboard.type(", being typed")
+    # Where the page looks at the server by itself in between, what it says is soon followed by what is saved.
+    page.evaluate("""() => {
+        const {say} = loraTrainer.editor;
+        window.said = [];
+        loraTrainer.editor.say = (text, ...nodes) => {
+            said.push(text);
+            say(text, ...nodes);
+        };
+    }""")
     manager.sessions._open.clear()
     page.keyboard.press("Control+s")
-    until(page, "message", "1 change that was not saved is gone")
+    page.wait_for_function("() => said.some((text) => text.includes('1 change that was not saved is gone'))")
     assert page.input_value("#lora_trainer_editor_caption").endswith("number 1, being typed")
     page.keyboard.press("Control+s")
-    until(page, "message", "1 file saved")
+    page.wait_for_function("() => said.some((text) => text.includes('1 file saved'))")
     assert caption(folder, 1).endswith(", being typed") and not caption(folder, 0).endswith(", kept")
 
 
