@@ -50,6 +50,7 @@ _NOT_HERE = {
     "nf": "it is for films",
 }
 """Flags of the two that are read and have no meaning here."""
+_KNOWN = {*_NUMBERS, *_NOT_HERE, "n"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ class PreviewPrompt:
 
 def parse_prompt(line: str) -> PreviewPrompt:
     """Raises UserError for a flag that does not exist, or whose value is none."""
-    flags = list(_FLAG.finditer(line))
+    flags = _flags(line)
     ends = [match.start() for match in flags[1:]] + [len(line)]
     prompt = PreviewPrompt(line[: flags[0].start()].strip() if flags else line.strip())
     for match, end in zip(flags, ends):
-        name, value = match[1].lower(), line[match.end() : end].strip()
-        name = _SAME.get(name, name)
+        name, value = _name(match), line[match.end() : end].strip()
         if (name, value) == ("d", "-1"):
             name = _RANDOM
         if name == "n":
@@ -90,6 +90,32 @@ def parse_prompt(line: str) -> PreviewPrompt:
             message = f"{line!r} has a flag --{match[1]}, which does not exist."
             raise UserError(message, field="preview_prompts", remedy=f"There are {known}.")
     return prompt
+
+
+def flag_names(line: str) -> set[str]:
+    """The flags in a prompt by their short names: ``a disc --seed 5`` -> {"d"}."""
+    return {_name(match) for match in _flags(line)}
+
+
+def _flags(line: str) -> list[re.Match[str]]:
+    """Inside <…>, and behind anything but a space or a comma, only a known flag with an end is one:
+    ``(--very-happy)`` and ``<lora:a --x:1>`` are words."""
+    return [
+        match
+        for match in _FLAG.finditer(line)
+        if _stands_free(line, match.start())
+        or (_name(match) in _KNOWN and (match[0].endswith("=") or not line[match.end() : match.end() + 1].strip()))
+    ]
+
+
+def _stands_free(line: str, start: int) -> bool:
+    inside = line.rfind("<", 0, start) > line.rfind(">", 0, start) and line.find(">", start) >= 0
+    return not inside and not line[max(start - 1, 0) : start].strip(",").strip()
+
+
+def _name(match: re.Match[str]) -> str:
+    name = match[1].lower()
+    return _SAME.get(name, name)
 
 
 def _number(line: str, name: str, value: str, kind: Callable[[str], float], low: float, high: float) -> float:

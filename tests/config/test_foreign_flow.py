@@ -53,8 +53,11 @@ def test_a_toml_of_flux_train_network():
         "base_precision": "fp8", "offload_blocks": 29, "sigma_sampling": "shift", "sigma_shift": 3.1582,
         "lr_scheduler": "constant", "min_snr_gamma": None, "max_bucket_resolution": 1024,
     }  # fmt: skip
-    assert unmet(report) == {"network_args.split_qkv", "network_args.img_attn_dim"}
+    assert unmet(report) == {"network_args.split_qkv", "network_args.img_attn_dim", "t5xxl_max_token_length"}
     assert {"guidance_scale", "model_prediction_type", "cache_text_encoder_outputs"} <= set(report.ignored)
+
+
+_AS_HERE = "guidance_scale = 1\nt5xxl_max_token_length = 256\n"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_a_toml_of_flux_train_network():
     ],
 )  # fmt: skip
 def test_how_noise_levels_are_drawn_in_sd_scripts(lines, sampling, shift, cannot):
-    text = f'network_module = "networks.lora_flux"\nmodel_prediction_type = "raw"\n{lines}\n'
+    text = f'network_module = "networks.lora_flux"\nmodel_prediction_type = "raw"\n{_AS_HERE}{lines}\n'
     config, report = read(text)
     assert (config.sigma_sampling, config.sigma_shift) == (sampling, shift)
     assert unmet(report) == cannot
@@ -89,6 +92,19 @@ def test_what_is_not_given_for_flux_is_what_sd_scripts_takes():
     assert unmet(report) == {"guidance_scale", "t5xxl_max_token_length", "apply_t5_attn_mask", "blocks_to_swap",
                              "model_prediction_type", "weighting_scheme"}  # fmt: skip
     assert config.offload_blocks == 0 and config.max_token_length == 225 and config.train_text_encoder
+
+
+def test_guidance_and_length_that_are_not_given_for_flux_are_those_of_dev():
+    _, report = read('network_module = "networks.lora_flux"\n')
+    said = {one.theirs: one.value for one in report.unmet}
+    assert (said["guidance_scale"], said["t5xxl_max_token_length"]) == (3.5, 512)
+    assert "guidance_scale is not given: sd-scripts takes 3.5 for FLUX.1 dev." in report.notes
+
+
+def test_steps_of_buckets_in_a_dataset_config_for_flux():
+    folder = '[[datasets]]\nbucket_reso_steps = 8\n[[datasets.subsets]]\nimage_dir = "/data/discs"\n'
+    assert read(f'network_module = "networks.lora_flux"\n{folder}')[0].bucket_step == 16
+    assert read(f'network_module = "networks.lora"\n{folder}')[0].bucket_step == 8
 
 
 def test_chroma_in_sd_scripts():

@@ -94,6 +94,12 @@ def test_samples_of_ai_toolkit_keep_their_own_flags():
     assert read(yaml.safe_dump(values))[0].preview_prompts == ["x --w 64 --d 0 --n q"]
 
 
+def test_flags_of_a_prompt_of_ai_toolkit_go_before_the_samples():
+    values = yaml.safe_load(presets.ai_toolkit(*PLACES))
+    values["config"]["process"][0]["sample"] = {"prompts": ["x --seed 5 --w 768"], "seed": 4, "width": 64, "height": 64}
+    assert read(yaml.safe_dump(values))[0].preview_prompts == ["x --seed 5 --w 768 --h 64"]
+
+
 def test_buckets_that_a_dataset_config_leaves_out_are_those_of_sd_scripts():
     config, report = read(f"[[datasets]]\nresolution = 64\n{_FOLDER}")
     assert not config.enable_bucket and "enable_bucket is not given" in said(report)

@@ -21,6 +21,7 @@ from lora_trainer.config.foreign.report import (
     section,
     sections,
 )
+from lora_trainer.config.prompts import flag_names
 from lora_trainer.errors import UserError
 
 TOOL = "ai-toolkit"
@@ -289,7 +290,7 @@ def _sample(reading: Reading) -> None:
     samples = [{"prompt": prompt} for prompt in prompts] + sections(reading.pop("samples"), "sample.samples")
     if samples:
         shared = {name: reading.pop(name) for name in _FLAGS}
-        prompts = [f"{one.get('prompt', '')}{_flags({**shared, **one})}" for one in samples]
+        prompts = [_with_flags(str(one.get("prompt", "")), {**shared, **one}) for one in samples]
         reading.set("prompts", "preview_prompts", prompts)
         reading.take_unless_off("sample_every", "preview_steps", number)
     reading.ignore("sampler", "walk_seed", "sample_start_step", "guidance_rescale", "format", "ext", "sample_every",
@@ -301,10 +302,11 @@ def _sample(reading: Reading) -> None:
 _FLAGS = {"width": "w", "height": "h", "sample_steps": "s", "guidance_scale": "l", "seed": "d", "neg": "n"}
 
 
-def _flags(sample: Mapping[str, Any]) -> str:
-    """What a preview is drawn with, as the flags behind its prompt."""
-    given = ((flag, sample.get(name)) for name, flag in _FLAGS.items())
-    return "".join(f" --{flag} {value}" for flag, value in given if value is not None and value is not False)
+def _with_flags(prompt: str, sample: Mapping[str, Any]) -> str:
+    """The prompt and what its preview is drawn with as flags behind it. The flags that it has already count."""
+    own = flag_names(prompt)
+    given = ((flag, sample.get(name)) for name, flag in _FLAGS.items() if flag not in own)
+    return prompt + "".join(f" --{flag} {value}" for flag, value in given if value is not None and value is not False)
 
 
 def _datasets(datasets: list[dict[str, Any]], translation: Translation) -> None:

@@ -163,7 +163,7 @@ NOTHING = """
 
 def common(reading: Reading, family: str | None = None) -> None:
     """Everything that both tools name alike, but the network, the learning rates and the length."""
-    bucket_step(reading, 8 if family is None else 16)
+    bucket_step(reading, family)
     reading.take_all(SAME)
     for theirs, ours in UNLESS_OFF.items():
         convert = number
@@ -191,8 +191,9 @@ def common(reading: Reading, family: str | None = None) -> None:
         reading.note("Previews are drawn every preview_steps, or when the LoRA is saved; not every so many epochs.")
 
 
-def bucket_step(reading: Reading, multiple: int) -> None:
+def bucket_step(reading: Reading, family: str | None) -> None:
     """Rounded up to what the model's latents allow."""
+    multiple = 8 if family is None else 16
     step = number(reading.left.get("bucket_reso_steps"))
     if isinstance(step, int) and step > 0 and step % multiple:
         rounded = step + multiple - step % multiple

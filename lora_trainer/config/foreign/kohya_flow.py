@@ -179,6 +179,11 @@ def _number(reading: Reading, name: str, usual: float) -> float:
 
 
 def _prompts(reading: Reading, family: str) -> None:
+    if family == FLUX:
+        for name, usual in (("t5xxl_max_token_length", 512), ("guidance_scale", 3.5)):
+            if name not in reading.left:
+                reading.left[name] = usual
+                reading.note(f"{name} is not given: sd-scripts takes {usual} for FLUX.1 dev.")
     if family != CHROMA:  # whose prompts are not filled up, which is what a mask is for
         reading.cannot({"apply_t5_attn_mask": flow.NO_MASK})
         flow.unless(reading, {"t5xxl_max_token_length": flow.LENGTH}, 256)

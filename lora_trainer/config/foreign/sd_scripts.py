@@ -52,7 +52,7 @@ def translate(values: Mapping[str, Any], folder: Path | None, known: set[str]) -
     if named and not data:
         data = _read_dataset_config(str(named), folder, translation)
     if data:  # goes before the arguments of the same name
-        _datasets(data, translation)
+        _datasets(data, translation, _family(reading))
         reading.ignore("train_data_dir", "reg_data_dir", "in_json", "resolution", "train_batch_size")
         reading.ignore(*(theirs for theirs, ours in kohya.SAME.items() if ours in translation.settings))
     if given:
@@ -105,8 +105,8 @@ def _other_forms(reading: Reading) -> None:
 
 
 def _arguments(reading: Reading, known: set[str]) -> None:
+    family = _family(reading)
     module = str(reading.pop("network_module") or "networks.lora")
-    family = kohya_flow.family_of(module, reading.left)
     if family is not None:
         reading.ignore("max_token_length")  # of CLIP in Stable Diffusion alone
     _defaults(reading, *(name for name in DEFAULTS if name != "max_token_length" or family is None))
@@ -141,6 +141,10 @@ def _arguments(reading: Reading, known: set[str]) -> None:
     reading.ignore(*kohya.NOTHING)
     reading.cannot(kohya.CANNOT, kohya.HARMLESS)
     reading.finish(known)
+
+
+def _family(reading: Reading) -> str | None:
+    return kohya_flow.family_of(str(reading.left.get("network_module") or "networks.lora"), reading.left)
 
 
 def _defaults(reading: Reading, *names: str) -> None:
@@ -192,7 +196,7 @@ def _read_dataset_config(name: str, folder: Path | None, translation: Translatio
     return parse_any(file_text(path), str(path))
 
 
-def _datasets(data: Mapping[str, Any], translation: Translation) -> None:
+def _datasets(data: Mapping[str, Any], translation: Translation, family: str | None) -> None:
     """[general], [[datasets]] and [[datasets.subsets]]: what stands in a lower one counts."""
     general = section(data.get("general"), "general")
     subsets: list[dict[str, Any]] = []
@@ -209,7 +213,7 @@ def _datasets(data: Mapping[str, Any], translation: Translation) -> None:
             field="datasets", remedy="Put them into one folder, each in a sub-folder such as 1_person.",
         )  # fmt: skip
     first, *others = training
-    _one_folder(first, translation)
+    _one_folder(first, translation, family)
     _further_folders(others, translation)
     for subset in regularization:
         reading = Reading(translation, {"image_dir": subset.get("image_dir")}, "datasets.subsets.")
@@ -226,7 +230,7 @@ def _datasets(data: Mapping[str, Any], translation: Translation) -> None:
             translation.notes.append(f"{name} differs between the folders; {values[0]} counts for all of them.")
 
 
-def _one_folder(subset: Mapping[str, Any], translation: Translation) -> None:
+def _one_folder(subset: Mapping[str, Any], translation: Translation, family: str | None) -> None:
     reading = Reading(translation, subset, "datasets.")
     folder = str(reading.left.get("image_dir") or "")
     reading.take("image_dir", "train_data_dir")
@@ -249,7 +253,7 @@ def _one_folder(subset: Mapping[str, Any], translation: Translation) -> None:
     for theirs, ours in kohya.SAME.items():
         if theirs in reading.left:
             reading.take(theirs, ours)
-    kohya.bucket_step(reading, 8)
+    kohya.bucket_step(reading, family)
     if is_on(reading.left.get("alpha_mask")) or is_on(reading.left.get("conditioning_data_dir")):
         translation.settings["use_masks"] = True
     reading.take_unless_off("conditioning_data_dir", "mask_dir")
