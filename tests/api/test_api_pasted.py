@@ -43,6 +43,8 @@ t5xxl = "/m/t5xxl.safetensors"
 fp8_base = true
 gradient_checkpointing = true
 blocks_to_swap = 2
+t5xxl_max_token_length = 256
+guidance_scale = 1.0
 """
 
 
