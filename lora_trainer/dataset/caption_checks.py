@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from lora_trainer.dataset.captions import Caption, mentions, train_text
 from lora_trainer.dataset.findings import Finding, enumerate_some
+from lora_trainer.dataset.keys import CAPTION_ENDINGS
 from lora_trainer.dataset.listing import Listing
 from lora_trainer.dataset.tags import core_gaps, near_synonyms, universal_tags
 
@@ -17,7 +18,6 @@ CHUNK_TOKENS = 75
 """Tokens that CLIP reads at a time, its start and end tokens not counted."""
 
 _SUBJECT_SHARE = 0.5  # a core in half of the captions is the subject of the set
-_CAPTION_ENDINGS = (".txt", ".caption")
 _NO_CAPTION = re.compile(r"(?i)readme|licen[cs]e|copying|credits|notes?\b|references|requirements|prompts?\b|classes")
 _CHINESE = "CLIP barely reads Chinese"
 
@@ -84,7 +84,7 @@ def orphans(listing: Listing) -> Iterator[Finding]:
     for key in listing.files:
         path = PurePosixPath(key)
         if (
-            path.suffix.casefold() in _CAPTION_ENDINGS
+            path.suffix.casefold() in CAPTION_ENDINGS
             and str(path.parent) in folders
             and str(path.with_suffix("")).casefold() not in stems
             and not _NO_CAPTION.search(path.stem)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_trainer.dataset.keys import stem_of
+from lora_trainer.dataset.keys import CAPTION_ENDINGS, stem_of
 from lora_trainer.dataset.listing import Listing, NameIndex, list_folder
 from lora_trainer.dataset.metadata import METADATA_NAMES, CaptionProblem, path_problem, read_rows, read_text
 from lora_trainer.errors import UserError
@@ -92,7 +92,7 @@ def caption_files(listing: Listing, names: NameIndex, key: str, extension: str) 
 
 def _caption_keys(listing: Listing, names: NameIndex, key: str, extension: str) -> Iterable[str]:
     extension = extension if extension.startswith(".") else f".{extension}"
-    endings = dict.fromkeys((extension, ".txt", ".caption"))
+    endings = dict.fromkeys((extension, *CAPTION_ENDINGS))
     wanted = (names.find_key(start + ending) for ending in endings for start in (stem_of(key), key))
     return dict.fromkeys(name for name in wanted if name is not None)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 
+CAPTION_ENDINGS = (".txt", ".caption")
+"""Of text files beside pictures that hold their captions, without being asked for."""
+
 
 def stem_of(key: str) -> str:
     """A key without the ending of its file."""

@@ -20,7 +20,7 @@ from lora_trainer.dataset.near import by_second, pairs_above, reduced, stacked
 _CANDIDATE = 0.75  # correlation at 8 × 8 pixels
 _COPY, _COPY_OF_A_DRAWING = 0.95, 0.9995
 _MOST_CANDIDATES = 12
-_MOST_TURNED = 4
+_MOST_TURNED = 4  # each is aligned, which takes milliseconds
 _AT_ONCE = 1 << 16
 _TURNED = 0.85  # correlation of the lightness at 8 × 8 pixels
 _ORIENTATIONS = 8  # quarter turns, then the same of the mirror image

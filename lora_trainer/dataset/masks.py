@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lora_trainer.dataset.images import IMAGE_EXTENSIONS
-from lora_trainer.dataset.keys import fold, folder_of, name_of, stem_of
+from lora_trainer.dataset.keys import CAPTION_ENDINGS, fold, folder_of, name_of, stem_of
 
 _MASK_ENDINGS = (".mask", "-masklabel")
 """What goes behind a picture's name, with or without its own ending, to make its mask's: ours, and OneTrainer's."""
@@ -15,7 +15,6 @@ _LIKELY_MASK_ENDINGS = ("-mask", "_mask", "_masklabel")
 _ENDINGS = (*_MASK_ENDINGS, *_LIKELY_MASK_ENDINGS)
 _MASK_FOLDERS = ("mask", "masks")
 """Folders near pictures, whose files have the pictures' names."""
-_CAPTION_ENDINGS = (".txt", ".caption")
 _CONDITION_ENDING = "-condlabel"  # OneTrainer's conditioning pictures, which nothing is taught by here
 _CONDITION_FOLDERS = (
     "cond", "conditioning", "conditioning_data", "conditioning_image", "conditioning_images", "control",
@@ -54,7 +53,7 @@ def find_companions(files: Iterable[str]) -> Companions:
     if not mask_folders | condition_folders and not any(stem_of(key).lower().endswith(_ENDINGS) for key in images):
         return found
     stems = Stems(images)
-    captioned = {fold(stem_of(key)) for key in files if key.lower().endswith(_CAPTION_ENDINGS)}
+    captioned = {fold(stem_of(key)) for key in files if key.lower().endswith(CAPTION_ENDINGS)}
     for key in filter(is_picture, images):
         beside = [one + ending for ending in _ENDINGS for one in (stem_of(key), key)]
         inside = [
