@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -72,9 +74,36 @@ def host_page() -> str:
                             scripts=scripts)  # fmt: skip
 
 
+class SlowNetwork:
+    """An ASGI application of which most requests, and many answers, are on their way for up to ``longest`` seconds.
+
+    What a test takes for granted between a click and its answer fails here, and not by chance on a busy machine.
+    """
+
+    def __init__(self, app: Any, longest: float):
+        self.app, self.longest, self.chance = app, longest, random.Random()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not scope.get("path", "").startswith("/lora-trainer/"):
+            await self.app(scope, receive, send)
+            return
+        there, back = (self.chance.random() * self.longest * (self.chance.random() < share) for share in (0.6, 0.4))
+
+        async def later(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                await asyncio.sleep(back)
+            await send(message)
+
+        await asyncio.sleep(there)
+        await self.app(scope, receive, later)
+
+
 @contextmanager
 def served(app: Any) -> Iterator[str]:
-    """``app`` with the tab's page at "/", on a free port; yields its address."""
+    """``app`` with the tab's page at "/", on a free port; yields its address.
+
+    LORA_TRAINER_LATENCY gives it a slow network: the longest way of a request, in seconds.
+    """
     uvicorn = pytest.importorskip("uvicorn")
     from fastapi.responses import HTMLResponse
     from fastapi.staticfiles import StaticFiles
@@ -82,7 +111,8 @@ def served(app: Any) -> Iterator[str]:
     assert requirements.problem() is None  # every host asks at its start, and imports what two requests must not
     app.mount("/javascript", StaticFiles(directory=ROOT / "javascript"))
     app.add_api_route("/", lambda: HTMLResponse(host_page()), methods=["GET"])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    latency = float(os.environ.get("LORA_TRAINER_LATENCY", "0"))
+    server = uvicorn.Server(uvicorn.Config(SlowNetwork(app, latency) if latency else app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -26,7 +26,8 @@ def test_two_pages_agree(page, open_page, files, train):
     train.allow(2)
     for one in (page, other):
         wait_for_text(one, "job_facts", "step 5 of 20")
-    other.click("#lora_trainer_job_buttons >> text=Preview now")
+    with other.expect_response("**/preview-now"):  # the step that follows draws
+        other.click("#lora_trainer_job_buttons >> text=Preview now")
     train.allow(1)
     for one in (page, other):
         one.wait_for_selector("#lora_trainer_previews img")

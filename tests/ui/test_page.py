@@ -114,7 +114,7 @@ MODELS = {"a.safetensors [1]": (True, True), "b.safetensors [2]": (False, False)
 
 
 def until_shown(page, base):
-    wait = "(text) => loraTrainer.get('field_base_model').selectedOptions[0].innerText === text"
+    wait = "(text) => loraTrainer.get('field_base_model').selectedOptions[0]?.innerText === text"
     page.wait_for_function(wait, arg=base)
 
 
