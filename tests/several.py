@@ -236,7 +236,7 @@ def interrupt(rank: int) -> None:
 
 
 def fail(ranks: Any, rank: int, where: str, how: str) -> None:
-    """One rank fails: killed, by an error, hanging, or with all its threads stopped."""
+    """One rank fails: killed, by an error, hanging, with all its threads stopped, or for want of memory for a step."""
     from lora_trainer.dataset.cache import TensorCache
     from lora_trainer.training.state import StateStore
     from lora_trainer.training.step import TrainingStep
@@ -246,11 +246,15 @@ def fail(ranks: Any, rank: int, where: str, how: str) -> None:
     of, method = {
         "caching": (TensorCache, "put"), "step": (TrainingStep, "_until_it_fits"), "save": (StateStore, "save")
     }[where]  # fmt: skip
+    if how == "memory":
+        of, method = TrainingStep, "_backward"
     original, calls = getattr(of, method), []
 
     def failing(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3 or where == "save":
+        if how == "memory" and len(calls) > 3:  # whatever is tried against it
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if how != "memory" and (len(calls) == 3 or where == "save"):
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "error":
