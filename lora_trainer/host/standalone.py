@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from lora_trainer.host.base import (
     PreviewRequest,
 )
 from lora_trainer.host.publishing import place_lora
-from lora_trainer.models.base import LentModel
+from lora_trainer.models.base import LentModel, LoraTarget
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.causal_lm.folder import is_language_model
 from lora_trainer.storage import Packing, dense_weight, pack, packing_of
@@ -217,15 +217,34 @@ def _changed(bound: torch.Tensor, weights: ModuleWeights, strength: float) -> to
 @contextmanager
 def _merged(model: LentModel, lora: Path, weight: float) -> Iterator[None]:
     """Inside, the model's layers have the LoRA's change in them. The bound weights themselves are not written to."""
-    modules = {target.kohya_name: target.module for target in model.lora_targets()}
-    matched, unmatched = read_lora(lora).match(model.lora_targets())
+    targets = model.lora_targets()
+    matched, unmatched = read_lora(lora).match(targets)
     if not matched or unmatched:
         raise UserError(f"{lora.name} does not fit this base model.", remedy="Choose the one that it was made for.")
-    bound = {name: modules[name].weight for name in matched}
+    of_part: dict[str, list[LoraTarget]] = {"unet": [], "text_encoders": []}
+    for target in targets:
+        if target.kohya_name in matched:
+            of_part["unet" if target.part == "unet" else "text_encoders"].append(target)
+
+    def merge(part: str) -> Callable[[], None]:
+        bound = [(target.module, target.module.weight) for target in of_part.get(part, ())]
+        for target, (module, parameter) in zip(of_part.get(part, ()), bound):
+            module.weight = _changed(parameter, matched[target.kohya_name], weight)
+
+        def restore() -> None:
+            for module, parameter in bound:
+                module.weight = parameter
+
+        return restore
+
+    residency = getattr(model, "residency", None)
+    if residency is not None:  # parts that leave the device come back without the change
+        with residency.changed(merge):
+            yield
+        return
+    undo = [merge(part) for part in of_part]
     try:
-        for name, weights in matched.items():
-            modules[name].weight = _changed(bound[name], weights, weight)
         yield
     finally:
-        for name, parameter in bound.items():
-            modules[name].weight = parameter
+        for restore in undo:
+            restore()

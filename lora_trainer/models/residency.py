@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from lora_trainer.errors import UserError
+from lora_trainer.out_of_memory import is_out_of_memory, release_memory
 
 Value = TypeVar("Value")
 
@@ -25,6 +27,8 @@ class Residency:
         self._bind, self._unbind = bind, unbind
         self._resident: set[str] = set()
         self._held: set[str] = set()
+        self._change: Callable[[str], Callable[[], None]] | None = None
+        self._undo: dict[str, Callable[[], None]] = {}  # of each part that was changed
 
     def load(self, part: str) -> None:
         """Bring a part to the device, in the place of the others if need be.
@@ -34,7 +38,8 @@ class Residency:
         """
         if part in self._resident:
             return
-        if not self._try_to_bind(part) and not (self.make_room([part]) and self._try_to_bind(part)):
+        tried = partial(self._try_to_bring, part, self._bind)
+        if not tried() and not (self.make_room([part]) and tried()):
             raise UserError(
                 f"The GPU's memory does not suffice for the base model's {part.replace('_', ' ')}.",
                 field="device",
@@ -59,8 +64,8 @@ class Residency:
         self.load(part)
         try:
             return compute()
-        except torch.cuda.OutOfMemoryError:
-            if torch.is_grad_enabled():
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or not is_out_of_memory(error):
                 raise
         # The error is gone here, and with its traceback the tensors that it kept alive.
         self.make_room([part])
@@ -70,28 +75,44 @@ class Residency:
         """Let go of all parts but these and those that are held. Returns whether there were any."""
         leaving = self._resident - self._held - set(keep)
         for part in leaving:
-            self._unbind(part)
-        self._resident -= leaving
-        _free()
+            self._let_go(part)
+        release_memory()
         return bool(leaving)
+
+    @contextmanager
+    def changed(self, change: Callable[[str], Callable[[], None]]) -> Iterator[None]:
+        """Inside, ``change(part)`` is called with every part on the device, and again whenever it comes back; what it
+        returns undoes it."""
+        self._change = change
+        try:
+            for part in sorted(self._resident):
+                self._try_to_bring(part, lambda part: None)
+            yield
+        finally:
+            undo, self._change, self._undo = self._undo, None, {}
+            for restore in undo.values():
+                restore()
 
     def forget(self, part: str) -> None:
         """It was released and is not loaded again."""
         self._resident.discard(part)
         self._held.discard(part)
+        self._undo.pop(part, None)
 
-    def _try_to_bind(self, part: str) -> bool:
+    def _try_to_bring(self, part: str, bind: Callable[[str], None]) -> bool:
         try:
-            self._bind(part)
+            bind(part)
+            if self._change is not None:
+                self._undo[part] = self._change(part)
             return True
-        except torch.cuda.OutOfMemoryError:
-            pass
-        self._unbind(part)
-        _free()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self._let_go(part)
+        release_memory()
         return False
 
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    def _let_go(self, part: str) -> None:
+        self._undo.pop(part, None)
+        self._unbind(part)
+        self._resident.discard(part)

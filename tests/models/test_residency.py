@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from lora_trainer.adapters.inject import AdapterSet
+from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
+from lora_trainer.host.base import PreviewRequest
+from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families.parts import PARTS
 from lora_trainer.models.families.unet.binding import Binding
@@ -62,6 +69,23 @@ def test_parts_leave_for_each_other_and_compute_the_same(tiny_base, monkeypatch)
     assert memory.peak <= memory.capacity < whole
 
 
+def test_parts_that_come_back_have_the_lora_that_is_drawn_with(tiny_base, tmp_path, monkeypatch):
+    """Pictures of a finished run, on a device that holds one part at a time: each part leaves while its change counts."""
+    config = TrainConfig(lora_rank=2, train_text_encoder=True)
+    with FileLender(tiny_base).borrow() as model:
+        adapters = AdapterSet.build(model.lora_targets(), config)
+        for _, adapter in adapters.items():
+            adapter.lora_up.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        save_file(adapters.export(), str(tmp_path / "lora.safetensors"))
+    request = PreviewRequest(prompt="a disc", width=64, height=64, steps=2, checkpoint=str(tiny_base))
+    requests = [replace(request, lora=tmp_path / "lora.safetensors"), request] * 2
+    memory, host = Memory(monkeypatch), StandaloneHost(tmp_path, device="cpu")
+    expected = [picture.tobytes() for picture in host.draw_all(requests)]
+    memory.capacity, memory.peak = 0.6 * memory.peak, 0
+    assert [picture.tobytes() for picture in host.draw_all(requests)] == expected and memory.peak > 0
+    assert expected[0] == expected[2] != expected[1] == expected[3]
+
+
 def test_a_part_that_does_not_fit_alone_is_a_sentence(tiny_base, monkeypatch):
     Memory(monkeypatch).capacity = 1000
     with pytest.raises(UserError, match="memory does not suffice") as caught, FileLender(tiny_base).borrow():
@@ -69,7 +93,12 @@ def test_a_part_that_does_not_fit_alone_is_a_sentence(tiny_base, monkeypatch):
     assert caught.value.field == "device" and "cpu" in caught.value.remedy
 
 
-def test_memory_that_lacks_while_computing_is_made_by_the_other_parts(tiny_base, monkeypatch):
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+], ids=["CUDA", "MPS", "cuBLAS"])  # fmt: skip
+def test_memory_that_lacks_while_computing_is_made_by_the_other_parts(tiny_base, monkeypatch, error):
     memory = Memory(monkeypatch)
     with FileLender(tiny_base).borrow() as model:
         encoder, tries = model.vae.encoder.conv_in, []
@@ -78,7 +107,7 @@ def test_memory_that_lacks_while_computing_is_made_by_the_other_parts(tiny_base,
         def short(x):
             tries.append(memory.total)
             if len(tries) == 1:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+                raise error
             return forward(x)
 
         encoder.forward = short
