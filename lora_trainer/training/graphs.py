@@ -64,6 +64,7 @@ class MicroBatchGraphs:
         self._recorded: dict[Any, _Recorded] = {}
         self._seconds: dict[tuple[Any, bool], list[float]] = {}  # of whole steps, by shapes and with or without graphs
         self._recorded_at: tuple[int, ...] = ()
+        self._computed_at: tuple[int, ...] = ()  # without a graph
         self._pool: Any = None
         self._used: list[Any] = []  # shapes of the step in hand
         self._failed = ""  # why a recording failed
@@ -75,8 +76,6 @@ class MicroBatchGraphs:
             yield
             return
         self._used = []
-        if self._recorded and self._addresses() != self._recorded_at:
-            self.drop()
         if not self._sums:
             self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         torch._foreach_zero_(self._sums)
@@ -95,11 +94,18 @@ class MicroBatchGraphs:
             return self._compute(inputs, divisor)
         shape = _shape(inputs)
         self._used.append(shape)
+        # The weights may have left since, for the text encoders that read this micro-batch's captions, say. They come
+        # back in ``compute``, which can be recorded once they stay.
+        there = self._addresses()
+        if self._recorded and there != self._recorded_at:
+            self.drop()
         recorded = self._recorded.get(shape)
-        if recorded is None and self._is_due(shape):
+        if recorded is None and there == self._computed_at and self._is_due(shape):
             recorded = self._record(shape, inputs, divisor)
         if recorded is None:
-            return self._compute_and_add(inputs, divisor)
+            loss = self._compute_and_add(inputs, divisor)
+            self._computed_at = self._addresses()
+            return loss
         _copy(inputs, recorded.inputs)
         recorded.divisor.copy_(divisor)
         recorded.graph.replay()
@@ -142,7 +148,7 @@ class MicroBatchGraphs:
         static = _map(inputs, torch.clone)
         static_divisor = divisor.clone()
         graph = torch.cuda.CUDAGraph()
-        self._recorded_at = self._addresses()
+        self._recorded_at = self._computed_at
         try:
             # The WebUI's other threads may call CUDA meanwhile; only what this thread does is restricted.
             # On a stream of this device (the default is one of the current device), and back to the one before
