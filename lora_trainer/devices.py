@@ -42,12 +42,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor: ...
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """Copy without making the CPU wait for the GPU (which takes pinned memory)."""
+    """Copy without making the CPU wait for the GPU, which takes pinned memory; elsewhere than on CUDA it waits."""
     if tensor is None or device.type == "cpu":
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # MPS may read memory of the CPU after it was let go of
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

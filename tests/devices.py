@@ -54,6 +54,8 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, gpu: PretendedGpu) -> DeviceTensor:
+        if gpu.device.type == "mps" and held.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the framework has none.")
         gpu.allocate(held)
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
@@ -117,6 +119,9 @@ class DeviceTensor(torch.Tensor):
             return func(args[0].held, **kwargs)
         if packet is aten.copy_:
             return _copied(func, *args, **kwargs)
+        if packet is aten.where:  # its gradient takes a 0 that C++ makes where it takes the tensors to be
+            flat = [torch.zeros((), dtype=item.dtype) if _is_meta_number(item) else item for item in flat]
+            args, kwargs = tree_unflatten(flat, spec)
         _refuse_mixed(func, flat, packet, args)
         gpu.note(packet.__name__ in _READ, func)
         held = {id(tensor.held): tensor for tensor in ours}
@@ -241,6 +246,8 @@ class _Mode(TorchFunctionMode):
         if target == tensor.device:
             return tensor.to(dtype=dtype or tensor.dtype, copy=copy, **layout)
         if target == self.gpu.device and tensor.device == CPU:
+            if target.type == "mps" and non_blocking:
+                raise RuntimeError("the copy may read the memory when it is somebody else's: nothing keeps it")
             self.gpu.note(not (non_blocking and getattr(tensor, "is_pinned_here", False)), "copy to the device")
             with _Arrival(self.gpu):
                 return aten._to_copy.default(tensor, dtype=dtype, **layout)
@@ -314,6 +321,10 @@ def _tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def _is_cpu(device: torch.device | None) -> bool:
     return device is not None and device.type == "cpu"
+
+
+def _is_meta_number(item: Any) -> bool:
+    return isinstance(item, Tensor) and not isinstance(item, DeviceTensor) and item.is_meta and item.dim() == 0
 
 
 def _mixed(func: Any, flat: Any) -> RuntimeError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.devices import to_device
 from lora_trainer.training.ranks import Ranks
 
 ORDERED_BYTES = 16 * 2**20
@@ -45,7 +46,8 @@ class SharedGradients:
         *pieces, present, total = row.split([*self._sizes, len(self._sizes), 1])
         total.add_(loss)
         grads = [parameter.grad for parameter in self._parameters]
-        present.add_(torch.tensor([grad is not None for grad in grads], dtype=row.dtype).to(row.device))
+        there = torch.tensor([grad is not None for grad in grads], dtype=row.dtype)
+        present.add_(to_device(there, row.device))
         found = [(piece, grad.reshape(-1)) for piece, grad in zip(pieces, grads) if grad is not None]
         if found:
             torch._foreach_add_([piece for piece, _ in found], [grad for _, grad in found])

@@ -140,7 +140,7 @@ class Validator:
 
     def _predicted(self, drawn: Drawn, turn: Turn) -> Tensor:
         with turn(), torch.no_grad():
-            return self.objective.predict(self.objective.inputs(drawn)).double().cpu()
+            return self.objective.predict(self.objective.inputs(drawn)).cpu().double()  # MPS has no fp64
 
     def _drawn(self, source: Source, number: int, count: int) -> Drawn:
         """The pair of this number: its picture, and its noise level."""

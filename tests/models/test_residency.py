@@ -70,7 +70,7 @@ def test_parts_leave_for_each_other_and_compute_the_same(tiny_base, monkeypatch)
 
 
 def test_parts_that_come_back_have_the_lora_that_is_drawn_with(tiny_base, tmp_path, monkeypatch):
-    """Pictures of a finished run, on a device that holds one part at a time: each part leaves while its change counts."""
+    """Pictures of a finished run, on a device that holds one part at a time: parts leave and come back."""
     config = TrainConfig(lora_rank=2, train_text_encoder=True)
     with FileLender(tiny_base).borrow() as model:
         adapters = AdapterSet.build(model.lora_targets(), config)

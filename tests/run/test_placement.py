@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.preview import sample
 from tests.devices import assert_alike, pretended_gpu
+from tests.flux import tiny_flux
 from tests.pictures import draw_dataset
 
 ADAPTERS = {
@@ -56,6 +59,70 @@ def test_a_run_on_a_gpu_makes_what_a_run_on_the_cpu_makes(settings, tmp_path, na
         assert gpu.peak > 0
     here = run(settings, tmp_path / "cpu", device="cpu", **ADAPTERS[name])
     assert_alike(there, here)
+
+
+CHANGES = {
+    "words": {"task": "words", "original_prompt": "a circle", "target_prompt": "a square", "both_ways": True,
+              "protected_prompts": ["a ring"], "denoised_steps": 3, "train_data_dir": ""},
+    "pair": {"task": "pair", "pair_mask": True},
+    "copier": {"task": "pair", "pair_method": "copier", "copy_steps": 1, "dropout": 0.1},
+    "slider": {"task": "slider"},
+}  # fmt: skip
+
+
+def change(name, settings, folder):
+    """The settings of a kind of change, with the pictures that it needs."""
+    changes, pictures = dict(CHANGES[name]), sorted(Path(settings["train_data_dir"]).glob("*.png"))
+    if changes.get("task") not in ("pair", "slider"):
+        return changes
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        pair = f"{number // 2}{'_after' if number % 2 else ''}.png"
+        (folder / (pair if changes["task"] == "pair" else picture.name)).write_bytes(picture.read_bytes())
+    if changes["task"] == "slider":
+        changes |= {"opposite_dir": settings["train_data_dir"], "default_caption": "a disc"}
+    return {**changes, "train_data_dir": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "pair" else pytest.mark.slow) for name in CHANGES]
+)
+def test_a_change_is_learned_on_a_gpu_as_on_the_cpu(settings, tmp_path, name):
+    changes = change(name, settings, tmp_path / "pictures")
+    with pretended_gpu() as gpu:
+        there = run(settings, tmp_path / "gpu", mixed_precision="no", **changes)
+        assert gpu.peak > 0
+    assert_alike(there, run(settings, tmp_path / "cpu", device="cpu", **changes))
+
+
+KEPT = {"preserve": 0.5, "trigger_word": "zwx", "validation_share": 0.3, "validation_steps": 1, "shuffle_tags": True}
+
+
+@pytest.mark.parametrize("device", ["mps", pytest.param("cuda:0", marks=pytest.mark.slow)])
+def test_what_is_preserved_and_measured_on_a_gpu(settings, tmp_path, device):
+    with pretended_gpu(device):
+        there = run(settings, tmp_path / "gpu", mixed_precision="no", device=device, **KEPT)
+    assert_alike(there, run(settings, tmp_path / "cpu", device="cpu", **KEPT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["words", "copier"])
+def test_a_change_is_learned_in_fp16(settings, tmp_path, name):
+    """fp16: the adapters' working copies take part, and GradScaler."""
+    with pretended_gpu():
+        made = run(settings, tmp_path / "gpu", mixed_precision="fp16", **change(name, settings, tmp_path / "pictures"))
+    assert all(tensor.isfinite().all() for tensor in made.values())
+    assert any(tensor.abs().max() > 0 for key, tensor in made.items() if "lora_up" in key)
+
+
+def test_a_model_that_cannot_be_recorded_as_a_cuda_graph_is_not_tried(settings, tmp_path, caplog):
+    """The pretended GPU refuses to record, as CUDA does; a refusal would not leave CUDA as it was."""
+    base = tiny_flux(tmp_path / "base", double=1, single=1)
+    with pretended_gpu(memory=64 << 30), caplog.at_level("INFO", "lora_trainer.training.graphs"):
+        run({**settings, **base}, tmp_path / "gpu", mixed_precision="no", cuda_graphs="auto", max_train_steps=5)
+    assert [record.getMessage() for record in caplog.records if "graphs" in record.name] == [
+        "CUDA graphs are not used: this kind of model cannot be recorded."
+    ]
 
 
 class Stop(TrainCallbacks):

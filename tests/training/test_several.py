@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from lora_trainer.out_of_memory import OutOfMemoryError
+from lora_trainer.training.gradients import SharedGradients
 from lora_trainer.training.memory import MemoryMeasures
 from lora_trainer.training.processes import choose_own_device
 from lora_trainer.training.ranks import Ranks
 from lora_trainer.training.step import TrainingStep
+from tests.devices import pretended_gpu
 from tests.training.fakes import Run, configuration
 
 
@@ -35,6 +37,17 @@ def step(tmp_path):
     run = Run(configuration(tmp_path))
     objective = run.trainer.train_step.objective
     return TrainingStep(run.config, objective, run.adapters, run.precision, 4, ranks=Second())
+
+
+def test_the_cpu_does_not_wait_for_each_micro_batchs_gradients():
+    with pretended_gpu() as gpu:
+        parameters = [torch.nn.Parameter(torch.ones(2, device="cuda")) for _ in range(2)]
+        shared = SharedGradients(parameters, Second(), accumulation=2, exact=True)
+        loss = parameters[0].sum()
+        loss.backward()
+        gpu.waits.clear()
+        shared.take(0, loss.detach())
+        assert gpu.waits == []
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has GradScaler for CUDA only")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.devices import to_device
 from lora_trainer.models.families.chroma.architecture import ChromaShape
 from lora_trainer.models.families.flow.network import Run, adaptive_norm, directly, sinusoids
 from lora_trainer.models.families.flux.network import DoubleBlock, Embedder, RMSNorm, SingleBlock, rotations
@@ -27,7 +28,7 @@ class ModulationMaker(nn.Module):
     def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
         quarter = self.inputs // 4
         # At angles of many thousands the rounding of their sines differs between devices: those of the CPU count.
-        which = sinusoids(torch.arange(self.count), 2 * quarter).to(time.device)
+        which = to_device(sinusoids(torch.arange(self.count), 2 * quarter), time.device)
         told = torch.cat([sinusoids(time, quarter), sinusoids(torch.zeros_like(time), quarter)], dim=-1)
         told = told[:, None].expand(-1, self.count, -1)
         x = self.in_proj(torch.cat([told, which.expand(len(time), -1, -1)], dim=-1).to(dtype))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_trainer.devices import to_device
 from lora_trainer.models.families.flow.network import (
     THETA,
     TIME_CHANNELS,
@@ -203,7 +204,7 @@ def rotations(text: int, size: tuple[int, int], axes: Sequence[int], device: tor
         ],
         dim=-1,
     )
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+    return to_device(torch.stack([angles.cos(), angles.sin()], dim=-1).float(), device)
 
 
 def patches(latents: Tensor) -> Tensor:
