@@ -133,7 +133,7 @@ def test_from_twelve_pictures_to_what_they_taught(page, webui, stars):  # noqa: 
     walk.click(tab)
     until(page, f"loraTrainer.live.points.length >= {length} && loraTrainer.live.job.id === {begun}")
     assert page.evaluate("loraTrainer.live.job.status") == "running" and page.is_visible("#lora_trainer_curve svg")
-    assert page.evaluate("loraTrainer.pictures.rows.length") == 12
+    until(page, "loraTrainer.pictures.rows.length === 12")
     walk.station("reloaded")
 
     walk.click("#tabs > .tab-nav >> text=txt2img")
