@@ -33,6 +33,13 @@ def indexed(device: torch.device | str) -> torch.device:
     return torch.empty(0, device=device).device
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that can be taken: those that nobody has, and those that torch keeps for later. device:
+    with its index."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @overload
 def to_device(tensor: None, device: torch.device) -> None: ...
 

@@ -40,11 +40,12 @@ class ModelSettings:
     the memory of bf16, nf4 little more than a quarter, slower. stored: that of the file, or of the WebUI that lends
     them."""
 
-    offload_blocks: int = setting(
-        0, minimum=0, maximum=1000, decides=False, fills_memory=True, sets_pace=True, task="image"
+    offload_blocks: Literal["auto"] | int = setting(
+        "auto", minimum=0, maximum=1000, decides=False, fills_memory=True, sets_pace=True, task="image"
     )
     """So many blocks of FLUX.1 (it has 57), Chroma or SD 3 from a file wait in main memory and are copied to the NVIDIA
-    or AMD GPU when they compute; needs gradient_checkpointing. Not yet tried on a card."""
+    or AMD GPU when they compute; needs gradient_checkpointing. auto: as many as must for the training to fit into the
+    memory that is free when it begins; 0 where all fits. Not yet tried on a card."""
 
     trust_remote_code: bool = setting(False, decides=False, given_by="file", task="text")
     """Run the Python code in the base model's folder, which ChatGLM2 and 3 need. It can do anything: trust it first."""

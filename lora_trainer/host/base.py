@@ -113,7 +113,7 @@ class LenderOptions:
     vae: str | None = None
     text_encoders: tuple[str, ...] = ()
     base_precision: str = "stored"
-    offload_blocks: int = 0
+    offload_blocks: int | str = "auto"
     hold: bool = False
     wait_for_model: bool = False
 

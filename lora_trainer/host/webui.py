@@ -114,9 +114,9 @@ class WebuiHost(Host):
                 field="base_precision",
                 remedy="Use stored; Forge has a setting for it, Diffusion in Low Bits.",
             )
-        if options.offload_blocks:
+        if options.offload_blocks not in ("auto", 0):
             raise UserError(
-                "A WebUI decides itself what of its model is on the GPU.", field="offload_blocks", remedy="Use 0."
+                "A WebUI decides itself what of its model is on the GPU.", field="offload_blocks", remedy="Use auto."
             )
         return self._lender(self._checkpoint(checkpoint), options)
 

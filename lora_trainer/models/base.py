@@ -29,6 +29,7 @@ class ModelInfo:
     family: a name in ``models.families``. prediction_type: what the model predicts, "epsilon", "v_prediction" or
         "flow" (ε - x0).
     architecture: as far as it is known before the model is loaded.
+    stored: bytes of its parts ("unet", "vae", "text_encoders") in their files, where they are used as they are stored.
     """
 
     family: str
@@ -37,6 +38,7 @@ class ModelInfo:
     path: Path | None = None
     zero_terminal_snr: bool = False
     architecture: Any = field(default=None, compare=False)  # the family's ModelArchitecture, or None
+    stored: Mapping[str, int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,14 @@ class Lender(Protocol[ModelT]):
 
         Called inside a turn. What was sent away comes back when it is needed, or at the end of ``borrow``.
         """
+        return None
+
+    def room_for_blocks(self) -> int | None:
+        """Bytes that are free on the device, before ``borrow``, where blocks of the model can wait in main memory."""
+        return None
+
+    def offload(self, blocks: int) -> None:
+        """So many of them are to wait there. Called before ``borrow``, where ``room_for_blocks`` gave a number."""
         return None
 
     def model_hash(self) -> str | None:

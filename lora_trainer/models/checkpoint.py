@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_trainer.devices import free_memory
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
@@ -28,7 +29,8 @@ class FileLender(Lender):
     path: a .safetensors or .ckpt file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
-    base_precision, offload_blocks: the settings; what fp8 and nf4 quantize is quantized as it is read.
+    base_precision, offload_blocks: the settings; what fp8 and nf4 quantize is quantized as it is read. auto keeps all
+        blocks on the device unless ``offload`` says otherwise.
     peers: the processes that keep the denoiser's blocks together; None keeps them whole.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
@@ -51,7 +53,7 @@ class FileLender(Lender):
         text_encoders: Sequence[Path | str] = (),
         complete: bool = True,
         base_precision: str = "stored",
-        offload_blocks: int = 0,
+        offload_blocks: int | str = "auto",
         peers: Peers | None = None,
     ):
         self.path = Path(path)
@@ -59,7 +61,8 @@ class FileLender(Lender):
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
-        self.base_precision, self.offload_blocks = base_precision, offload_blocks
+        self.base_precision = base_precision
+        self.offload_blocks = 0 if offload_blocks == "auto" else int(offload_blocks)
         self._peers = peers
         self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)
@@ -119,6 +122,13 @@ class FileLender(Lender):
         if self._lent is not None:
             self._lent.make_room()
 
+    def room_for_blocks(self) -> int | None:
+        offloads = get_family(self.describe().family).offloads and self._peers is None
+        return free_memory(self.device) if offloads and self.device.type == "cuda" else None
+
+    def offload(self, blocks: int) -> None:
+        self.offload_blocks = blocks
+
     def model_hash(self) -> str | None:
         """SHA-256 of the file, read once; None for a folder."""
         if self._hash is None and self.path.is_file():
@@ -152,7 +162,7 @@ class FileLender(Lender):
             raise UserError(
                 f"{family.title} is not trained with blocks in main memory.",
                 field="offload_blocks",
-                remedy="Use 0. FLUX.1, Chroma and SD 3 can be.",
+                remedy="Use auto. FLUX.1, Chroma and SD 3 can be.",
             )
         if self._complete:
             family.check_complete(architecture, self.path.name)
@@ -192,7 +202,8 @@ class FileLender(Lender):
         elif prediction is None:
             prediction = family.prediction_type(tensors, architecture)
         zero = bool(hints.zero_terminal_snr) if self._zero_terminal_snr is None else self._zero_terminal_snr
-        return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero, architecture)
+        stored = family.stored_bytes(tensors.shapes, tensors.dtypes)
+        return ModelInfo(architecture.family, prediction, self.path.stem, self.path, zero, architecture, stored)
 
 
 def single_file(source: Source) -> Tensors:

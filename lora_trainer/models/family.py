@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
@@ -48,13 +48,20 @@ class LatentFormat:
 class MetaModel:
     """A model on the meta device: its layers that adapters can attach to, and its number of weights.
 
-    blocks: the number of weights in each of those that ``offload_blocks`` counts.
+    blocks: the number of weights in each of those that ``offload_blocks`` counts. text_encoders, vae: the number of
+    weights in these parts; 0 where they are never on the device without the others.
     """
 
     architecture: Any
     weights: int
     targets: tuple[LoraTarget, ...]
     blocks: tuple[int, ...] = ()
+    text_encoders: int = 0
+    vae: int = 0
+
+
+def count_weights(*modules: nn.Module) -> int:
+    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,10 @@ class Family(ABC):
     def check_complete(self, architecture: Any, source: str | Path) -> None:
         """Raises UserError when a part that training needs is missing, such as the VAE."""
         return
+
+    def stored_bytes(self, shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, int] | None:
+        """``ModelInfo.stored`` of such tensors; None where a run converts them."""
+        return None
 
     def a1111_loads(self, architecture: Any) -> bool:
         """Whether AUTOMATIC1111 1.10 loads such a model."""

@@ -41,6 +41,14 @@ def can_be_read(dtype: str) -> bool:
     return dtype.removeprefix(PREFIX) in (*_PLAIN, *FORMATS)
 
 
+def stored_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a weight in this number format, by its name here. Raises ValueError where its rows are no whole blocks.
+    """
+    kind = dtype.removeprefix(PREFIX)
+    plain = _PLAIN.get(kind)
+    return stored_bytes(kind, shape) if plain is None else math.prod(shape) * plain.itemsize
+
+
 class GgufSource:
     """A GGUF file, as a ``Source``. Quantized weights are handed out as their bytes, for ``storage.dense_weight``."""
 
@@ -63,7 +71,7 @@ class GgufSource:
         shape, kind = self.shapes[name], self.dtypes[name].removeprefix(PREFIX)
         try:
             plain = _PLAIN.get(kind)
-            size = math.prod(shape) * plain.itemsize if plain is not None else stored_bytes(kind, shape)
+            size = stored_size(kind, shape)
             data = np.memmap(self.path, mode="c", offset=self._offsets[name], shape=(size,))
         except (OSError, KeyError, ValueError) as error:
             raise UserError(

@@ -43,7 +43,7 @@ _OTHER_SIZES = {
     "U32": 4,
     "U64": 8,
 }
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 
 # What files of other kinds begin with; {0} is the file.
 _MAGIC = (
@@ -131,9 +131,9 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
         raise _not_safetensors(path, f"its entry for {name[:80]!r} is malformed") from error
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in integers) or not isinstance(dtype, str):
         raise _not_safetensors(path, f"its entry for {name[:80]!r} is malformed")
-    if dtype not in _SIZES:
+    if dtype not in SIZES:
         raise UserError(f"{path.name}: tensor {name[:80]!r} has the unknown number format {dtype[:20]!r}.")
-    if end - begin != math.prod(shape) * _SIZES[dtype]:
+    if end - begin != math.prod(shape) * SIZES[dtype]:
         raise _not_safetensors(path, f"the size of {name[:80]!r} does not fit its shape")
     if start + end > size:
         raise UserError(

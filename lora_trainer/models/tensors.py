@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
-from lora_trainer.models.gguf import MAGIC, GgufSource
-from lora_trainer.models.header import DTYPES, read_header
+from lora_trainer.models import gguf
+from lora_trainer.models.header import DTYPES, SIZES, read_header
 from lora_trainer.storage import Scaled, pack
 
 _RECENT = 4  # fused tensors are asked for once for each of their parts; no more than these are remembered
@@ -207,6 +208,11 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._where)
 
 
+def stored_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a ``Source``. dtype: the name of its number format there."""
+    return gguf.stored_size(dtype, shape) if dtype.startswith(gguf.PREFIX) else math.prod(shape) * SIZES.get(dtype, 0)
+
+
 def open_source(path: Path) -> Source:
     """The tensors of a file, by its ending. Raises ``UserError`` when it cannot be read."""
     path = Path(path)
@@ -215,6 +221,6 @@ def open_source(path: Path) -> Source:
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         return PickleSource(path)
     with open(path, "rb") as file:
-        if file.read(len(MAGIC)) == MAGIC:
-            return GgufSource(path)
+        if file.read(len(gguf.MAGIC)) == gguf.MAGIC:
+            return gguf.GgufSource(path)
     return SafetensorsSource(path)

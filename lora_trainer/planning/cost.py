@@ -22,7 +22,7 @@ from lora_trainer.planning.duration import (
     total,
     training_factor,
 )
-from lora_trainer.planning.memory import kept_for_later, memory_in_use
+from lora_trainer.planning.memory import free_memory, kept_for_later, memory_in_use
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +169,24 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
             found |= {"memory": run.memory, "memory_basis": run.id}
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None and not config.gpus:
-        found["memory"] = in_use + memory_needed(model, size, config, precision, weights_there=host.model_bytes())
+        there, together = host.model_bytes(), host.name == "a1111"
+        config = _placed(config, model, info, size, precision, host)
+        found["memory"] = in_use + memory_needed(model, size, config, precision, there, info.stored, together)
     return found
+
+
+def _placed(
+    config: TrainConfig, model: MetaModel, info: ModelInfo, size: tuple[int, int], precision: Precision, host: Host
+) -> TrainConfig:
+    """``config`` with as many blocks in main memory as a run that began now would keep there."""
+    from lora_trainer.training.forecast import blocks_to_offload
+
+    auto = config.offload_blocks == "auto" and config.gradient_checkpointing and host.name == "standalone"
+    free = free_memory(host) if auto and model.blocks and precision.device.type == "cuda" else None
+    if free is None:
+        return config
+    blocks = blocks_to_offload(model, size, config, precision, free, info.stored)
+    return dataclasses.replace(config, offload_blocks=blocks)
 
 
 def _training(

@@ -133,6 +133,7 @@ def _train(
     commands.resting = lender.rest
 
     callbacks.on_phase("model", 0, 0)  # a WebUI may have to load it first
+    placed = workload.placed(config, callbacks)
     with lender.borrow() as model, ExitStack() as beneath:
         precision = resolve(model.device, config.mixed_precision, model.compute_dtype)
         run_key = _run_key(config, workload, model, precision.name, initial)
@@ -157,7 +158,7 @@ def _train(
                 validator = Validator(cast(Measurable, objective), adapters, work.validation, config.seed)
             # Made before anything is encoded: it refuses settings that cannot be combined.
             trainer = Trainer(
-                config,
+                placed,
                 model,
                 adapters,
                 work.source,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ each matrix (measured for rank 16). A plug-in is taken to keep as much as AdamW.
 _ANEW = 1.3
 """What a part takes that is computed anew for its backward pass, for each number that it keeps: the gradients that
 come and go beside them (measured)."""
+_MARGIN = 1.2
+"""So much more than is forecast a step may take beside the weights (as ``tests/gpu/test_forecasts`` has it)."""
 _WEIGHT_COPIES = {"lora": 0, "loha": 4, "lokr": 2}
 """Of the largest layer's weight, in fp32, while its gradient is computed (measured)."""
 
@@ -71,31 +74,74 @@ def memory_needed(
     config: TrainConfig,
     precision: Precision,
     weights_there: int = 0,
+    stored: Mapping[str, int] | None = None,
+    together: bool = False,
 ) -> int:
-    """Bytes that a run takes at its fullest moment: a picture being encoded, or a step; with the base model's own,
-    but for the ``weights_there`` (bytes) that are on the device already.
+    """Bytes that a run takes at its fullest moment: prompts or a picture being encoded, or a step; with the base
+    model's own, but for the ``weights_there`` (bytes) that are on the device already. ``offload_blocks: auto`` counts
+    as 0.
+
+    stored: see ``ModelInfo``. together: all parts of the base model are always on the device; else, where memory lacks,
+    only the one that computes is, as ``models.residency`` has it.
 
     Raises:
         UserError: no layer of the model would learn.
     """
-    family = get_family(model.architecture.family)
-    encoding = family.encoding_numbers(model.architecture, resolution) * number_bytes(torch.float32)
-    step = learning_bytes(model.targets, config) + step_bytes(model, resolution, config, precision)
-    weights = max(0, base_bytes(model, config, precision) - weights_there)
-    return int(weights + max(encoding, step))
+    base = base_bytes(model, config, precision, stored)
+    pictures = get_family(model.architecture.family).encoding_numbers(model.architecture, resolution)
+    trained = learning_bytes(model.targets, config)
+    in_step = trained + step_bytes(model, resolution, config, precision)
+    moments = {
+        ("unet", "text_encoders") if config.text_encoders_learn else ("unet",): in_step,
+        ("text_encoders",): trained,
+        ("vae",): pictures * number_bytes(torch.float32),
+    }
+    return int(
+        max(
+            max(0, sum(base.values() if together else (base[part] for part in parts)) - weights_there) + beside
+            for parts, beside in moments.items()
+        )
+    )
 
 
-def base_bytes(model: MetaModel, config: TrainConfig, precision: Precision) -> float:
-    """Of the base model's weights, as this run keeps them on the device."""
+def blocks_to_offload(
+    model: MetaModel,
+    resolution: tuple[int, int],
+    config: TrainConfig,
+    precision: Precision,
+    free: int,
+    stored: Mapping[str, int] | None = None,
+) -> int:
+    """How many blocks have to wait in main memory, at the least, for a step to fit into ``free`` bytes of a device; all
+    of them where not even that suffices. stored: see ``ModelInfo``."""
+    beside = learning_bytes(model.targets, config) + step_bytes(model, resolution, config, precision)
+    for count in range(len(model.blocks)):
+        base = base_bytes(model, dataclasses.replace(config, offload_blocks=count), precision, stored)
+        weights = base["unet"] + (base["text_encoders"] if config.text_encoders_learn else 0)
+        if weights + _MARGIN * beside <= free:
+            return count
+    return len(model.blocks)
+
+
+def base_bytes(
+    model: MetaModel, config: TrainConfig, precision: Precision, stored: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Of the parts of the base model, as this run keeps them on the device; "unet" is all but the others where they are
+    not told apart. stored: see ``ModelInfo``."""
     each = number_bytes(precision.weight_dtype)
-    in_blocks = BYTES.get(config.base_precision, each)
-    taken: float = model.weights * each
-    if in_blocks != each:
-        quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
-        taken -= quantized * (each - in_blocks)
-    if config.offload_blocks and model.blocks and precision.device.type == "cuda":
-        waiting = [model.blocks[number] for number in offloaded(len(model.blocks), config.offload_blocks)]
-        taken -= in_blocks * max(0, sum(waiting) - BUFFERS * max(waiting))
+    numbers = {
+        "unet": model.weights - model.text_encoders - model.vae,
+        "text_encoders": model.text_encoders,
+        "vae": model.vae,
+    }
+    taken = {part: float(number * each if stored is None else stored[part]) for part, number in numbers.items()}
+    of_weight = taken["unet"] / numbers["unet"]
+    in_blocks = BYTES.get(config.base_precision, of_weight)
+    quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
+    taken["unet"] -= quantized * (of_weight - in_blocks)
+    if config.offload_blocks not in ("auto", 0) and model.blocks and precision.device.type == "cuda":
+        waiting = [model.blocks[number] for number in offloaded(len(model.blocks), int(config.offload_blocks))]
+        taken["unet"] -= in_blocks * (sum(waiting) - min(BUFFERS, len(waiting)) * max(waiting))
     return taken
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_trainer.devices import free_memory
+
 log = logging.getLogger(__name__)
 
 EAGER_STEPS = 3
@@ -182,9 +184,7 @@ class MicroBatchGraphs:
         """Whether the activations of a step, as the last steps had them, fit beside what is there, twice."""
         allocated = torch.cuda.memory_allocated(self._device)
         activations = torch.cuda.max_memory_allocated(self._device) - allocated
-        unused = torch.cuda.memory_reserved(self._device) - allocated
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return free + unused >= 2 * activations + self.spare_bytes
+        return free_memory(self._device) >= 2 * activations + self.spare_bytes
 
     def _judge(self, seconds: float) -> None:
         """Take the time of a step; give graphs up where they do not pay."""

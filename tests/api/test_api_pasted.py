@@ -57,7 +57,7 @@ def test_how_a_flux_is_read_from_its_file_is_left_out_where_a_webui_lends_it(cli
     for text in (FLUX, "base_precision: fp8\noffload_blocks: 3\ntext_encoders: [/m/t5.safetensors]\n"
                        "gradient_checkpointing: true\n"):  # fmt: skip
         answer = told(client, text)
-        assert answer["settings"]["offload_blocks"] == 0 and answer["settings"]["base_precision"] == "stored"
+        assert answer["settings"]["offload_blocks"] == "auto" and answer["settings"]["base_precision"] == "stored"
         assert answer["settings"]["text_encoders"] == [] and not set(kept) & set(answer["given"])
         assert sum("WebUI" in one["reason"] for one in answer["translation"]["unmet"]) == 3
     answer = told(client, "base_precision: fp8\ngpus: [0]\n")  # whose processes read the file

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from lora_trainer.config import TrainConfig
 from lora_trainer.devices import torch_version
+from lora_trainer.models.families import get_family
 from lora_trainer.models.families.flux.architecture import FluxShape
 from lora_trainer.models.offload import offloaded
+from lora_trainer.training.forecast import base_bytes
+from lora_trainer.training.precision import Precision
 from tests.benchmarks.flow_memory import count, count_weights
 
 pytestmark = pytest.mark.skipif(torch_version() < (2, 4), reason="fake tensors of this torch take no generators")
 
 WIDTH, HIDDEN = 256, 1024
+META, CARD = get_family("flux"), Precision(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
 SHAPE = FluxShape(1, 2, WIDTH, 4, HIDDEN, 64, 48, 32, (16, 24, 24), guidance=True)
 DOUBLE = 2 * (6 + 3 + 1) * WIDTH**2 + 4 * WIDTH * HIDDEN
 SINGLE = (3 + 3 + 1) * WIDTH**2 + 2 * WIDTH * HIDDEN
@@ -34,3 +42,7 @@ def test_weights_learning_and_what_is_copied(form):
     ranks = 16 * (double + 2 * single)
     assert plain.learning == ranks * (3 * 4 + 2), "fp32, AdamW's two, and a copy in bf16"
     assert count_weights(form, SHAPE)[0].weights == plain.weights
+    model = META.meta_model(replace(META.usual, transformer=SHAPE, t5=None, clips=()))
+    for number, counted in found.items():  # what offload_blocks: auto goes by
+        config = TrainConfig(base_precision="stored" if form == "bf16" else form, offload_blocks=number)
+        assert base_bytes(model, config, CARD)["unet"] == pytest.approx(counted.weights, rel=0.03)

@@ -31,7 +31,6 @@ def test_memory_and_seconds_are_foretold(name, bases):
     architecture = FileLender(write_base(bases, work)).architecture()
     with our_training(work, bases) as step:
         config = dataclasses.replace(step.config, batch_size=work.batch_size)
-        unet = sum(p.numel() * p.element_size() for p in step.objective.model.unet.parameters())
         torch.cuda.reset_peak_memory_stats()
         batch, seconds = batch_of(work, step.objective.model.unet), []
         for number in range(14):
@@ -40,9 +39,7 @@ def test_memory_and_seconds_are_foretold(name, bases):
             step(number, [batch])
             seconds.append(time.perf_counter() - started)
         peak = torch.cuda.max_memory_allocated()
-    model = meta_model(architecture)
-    weights = model.weights * 2  # fp16; of which only the UNet's are there in this test
-    told = memory_needed(model, size, config, work.precision) - weights + unet
+    told = memory_needed(meta_model(architecture), size, config, work.precision)
     speed = throughput(architecture, work.precision, size)
     told_seconds = speed.seconds(work_on_batch(architecture, size, config))
     took = statistics.median(seconds[6:])

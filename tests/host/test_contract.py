@@ -49,7 +49,7 @@ def test_an_unknown_checkpoint_is_refused_with_a_remedy(host):
 
 
 @pytest.mark.parametrize("name, value, remedy", [
-    ("base_precision", "nf4", "Use stored"), ("offload_blocks", 2, "Use 0"),
+    ("base_precision", "nf4", "Use stored"), ("offload_blocks", 2, "Use auto"),
 ])  # fmt: skip
 def test_what_only_flow_models_from_files_can_is_refused(host, name, value, remedy):
     with pytest.raises(UserError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ import torch
 from lora_trainer.config import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.jobs.estimating import estimate_job
+from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import meta_model
+from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.planning import cost
 from lora_trainer.training import throughput
 from lora_trainer.training.forecast import memory_needed, work_on_batch
-from lora_trainer.training.precision import resolve
+from lora_trainer.training.precision import Precision, resolve
+from tests import flux
 from tests.devices import pretended_gpu
 from tests.jobs.fakes import wait_for, wait_status
 from tests.tiny import SD1, sd1_shapes
@@ -225,3 +229,21 @@ def test_what_would_shorten_a_long_run_on_a_processor_is_said(idle, host, settin
     assert all(one["minutes"] < facts["minutes"] for one in facts["shorter"])
     assert not estimate_job({**wanted, "resolution": "256"}, host, idle.store)["shorter"]
     assert not estimate_job({**wanted, "epochs": 1}, host, idle.store)["shorter"]
+
+
+def test_blocks_that_would_wait_in_main_memory_are_not_counted(monkeypatch):
+    """Where a run would read the base model from its file; a WebUI decides itself."""
+    shapes = {TRANSFORMER + name: shape for name, shape in flux.transformer_shapes(double=2, single=3).items()}
+    model = meta_model(dataclasses.replace(detect(shapes), t5=None, clips=()))
+    info, config = ModelInfo("flux", "flow", "small"), TrainConfig(gradient_checkpointing=True)
+    card = Precision(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr(cost, "free_memory", lambda host: 1_000)
+
+    def placed(config, name="standalone", precision=card):
+        return cost._placed(config, model, info, (64, 64), precision, SimpleNamespace(name=name))
+
+    assert placed(config).offload_blocks == 5
+    for kept in (placed(config, "forge"), placed(config, precision=resolve("cpu", "no"))):
+        assert kept is config
+    for given in (dataclasses.replace(config, offload_blocks=2), TrainConfig()):
+        assert placed(given) is given

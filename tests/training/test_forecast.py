@@ -20,9 +20,18 @@ from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family, meta_model
 from lora_trainer.models.families.flow.names import TRANSFORMER
+from lora_trainer.models.families.unet.architecture import VAEShape
 from lora_trainer.models.families.unet.work import piece_operations, pieces
 from lora_trainer.training import throughput as throughput_module
-from lora_trainer.training.forecast import Work, base_bytes, memory_needed, step_bytes, work_on_batch
+from lora_trainer.training.forecast import (
+    Work,
+    base_bytes,
+    blocks_to_offload,
+    learning_bytes,
+    memory_needed,
+    step_bytes,
+    work_on_batch,
+)
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision, resolve
@@ -146,7 +155,10 @@ def test_a_full_size_model_is_counted_without_its_weights(shapes, trained):
         return memory_needed(model, (64, 64), wanted, resolve("cpu", "no"), **options)
 
     weights = sum(map(math.prod, shapes.values()))
-    assert needed() - needed(weights_there=4 * weights) == pytest.approx(4 * weights, rel=0.01)
+    unet = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(TRANSFORMER))
+    for counted, together in ((unet, False), (weights, True)):
+        all_there = needed(weights_there=4 * weights, together=together)
+        assert needed(together=together) - all_there == pytest.approx(4 * counted, rel=0.01)
     # Prodigy keeps 16 bytes for each number that learns, Lion 4.
     assert needed("prodigy") - needed("lion") == pytest.approx(12 * trained, rel=0.01)
 
@@ -226,9 +238,10 @@ def test_a_quantized_base_takes_what_its_layers_take(form, bits):
     model, precision = meta_model(architecture), dataclasses.replace(resolve("cpu", "no"), weight_dtype=torch.bfloat16)
     layers = sum(math.prod(shape) for name, shape in shapes.items()
                  if "_blocks." in name and len(shape) == 2)  # fmt: skip
-    base = base_bytes(model, TrainConfig(), precision)
+    base = base_bytes(model, TrainConfig(), precision)["unet"]
     assert base == 2 * sum(map(math.prod, shapes.values()))
-    assert base_bytes(model, TrainConfig(base_precision=form), precision) == base - layers * (2 - bits / 8)
+    quantized = base_bytes(model, TrainConfig(base_precision=form), precision)["unet"]
+    assert quantized == base - layers * (2 - bits / 8)
 
 
 def test_blocks_that_wait_in_main_memory_are_not_on_the_device():
@@ -238,7 +251,74 @@ def test_blocks_that_wait_in_main_memory_are_not_on_the_device():
     of_block = [sum(math.prod(shape) for name, shape in shapes.items() if f"{kind}_blocks.{number}." in name)
                 for kind, count in (("double", 2), ("single", 3)) for number in range(count)]  # fmt: skip
     config = TrainConfig(offload_blocks=5, gradient_checkpointing=True)
-    saved = base_bytes(model, TrainConfig(), precision) - base_bytes(model, config, precision)
+    saved = base_bytes(model, TrainConfig(), precision)["unet"] - base_bytes(model, config, precision)["unet"]
     assert saved == 2 * (sum(of_block) - 2 * max(of_block)) > 0
     on_cpu = dataclasses.replace(precision, device=torch.device("cpu"))
     assert base_bytes(model, config, on_cpu) == base_bytes(model, TrainConfig(), on_cpu)
+
+
+COUNTED = {
+    "stored": ((23.8, 16.7, 8.7, 1.5), (25.6, 27.2)), "fp8": ((12.0, 8.4, 4.4, 0.8), (13.9, 15.4)),
+    "nf4": ((6.8, 4.8, 2.5, 0.5), (8.6, 10.2)),
+}  # fmt: skip
+"""GB that ``python -m tests.benchmarks.flow_memory`` counts at FLUX.1 dev's full size: the transformer's weights with
+0, 20, 40 and 57 blocks in main memory; then all that a step at 512 and at 1024 px takes with 0."""
+CARD = Precision(torch.device("cuda", 0), torch.bfloat16, torch.bfloat16)
+SIZES = (24, 16, 12, 8)
+FLUX = TrainConfig(lora_rank=16, batch_size=1, gradient_checkpointing=True)
+
+
+@pytest.fixture(scope="module")
+def full_flux():
+    family = get_family("flux")
+    vae = VAEShape((128, 256, 512, 512), 2, 0.3611, 0.1159, 16, quant=False)
+    return family.meta_model(dataclasses.replace(family.usual, vae=vae))
+
+
+@pytest.mark.parametrize("form", COUNTED)
+def test_a_full_size_flux_needs_what_is_counted(full_flux, form):
+    config = dataclasses.replace(FLUX, base_precision=form)
+    weights, whole = COUNTED[form]
+    for blocks, counted in zip((0, 20, 40, 57), weights):
+        wanted = dataclasses.replace(config, offload_blocks=blocks)
+        assert base_bytes(full_flux, wanted, CARD)["unet"] / 1e9 == pytest.approx(counted, abs=0.1)
+    for side, counted in zip((512, 1024), whole):
+        beside = (learning_bytes(full_flux.targets, FLUX) + step_bytes(full_flux, (side, side), FLUX, CARD)) / 1e9
+        assert 1 <= (beside + 0.1) / (counted - weights[0]) < 1.3
+
+
+def test_text_is_encoded_before_a_full_size_flux_is_trained(full_flux):
+    def needed(**changes):
+        return memory_needed(full_flux, (512, 512), dataclasses.replace(FLUX, **changes), CARD) / 1e9
+
+    text = full_flux.text_encoders * 2 / 1e9
+    assert text == pytest.approx(9.8, abs=0.1), "T5 and CLIP in bf16"
+    assert needed() == pytest.approx(25.6, abs=0.3), "the transformer's step alone, as it is counted"
+    assert text < needed(base_precision="nf4", offload_blocks=57) < text + 1.5
+    assert needed(train_text_encoder=True) == pytest.approx(needed() + text, abs=0.5), "what learns stays"
+
+
+def test_as_many_blocks_wait_as_must(full_flux):
+    def waiting(gigabytes, side=512, **changes):
+        config = dataclasses.replace(FLUX, **changes)
+        return blocks_to_offload(full_flux, (side, side), config, CARD, int(gigabytes * 1e9))
+
+    assert waiting(30) == 0 and waiting(1) == 57
+    for form in COUNTED:
+        numbers = [waiting(size, base_precision=form) for size in SIZES]
+        assert numbers == sorted(numbers)
+        for size, number in zip(SIZES, numbers):
+            config = dataclasses.replace(FLUX, base_precision=form, offload_blocks=number)
+            beside = learning_bytes(full_flux.targets, config) + step_bytes(full_flux, (512, 512), config, CARD)
+            assert base_bytes(full_flux, config, CARD)["unet"] + beside < size * 1e9
+    assert waiting(15, base_precision="fp8") == 0 < waiting(15)
+    assert waiting(12, side=1024, base_precision="nf4") < waiting(12, side=1024, base_precision="fp8")
+    assert waiting(12, train_text_encoder=True, base_precision="nf4") > waiting(12, base_precision="nf4"), "T5 stays"
+
+
+def test_a_file_takes_what_is_stored_in_it(full_flux):
+    stored = {"unet": 12_000_000_000, "text_encoders": 5_000_000_000, "vae": 160_000_000}
+    assert base_bytes(full_flux, FLUX, CARD, stored) == stored
+    assert blocks_to_offload(full_flux, (512, 512), FLUX, CARD, 15_000_000_000, stored) == 0
+    half = base_bytes(full_flux, dataclasses.replace(FLUX, offload_blocks=40), CARD, stored)["unet"]
+    assert half == pytest.approx(4.4e9, rel=0.02)

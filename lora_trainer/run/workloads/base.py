@@ -48,6 +48,10 @@ class Workload(Protocol):
     The models that it is given are those of its own lender.
     """
 
+    def placed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
+        """``config`` with what depends on the memory that is free now. Called before the model is borrowed."""
+        ...
+
     def run_key(self, model: Any) -> dict[str, Any]:
         """Facts about the data and the model that determine the result, by name."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from lora_trainer.config import TrainConfig, without_effect
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.models.base import Lender, LentModel, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
-from lora_trainer.models.families import get_family
+from lora_trainer.models.families import get_family, meta_model
 from lora_trainer.models.sharding import Peers
 from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.workloads.base import digest
 from lora_trainer.training.callbacks import TrainCallbacks
+from lora_trainer.training.forecast import blocks_to_offload
 from lora_trainer.training.precision import Precision, resolve
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.ranks import Ranks
@@ -49,6 +51,27 @@ class OfImageModel:
             offload_blocks=config.offload_blocks,
             peers=peers,
         )
+
+    def placed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
+        """``config`` with ``offload_blocks`` decided, which the lender is told."""
+        free = self._lender.room_for_blocks() if config.offload_blocks == "auto" else None
+        if free is None:
+            return config
+        precision, model = resolve(config.device, config.mixed_precision), meta_model(self._info.architecture)
+        blocks = blocks_to_offload(model, self._size, config, precision, free, self._info.stored)
+        if blocks and not config.gradient_checkpointing:
+            callbacks.on_warning(
+                f"The training may need more than the {_gb(free)} that are free on the GPU. With "
+                "gradient_checkpointing: true blocks of the base model could wait in main memory."
+            )
+            blocks = 0
+        self._lender.offload(blocks)
+        if blocks:
+            callbacks.on_warning(
+                f"{blocks} of {len(model.blocks)} blocks of the base model wait in main memory, as {_gb(free)} are "
+                "free on the GPU (offload_blocks: auto)."
+            )
+        return replace(config, offload_blocks=blocks)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
         info = model.info
@@ -110,9 +133,14 @@ def describe_base(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks
     get_family(info.family).check_settings(config)
     for sentence in without_effect(config, get_family(info.family).unused, task):
         callbacks.on_warning(sentence)
-    if config.offload_blocks and resolve(config.device, config.mixed_precision).device.type != "cuda":
+    given = config.offload_blocks not in ("auto", 0)
+    if given and resolve(config.device, config.mixed_precision).device.type != "cuda":
         callbacks.on_warning("offload_blocks has no effect, because the training does not run on an NVIDIA or AMD GPU.")
     return info
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def refuse_several(ranks: Ranks) -> None:

@@ -95,6 +95,9 @@ class Texts:
         callbacks.on_warning(f"Not trained, but measured: {enumerate_some(names, _NAMED)}.")
         return cls(config, split.trained, split)
 
+    def placed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
+        return config
+
     def run_key(self, model: LanguageModel) -> dict[str, Any]:
         return {
             "rows": digest([(row.tokens, row.learned) for row in self._rows]),

@@ -23,10 +23,11 @@ from lora_trainer.models.families.flow.targets import transformer_targets
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer, load_tokenizers
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_vae
 from lora_trainer.models.families.unet.folder import add_vae_file
-from lora_trainer.models.family import Family, MetaModel, Shapes
+from lora_trainer.models.families.unet.names import VAE
+from lora_trainer.models.family import Family, MetaModel, Shapes, count_weights
 from lora_trainer.models.hints import Hints
 from lora_trainer.models.sharding import Peers
-from lora_trainer.models.tensors import Tensors
+from lora_trainer.models.tensors import Tensors, stored_size
 
 T5_XXL = T5Shape(T5, 4096, 24, 4096, 64, 10240, 32128, 32)
 _ENCODER_COPIES = 5  # as of Stable Diffusion's VAE, whose encoder this one's is
@@ -154,6 +155,13 @@ class FlowFamily(Family):
     def in_blocks(self, name: str) -> bool:
         return name.startswith(TRANSFORMER) and "_blocks." in name
 
+    def stored_bytes(self, shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, int]:
+        found = dict.fromkeys(("unet", "vae", "text_encoders"), 0)
+        for name, shape in shapes.items():
+            part = "unet" if name.startswith(TRANSFORMER) else "vae" if name.startswith(VAE) else "text_encoders"
+            found[part] += stored_size(dtypes[name], shape)
+        return found
+
     def a1111_loads(self, architecture: FlowArchitecture) -> bool:
         return False
 
@@ -205,10 +213,16 @@ class FlowFamily(Family):
             transformer = self.network(architecture.transformer)
             t5 = [] if architecture.t5 is None else [T5Encoder(architecture.t5)]
         clips = [build_text_encoder(shape)[0] for shape in architecture.clips]
-        vae = [] if architecture.vae is None else [build_vae(architecture.vae)[0]]
-        weights = sum(weight.numel() for part in (transformer, *vae, *clips, *t5) for weight in part.parameters())
-        blocks = tuple(sum(weight.numel() for weight in block.parameters()) for block in blocks_of(transformer))
-        return MetaModel(architecture, weights, tuple(self.targets(transformer, clips, architecture)), blocks)
+        vae = 0 if architecture.vae is None else count_weights(build_vae(architecture.vae)[0])
+        text_encoders = count_weights(*clips, *t5)
+        return MetaModel(
+            architecture,
+            count_weights(transformer) + vae + text_encoders,
+            tuple(self.targets(transformer, clips, architecture)),
+            tuple(count_weights(block) for block in blocks_of(transformer)),
+            text_encoders,
+            vae,
+        )
 
     # Forecast -----------------------------------------------------------------------------------------------------
 

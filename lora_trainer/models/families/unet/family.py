@@ -22,7 +22,7 @@ from lora_trainer.models.families.unet.names import VAE, block_of_diffusers_name
 from lora_trainer.models.families.unet.targets import lora_targets
 from lora_trainer.models.families.unet.trial import trial
 from lora_trainer.models.families.unet.work import parts
-from lora_trainer.models.family import Family, LatentFormat, MetaModel, Shapes, Trial
+from lora_trainer.models.family import Family, LatentFormat, MetaModel, Shapes, Trial, count_weights
 from lora_trainer.models.hints import Hints, file_hints
 from lora_trainer.models.other_files import other_family, other_file
 from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linear_alphas_cumprod
@@ -165,10 +165,9 @@ class UNetFamily(Family):
     def meta_model(self, architecture: Architecture) -> MetaModel:
         unet, _ = build_unet(architecture.unet)
         encoders = [build_text_encoder(shape)[0] for shape in architecture.text_encoders]
-        vae = [] if architecture.vae is None else [build_vae(architecture.vae)[0]]
-        targets = self.targets(unet, encoders, architecture)
-        weights = sum(weight.numel() for part in (unet, *vae, *encoders) for weight in part.parameters())
-        return MetaModel(architecture, weights, tuple(targets))
+        vae = 0 if architecture.vae is None else count_weights(build_vae(architecture.vae)[0])
+        targets, text = self.targets(unet, encoders, architecture), count_weights(*encoders)
+        return MetaModel(architecture, count_weights(unet) + vae + text, tuple(targets), (), text, vae)
 
     def lora_metadata(self, prediction_type: str, architecture: Any) -> dict[str, str]:
         version, standard = self._versions(prediction_type == "v_prediction")
