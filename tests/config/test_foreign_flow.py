@@ -91,7 +91,7 @@ def test_what_is_not_given_for_flux_is_what_sd_scripts_takes():
                           'apply_t5_attn_mask = true\nblocks_to_swap = 10\n')  # fmt: skip
     assert unmet(report) == {"guidance_scale", "t5xxl_max_token_length", "apply_t5_attn_mask", "blocks_to_swap",
                              "model_prediction_type", "weighting_scheme"}  # fmt: skip
-    assert config.offload_blocks == 0 and config.max_token_length == 225 and config.train_text_encoder
+    assert config.offload_blocks == "auto" and config.max_token_length == 225 and config.train_text_encoder
 
 
 def test_guidance_and_length_that_are_not_given_for_flux_are_those_of_dev():
@@ -172,6 +172,17 @@ def test_a_flux_preset_of_kohyas_gui_and_the_same_fields_of_another_model():
     assert not report.unmet and {"ae", "t5xxl", "timestep_sampling"} <= set(report.ignored)
 
 
+def test_where_the_number_of_blocks_is_not_known_as_many_wait_as_must():
+    found = [
+        read('network_module = "networks.lora_flux"\ngradient_checkpointing = true\ndouble_blocks_to_swap = 6\n'),
+        toolkit({"is_v3": True, "layer_offloading": True}),
+        onetrainer(model_type="STABLE_DIFFUSION_35", transformer={"offload_fraction": 0.5}),
+    ]
+    for _, report in found:
+        (taken,) = (one for one in report.taken if one.ours == "offload_blocks")
+        assert taken.value == "auto" and taken.theirs.split(".")[-1] not in {one.theirs for one in report.unmet}
+
+
 def test_a_yaml_of_ours_with_kohyas_words_is_told_ours():
     settings, report = read_text("base_model: b\nlora_rank: 4\ntimestep_sampling: sigmoid\nblocks_to_swap: 4\nae: x\n")
     assert settings == {"base_model": "b", "lora_rank": 4}
@@ -201,7 +212,7 @@ def toolkit(model: dict, **train) -> tuple:
          {"base_precision": "stored", "sigma_sampling": "uniform", "train_text_encoder": False},
          {"train.train_text_encoder"}),
         ({"is_v3": True, "layer_offloading": True}, {"timestep_type": "weighted", "gradient_checkpointing": False},
-         {"sigma_sampling": "sigmoid", "offload_blocks": 0, "gradient_checkpointing": False},
+         {"sigma_sampling": "sigmoid", "offload_blocks": "auto", "gradient_checkpointing": False},
          {"model.layer_offloading", "train.timestep_type"}),
         ({"is_flux": True, "attn_masking": True, "use_flux_cfg": True}, {"linear_timesteps": True},
          {"sigma_sampling": "uniform"}, {"model.attn_masking", "model.use_flux_cfg", "train.linear_timesteps"}),

@@ -65,9 +65,10 @@ def read_model(reading: Reading, family: str) -> None:
     if is_on(reading.left.get("layer_offloading")) or is_on(reading.left.get("auto_memory")):
         share = number(reading.left.get("layer_offloading_transformer_percent", 1.0))
         name = "layer_offloading" if "layer_offloading" in reading.left else "auto_memory"
-        if family not in flow.BLOCKS:
-            reading.unmet(name, True, "give the number of blocks as offload_blocks")
+        blocks = flow.BLOCKS.get(family)
+        if blocks is None or name == "auto_memory":
+            flow.set_offload(reading, name, "auto")
         elif isinstance(share, (int, float)):
-            flow.set_offload(reading, name, round(share * flow.BLOCKS[family]))
+            flow.set_offload(reading, name, round(share * blocks))
     reading.ignore("auto_memory", "extras_name_or_path", "te_dtype", "vae_dtype")
     reading.cannot({"attn_masking": flow.NO_MASK, "use_flux_cfg": flow.GUIDANCE, "accuracy_recovery_adapter": _ALONE})

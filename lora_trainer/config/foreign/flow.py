@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lora_trainer.config.foreign.report import Reading, is_on, number
 
@@ -37,7 +37,8 @@ def set_levels(
         reading.set(theirs, "sigma_sampling", sampling)
 
 
-def set_offload(reading: Reading, theirs: str, blocks: int) -> None:
+def set_offload(reading: Reading, theirs: str, blocks: int | Literal["auto"]) -> None:
+    """blocks: auto where theirs does not say how many, or where the number of all of them is not known."""
     if not is_on(reading.translation.settings.get("gradient_checkpointing")):
         reading.unmet(theirs, reading.left.get(theirs), "offload_blocks needs gradient_checkpointing")
     elif blocks:

@@ -43,9 +43,8 @@ _CANNOT = {
     "enable_scaled_pos_embed": "positions are cut out of the middle",
     "apply_lg_attn_mask": flow.NO_MASK,
     "controlnet_model_name_or_path": "pictures are learned without a control picture",
-    "double_blocks_to_swap": "give the number of all blocks as offload_blocks",
-    "single_blocks_to_swap": "give the number of all blocks as offload_blocks",
 }
+_SWAPPED_APART = ("double_blocks_to_swap", "single_blocks_to_swap")
 _HARMLESS = {"train_double_block_indices": "all", "train_single_block_indices": "all", "train_block_indices": "all"}
 _NOTHING = """
     model_type cpu_offload_checkpointing t5xxl_device t5xxl_dtype flux1_cache_text_encoder_outputs
@@ -63,8 +62,9 @@ INSTEAD = {
 """What a person who writes such a setting into a file of ours wants."""
 
 NAMES = {
-    *INSTEAD, *NETWORK, *_CANNOT, *_NOTHING, "sd3_clip_l", "sd3_clip_g", "sd3_t5xxl", "logit_mean", "logit_std",
-    "sigmoid_scale", "model_prediction_type", "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length",
+    *INSTEAD, *NETWORK, *_CANNOT, *_NOTHING, *_SWAPPED_APART, "sd3_clip_l", "sd3_clip_g", "sd3_t5xxl",
+    "logit_mean", "logit_std", "sigmoid_scale", "model_prediction_type", "guidance_scale", "apply_t5_attn_mask",
+    "t5xxl_max_token_length",
 }  # fmt: skip
 """Settings of these families, which the interface writes for every model."""
 
@@ -133,7 +133,10 @@ def _memory(reading: Reading, family: str) -> None:
     if is_on(reading.left.get(name)) and isinstance(swapped, int):
         # Of FLUX.1's, half of the number in double blocks, and two single blocks for each of the other half.
         flow.set_offload(reading, name, swapped if family == SD3 else swapped // 2 + 2 * (swapped - swapped // 2))
-    reading.ignore("blocks_to_swap", "split_mode")
+    for name in _SWAPPED_APART:
+        if is_on(reading.left.get(name)):
+            flow.set_offload(reading, name, "auto")
+    reading.ignore("blocks_to_swap", "split_mode", *_SWAPPED_APART)
 
 
 def _levels(reading: Reading, family: str) -> None:

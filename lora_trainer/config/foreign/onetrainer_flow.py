@@ -41,10 +41,8 @@ def read(reading: Reading, family: str) -> None:
     share = number(part.pop("offload_fraction") or reading.left.get("layer_offload_fraction"))
     if is_on(share) and isinstance(share, (int, float)):
         reading.translation.settings["gradient_checkpointing"] = reading.left["gradient_checkpointing"] != "OFF"
-        if family in flow.BLOCKS:
-            flow.set_offload(part, "offload_fraction", round(share * flow.BLOCKS[family]))
-        else:
-            part.unmet("offload_fraction", share, "give the number of blocks as offload_blocks")
+        blocks = flow.BLOCKS.get(family)
+        flow.set_offload(part, "offload_fraction", "auto" if blocks is None else round(share * blocks))
     layers = str(reading.left.get("layer_filter_preset") or "full")
     if layers == "attn-mlp":
         reading.set("layer_filter_preset", "target_modules", ["attention", "feed_forward"])
