@@ -67,9 +67,9 @@ def t5_shapes(layers: int = 2, inner: int = 32, heads: int = 4, hidden: int = 64
     return shapes
 
 
-def flux_vae_shapes() -> Shapes:
-    """A VAE with 16 latent channels and no convolutions around them."""
-    shapes = {name: shape for name, shape in vae_shapes(32, prefix="").items() if "quant_conv" not in name}
+def flux_vae_shapes(channels: int = 32) -> Shapes:
+    """A VAE with 16 latent channels and no convolutions around them. channels: 128 in real ones."""
+    shapes = {name: shape for name, shape in vae_shapes(channels, prefix="").items() if "quant_conv" not in name}
     wide = shapes["encoder.conv_out.weight"][1]
     shapes |= {"encoder.conv_out.weight": (32, wide, 3, 3), "encoder.conv_out.bias": (32,)}
     shapes["decoder.conv_in.weight"] = (shapes["decoder.conv_in.weight"][0], 16, 3, 3)
