@@ -27,7 +27,7 @@ _FREE_TEXT = ("default_caption", "description", "preview_prompts", "secondary_se
 """Settings that may begin and end with quotes."""
 _OTHER_WORDS = {
     ("lr_scheduler", "constant_with_warmup"): "constant", ("loss", "l2"): "mse", ("mixed_precision", "fp32"): "no",
-    ("save_precision", "float"): "fp32", ("resume", ""): "auto",
+    ("save_precision", "float"): "fp32", ("resume", ""): "auto", ("offload_blocks", ""): "auto",
 }  # fmt: skip
 
 

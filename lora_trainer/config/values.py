@@ -51,7 +51,8 @@ def convert(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; strings that spell it are accepted. Raises ValueError saying what is wrong."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (python_types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null")):
+        empty = value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+        if empty and type(None) in options:
             return None
         kinds = [option for option in options if option is not type(None)]
         if typing.get_origin(kinds[0]) is typing.Literal and len(kinds) > 1:  # a word instead of a number
@@ -190,11 +191,12 @@ _WANTED = {
 
 
 def wanted(name: str) -> str:
-    """What a setting takes, as one or two sentences."""
-    kind = kind_of(name)
+    """What a setting takes, as one to three sentences."""
+    kind, words = kind_of(name), ""
     optional = type(None) in typing.get_args(kind)
-    if optional:
-        kind = next(option for option in reversed(typing.get_args(kind)) if option is not type(None))
+    if typing.get_origin(kind) in (python_types.UnionType, typing.Union):
+        *others, kind = (option for option in typing.get_args(kind) if option is not type(None))
+        words = ", ".join(str(word) for option in others for word in typing.get_args(option))
     limits = next(field for field in dataclasses.fields(TrainConfig) if field.name == name).metadata
     if typing.get_origin(kind) is typing.Literal:
         text = f"It must be one of {', '.join(str(option) for option in typing.get_args(kind))}."
@@ -202,4 +204,5 @@ def wanted(name: str) -> str:
         given = [limit for limit in ("minimum", "above", "maximum") if limit in limits]
         kind = typing.get_origin(kind) or kind
         text = _WANTED[(kind, *given) if given else kind].format(*(limits[limit] for limit in given))
+    text = f"{text} It may also be {words}." if words else text
     return f"{text} It may be empty." if optional else text

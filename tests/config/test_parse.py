@@ -263,3 +263,15 @@ def test_any_values_are_accepted_or_refused_with_a_message(values):
 
 def test_floats_are_numbers_for_every_yaml_reader():
     assert yaml.safe_load(to_yaml(from_mapping({"learning_rate": "2e-4"})))["learning_rate"] == 2e-4
+
+
+@pytest.mark.parametrize("value, expected", [("auto", "auto"), (" Auto ", "auto"), ("", "auto"), ("12", 12), (0, 0)])
+def test_a_word_may_take_a_numbers_place(value, expected):
+    config = from_mapping({"offload_blocks": value, "gradient_checkpointing": True})
+    assert config.offload_blocks == expected and from_mapping(parse_yaml(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("value", [None, [], "all", 1001, 1.5])
+def test_where_a_number_or_a_word_is_wrong_both_are_named(value):
+    with pytest.raises(ConfigError, match=r"from 0 to 1000\. It may also be auto\.$"):
+        from_mapping({"offload_blocks": value})
