@@ -53,6 +53,7 @@ _DEPENDENCES = (
         lambda config: config.multires_noise_iterations > 0,
         "multires_noise_iterations is 0",
     ),
+    _Dependence(("preserve_words",), lambda config: config.preserve > 0, "preserve is 0"),
     _Dependence(("prior_loss_weight",), lambda config: config.reg_data_dir is not None, "there is no reg_data_dir"),
     _Dependence(
         ("keep_tokens",),
@@ -88,8 +89,8 @@ _UNUSED_BY_WORDS = (
     "multires_noise_iterations", "multires_noise_discount", "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_PAIRS = (
-    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "loss", "huber_c", "min_snr_gamma",
-    "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
+    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "preserve_words", "loss", "huber_c",
+    "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
     "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_CHANGES = (

@@ -114,6 +114,10 @@ class DataSettings:
     """Share of the pictures that help to keep what the base model knows: shown without the trigger word and bold parts,
     they are to be answered as the base does. Each takes a third more time."""
 
+    preserve_words: list[str] = setting([], task="image", separator=",")
+    """Words that stand in place of the trigger word and bold parts for ``preserve``: other things of the same kind,
+    which are to stay as they are. Empty takes ordinary things."""
+
     resolution: str = setting("auto", task="image")
     """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""
 

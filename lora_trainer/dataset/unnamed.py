@@ -14,7 +14,7 @@ WORDS = (
     "flower", "forest", "girl", "hat", "horse", "house", "lamp", "man", "mountain", "person", "plane", "robot", "ship",
     "shoe", "soldier", "statue", "table", "tower", "train", "tree", "truck", "vase", "window", "woman",
 )  # fmt: skip
-"""What stands in the place of what is learned: ordinary things, which a base model knows."""
+"""What stands in the place of what is learned where nobody says: ordinary things, which a base model knows."""
 MOST = 64
 """So many different captions are enough, and take little time and room to encode."""
 
@@ -36,12 +36,14 @@ def _plain(span: Span, instead: str) -> Span:
     return Span(instead, mood=span.mood) if span.core and span.text.strip() else span
 
 
-def unnamed_captions(captions: Sequence[Caption], trigger_word: str, seed: int) -> list[str]:
-    """The captions without what is learned, some as they are and more with another thing in its place: at most
-    ``MOST`` different ones, and the empty one."""
+def unnamed_captions(
+    captions: Sequence[Caption], trigger_word: str, seed: int, words: Sequence[str] = ()
+) -> list[str]:
+    """The captions without what is learned, some as they are and more with another thing in its place, one of ``words``
+    or else of ``WORDS``: at most ``MOST`` different ones, and the empty one."""
     rng = random.Random(f"{seed}:unnamed")
     texts = sorted({unnamed(caption, trigger_word) for caption in captions} - {""})
     found = dict.fromkeys(rng.sample(texts, min(len(texts), MOST // 4)))
     for _ in range(MOST if texts else 0):
-        found[unnamed(rng.choice(captions), trigger_word, rng.choice(WORDS))] = None
+        found[unnamed(rng.choice(captions), trigger_word, rng.choice(words or WORDS))] = None
     return ["", *(text for text in found if text)][: MOST + 1]

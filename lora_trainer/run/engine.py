@@ -247,6 +247,8 @@ def _run_key(
         decisive -= {"sigma_sampling", "sigma_shift"}
     if not config.prompt_templates:  # or of before there were templates
         decisive -= {"prompt_templates"}
+    if not config.preserve_words:  # or before they could be chosen
+        decisive -= {"preserve_words"}
     if config.base_precision == "stored":  # or before a base could be quantized
         decisive -= {"base_precision"}
     settings = {name: value for name, value in to_mapping(config).items() if name in decisive}

@@ -351,7 +351,9 @@ class BatchSource:
             for sample in self.dataset.samples
             if not sample.is_regularization
         ]
-        return unnamed_captions(captions, self.config.trigger_word, self.config.seed)
+        return unnamed_captions(
+            captions, self.config.trigger_word, self.config.seed, self.config.preserve_words
+        )
 
     def _text(self, index: int, rng: random.Random | None) -> str:
         sample = self.dataset.samples[index]

@@ -24,6 +24,7 @@ from lora_trainer.models.families import get_family
         ("huber_c", 0.2, {"loss": "huber"}),
         ("multires_noise_discount", 0.2, {"multires_noise_iterations": 6}),
         ("prior_loss_weight", 0.5, {"reg_data_dir": "reg"}),
+        ("preserve_words", ["a dog"], {"preserve": 0.3}),
         ("keep_tokens", 1, {"shuffle_tags": True}),
         ("keep_tokens", 1, {"tag_dropout": 0.1}),
         ("min_bucket_resolution", 320, {"enable_bucket": True}),
@@ -39,7 +40,7 @@ def test_what_depends_on_another_setting_is_said(name, value, others):
         "train_text_encoder": False, "lr_scheduler": "constant", "lr_warmup_steps": 5, "max_train_steps": 9,
         "conv_rank": 0, "adapter": "lora", "loss": "mse", "multires_noise_iterations": 0, "reg_data_dir": None,
         "shuffle_tags": False, "tag_dropout": 0, "enable_bucket": False, "use_masks": False, "preview_prompts": [],
-        "save_steps": None, "target_modules": [],
+        "save_steps": None, "target_modules": [], "preserve": 0,
     }  # fmt: skip
     without = {other: unmet[other] for other in others}
     if without == {"target_modules": []}:

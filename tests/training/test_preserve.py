@@ -56,6 +56,12 @@ def test_the_other_pictures_are_trained_as_without_it_and_regularization_picture
     assert differ
 
 
+def test_words_that_are_given_take_the_place_of_what_is_learned(tmp_path):
+    run = preserving(tmp_path, preserve_words=["disc", "a tall box"])
+    captions = {caption for caption, preserved, _ in rows_of(run) if preserved}
+    assert {"disc, red, blue, calm", "a tall box, red, blue, calm", "red, blue, calm", ""} == captions
+
+
 def test_captions_that_do_not_say_what_is_learned_leave_the_empty_one(tmp_path):
     config = configuration(tmp_path, preserve=0.5)
     for path in (tmp_path / "data").glob("*.txt"):
