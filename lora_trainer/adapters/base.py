@@ -237,5 +237,10 @@ class WeightAdapter(Adapter):
         if self.training and self.module_dropout:
             delta = delta * self.keep_module(delta.dim(), delta.device, delta.dtype)
         if self.dora_scale is None:
-            return torch.add(weight, delta, alpha=self.multiplier)
-        return torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)
+            changed = torch.add(weight, delta, alpha=self.multiplier)
+        else:
+            changed = torch.lerp(weight, decompose(weight, delta, self.dora_scale), self.multiplier)
+        beneath = getattr(self.base, "__self__", None)
+        if isinstance(beneath, Adapter) and beneath.active:  # the layer had an adapter before; both changes count
+            return changed + (beneath.merged_weight() - weight)
+        return changed

@@ -53,6 +53,23 @@ def test_forward_equals_merged_weight(kind, layer_kind, multiplier):
     torch.testing.assert_close(adapter(x), with_weight(layer, merged, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_on_top_of_another_begins_with_what_that_one_computes(kind):
+    layer, x = layer_and_input("linear")
+    first = build(kind, layer)
+    randomize(first)
+    layer.forward = first.forward
+    expected, bare = layer(x), first.base(x)
+    second = build(kind, layer)
+    torch.testing.assert_close(second(x), expected, rtol=1e-5, atol=1e-5)
+    first.active = False
+    torch.testing.assert_close(second(x), bare, rtol=1e-5, atol=1e-5)
+    first.active = True
+    randomize(second, seed=2)
+    second(x).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in second.parameters())
+
+
 @pytest.mark.parametrize("layer_kind", LAYERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_changes_nothing(kind, layer_kind):

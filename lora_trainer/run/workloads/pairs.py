@@ -170,6 +170,8 @@ class PairedPictures(TwoDatasets):
         copied, key = self._config.copied_lora, super().run_key(model)
         if self._config.pair_method == "copier":
             key["first_lora"] = copied and _weights_digest(Path(copied))
+            if copied and self._config.adapter != "lora":
+                key["on_top"] = "of the first"  # runs of before computed without it
         elif model.info.prediction_type == "v_prediction":
             key["target"] = "moved by the difference"  # runs of before had another, see PairObjective
         return key
