@@ -29,6 +29,9 @@ ADAPTERS = {
     "lora": {"conv_rank": 2, "dropout": 0.1},
     "loha": {"adapter": "loha"},
     "text": {"train_text_encoder": True, "gradient_checkpointing": True, "dora": True},
+    "preserve": {"preserve": 0.5, "trigger_word": "zwx", "shuffle_tags": True, "cuda_graphs": "auto"},
+    "words": {"task": "words", "original_prompt": "a disc", "target_prompt": "a ring", "denoised_steps": 3,
+              "train_data_dir": "", "preview_prompts": ["a disc --s 1"]},
 }
 
 
@@ -88,7 +91,9 @@ def test_a_run_on_what_a1111_has_on_the_device(a1111, webui, settings, on_the_cp
         assert places(webui.model) == {"cuda"}
 
 
-@pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loha", "text"))])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("lora", "preserve") else pytest.mark.slow) for name in ADAPTERS
+])  # fmt: skip
 def test_a_run_with_medvram(a1111, webui, settings, on_the_cpu, tmp_path, name):
     """Adapters live where the model computes, whatever part of it is in main memory when they are made; and what is
     computed anew for the gradients finds its weights there."""
@@ -100,7 +105,9 @@ def test_a_run_with_medvram(a1111, webui, settings, on_the_cpu, tmp_path, name):
         assert webui.lowvram.module_in_gpu is None
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in ADAPTERS if name != "loha"
+])  # fmt: skip
 def test_a_run_on_what_forge_has_partly_on_the_device(forge, fake_forge, settings, on_the_cpu, tmp_path, name):
     """Forge leaves in main memory what does not fit beside the pictures."""
     expected = on_the_cpu(name)
