@@ -145,6 +145,11 @@ class DataSettings:
     random_crop: bool = setting(False, task="image")
     """Crop at a random place instead of the center."""
 
+    min_scale: float = setting(1.0, task="image", minimum=0.1, maximum=1)
+    """Show pictures smaller, at a random place, their borders going on around them: by a factor from this to 1, drawn
+    each time. With 0.5 a pair of something big changes small ones, too. 1 shows them whole; below, the latents of every
+    epoch are encoded anew."""
+
     augmentations: list[str] = setting([], task="image", given_by="file", plugin="augmentation")
     """Changes made by plug-ins to each picture, every time it is shown; the latents of every epoch are encoded anew."""
 

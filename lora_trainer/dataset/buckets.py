@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_trainer.config import TrainConfig, parse_resolution
 from lora_trainer.dataset.samples import Dataset, Size, View
+from lora_trainer.dataset.smaller import draw_place
 from lora_trainer.errors import UserError
 
 
@@ -43,6 +44,7 @@ class BatchPlan:
         seed: int = 42,
         flip: bool = False,
         random_crop: bool = False,
+        min_scale: float = 1.0,
         augment: bool = False,
         enable_bucket: bool = True,
         bucket_step: int = 64,
@@ -63,6 +65,7 @@ class BatchPlan:
         self.seed = seed
         self.flip = flip
         self.random_crop = random_crop
+        self.min_scale = min_scale
         self.augment = augment
         self._step = bucket_step
         self._longest = max(max_bucket_resolution, *self.resolution)
@@ -93,6 +96,7 @@ class BatchPlan:
             seed=config.seed,
             flip=config.flip,
             random_crop=config.random_crop,
+            min_scale=config.min_scale,
             augment=bool(config.augmentations),
             enable_bucket=config.enable_bucket,
             bucket_step=config.bucket_step,
@@ -204,7 +208,8 @@ class BatchPlan:
         # Most views of a data set are cropped alike, and share what says so.
         place = self._place(sample.size, bucket, flip) if at is None else self._crop(sample.size, bucket, flip, at)
         scaled, crop, time_ids = place
-        return View(index, bucket, scaled, crop, flip, time_ids, seed if self.augment else None)
+        shown = draw_place(bucket, self.min_scale, random.Random(f"{seed}:scale")) if self.min_scale < 1 else None
+        return View(index, bucket, scaled, crop, flip, time_ids, seed if self.augment else None, shown)
 
     @staticmethod
     def _crop(

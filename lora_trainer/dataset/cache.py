@@ -210,6 +210,7 @@ def latent_key(sample: Sample, view: View, vae_key: str, augmentations: Sequence
     if augmentations:
         used = [(name, plugins.fingerprint("augmentation", name)) for name in augmentations]
         augmented = {"augmentations": used, "seed": view.augmentation}
+    placed = {} if view.place is None else {"place": view.place}
     return cache_key(
         kind="latents",
         version=PIXELS_VERSION,
@@ -220,6 +221,7 @@ def latent_key(sample: Sample, view: View, vae_key: str, augmentations: Sequence
         flip=view.flip,
         vae=vae_key,
         **augmented,
+        **placed,
     )
 
 

@@ -20,7 +20,8 @@ from PIL import Image, ImageCms, ImageFile
 
 from lora_trainer import plugins
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
-from lora_trainer.dataset.samples import Sample, Size, View
+from lora_trainer.dataset.samples import Place, Sample, Size, View
+from lora_trainer.dataset.smaller import bordered
 from lora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,9 +130,10 @@ def load_pixels(
     flip: bool = False,
     edit: PictureEdit = UNTOUCHED,
     change: Callable[[Image.Image], Image.Image] = lambda image: image,
+    place: Place | None = None,
 ) -> Tensor:
     """Pixels (3, H, W) float32 in [-1, 1] of a picture: turned and cropped as ``edit`` says, resized to ``scaled``,
-    cropped to ``bucket``, mirrored, then changed.
+    cropped to ``bucket``, mirrored, shown at ``place`` alone, then changed.
 
     ``scaled`` and ``bucket`` are (width, height), ``crop`` is (left, top) in the resized picture.
 
@@ -140,7 +142,7 @@ def load_pixels(
     """
     import torch
 
-    image = change(_view(edit.apply(flatten(open_image(path))), scaled, bucket, crop, flip))
+    image = change(_view(edit.apply(flatten(open_image(path))), scaled, bucket, crop, flip, place))
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
@@ -155,6 +157,7 @@ def load_view(sample: Sample, view: View, augmentations: Sequence[str] = ()) -> 
         view.flip,
         sample.edit,
         lambda image: _augmented(image, augmentations, view.augmentation),
+        view.place,
     )
 
 
@@ -187,17 +190,18 @@ def load_mask(sample: Sample, view: View, size: Size) -> Tensor | None:
         if image.mode != "RGBA":
             return None
         mask = image.getchannel("A")
-    mask = _view(sample.edit.apply(mask), view.scaled, view.bucket, view.crop, view.flip)
+    mask = _view(sample.edit.apply(mask), view.scaled, view.bucket, view.crop, view.flip, view.place)
     mask = mask.resize(size, Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(mask, dtype=np.float32)[None] / 255.0)
 
 
 def _view(
-    image: Image.Image, scaled: tuple[int, int], bucket: tuple[int, int], crop: tuple[int, int], flip: bool
+    image: Image.Image, scaled: Size, bucket: Size, crop: tuple[int, int], flip: bool, place: Place | None
 ) -> Image.Image:
     left, top = crop
     image = resize(image, scaled).crop((left, top, left + bucket[0], top + bucket[1]))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+    return image if place is None else bordered(resize(image, place[2:]), place, bucket)
 
 
 def _read(path: Path) -> bytes:

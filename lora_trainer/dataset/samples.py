@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_trainer.dataset.picture_edits import UNTOUCHED, PictureEdit
 
 Size = tuple[int, int]  # (width, height) in pixels
+Place = tuple[int, int, int, int]  # (left, top, width, height) in pixels
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class View:
     crop: (left, top) of the crop in the scaled picture; flip: mirrored after cropping.
     augmentation: seed of the augmentations; None without.
     time_ids: original (h, w), crop (top, left), target (h, w), in pixels: what some models are told of it.
+    place: where it is shown smaller in its bucket, after mirroring; None fills the bucket.
     """
 
     sample: int
@@ -76,3 +78,4 @@ class View:
     flip: bool
     time_ids: tuple[int, ...]
     augmentation: str | None = None
+    place: Place | None = None

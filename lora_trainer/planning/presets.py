@@ -73,7 +73,7 @@ PRESETS: dict[str, Preset] = {
             "expression",
             "Expression or pose",
             "What a face or a body does, from two pictures that differ in that alone, such as open and closed eyes.",
-            {**_PAIR, "min_timestep": 500},
+            {**_PAIR, "min_timestep": 500, "min_scale": 0.5, "pair_mask": True},
             "pair",
         ),
         Preset(
@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
             "turn",
             "One into another",
             "One thing becomes another, and at weight -1 the other becomes the first.",
-            {**_WORDS, "both_ways": True},
+            {**_WORDS, "both_ways": True, "guidance": 2},
             "words",
         ),
         Preset(

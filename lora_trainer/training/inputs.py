@@ -41,8 +41,8 @@ class BatchSource:
     """The ``Source`` of runs on pictures.
 
     ``prepare`` encodes everything that does not change from epoch to epoch; ``prepare_epoch`` the rest, which is
-    only random crops and augmentations. ``micro_batches`` then reads what one optimizer step needs, without using the
-    device.
+    only random crops, scales and augmentations. ``micro_batches`` then reads what one optimizer step needs, without
+    using the device.
     """
 
     sample, size_setting = "picture", "resolution"
@@ -70,7 +70,8 @@ class BatchSource:
         self.keep_model_parts = keep_model_parts  # previews need the VAE and the text encoders
         self.make_room = make_room  # see Lender.make_room
         self.ranks = ranks
-        self._pictures_vary = config.random_crop or bool(config.augmentations)  # from epoch to epoch
+        # From epoch to epoch.
+        self._pictures_vary = config.random_crop or config.min_scale < 1 or bool(config.augmentations)
         self._vae_key = plugins.marked(model.vae_key, "family", model.info.family)
         self._text_key = plugins.marked(model.text_key, "family", model.info.family)
         captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
@@ -384,7 +385,7 @@ class BatchSource:
             version=PIXELS_VERSION,
             image=sample.digest,
             mask=sample.mask_path and self._mask_digest(sample.mask_path),
-            view=[view.scaled, view.bucket, view.crop, view.flip],
+            view=[view.scaled, view.bucket, view.crop, view.flip, *([view.place] if view.place else [])],
             size=size,
         )
         if (known := self.cache.get(key)) is not None:

@@ -40,8 +40,8 @@ TEMPLATES = [
 ]
 """The base's captions, less the colors of the pictures that are scored."""
 WORDS = {
-    "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 250, "learning_rate": 2e-3, "batch_size": 2,
-    "original_prompt": "circle", "prompt_templates": TEMPLATES,
+    "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 200, "learning_rate": 2e-3, "batch_size": 4,
+    "original_prompt": "circle", "prompt_templates": TEMPLATES, "target_modules": ["attn2"], "guidance": 2,
 }  # fmt: skip
 TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_rate": 2e-3}
 OTHERS = shapes.KNOWN_SHAPES[1:]
@@ -63,6 +63,8 @@ PAIR_COLOR = {
 }  # fmt: skip
 """For a pair of another color, beside that: the prompt, which names the old one, pulls back at every noise level, and
 guidance multiplies what the LoRA does with the prompt but not without."""
+PAIR_SHAPE = {"min_scale": 0.5, "pair_mask": True, "saved_strength": 2, "batch_size": 4, "repeats": 4}
+"""For a pair of another shape, beside that: the pair is big, and small shapes are to change, too."""
 FOLDERS = {
     "task": "slider", "lora_rank": 4, "alpha": 4, "max_train_steps": 500, "learning_rate": 2e-4, "batch_size": 1,
 }  # fmt: skip
@@ -186,8 +188,7 @@ def settings(kind: str, folder: Path, changes: Sequence[str]) -> TrainConfig:
         "overwrite": True, "resume": "never", "tensorboard": False,
         **{**BY_WORDS, **BY_PAIR, "folders": FOLDERS}[method],
     }  # fmt: skip
-    if kind == "pair_color":
-        values |= PAIR_COLOR
+    values |= {"pair_color": PAIR_COLOR, "pair_shape": PAIR_SHAPE}.get(kind, {})
     if kind == "folders":
         sides = {"train_data_dir": "square", "opposite_dir": "circle"}
         values |= {name: str(write_folder(folder / shape, shape)) for name, shape in sides.items()}

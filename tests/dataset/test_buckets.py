@@ -46,6 +46,7 @@ options = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "flip": st.booleans(),
         "random_crop": st.booleans(),
+        "min_scale": st.sampled_from([1.0, 0.5]),
         "enable_bucket": st.booleans(),
         "bucket_step": st.sampled_from([8, 32, 64, 72, 128]),
         "min_bucket_resolution": st.sampled_from([64, 256, 512, 1024]),
@@ -92,6 +93,10 @@ def test_properties_of_every_plan(training, regularization, size, options):
             errors = [abs(width * scales[1] - item.scaled[0]), abs(height * scales[0] - item.scaled[1])]
             assert min(errors) <= 0.5001
             assert options["flip"] or not item.flip
+            assert (item.place is None) == (options["min_scale"] == 1)
+            if item.place is not None:
+                for start, side, whole in zip(item.place[:2], item.place[2:], item.bucket):
+                    assert 0 <= start <= whole - side and 0.5 * whole - 1 <= side <= whole
             assert item.time_ids[:2] == (height, width) and item.time_ids[4:] == (item.bucket[1], item.bucket[0])
     table = plan.table()
     assert sum(row["count"] for row in table) == len(items)

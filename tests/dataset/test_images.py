@@ -201,6 +201,16 @@ def test_scale_crop_and_flip(tmp_path):
     assert straight.min() >= -1 and straight.max() <= 1
 
 
+def test_a_smaller_picture_at_its_place_goes_on_as_its_borders(tmp_path):
+    values = np.arange(16 * 8, dtype=np.uint8).reshape(8, 16)
+    path = save(Image.fromarray(values), tmp_path / "a.png")
+    pixels = (load_pixels(path, (16, 8), (16, 8), (0, 0), place=(6, 1, 8, 4)).numpy()[0] + 1) * 127.5
+    small = values.reshape(4, 2, 8, 2).mean((1, 3))  # each 2×2
+    assert np.abs(pixels[1:5, 6:14] - small).max() <= 0.51
+    assert np.array_equal(pixels[1:5, :7], np.repeat(pixels[1:5, 6:7], 7, axis=1))
+    assert np.array_equal(pixels[5:], np.repeat(pixels[4:5], 3, axis=0)) and np.array_equal(pixels[0], pixels[1])
+
+
 def test_area_filter_down_and_lanczos_up():
     checker = np.indices((32, 32)).sum(0) % 2 * 255
     image = Image.fromarray(checker.astype(np.uint8))

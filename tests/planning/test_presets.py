@@ -40,6 +40,12 @@ def test_what_learns_a_change_keeps_its_rank_and_knows_no_repeats():
         assert not {"repeats", "dropout"} & tight.keys()
 
 
+@pytest.mark.parametrize("kind", ["turn", "erase"])
+def test_words_change_the_layers_of_a_unet_that_read_the_prompt(kind):
+    assert preset(kind, family="sdxl")["target_modules"] == ["attn2"]
+    assert "target_modules" not in preset(kind, family="flux") and "target_modules" not in preset(kind)
+
+
 @pytest.mark.parametrize("kind", PRESETS)
 def test_every_preset_is_a_configuration(idle, settings, kind):
     assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"

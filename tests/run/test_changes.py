@@ -28,7 +28,7 @@ from tests.flux import tiny_flux
 KINDS = {
     "words": {"task": "words", "original_prompt": "a circle", "target_prompt": "a square", "both_ways": True,
               "protected_prompts": ["a ring"], "batch_size": 2, "denoised_steps": 3},
-    "pair": {"task": "pair", "pair_mask": True, "saved_strength": 2.0},
+    "pair": {"task": "pair", "pair_mask": True, "saved_strength": 2.0, "min_scale": 0.5},
     "copier": {"task": "pair", "pair_method": "copier", "copy_steps": 3},
     "slider": {"task": "slider"},
 }  # fmt: skip
@@ -228,6 +228,16 @@ def test_pictures_of_a_pair_must_be_alike_and_others_are_left_out(settings, tmp_
     Image.new("RGB", (96, 64)).save(tmp_path / "pairs" / "a_after.png")
     with pytest.raises(UserError, match=r"a\.png and a_after\.png have different sizes: 64×64 and 96×64"):
         run(settings("pair"))
+
+
+def test_both_pictures_of_a_pair_are_shown_at_the_same_places(settings):
+    config = from_mapping(settings("pair", repeats=3))
+    opened = workload_of(config).open(config, file_lender(config), Listener(), TrainCommands())
+    before, after = (
+        [(view.place, view.crop) for epoch in range(2) for batch in plan.epoch(epoch) for view in batch]
+        for plan in opened._plans
+    )
+    assert before == after and len(set(before)) == len(before), "anew each time"
 
 
 def test_settings_of_other_tasks_are_said_to_have_no_effect(settings):

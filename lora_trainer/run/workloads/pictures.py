@@ -134,6 +134,7 @@ class Pictures(OfImageModel):
             epochs=1,
             flip=False,
             random_crop=False,
+            min_scale=1.0,
             augmentations=[],
             shuffle_tags=False,
             tag_dropout=0.0,
