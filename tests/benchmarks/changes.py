@@ -41,12 +41,12 @@ TEMPLATES = [
 """The base's captions, less the colors of the pictures that are scored."""
 WORDS = {
     "task": "words", "lora_rank": 4, "alpha": 8, "max_train_steps": 200, "learning_rate": 2e-3, "batch_size": 4,
-    "original_prompt": "circle", "prompt_templates": TEMPLATES, "target_modules": ["attn2"], "guidance": 2,
+    "original_prompt": "circle", "prompt_templates": TEMPLATES,
 }  # fmt: skip
 TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_rate": 2e-3}
 OTHERS = shapes.KNOWN_SHAPES[1:]
 BY_WORDS = {
-    "words": {**WORDS, "target_prompt": "square", "both_ways": True},
+    "words": {**WORDS, "target_prompt": "square", "both_ways": True, "target_modules": ["attn2"], "guidance": 2},
     "erase": {**WORDS, "protected_prompts": list(OTHERS)},
 }
 BY_PAIR = {

@@ -40,10 +40,9 @@ def test_what_learns_a_change_keeps_its_rank_and_knows_no_repeats():
         assert not {"repeats", "dropout"} & tight.keys()
 
 
-@pytest.mark.parametrize("kind", ["turn", "erase"])
-def test_words_change_the_layers_of_a_unet_that_read_the_prompt(kind):
-    assert preset(kind, family="sdxl")["target_modules"] == ["attn2"]
-    assert "target_modules" not in preset(kind, family="flux") and "target_modules" not in preset(kind)
+def test_one_thing_becomes_another_in_the_layers_of_a_unet_that_read_the_prompt():
+    assert preset("turn", family="sdxl")["target_modules"] == ["attn2"]
+    assert "target_modules" not in preset("turn", family="flux") and "target_modules" not in preset("turn")
 
 
 @pytest.mark.parametrize("kind", PRESETS)
