@@ -49,7 +49,7 @@ class UNetFamily(Family):
     latents = LatentFormat(channels=reading.LATENT_CHANNELS, factor=8, multiple=8, scale=0.18215)
     as_stored = VAE
     unused: Mapping[str, str] = NO_SIGMA
-    presets = {"turn": {"target_modules": ["attn2"]}}  # the layers that read the prompt
+    presets: Mapping[str, Mapping[str, Any]] = {"turn": {"target_modules": ["attn2"]}}  # which read the prompt
     text_encoders: tuple[reading.TextRules, ...]
     heads: int | None = None
     names_of_file = False
