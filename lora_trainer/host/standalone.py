@@ -205,13 +205,13 @@ def _on(weights: ModuleWeights, device: torch.device) -> ModuleWeights:
 
 def _changed(bound: torch.Tensor, weights: ModuleWeights, strength: float) -> torch.nn.Parameter:
     """The weight with the LoRA's change in it, in its format where that is fine enough for the change to show."""
-    packing = packing_of(bound)
+    packing, weights = packing_of(bound), _on(weights, bound.device)
     if packing is None and bound.dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = dense_weight(bound, torch.float32)
-        merged = base + strength * weights.change(base.cpu()).to(base.device)
+        merged = base + strength * weights.change(base)
         return torch.nn.Parameter(merged.to(bound.dtype), requires_grad=False)
     same = torch.nn.Parameter(bound.detach(), requires_grad=False)
-    return pack(same, _Changed(packing, _on(weights, bound.device), strength))
+    return pack(same, _Changed(packing, weights, strength))
 
 
 @contextmanager

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
+from lora_trainer.host.base import PreviewRequest
+from lora_trainer.host.standalone import StandaloneHost
+from lora_trainer.jobs.execution import lender_options
 from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.preview import sample
@@ -154,6 +160,35 @@ def test_a_picture_is_drawn_on_a_gpu(settings):
         with lender.borrow() as model, lender.turn():
             drawn = sample(model, "a disc", width=64, height=64, steps=2)
     assert drawn.size == (64, 64)
+
+
+@pytest.mark.parametrize("form", ["stored", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_a_cell_of_a_grid_is_drawn_on_a_gpu_as_on_the_cpu(tmp_path, form):
+    """With a LoRA that is merged where the weights are: they are not copied to main memory for it."""
+    base = tiny_flux(tmp_path / "base", double=1, single=1)
+    config = from_mapping({**base, "train_data_dir": "x", "base_precision": form, "mixed_precision": "no"})
+    lora = make_lora(config, tmp_path / "lora.safetensors")
+    request = PreviewRequest("a disc", base["base_model"], width=64, height=64, steps=2, lora=lora)
+
+    def draw(device):
+        host = StandaloneHost(tmp_path, device=device)
+        (picture,) = host.draw_all([request], lender_options(host, replace(config, device=device)))
+        return np.asarray(picture).astype(int)
+
+    with pretended_gpu() as gpu:
+        drawn = draw("cuda")
+        assert not [wait for wait in gpu.waits if "at _changed" in wait or "at unpack" in wait]
+    expected = draw("cpu")
+    assert abs(drawn - expected).max() <= 1 and expected.std() > 1
+
+
+def make_lora(config, path):
+    with file_lender(config).borrow() as model:
+        adapters = AdapterSet.build(model.lora_targets(), config)
+        for _, adapter in adapters.items():
+            adapter.lora_up.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        save_file(adapters.export(), str(path))
+    return path
 
 
 class Waits(TrainCallbacks):
