@@ -21,6 +21,7 @@
             this.status = app.el("span", {class: "status", role: "status"});
             this.problem = app.el("p", {class: "problem", role: "alert", hidden: true});
             this.view = app.el("div", {class: "grid_view"});
+            this.shown = 0;
             this.node = app.el("section", {class: "grids", "aria-label": app.t("Grids")},
                 app.el("div", {class: "grid_form"},
                     field(app.t("Weights"), this.weights, app.t("How strongly the LoRA is applied; a row for each")),
@@ -32,7 +33,9 @@
 
         look() {
             clearTimeout(this.timer);
-            return app.fetchJson(`/jobs/${this.job.id}/compare`).then((state) => this.show(state), (error) => app.complain(error, this.problem));
+            const turn = this.shown; // what was asked for before something else was shown may be older than that
+            return app.fetchJson(`/jobs/${this.job.id}/compare`).then(
+                (state) => turn === this.shown && this.show(state), (error) => app.complain(error, this.problem));
         }
 
         /** With what the form says: every saved step at the usual weights, where nothing is changed. */
@@ -63,6 +66,7 @@
         }
 
         show(state) {
+            this.shown++;
             const first = !this.state;
             this.state = state;
             if (first) {

@@ -17,6 +17,7 @@
     const complain = (error) => app.complain(error, app.get("tools_problem"));
 
     async function load() {
+        const turn = shown;
         const [state, {checkpoints}] = await Promise.all([app.fetchJson("/loras"), app.fetchJson("/checkpoints")]);
         app.show(app.get("tools_problem"), false);
         tools.loras = state.loras.map((one) => one.name);
@@ -28,7 +29,7 @@
         if (!app.get("tools_parts").children.length) [1, 2].forEach(addPart);
         if (!tools.loaded) await entries();
         tools.loaded = true;
-        show(state.task);
+        if (turn === shown) show(state.task);
     }
 
     /** The names as options; what is chosen stays so. first: what the empty choice says, where there is one. */
@@ -99,8 +100,16 @@
     };
 
     let timer = null;
+    let shown = 0; // an answer that was asked for before something was shown may be older than that
+
+    async function look() {
+        const turn = shown;
+        const {task} = await app.fetchJson("/loras");
+        if (turn === shown) show(task);
+    }
 
     function show(task) {
+        shown++;
         clearTimeout(timer);
         const running = Boolean(task && task.status === "running");
         app.show(app.get("tools_cancel"), running && task.total);
@@ -109,7 +118,7 @@
             tools.told = null;
             app.setText(app.get("tools_status"), task.total
                 ? app.t("Working: {done} of {total} layers", {done: task.done, total: task.total}) : app.t("Working …"));
-            timer = setTimeout(() => app.fetchJson("/loras").then((state) => show(state.task), complain), PACE);
+            timer = setTimeout(() => look().catch(complain), PACE);
             return;
         }
         if (!task || tools.told === JSON.stringify(task)) return;

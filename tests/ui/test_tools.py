@@ -14,8 +14,8 @@ META = {"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "zwx"}
 
 
 @pytest.fixture
-def tools(page, manager):
-    """The sub-tab, with two LoRAs of a layer of SD 1.5 each."""
+def loras(manager):
+    """Two LoRAs of a layer of SD 1.5 each."""
     names = ("unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "unet_mid_block_attentions_0_proj_in")
     for seed, (name, size) in enumerate(zip(names, (320, 1280))):
         torch.manual_seed(seed)
@@ -24,6 +24,11 @@ def tools(page, manager):
                    f"lora_{name}.lora_up.weight": torch.randn(size, 4, *shape),
                    f"lora_{name}.alpha": torch.tensor(4.0)}  # fmt: skip
         save_lora(tensors, manager.host.root / "Lora" / f"{('ink', 'red')[seed]}.safetensors", META, "fp16")
+
+
+@pytest.fixture
+def tools(page, loras):
+    """The sub-tab, with both LoRAs."""
     page.click("#lora_trainer_tabs > .tab-nav >> text=Tools")
     page.wait_for_selector("#lora_trainer_tools_strength_lora option:nth-child(2)", state="attached")
     return page
@@ -61,6 +66,21 @@ def test_a_new_lora_is_made_listed_and_never_put_over_another(tools, manager):
     assert form.get_by_role("alert").count() == 0
     assert [name for name, _ in manager.host.published] == ["small"] and tools.evaluate("refreshed") == 1
     tools.wait_for_selector("#lora_trainer_tools_edit_lora option[value='small.safetensors']", state="attached")
+
+
+def test_an_answer_that_comes_late_does_not_end_what_was_started_since(page, loras):
+    waiting = []
+    page.route("**/loras/metadata*", lambda route: waiting.append(route))  # the lists came before it
+    page.click("#lora_trainer_tabs > .tab-nav >> text=Tools")
+    page.wait_for_selector("#lora_trainer_tools_strength_lora option:nth-child(2)", state="attached")
+    form = open_tool(page, "resize")
+    form.get_by_label("Name of the new LoRA").fill("small")
+    form.get_by_label("Rank", exact=True).fill("2")
+    form.get_by_text("Resize it").click()
+    wait_for_text(page, "tools_status", "Working")
+    with page.expect_response("**/loras/metadata*"):
+        waiting[0].continue_()
+    wait_for_text(page, "tools_status", "It is in your Lora tab as small.")
 
 
 def test_several_are_combined_and_words_are_changed(tools, manager):
