@@ -238,6 +238,10 @@ def _refuse_other_data(run_key: Mapping[str, Any], ranks: Ranks) -> None:
             )
 
 
+_LATER = {"prompt_templates": [], "preserve_words": [], "base_precision": "stored", "min_scale": 1.0}
+"""Settings that runs of before did not have, with what these did: such a run goes on."""
+
+
 def _run_key(
     config: TrainConfig, workload: Workload, model: LentNetwork, precision: str, initial: LoraFile | None
 ) -> dict[str, Any]:
@@ -245,12 +249,7 @@ def _run_key(
     decisive = {name for name, facts in FACTS.items() if facts.decides and facts.applies(task_of(config))}
     if model.info.prediction_type != "flow":  # a run of before there were flow models goes on
         decisive -= {"sigma_sampling", "sigma_shift"}
-    if not config.prompt_templates:  # or of before there were templates
-        decisive -= {"prompt_templates"}
-    if not config.preserve_words:  # or before they could be chosen
-        decisive -= {"preserve_words"}
-    if config.base_precision == "stored":  # or before a base could be quantized
-        decisive -= {"base_precision"}
+    decisive -= {name for name, before in _LATER.items() if getattr(config, name) == before}
     settings = {name: value for name, value in to_mapping(config).items() if name in decisive}
     used = plugin_fingerprints(config, model.info.family)
     return {
