@@ -246,6 +246,17 @@ def test_settings_of_other_tasks_are_said_to_have_no_effect(settings):
     assert {text.partition(":")[0] for text in listener.warnings} == {"flip", "pair_suffix", "min_snr_gamma"}
 
 
+def test_a_difference_of_two_pictures_preserves_nothing_and_says_so(settings, tmp_path):
+    loras = []
+    for preserve in (0.0, 0.9):
+        listener = Listener()
+        given = settings("pair", max_train_steps=3, trigger_word="disc", preserve=preserve)
+        result = run({**given, "output_dir": str(tmp_path / f"with {preserve}")}, listener)
+        loras.append(load_file(str(result.lora)))
+        assert any(text.startswith("preserve:") for text in listener.warnings) == bool(preserve)
+    assert all(torch.equal(value, loras[1][name]) for name, value in loras[0].items())
+
+
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     return tiny_flux(tmp_path_factory.mktemp("flux"), double=1, single=1)

@@ -124,9 +124,10 @@ class TwoDatasets(OfImageModel):
         raise NotImplementedError
 
     def sources(
-        self, model: LentModel, precision: Precision, keep_model_parts: bool
+        self, model: LentModel, precision: Precision, keep_model_parts: bool, **changes: Any
     ) -> tuple[BatchSource, BatchSource]:
-        config = self._config
+        """Of both folders. changes: settings that these take otherwise than the run says."""
+        config = replace(self._config, **changes)
         cache = cache_of(config, self._on_warning)
         first, second = (
             BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts, self._lender.make_room)
@@ -178,8 +179,10 @@ class PairedPictures(TwoDatasets):
 
     def work(self, model: LentModel, precision: Precision, *, keep_model_parts: bool, ranks: Ranks = ALONE) -> Work:
         config = self._config
-        before, after = self.sources(model, precision, keep_model_parts)
-        if config.pair_method == "alternating":
+        alternating = config.pair_method == "alternating"
+        unused = {"preserve": 0.0} if alternating else {}  # every picture is shown as both, with its own caption
+        before, after = self.sources(model, precision, keep_model_parts, **unused)
+        if alternating:
             source = PairSource(config, before, after)
 
             def difference(adapters: AdapterSet) -> PairObjective:
