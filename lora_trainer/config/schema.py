@@ -115,7 +115,7 @@ class DataSettings:
     they are to be answered as the base does. Each takes a third more time."""
 
     preserve_words: list[str] = setting([], task="image", separator=",")
-    """Words that stand in place of the trigger word and bold parts for ``preserve``: other things of the same kind,
+    """Words that stand in place of the trigger word and bold parts for preserve: other things of the same kind,
     which are to stay as they are. Empty takes ordinary things."""
 
     resolution: str = setting("auto", task="image")
