@@ -55,7 +55,7 @@ def draw(webui: Any, loras: HostLoras, request: PreviewRequest) -> Image.Image:
             steps=request.steps,
             **_guidance(webui.shared.sd_model, request.cfg_scale),
             sampler_name="Euler",
-            scheduler="Automatic",
+            scheduler=_schedule(webui.shared.sd_model),
             do_not_save_samples=True,
             do_not_save_grid=True,
         )
@@ -105,11 +105,20 @@ def _usual_cfg(sd_model: Any) -> float:
     """Of a model that reads no guidance."""
     if getattr(sd_model, "is_sd3", False):
         return FLOW_CFG
-    objects = getattr(sd_model, "forge_objects_original", None)
-    if objects is None or getattr(objects.unet.model.predictor, "prediction_type", None) != "const":
+    if not _is_forges_flow_model(sd_model):
         return CFG
     # Of the flow models with T5 those with CLIP are FLUX.1, which without that input is distilled to need no guidance.
-    return 1.0 if hasattr(objects.clip.cond_stage_model, "clip_l") else FLOW_CFG
+    return 1.0 if hasattr(sd_model.forge_objects_original.clip.cond_stage_model, "clip_l") else FLOW_CFG
+
+
+def _schedule(sd_model: Any) -> str:
+    """Forge's automatic one ends a flow model's picture with a step from noise level 0, which is 0 / 0."""
+    return "Simple" if _is_forges_flow_model(sd_model) else "Automatic"
+
+
+def _is_forges_flow_model(sd_model: Any) -> bool:
+    objects = getattr(sd_model, "forge_objects_original", None)
+    return objects is not None and getattr(objects.unet.model.predictor, "prediction_type", None) == "const"
 
 
 @contextmanager

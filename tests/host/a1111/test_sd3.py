@@ -17,7 +17,7 @@ from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
 from lora_trainer.host.a1111.model import HostModel
 from lora_trainer.host.a1111.residence import Residence
-from lora_trainer.host.drawing import _guidance
+from lora_trainer.host.drawing import _guidance, _schedule
 from lora_trainer.models.base import Conditioning, ModelAwayError
 from lora_trainer.models.tokenizer import load_tokenizer
 from tests import sd3 as tiny
@@ -109,7 +109,7 @@ def test_it_is_trained_as_it_lies_and_is_the_files_model(load, a1111, files, t5)
         torch.testing.assert_close(predicted.detach(), one.predict(LATENTS, SIGMAS, same, None), atol=1e-5, rtol=1e-5)
     after = theirs.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert _guidance(theirs, None) == {"cfg_scale": 4.5}
+    assert _guidance(theirs, None) == {"cfg_scale": 4.5} and _schedule(theirs) == "Automatic"
 
 
 def test_a_t5_is_read_where_the_setting_was_on_when_it_began(load, a1111, webui):

@@ -15,7 +15,7 @@ from torch import nn
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
 from lora_trainer.errors import UserError
-from lora_trainer.host.drawing import _guidance
+from lora_trainer.host.drawing import _guidance, _schedule
 from lora_trainer.models.base import ModelAwayError
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
@@ -180,6 +180,7 @@ def test_a_preview_without_the_guidance_input_has_no_guidance_at_all(load, fake_
     model = fake_forge._build(None, None)
     model.use_distilled_cfg_scale = dev
     usual = _guidance(model, None)
+    assert _schedule(model) == "Simple"
     assert usual["cfg_scale"] == 1.0 and ("distilled_cfg_scale" in usual) == dev
     assert _guidance(model, 2.5)["distilled_cfg_scale" if dev else "cfg_scale"] == 2.5
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import from_mapping
-from lora_trainer.host.drawing import _guidance
+from lora_trainer.host.drawing import _guidance, _schedule
 from lora_trainer.host.requests import preview_request
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
@@ -123,8 +123,9 @@ def test_clip_skip_and_t5_are_as_the_settings_were_when_it_began(engine, forge, 
     assert len(keys) == 2
 
 
-def test_its_pictures_are_guided_by_a_second_prediction(engine):
+def test_its_pictures_are_guided_by_a_second_prediction_and_end_at_no_noise_once(engine):
     assert _guidance(engine._build(), None) == {"cfg_scale": 4.5} and _guidance(engine._build(), 3) == {"cfg_scale": 3}
+    assert _schedule(engine._build()) == "Simple"
 
 
 def test_its_pictures_have_sides_that_it_draws(engine, forge):
