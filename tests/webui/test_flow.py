@@ -155,14 +155,15 @@ def test_a_lora_is_trained_on_what_is_loaded_and_the_webui_reads_it(webui, setti
     plain, before = webui.generate("a circle", **PICTURE), webui.sha()
     assert plain.std() > 0, "NaN is drawn as black"
     settings |= {
-        "train_text_encoder": False, "resolution": "64", "learning_rate": 1e-2, "max_train_steps": 8,
-        "preview_prompts": ["zwx, a red ellipse --w 64 --h 64 --s 2"], "preview_steps": 4,
+        "train_text_encoder": False, "resolution": "64", "max_train_steps": 150,
+        "preview_prompts": ["zwx, a red ellipse --w 64 --h 64 --s 2"], "preview_steps": 150,
     }  # fmt: skip
     job = webui.submit(**settings, base_model=title, output_name=family)
     found = webui.until(job, lambda job: job["step"] >= 2 or job["status"] in OVER)
     assert found["status"] == "running", found
     assert webui.probe(POINTERS) == {"bound": len(TRANSFORMERS[family]), "copied": []}
     assert np.array_equal(webui.generate("a circle", **PICTURE), plain), "drawn with the weights as they were lent"
+    assert webui.job(job)["status"] == "running"
     done = webui.wait(job)
     assert done["status"] == "finished" and done["verified"] and done["thumbnail"], done
     previews = [np.asarray(Image.open(one)) for one in sorted(webui.lora(job).parent.rglob("*.png"))]
