@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 medium, and in Forge Chroma, in a real WebUI: small transformers of random weights, with the VAE
-in its full size."""
+"""Stable Diffusion 3 medium, and in Forge 3.5 medium and Chroma, in a real WebUI: small transformers of random weights,
+with the VAE in its full size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import chroma, flux, sd3
 from tests.tiny import clip_shapes, random_tensors
 from tests.webui.server import FORGE, OVER, Server
 
-FAMILIES = ["sd3", "chroma"] if FORGE else ["sd3"]
+FAMILIES = ["sd3", "sd35", "chroma"] if FORGE else ["sd3"]
 # Forge's automatic schedule divides 0 by 0 at the last step of a flow model.
 PICTURE = {"steps": 3, "width": 64, "height": 64, **({"scheduler": "Simple"} if FORGE else {})}
 TAKEN = "import sys; n = sys.modules['networks']; result = [len(one.modules) for one in n.loaded_networks]"
@@ -26,8 +26,11 @@ FLUX = {
     "hidden_size": flux.WIDTH, "num_heads": flux.HEADS, "mlp_ratio": flux.HIDDEN / flux.WIDTH, "axes_dim": [4, 6, 6],
     "depth": 2, "depth_single_blocks": 2, "context_in_dim": flux.TEXT,
 }  # fmt: skip
+T5_WIDTH = {"context_embedder.weight": (sd3.WIDTH, 4096)}
 TRANSFORMERS = {
-    "sd3": {**sd3.transformer_shapes(), "context_embedder.weight": (sd3.WIDTH, 4096)},
+    "sd3": sd3.transformer_shapes() | T5_WIDTH,
+    # 3.5 medium is known by its table of positions, and has a second attention in its first 13 blocks.
+    "sd35": sd3.transformer_shapes(dual=2, normalized=True) | T5_WIDTH | {"pos_embed": (1, 384 * 384, sd3.WIDTH)},
     "chroma": chroma.transformer_shapes(),
 }
 MAKER = {"guidance_out_dim": flux.WIDTH, "guidance_hidden_dim": chroma.MAKER, "guidance_n_layers": chroma.MAKER_LAYERS}
@@ -150,7 +153,7 @@ def taken(webui: Server, name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_is_trained_on_what_is_loaded_and_the_webui_reads_it(webui, settings, family):
-    (title,) = (one for one in webui.checkpoints() if one.startswith(family))
+    (title,) = (one for one in webui.checkpoints() if one.startswith(f"{family}-"))
     webui.select(title)
     plain, before = webui.generate("a circle", **PICTURE), webui.sha()
     assert plain.std() > 0, "NaN is drawn as black"
