@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 medium, and in Forge 3.5 medium and Chroma, in a real WebUI: small transformers of random weights,
-with the VAE in its full size."""
+"""Stable Diffusion 3 medium, and in Forge 3.5 medium, FLUX.1 dev and Chroma, in a real WebUI: small transformers of
+random weights, with the VAE in its full size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import chroma, flux, sd3
 from tests.tiny import clip_shapes, random_tensors
 from tests.webui.server import FORGE, OVER, Server
 
-FAMILIES = ["sd3", "sd35", "chroma"] if FORGE else ["sd3"]
+FAMILIES = ["sd3", "sd35", "flux", "chroma"] if FORGE else ["sd3"]
 # Forge's automatic schedule divides 0 by 0 at the last step of a flow model.
 PICTURE = {"steps": 3, "width": 64, "height": 64, **({"scheduler": "Simple"} if FORGE else {})}
 TAKEN = "import sys; n = sys.modules['networks']; result = [len(one.modules) for one in n.loaded_networks]"
@@ -25,12 +25,14 @@ T5 = {"num_layers": 2, "d_model": flux.TEXT, "d_ff": 64, "num_heads": 4, "vocab_
 FLUX = {
     "hidden_size": flux.WIDTH, "num_heads": flux.HEADS, "mlp_ratio": flux.HIDDEN / flux.WIDTH, "axes_dim": [4, 6, 6],
     "depth": 2, "depth_single_blocks": 2, "context_in_dim": flux.TEXT,
+    "vec_in_dim": sd3.CLIP_L,
 }  # fmt: skip
 T5_WIDTH = {"context_embedder.weight": (sd3.WIDTH, 4096)}
 TRANSFORMERS = {
     "sd3": sd3.transformer_shapes() | T5_WIDTH,
     # 3.5 medium is known by its table of positions, and has a second attention in its first 13 blocks.
     "sd35": sd3.transformer_shapes(dual=2, normalized=True) | T5_WIDTH | {"pos_embed": (1, 384 * 384, sd3.WIDTH)},
+    "flux": flux.transformer_shapes() | {"vector_in.in_layer.weight": (flux.WIDTH, sd3.CLIP_L)},
     "chroma": chroma.transformer_shapes(),
 }
 MAKER = {"guidance_out_dim": flux.WIDTH, "guidance_hidden_dim": chroma.MAKER, "guidance_n_layers": chroma.MAKER_LAYERS}
@@ -101,14 +103,16 @@ result = {"bound": len(model.bound()), "copied": copied}
 def shapes(family: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Of an all-in-one file, by the prefix of the part. T5 is not in what A1111 reads as it comes."""
     t5 = {**flux.t5_shapes(inner=flux.TEXT), "shared.weight": (T5_WORDS, flux.TEXT)}
-    vae = flux.flux_vae_shapes(128)
-    if family == "chroma":
-        return {sd3.PREFIXES["sd3"]: TRANSFORMERS[family], "vae.": vae, sd3.PREFIXES["t5xxl"]: t5}
+    clip_l = clip_shapes("", sd3.CLIP_L, CLIP_L_LAYERS)
     parts = {
-        "sd3": TRANSFORMERS[family], "vae": vae, "clip_l": clip_shapes("", sd3.CLIP_L, CLIP_L_LAYERS),
-        "clip_g": sd3.clip_g_shapes(), **({"t5xxl": t5} if FORGE else {}),
-    }  # fmt: skip
-    return {sd3.PREFIXES[part]: one for part, one in parts.items()}
+        "sd3": TRANSFORMERS[family],
+        "vae": flux.flux_vae_shapes(128),
+        **({"t5xxl": t5} if FORGE else {}),
+        **({"clip_l": clip_l} if family != "chroma" else {}),
+        **({"clip_g": sd3.clip_g_shapes()} if family.startswith("sd3") else {}),
+    }
+    prefixes = sd3.PREFIXES if family.startswith("sd3") else sd3.PREFIXES | {"vae": "vae."}
+    return {prefixes[part]: one for part, one in parts.items()}
 
 
 def checkpoint(family: str) -> dict[str, torch.Tensor]:
