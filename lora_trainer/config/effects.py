@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
+from lora_trainer.config.data import DataSettings
 from lora_trainer.config.facts import CHANGES
 from lora_trainer.config.prompts import ignored_flags
-from lora_trainer.config.schema import FACTS, DataSettings, TrainConfig
+from lora_trainer.config.schema import FACTS, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def _stands_as_it_is(name: str, text: str) -> bool:
 
 def _unknown(name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*known, *ALIASES], n=1, cutoff=0.6)
-    hint = "Remove it; lora_trainer/config/schema.py lists all settings."
+    hint = "Remove it; the README says where all settings stand."
     if near:
         hint = f"Did you mean '{ALIASES.get(near[0], near[0])}'?"
     return UserError("There is no such setting.", field=name, remedy=hint)
