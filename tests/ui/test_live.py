@@ -106,12 +106,13 @@ def test_checkpoints_are_chosen_by_their_pictures(page, files, train, manager):
     wait_for_text(page, "job_state", "finished")
     page.click("#lora_trainer_job_buttons >> text=Compare checkpoints")
     shown = page.locator("#lora_trainer_previews .lora_trainer_checkpoint")
+    shown.nth(2).get_by_text("in your Lora tab").wait_for()  # what was saved is told by another request
     assert written_under(shown) == ["step 5 Use this one", "step 10 Use this one", "step 20 in your Lora tab"]
     assert [one.locator("img").count() for one in shown.all()] == [1, 1, 0]
     shown.nth(0).get_by_text("Use this one").click()
     wait_for_text(page, "job_message", "keeps hat_v1 as it was at step 5")
     assert (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes() == weights_at(5)
-    assert "in your Lora tab" in shown.nth(0).inner_text()
+    shown.nth(0).get_by_text("in your Lora tab").wait_for()
     page.click("#lora_trainer_job_buttons >> text=Files")
     inside = page.locator(".lora_trainer_inside")
     inside.get_by_text("Compare checkpoints").click()
@@ -223,6 +224,7 @@ def test_five_hundred_runs_open_in_a_second(manager, open_page, tmp_path):
 
 def test_an_idle_page_leaves_the_hosts_page_alone(page):
     """A1111 runs every extension's callbacks whenever a node comes or goes."""
+    page.wait_for_load_state("networkidle")  # the lists that a page begins with are there
     changes = page.evaluate("""async () => {
         let changes = 0;
         new MutationObserver((found) => (changes += found.length)).observe(document, {childList: true, subtree: true});
