@@ -212,7 +212,7 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
     )
     require(
         "offload_blocks",
-        config.offload_blocks in ("auto", 0) or config.gradient_checkpointing,
+        not config.given_offload_blocks or config.gradient_checkpointing,
         "What a block computes must not be kept while its weights are elsewhere.",
         "Set gradient_checkpointing: true, or offload_blocks: auto.",
     )
@@ -224,7 +224,7 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
     )
     require(
         "shard_base",
-        not (config.shard_base and (config.offload_blocks not in ("auto", 0) or config.quantize == "nf4")),
+        not (config.shard_base and (config.given_offload_blocks or config.quantize == "nf4")),
         "It cannot be combined with offload_blocks, nor with quantize: nf4.",
         "Leave out one of them.",
     )

@@ -304,6 +304,11 @@ class TrainConfig(
         return None if off else MIN_SNR_GAMMA
 
     @property
+    def given_offload_blocks(self) -> int:
+        """The number that ``offload_blocks`` gives; 0 for auto, which is decided when a run begins."""
+        return 0 if self.offload_blocks == "auto" else self.offload_blocks
+
+    @property
     def text_encoders_learn(self) -> bool:
         return self.train_text_encoder and self.effective_text_encoder_lr > 0
 

@@ -100,7 +100,7 @@ class LenderOptions:
     device: where to compute; None for where the host does. A WebUI computes nowhere else.
     vae: file of another VAE; None for the one that the host uses. text_encoders: files of those that a base model's
         file does not hold; a WebUI chooses them itself.
-    base_precision, offload_blocks: the settings; a WebUI lends the weights as and where it holds them.
+    base_precision, offload_blocks: the settings, auto as 0; a WebUI lends the weights as and where it holds them.
     hold: keep the host to ourselves for the whole run instead of step by step.
     wait_for_model: a checkpoint switch by the user waits until the run is over, instead of pausing the run.
     """
@@ -113,7 +113,7 @@ class LenderOptions:
     vae: str | None = None
     text_encoders: tuple[str, ...] = ()
     base_precision: str = "stored"
-    offload_blocks: int | str = "auto"
+    offload_blocks: int = 0
     hold: bool = False
     wait_for_model: bool = False
 

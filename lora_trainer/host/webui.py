@@ -114,7 +114,7 @@ class WebuiHost(Host):
                 field="base_precision",
                 remedy="Use stored; Forge has a setting for it, Diffusion in Low Bits.",
             )
-        if options.offload_blocks not in ("auto", 0):
+        if options.offload_blocks:
             raise UserError(
                 "A WebUI decides itself what of its model is on the GPU.", field="offload_blocks", remedy="Use auto."
             )

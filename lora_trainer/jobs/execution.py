@@ -152,7 +152,7 @@ def lender_options(host: Host, config: TrainConfig) -> LenderOptions:
         vae=config.vae,
         text_encoders=tuple(config.text_encoders),
         base_precision=config.base_precision,
-        offload_blocks=config.offload_blocks,
+        offload_blocks=config.given_offload_blocks,
         hold=bool(host.option(HOLD_OPTION, False)),
         wait_for_model=bool(host.option(WAIT_OPTION, False)),
     )

@@ -29,8 +29,8 @@ class FileLender(Lender):
     path: a .safetensors or .ckpt file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
-    base_precision, offload_blocks: the settings; what fp8 and nf4 quantize is quantized as it is read. auto keeps all
-        blocks on the device unless ``offload`` says otherwise.
+    base_precision: the setting; what fp8 and nf4 quantize is quantized as it is read.
+    offload_blocks: so many blocks wait in main memory; ``offload`` may change it.
     peers: the processes that keep the denoiser's blocks together; None keeps them whole.
     compute_dtype: number format to compute in; by default ``weight_dtype`` (fp32 where that is None).
     vae: file of another VAE to use instead of the checkpoint's own. text_encoders: files of text encoders, for a family
@@ -53,7 +53,7 @@ class FileLender(Lender):
         text_encoders: Sequence[Path | str] = (),
         complete: bool = True,
         base_precision: str = "stored",
-        offload_blocks: int | str = "auto",
+        offload_blocks: int = 0,
         peers: Peers | None = None,
     ):
         self.path = Path(path)
@@ -61,8 +61,7 @@ class FileLender(Lender):
         self.weight_dtype = weight_dtype
         self.compute_dtype = compute_dtype or weight_dtype or torch.float32
         self.clip_skip = clip_skip
-        self.base_precision = base_precision
-        self.offload_blocks = 0 if offload_blocks == "auto" else int(offload_blocks)
+        self.base_precision, self.offload_blocks = base_precision, offload_blocks
         self._peers = peers
         self._vae, self._complete = vae, complete
         self._text_encoders = tuple(Path(path) for path in text_encoders)

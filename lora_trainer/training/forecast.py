@@ -139,8 +139,8 @@ def base_bytes(
     in_blocks = BYTES.get(config.base_precision, of_weight)
     quantized = sum(math.prod(weight_shape(target.module)) for target in model.targets if target.part == "unet")
     taken["unet"] -= quantized * (of_weight - in_blocks)
-    if config.offload_blocks not in ("auto", 0) and model.blocks and precision.device.type == "cuda":
-        waiting = [model.blocks[number] for number in offloaded(len(model.blocks), int(config.offload_blocks))]
+    if config.given_offload_blocks and model.blocks and precision.device.type == "cuda":
+        waiting = [model.blocks[number] for number in offloaded(len(model.blocks), config.given_offload_blocks)]
         taken["unet"] -= in_blocks * (sum(waiting) - min(BUFFERS, len(waiting)) * max(waiting))
     return taken
 

@@ -88,7 +88,7 @@ class TrainingStep:
             self.graphs.give_up("cuda_graphs is off.")
         elif self.shared is not None and self.shared.in_order:
             self.graphs.give_up("each micro-batch's gradients are kept apart.")
-        elif config.shard_base or config.offload_blocks not in ("auto", 0):
+        elif config.shard_base or config.given_offload_blocks:
             self.graphs.give_up("the weights move.")
         elif self.regularisers:
             self.graphs.give_up("there are regularisers.")

@@ -48,7 +48,7 @@ class OfImageModel:
             clip_skip=config.clip_skip,
             text_encoders=config.text_encoders,
             base_precision=config.base_precision,
-            offload_blocks=config.offload_blocks,
+            offload_blocks=config.given_offload_blocks,
             peers=peers,
         )
 
@@ -133,8 +133,7 @@ def describe_base(lender: Lender, config: TrainConfig, callbacks: TrainCallbacks
     get_family(info.family).check_settings(config)
     for sentence in without_effect(config, get_family(info.family).unused, task):
         callbacks.on_warning(sentence)
-    given = config.offload_blocks not in ("auto", 0)
-    if given and resolve(config.device, config.mixed_precision).device.type != "cuda":
+    if config.given_offload_blocks and resolve(config.device, config.mixed_precision).device.type != "cuda":
         callbacks.on_warning("offload_blocks has no effect, because the training does not run on an NVIDIA or AMD GPU.")
     return info
 
