@@ -18,6 +18,7 @@ from lora_trainer.dataset.picture_edits import load_edits
 from lora_trainer.dataset.thumbnails import ThumbnailCache
 from lora_trainer.host.base import AccessPolicy
 from tests.api.conftest import Client
+from tests.counting import calls
 from tests.jobs.fakes import wait_for
 
 CAPTIONS = {"a.png": "sks, **red hat**, sky", "b.png": "sks, Red Hat, *fog*", "c.png": "dog, sks"}
@@ -304,16 +305,9 @@ def test_two_thousand_pictures_stay_fluid(client, tmp_path):
     editor = Editor(client, client.post("/editor", json={"folder": "many"}).json()["id"])
     assert len(editor.files(tags=["tag 5"])) > 100  # the first one reads every caption
 
-    def fastest(act):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            act()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert fastest(lambda: editor.post("pictures?offset=1000&limit=50", tags=["red hat"], text="sks")) < 0.2
-    assert fastest(lambda: editor.post("pictures?offset=1950&limit=50")) < 0.2
+    searched = {"tags": ["red hat"], "text": "sks"}
+    assert calls(lambda: editor.post("pictures?offset=1000&limit=50", **searched)) < 2000 * 40
+    assert calls(lambda: editor.post("pictures?offset=1950&limit=50")) < 2000 * 40
     changed = editor.post("edit", kind="replace", tags=["red hat"], value="cap", filter={})
     assert changed["changed"] == 2000 and len(changed["rows"]) == 200
     assert len(editor.files(tags=["cap"])) == 2000

@@ -163,6 +163,10 @@ class FakeTrain:
         for _ in range(steps):
             self._permits.release()
 
+    def config(self, number: int = 0) -> Any:
+        """What the training of that number was begun with; waits until it has begun."""
+        return wait_for(lambda: self.configs[number : number + 1], f"training {number}")[0]
+
     def __call__(
         self, config: Any, lender: Any, *, callbacks: Any, commands: Any, previewer: Any, captioners: Any
     ) -> FakeResult:

@@ -21,6 +21,7 @@ from tests.ui.words import ROOT
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync",
          "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # fmt: skip
+LATENCY = float(os.environ.get("LORA_TRAINER_LATENCY", "0"))  # seconds: see SlowNetwork
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 # What the host's page has and the tab uses: top tabs, txt2img's prompt and gallery buttons, the picker's hidden button.
@@ -111,8 +112,7 @@ def served(app: Any) -> Iterator[str]:
     assert requirements.problem() is None  # every host asks at its start, and imports what two requests must not
     app.mount("/javascript", StaticFiles(directory=ROOT / "javascript"))
     app.add_api_route("/", lambda: HTMLResponse(host_page()), methods=["GET"])
-    latency = float(os.environ.get("LORA_TRAINER_LATENCY", "0"))
-    server = uvicorn.Server(uvicorn.Config(SlowNetwork(app, latency) if latency else app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(SlowNetwork(app, LATENCY) if LATENCY else app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -58,7 +58,7 @@ def test_a_pair_from_disk(page, tmp_path, manager, train):
     train.free = True
     page.click("#lora_trainer_start")
     wait_for_text(page, "job_state", "finished")
-    config = train.configs[0]
+    config = train.config()
     assert (config.task, config.lora_rank, config.min_timestep, config.trigger_word) == ("pair", 4, 500, "")
     assert config.preview_prompts == ["a woman, 肖像"] and config.max_train_steps == 50
     shot(page, "pair-done")
@@ -161,7 +161,7 @@ def test_words_and_the_strip_after_them(page, manager, train, monkeypatch):
     train.free = True
     page.click("#lora_trainer_start")
     wait_for_text(page, "job_state", "finished")
-    config = train.configs[0]
+    config = train.config()
     assert (config.task, config.both_ways, config.protected_prompts) == ("words", True, ["a dog", "a cat, 猫"])
     page.click("#lora_trainer_job_buttons >> text=Draw a strip")
     page.wait_for_selector(STRIP)

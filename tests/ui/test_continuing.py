@@ -41,7 +41,7 @@ def begins_with(page, train):
     page.click("#lora_trainer_start")
     page.wait_for_function("(count) => loraTrainer.live.job && loraTrainer.live.job.id > count", arg=known)
     wait_for_text(page, "job_state", "finished")
-    return train.configs[known].init_lora
+    return train.config(known).init_lora
 
 
 def test_continuing_can_be_taken_back(page, files, train):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -176,7 +175,7 @@ def test_history(page, files, train, manager):
     page.click("#lora_trainer_start")
     wait_for_text(page, "job_name", "hat_v2")
     wait_for_text(page, "job_state", "finished")
-    assert train.configs[1].init_lora.endswith("hat_v1.safetensors")
+    assert train.config(1).init_lora.endswith("hat_v1.safetensors")
     page.evaluate("loraTrainer.openSubTab('Runs')")
     page.wait_for_selector("#lora_trainer_run_2")
     page.click("#lora_trainer_run_2 > button")
@@ -208,18 +207,20 @@ def test_only_a_name_that_is_taken_can_be_replaced(page, files, train, manager):
     assert taken.read_bytes() == (manager.host.root / "Lora" / "hat_v1.safetensors").read_bytes()
 
 
-def test_five_hundred_runs_open_in_a_second(manager, open_page, tmp_path):
+def test_of_five_hundred_runs_the_first_fifty_are_asked_for(manager, open_page, tmp_path):
     config = "train_data_dir: x\n"
     for index in range(500):
         manager.store.add(f"run_{index}", config, status="finished", dataset="x", base_model="m", host="standalone")
     page = open_page()
-    begin = time.perf_counter()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "/jobs?" in request.url else None)
     page.evaluate("loraTrainer.openSubTab('Runs')")
-    page.wait_for_selector(".lora_trainer_run")
-    assert time.perf_counter() - begin < 1
-    assert text(page, "runs_count") == "50 of 500"
+    wait_for_text(page, "runs_count", "50 of 500")
+    assert page.locator(".lora_trainer_run").count() == 50
     page.click("#lora_trainer_runs_more")
     wait_for_text(page, "runs_count", "100 of 500")
+    assert page.locator(".lora_trainer_run").count() == 100
+    assert len(asked) <= 4 and all("limit=50" in url for url in asked), asked
 
 
 def test_an_idle_page_leaves_the_hosts_page_alone(page):

@@ -41,7 +41,7 @@ def test_from_pictures_to_the_prompt(page, files, train, manager):
     train.allow(10)
     wait_for_text(page, "job_message", "in your Lora tab as hat_v1")
     assert page.evaluate("refreshed") == 1, "the picker was told"
-    config = train.configs[0]
+    config = train.config()
     assert (config.lora_rank, config.trigger_word, config.output_name) == (8, "zwxht", "hat_v1")
     page.click("#lora_trainer_job_buttons >> text=Try it")
     page.wait_for_selector("#txt2img_prompt textarea")

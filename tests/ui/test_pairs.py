@@ -88,7 +88,7 @@ def test_a_rate_of_the_text_encoders_switches_them_on_unless_they_were_switched_
     train.free = True
     ready.click("#lora_trainer_start")
     wait_for_text(ready, "job_state", "finished")
-    assert train.configs[0].train_text_encoder is False, "what is shown is what runs"
+    assert train.config().train_text_encoder is False, "what is shown is what runs"
 
 
 def test_a_number_of_steps_leaves_no_warning_of_epochs_that_nobody_chose(ready):
@@ -112,7 +112,7 @@ def test_start_right_after_a_change_saves_as_often_as_is_suggested(ready, train)
     choose(ready, output_name="one", epochs=2)
     ready.click("#lora_trainer_start")
     ready.wait_for_selector("#lora_trainer_live:not([hidden])")
-    config = train.configs[0]
+    config = train.config()
     steps = int(text(ready, "fact_steps"))
     assert config.epochs == 2 and config.save_steps == -(-steps // 4)
 

@@ -59,7 +59,7 @@ def test_a_new_name_goes_along_to_step_1_and_to_earlier_runs(sets, page, manager
     page.click("#lora_trainer_start")
     wait_for_text(page, "job_name", "first_2")
     wait_for_text(page, "job_state", "finished")
-    assert train.configs[1].train_data_dir.endswith("kittens")
+    assert train.config(1).train_data_dir.endswith("kittens")
 
 
 def start_with(page, name):

@@ -105,7 +105,7 @@ def test_continuing_takes_what_the_form_says_also_where_that_is_a_default(page, 
     page.click("#lora_trainer_start")
     wait_for_text(page, "job_name", "hat_v2")
     wait_for_text(page, "job_state", "finished")
-    assert train.configs[1].epochs == 10 and train.configs[1].init_lora.endswith("hat_v1.safetensors")
+    assert train.config(1).epochs == 10 and train.config(1).init_lora.endswith("hat_v1.safetensors")
     page.click("#lora_trainer_job_buttons >> text=Run again with changes")
     page.wait_for_function("() => loraTrainer.form.given.output_name === 'hat_v3'")
     assert page.evaluate("loraTrainer.form.given.init_lora").endswith("hat_v1.safetensors"), "it began with that, too"

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from tests.jobs.fakes import wait_for
 from tests.language_models import ROWS, tiny_language_model
 
 
@@ -44,8 +43,7 @@ def test_from_a_file_to_a_training(llama, page, manager, train, rows):
     train.free = True
     page.fill("#lora_trainer_field_output_name", "ward")
     page.click("#lora_trainer_start")
-    wait_for(lambda: train.configs, "the training")
-    config = train.configs[0]
+    config = train.config()
     assert (config.task, config.lora_rank, config.lr_scheduler) == ("text", 16, "cosine")
     assert config.base_model == str(llama) and config.train_data_dir.endswith("ward")
     page.wait_for_selector("text=among the files of this run")
