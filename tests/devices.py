@@ -29,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tests.kernels import compute, tensors, tree_map
+
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 
@@ -128,8 +130,8 @@ class DeviceTensor(torch.Tensor):
         flat = [item.held if isinstance(item, DeviceTensor) else item for item in flat]
         flat = [CPU if isinstance(item, torch.device) else item for item in flat]
         args, kwargs = tree_unflatten(flat, spec)
-        found = _compute(func, args, kwargs)
-        return _tree_map(lambda value: _output(value, held, gpu), found)
+        found = compute(func, args, kwargs)
+        return tree_map(lambda value: _output(value, held, gpu), found)
 
 
 class PretendedGpu:
@@ -208,7 +210,7 @@ class _Mode(TorchFunctionMode):
         if here:
             del kwargs["device"]
         if generator is not None:
-            wanted = self.gpu.device.type if here else args[0].device.type if _tensors(args) else "cpu"
+            wanted = self.gpu.device.type if here else args[0].device.type if tensors(args) else "cpu"
             if generator.device.type != wanted:
                 raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{generator.device}'")
         self.gpu.note(here and func in (torch.tensor, torch.as_tensor), func)
@@ -266,7 +268,7 @@ class _Mode(TorchFunctionMode):
                 return value
             return value.to(wanted)
 
-        return _tree_map(cast, args), _tree_map(cast, kwargs)
+        return tree_map(cast, args), tree_map(cast, kwargs)
 
 
 class _Arrival(TorchDispatchMode):
@@ -310,15 +312,6 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
-def _tensors(flat: Any) -> list[Tensor]:
-    return [item for item in tree_flatten(flat)[0] if isinstance(item, Tensor)]
-
-
-def _tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    flat, spec = tree_flatten(tree)
-    return tree_unflatten([function(item) for item in flat], spec)
-
-
 def _is_cpu(device: torch.device | None) -> bool:
     return device is not None and device.type == "cpu"
 
@@ -328,7 +321,7 @@ def _is_meta_number(item: Any) -> bool:
 
 
 def _mixed(func: Any, flat: Any) -> RuntimeError:
-    places = " and ".join(sorted({str(tensor.device) for tensor in _tensors(flat)}))
+    places = " and ".join(sorted({str(tensor.device) for tensor in tensors(flat)}))
     return RuntimeError(
         f"Expected all tensors to be on the same device, but found at least two devices, {places}! ({func})"
     )
@@ -362,87 +355,6 @@ def _output(value: Any, held: dict[int, DeviceTensor], gpu: PretendedGpu) -> Any
             raise NotImplementedError("the shape of a tensor on the pretended device cannot be changed in place")
         return known
     return DeviceTensor(value, gpu)
-
-
-def _compute(func: Any, args: tuple, kwargs: dict) -> Any:
-    """On the CPU, in fp32 where the CPU of this torch has no kernel for fp16 or bf16, which a GPU has."""
-    missing = _MISSING.get(func.overloadpacket.__name__)
-    try:
-        return func(*args, **kwargs)
-    except (RuntimeError, NotImplementedError) as error:
-        if missing is not None and isinstance(error, NotImplementedError):
-            return missing(*args, **kwargs)
-        if "not implemented for" not in str(error):
-            raise
-    dtypes = {tensor.dtype for tensor in _tensors((args, kwargs))} & {torch.float16, torch.bfloat16}
-    if len(dtypes) != 1:
-        raise NotImplementedError(f"{func} with {dtypes}")
-    (dtype,) = dtypes
-    originals: dict[int, Tensor] = {}
-
-    def widen(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dtype == dtype:
-            wide = value.float()
-            originals[id(wide)] = value
-            return wide
-        return torch.float32 if value is dtype else value
-
-    wide_args, wide_kwargs = _tree_map(widen, args), _tree_map(widen, kwargs)
-    found = func(*wide_args, **wide_kwargs)
-
-    def narrow(value: Any) -> Any:
-        if isinstance(value, Tensor) and id(value) in originals:
-            return originals[id(value)].copy_(value)
-        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
-
-    return _tree_map(narrow, found)
-
-
-def _adamw(
-    parameters: list[Tensor], grads: list[Tensor], means: list[Tensor], squares: list[Tensor], maxima: list[Tensor],
-    steps: list[Tensor], *, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float, amsgrad: bool,
-    maximize: bool, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
-) -> None:  # fmt: skip
-    if found_inf is not None and found_inf.item():
-        for step in steps:
-            step.sub_(1)
-        return
-    for parameter, grad, mean, square, step in zip(parameters, grads, means, squares, steps):
-        if grad_scale is not None:
-            grad = grad / grad_scale
-        parameter.mul_(1 - lr * weight_decay)
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (square.sqrt() / (1 - beta2 ** step.item()) ** 0.5).add_(eps)
-        parameter.addcdiv_(mean, denominator, value=-lr / (1 - beta1 ** step.item()))
-
-
-def _unscale(grads: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
-    for grad in grads:
-        if not grad.isfinite().all():
-            found_inf.fill_(1.0)
-        grad.mul_(inverse_scale)
-
-
-def _update_scale(
-    scale: Tensor, good: Tensor, found_inf: Tensor, growth: float, backoff: float, interval: int
-) -> Tensor:
-    if found_inf.item():
-        scale.mul_(backoff)
-        good.fill_(0)
-    elif good.item() + 1 == interval:
-        scale.mul_(growth)
-        good.fill_(0)
-    else:
-        good.add_(1)
-    return scale
-
-
-_MISSING = {
-    "_fused_adamw_": _adamw, "_amp_foreach_non_finite_check_and_unscale_": _unscale,
-    "_amp_update_scale_": _update_scale,
-}  # fmt: skip
-"""Kernels that a GPU has and the CPU of torch 2.1 or 2.3 lacks."""
 
 
 class Generator(torch.Generator):
