@@ -9,6 +9,7 @@ processes of one entry after the other.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -74,6 +75,7 @@ def _main() -> None:
     import lora_trainer.run
     import lora_trainer.training.processes  # noqa: F401
 
+    gc.freeze()  # or whoever frees memory in a fork goes through all that was imported, and copies it
     for line in sys.stdin:
         path = Path(line.rstrip("\n"))
         plan = json.loads(path.read_text(encoding="utf-8"))
@@ -236,31 +238,33 @@ def interrupt(rank: int) -> None:
 
 
 def fail(ranks: Any, rank: int, where: str, how: str) -> None:
-    """One rank fails: killed, by an error, hanging, with all its threads stopped, or for want of memory for a step."""
+    """One rank fails: killed, by an error, hanging, or for want of memory, whatever is tried against it."""
+    import torch
+
     from lora_trainer.dataset.cache import TensorCache
-    from lora_trainer.training.state import StateStore
+    from lora_trainer.models.families.parts import PartedModel
+    from lora_trainer.training import state
     from lora_trainer.training.step import TrainingStep
 
     if ranks.rank != rank:
         return
+    short = how == "memory"
     of, method = {
-        "caching": (TensorCache, "put"), "step": (TrainingStep, "_until_it_fits"), "save": (StateStore, "save")
-    }[where]  # fmt: skip
-    if how == "memory":
-        of, method = TrainingStep, "_backward"
+        "caching": (PartedModel, "encode_images") if short else (TensorCache, "put"),
+        "step": (TrainingStep, "_backward" if short else "_until_it_fits"),
+        "save": (state, "save_file") if short else (state.StateStore, "save"),
+    }[where]
     original, calls = getattr(of, method), []
 
     def failing(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        if how == "memory" and len(calls) > 3:  # whatever is tried against it
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if how != "memory" and (len(calls) == 3 or where == "save"):
+        if short and len(calls) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if not short and (len(calls) == 3 or where == "save"):
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "error":
                 raise RuntimeError("something broke")
-            if how == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(300)
         return original(*arguments, **named)
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import lora_trainer
 from lora_trainer.config import TrainConfig, never_reached, to_yaml, with_trigger
-from lora_trainer.errors import UserError
+from lora_trainer.errors import RetryError, UserError
 from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentNetwork
-from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
+from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory, with_room
 from lora_trainer.processor import Stopwatch
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
 from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
@@ -104,6 +104,7 @@ class Trainer:
         self.ranks = ranks
         self.config, self.model, self.adapters, self.source = config, model, adapters, source
         self.turn, self.saver, self.previewer, self.validator = turn, saver, previewer, validator
+        self.make_room = make_room  # see Lender.make_room
         self.callbacks, self.commands = callbacks or TrainCallbacks(), commands or TrainCommands()
         self.output_dir, self.name, self.run_key = Path(output_dir), name, run_key
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
@@ -336,8 +337,12 @@ class Trainer:
     def _save_lora(self, kind: str) -> None:
         self.saver.prepare()
         self._enter("saving")
-        with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK), self.train_step.averaged():
-            self.lora = self.saver(self.step, self.epoch, kind)
+
+        def write() -> Path:
+            with self.train_step.averaged():
+                return self.saver(self.step, self.epoch, kind)
+
+        self.lora = self._written("LoRA", write)
         self.callbacks.on_saved(self.lora, self.step, "lora")
 
     def _save_state(self, finished: bool = False) -> None:
@@ -349,12 +354,26 @@ class Trainer:
             "measurements": [one.to_dict() for one in self.measurements],
         }
         versions = {"lora_trainer": lora_trainer.__version__, "torch": torch.__version__}
-        with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK):
+
+        def write() -> Path:
             parts = {**self.train_step.state_dict(), "progress": progress}
             state = TrainingState(self.step, epoch, position, self.run_key, parts, finished, versions)
-            path = self.states.save(state)
+            return self.states.save(state)
+
+        path = self._written("training state", write)
         self._state_saved_at = time.monotonic()
         self.callbacks.on_saved(path, self.step, "state")
+
+    def _written(self, what: str, write: Callable[[], Path]) -> Path:
+        """``write()`` in a turn, once more where memory is short. Raises RetryError."""
+        try:
+            with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK):
+                return with_room(write, self.make_room)
+        except OutOfMemoryError as error:
+            raise RetryError(
+                f"Memory does not suffice to save the {what} of step {self.step}.",
+                remedy="Close other programs that use it, and start the run again: it goes on from its last state.",
+            ) from error
 
     def _draw_previews(self) -> None:
         """Every preview prompt as a PNG; the same noise each time, so that the pictures show what training changed."""

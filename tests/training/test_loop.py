@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.training import loop, preview
+from lora_trainer.training import loop, preview, state
 from lora_trainer.training.metrics import MetricsLog
 from lora_trainer.training.ranks import Ranks
 from tests.training.fakes import FakeModel, Run, configuration, same
@@ -393,6 +393,32 @@ def test_out_of_memory_saves_the_state_and_names_what_helps(tmp_path):
     assert error.value.field == "resolution" and "lora_rank" in error.value.remedy
     assert [(kind, step) for kind, step, _ in run.recorder.saved] == [("state", 2)]
     assert Run(run.config).trainer.states.newest().step == 2
+
+
+def test_memory_that_is_short_while_something_is_saved_is_freed_and_it_is_saved(tmp_path, monkeypatch):
+    settings = {"ema_decay": 0.5, "save_steps": 1}
+    plenty, short = (Run(configuration(tmp_path / name, **settings)) for name in ("plenty", "short"))
+    plenty.trainer.run()
+    freed = []
+
+    def short_once(write):
+        def writes(*arguments, **named):
+            if not attempts:
+                attempts.append(1)
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return write(*arguments, **named)
+
+        attempts = []
+        return writes
+
+    saver = type(short.trainer.saver)
+    monkeypatch.setattr(saver, "__call__", short_once(saver.__call__))
+    monkeypatch.setattr(state, "save_file", short_once(state.save_file))
+    short.trainer.make_room = lambda: freed.append(short.trainer.step)
+    short.trainer.run()
+    assert freed == [1, 1], "for the LoRA and for the state"
+    assert short.recorder.saved == plenty.recorder.saved
+    assert all(same(one[2], other[2]) for one, other in zip(short.saved, plenty.saved))
 
 
 class Painter:
