@@ -88,6 +88,8 @@ def verify(webui: Any, loras: HostLoras, lora: Path, prompt: str) -> str | None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         title = loaded.sd_checkpoint_info.name_for_extra
         return f"The loaded model {title} has no place for some layers of the LoRA: {', '.join(missing[:3])}{more}."
+    if obstacle := loras.obstacle(loaded):
+        return obstacle
     with_lora = draw(webui, loras, replace(request, lora=lora))
     if np.array_equal(np.asarray(without), np.asarray(with_lora)):
         return "The LoRA changes nothing in a test picture; it may have been trained too briefly."

@@ -31,6 +31,10 @@ class HostLoras(ABC):
     def unmatched(self, sd_model: Any, path: Path) -> list[str]:
         """Layers named in a LoRA file for which the extension's own loader finds no place in the model."""
 
+    def obstacle(self, sd_model: Any) -> str | None:
+        """Why the WebUI, as it is set, draws no picture of this model with any LoRA, and what to do about it."""
+        return None
+
     def announce(self, name: str) -> None:
         """Make the picker know a new or replaced file of this name."""
         networks = self.networks

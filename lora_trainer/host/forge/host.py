@@ -27,14 +27,15 @@ _VAE = {f"{prefix}decoder.conv_in.weight" for prefix in ("", "first_stage_model.
 def import_webui() -> SimpleNamespace:
     """The WebUI's modules that we touch, under one name. Raises ImportError outside of Forge."""
     from backend import memory_management
+    from backend.args import dynamic_args
     from backend.patcher.base import ModelPatcher
     from modules import call_queue, deepbooru, devices, images, paths, processing, sd_models, shared
     from modules_forge import main_entry
 
     return SimpleNamespace(
-        ModelPatcher=ModelPatcher, call_queue=call_queue, deepbooru=deepbooru, devices=devices, images=images,
-        main_entry=main_entry, memory_management=memory_management, paths=paths, processing=processing,
-        sd_models=sd_models, shared=shared,
+        ModelPatcher=ModelPatcher, call_queue=call_queue, deepbooru=deepbooru, devices=devices,
+        dynamic_args=dynamic_args, images=images, main_entry=main_entry, memory_management=memory_management,
+        paths=paths, processing=processing, sd_models=sd_models, shared=shared,
     )  # fmt: skip
 
 

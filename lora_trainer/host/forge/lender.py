@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_trainer.devices import indexed
-from lora_trainer.host.forge.loras import holds_loras
+from lora_trainer.host.forge.loras import holds_loras, load_without_loras
 from lora_trainer.host.forge.memory import Residence
 from lora_trainer.host.forge.model import LOW_BITS, ForgeModel, patchers, refuse_storage, refuse_unsuitable
 from lora_trainer.host.lending import PARTS, PartedLentModel, WebuiLender
@@ -22,6 +23,8 @@ from lora_trainer.models.families.flow.model import FlowModel
 from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.other_files import USE_FP16
 from lora_trainer.storage import Scaled, pack
+
+log = logging.getLogger(__name__)
 
 _TRIES = 3
 _FORM = "'additional_modules'"
@@ -205,9 +208,14 @@ class ForgeLender(WebuiLender):
         """What the last prompt had merged is merged again, as Forge would do by itself for the next one."""
         sd_model, self._merged = self._merged, None
         if sd_model is not None and sd_model is self._loaded():
-            objects = sd_model.forge_objects_after_applying_lora
-            with torch.inference_mode():
-                self._webui.memory_management.load_models_gpu([objects.clip.patcher, objects.unet])
+            memory, objects = self._webui.memory_management, sd_model.forge_objects_after_applying_lora
+            try:
+                with torch.inference_mode():
+                    memory.load_models_gpu([objects.clip.patcher, objects.unet])
+            except Exception:  # the host's code: it could not merge them for the prompt either
+                log.warning("Forge could not merge the last prompt's LoRAs again", exc_info=True)
+                original = sd_model.forge_objects_original
+                load_without_loras(memory, [original.clip.patcher, original.unet])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lora_trainer.host.forge.model import FLOATS
 from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras, forget_prompts
 
+_ONLINE = "online_lora"
 _UNKNOWN = "forgotten"
 """Equal to no list of LoRAs, so that Forge puts together anew what the next prompt names, be it none."""
 
@@ -29,10 +31,19 @@ class ForgeLoras(HostLoras):
         objects = sd_model.forge_objects_original
         patchers = [patcher for patcher in (objects.unet, objects.clip.patcher) if holds_loras(patcher)]
         if patchers:
-            # Loading what has no patches restores the parameters from the backup.
-            with torch.inference_mode():
-                self._webui.memory_management.load_models_gpu(patchers)
+            load_without_loras(self._webui.memory_management, patchers)
         return bool(patchers)
+
+    def obstacle(self, sd_model: Any) -> str | None:
+        unet = sd_model.forge_objects_original.unet.model
+        applies = self._chose_online() and unet.storage_dtype not in FLOATS  # into those it merges, whatever was chosen
+        if applies or can_merge(unet):
+            return None
+        choice = "Automatic" if unet.storage_dtype == "gguf" else "float8-e4m3fn"
+        return (
+            'Forge cannot merge a LoRA into weights in this format: set "Diffusion in Low Bits" to '
+            f'"{choice} (fp16 LoRA)" to draw with it.'
+        )
 
     def forget(self, sd_model: Any, name: str, processing: Any) -> None:
         self._forget_files()
@@ -49,11 +60,22 @@ class ForgeLoras(HostLoras):
     @contextmanager
     def registered(self, name: str, path: Path) -> Iterator[None]:
         self._forget_files()
+        loaded, arguments = loaded_model(self._webui), self._webui.dynamic_args
+        merged = loaded is None or can_merge(loaded.forge_objects_original.unet.model)
+        if not merged:
+            arguments[_ONLINE] = True
         try:
             with super().registered(name, path):
                 yield
         finally:
+            if not merged:
+                arguments[_ONLINE] = self._chose_online()  # which may have changed meanwhile
             self._forget_files()
+
+    def _chose_online(self) -> bool:
+        """Whether "Diffusion in Low Bits" says "fp16 LoRA"."""
+        name = self._webui.shared.opts.forge_unet_storage_dtype
+        return bool(self._webui.main_entry.forge_unet_storage_dtype_options.get(name, (None, False))[1])
 
     def unmatched(self, sd_model: Any, path: Path) -> list[str]:
         # Not by Forge's own reader, which renames a file that it cannot read.
@@ -71,3 +93,26 @@ def holds_loras(patcher: Any) -> bool:
     """Whether LoRAs are merged into this part's parameters, or hang on its layers."""
     loader = patcher.lora_loader
     return bool(loader.backup or loader.online_backup)
+
+
+def can_merge(unet: Any) -> bool:
+    """Whether Forge can merge LoRAs into a UNet's or transformer's weights as they are kept; else it can apply them as
+    layers compute. It knows how to write only some formats of GGUF, and takes scaled fp8 for unscaled."""
+    model = unet.diffusion_model
+    named = [(name, getattr(weight, "gguf_cls", None)) for name, weight in model.named_parameters()]
+    kinds = {kind for name, kind in named if "blocks" in name} - {None}
+    is_scaled = any(name.endswith(".scale_weight") for name, _ in named)
+    return not is_scaled and all("quantize_blocks_pytorch" in vars(kind) for kind in kinds)
+
+
+def load_without_loras(memory_management: Any, patchers: Sequence[Any], **wishes: Any) -> None:
+    """Have Forge load these parts, which have no patches, with their own weights.
+
+    wishes: what else ``load_models_gpu`` is asked for.
+    """
+    # Forge loads in inference mode too: what it moves then stays an inference tensor, as it expects.
+    with torch.inference_mode():
+        memory_management.load_models_gpu(patchers, **wishes)
+        for patcher in patchers:
+            if holds_loras(patcher):  # merging had failed halfway, and Forge takes the part for one without LoRAs
+                patcher.lora_loader.refresh({}, force_refresh=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_trainer.host.forge.loras import holds_loras
+from lora_trainer.host.forge.loras import holds_loras, load_without_loras
 
 EVERYTHING = 1e30
 """Bytes to free, as Forge itself writes it."""
@@ -34,9 +34,7 @@ class Residence:
             unet = patchers["unet"]
             if self._reserve is None:
                 self._reserve = int(unet.memory_required(self._latents))
-            # Forge loads in inference mode too: what it moves then stays an inference tensor, as it expects.
-            with torch.inference_mode():
-                self._memory.load_models_gpu(needed, memory_required=self._reserve)
+            load_without_loras(self._memory, needed, memory_required=self._reserve)
             self._seen = self._loaded()
         if (device := self._memory.get_torch_device()).type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

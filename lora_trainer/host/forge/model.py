@@ -23,7 +23,7 @@ from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 
 _FIELD = "base_model"
 LOW_BITS = 'Set "Diffusion in Low Bits" (shown with "UI: all", at the top) to Automatic.'
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8, "gguf")
 """What models of a ``Family.quantized`` may be kept in as well; bytes are GGUF's blocks."""
 _PREFIXES = {
@@ -145,7 +145,7 @@ def refuse_storage(dtype: Any, what: str, remedy: str, quantized: bool = False) 
     dtype: a torch.dtype, or Forge's name of a format that torch does not have ("nf4", "fp4", "gguf").
     quantized: see ``Family.quantized``.
     """
-    if dtype in _FLOATS or (quantized and dtype in _QUANTIZED):
+    if dtype in FLOATS or (quantized and dtype in _QUANTIZED):
         return
     raise UserError(
         f"Forge keeps the {what} in {str(dtype).removeprefix('torch.')}, which is too coarse to train on.",

@@ -27,15 +27,19 @@ CPU = torch.device("cpu")
 
 
 class LoraLoader:
-    """Merges by putting other parameters in place; what was there is kept in ``backup``."""
+    """Merges by putting other parameters in place; what was there is kept in ``backup``.
+
+    unwritable: names of parameters whose number format it cannot write, which it notices when it comes to them.
+    """
 
     def __init__(self, model: nn.Module):
         self.model, self.backup, self.online_backup, self.loaded_hash = model, {}, [], str([])
+        self.unwritable: set[str] = set()
 
     @torch.inference_mode()
-    def refresh(self, patches: dict[tuple, dict[str, Any]]) -> None:
+    def refresh(self, patches: dict[tuple, dict[str, Any]], force_refresh: bool = False) -> None:
         wanted = str(list(patches))
-        if wanted == self.loaded_hash:
+        if wanted == self.loaded_hash and not force_refresh:
             return
         for name, parameter in self.backup.items():
             put(self.model, name, parameter)
@@ -43,6 +47,8 @@ class LoraLoader:
         for name, (up, down) in itertools.chain.from_iterable(group.items() for group in patches.values()):
             weight = self.model.get_parameter(name)
             self.backup.setdefault(name, weight)
+            if name in self.unwritable:
+                raise NotImplementedError("Low bit LoRA for this data type is not implemented yet.")
             change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
             put(self.model, name, nn.Parameter(weight + change, requires_grad=False))
         self.loaded_hash = wanted
@@ -185,8 +191,11 @@ class FakeForge:
         self.paths = SimpleNamespace(data_path=str(folder), models_path=str(folder / "models"))
         self.call_queue = SimpleNamespace(queue_lock=QueueLock())
         self.devices = SimpleNamespace(device=CPU, torch_gc=lambda: None)
+        self.dynamic_args: dict[str, Any] = {}
         self.main_entry = SimpleNamespace(
-            forge_unet_storage_dtype_options={"Automatic": (None, False), "bnb-nf4": ("nf4", False)},
+            forge_unet_storage_dtype_options={
+                "Automatic": (None, False), "Automatic (fp16 LoRA)": (None, True), "bnb-nf4": ("nf4", False)
+            },
             refresh_model_loading_parameters=self._refresh_model_loading_parameters,
         )
         self.memory_management = SimpleNamespace(

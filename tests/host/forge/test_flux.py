@@ -190,3 +190,31 @@ def test_text_encoders_of_a_file_are_refused_where_the_webui_chooses_them(load, 
     with pytest.raises(UserError) as refused:
         forge.lender("flux", replace(OPTIONS, text_encoders=tuple(files["text_encoders"]))).describe()
     assert refused.value.field == "text_encoders"
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("form", ["a format it writes", "a format it does not write", "fp8", "scaled fp8"])
+def test_a_preview_goes_without_merging_where_forge_cannot_merge(
+    load, forge, fake_forge, monkeypatch, tmp_path, form, fp16
+):
+    gguf = form.startswith("a format")
+    load("gguf" if gguf else "fp8", "gguf" if gguf else torch.float8_e4m3fn)
+    fake_forge.shared.opts.data["forge_unet_storage_dtype"] = "Automatic (fp16 LoRA)" if fp16 else "Automatic"
+    if form == "a format it writes":
+        monkeypatch.setattr(Q8, "quantize_blocks_pytorch", classmethod(lambda cls, *given: None), raising=False)
+    fake_forge._forge_model_reload()
+    unet = fake_forge.model.forge_objects_original.unet.model
+    if form == "scaled fp8":
+        layer = "diffusion_model.double_blocks.0.img_attn.proj.scale_weight"
+        put(unet, layer, nn.Parameter(torch.ones(1), requires_grad=False))
+    merges = form in ("a format it writes", "fp8")
+    loras, online = forge._loras, fake_forge.dynamic_args
+    online["online_lora"] = fp16
+    with loras.registered("cat", tmp_path / "cat.safetensors"):
+        assert online["online_lora"] is (fp16 or not merges)
+    assert online["online_lora"] is fp16
+    obstacle = loras.obstacle(fake_forge.model)
+    assert (obstacle is None) is (fp16 or merges)
+    assert obstacle is None or ("Automatic" if gguf else "float8-e4m3fn") + " (fp16 LoRA)" in obstacle
+    unet.storage_dtype = torch.bfloat16  # then Forge merges, whatever was chosen
+    assert merges or loras.obstacle(fake_forge.model)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.errors import UserError
 from lora_trainer.host import select
@@ -95,6 +95,37 @@ def test_merged_loras_are_taken_out_and_merged_again(forge, lender, fake_forge, 
     assert same(state(fake_forge), before)
     assert fake_forge.generate(LORA).tobytes() == picture.tobytes()
     assert fake_forge.generate("a cat").tobytes() == plain.tobytes()
+
+
+def test_loras_that_forge_could_not_finish_merging_are_taken_out(forge, lender, fake_forge, lora):
+    """Of some formats of GGUF. Forge then takes the half merged model for one without LoRAs."""
+    forge.publish(lora, "cat", Card())
+    plain, before = fake_forge.generate("a cat"), state(fake_forge)
+    with lender.borrow() as model:
+        with lender.turn():
+            expected = answer(model)
+        loader = fake_forge.model.forge_objects_original.unet.lora_loader
+        loader.unwritable = {list(layers_of(fake_forge, lora))[-1]}
+        with pytest.raises(NotImplementedError):
+            fake_forge.generate(LORA)
+        assert not same(state(fake_forge), before)
+        with lender.turn():
+            assert torch.equal(answer(model), expected) and same(state(fake_forge), before)
+        with pytest.raises(NotImplementedError):
+            forge.draw(PreviewRequest("a cat", width=64, height=64, lora=lora))
+        assert same(state(fake_forge), before)
+        with pytest.raises(NotImplementedError):
+            fake_forge.generate(LORA)
+        with lender.turn():
+            assert torch.equal(answer(model), expected)
+    assert same(state(fake_forge), before), "what the prompt asked for is not merged again: it cannot be"
+    assert fake_forge.generate("a cat").tobytes() == plain.tobytes()
+
+
+def layers_of(fake_forge, lora: Path) -> dict[str, object]:
+    """What Forge would merge, by the names of its parameters, in the order in which it does."""
+    networks, unet = fake_forge.networks, fake_forge.model.forge_objects_original.unet.model
+    return networks.load_lora(load_file(lora), networks.model_lora_keys_unet(unet, {}))[0]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
