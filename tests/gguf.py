@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-F32, Q8_0 = 0, 8
+from lora_trainer.models.gguf_blocks import FORMATS
+
+F32, F16, Q8_0 = 0, 1, 8
+KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": Q8_0, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 """Numbers of ggml's types."""
 
 
@@ -36,3 +40,42 @@ def quantized(weight: torch.Tensor) -> bytes:
     scale = (blocks.abs().amax(1, keepdim=True) / 127).half()
     numbers = (blocks / scale.float()).round().to(torch.int8)
     return torch.cat([scale.view(torch.uint8), numbers.view(torch.uint8)], dim=1).numpy().tobytes()
+
+
+def random_blocks(kind: str, count: int, seed: int = 0, scale: float = 0.013) -> torch.Tensor:
+    """(count, bytes) of any numbers. scale: of the blocks; their minima have another."""
+    form = FORMATS[kind]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, form.bytes), generator=generator, dtype=torch.uint8)
+    scales = torch.tensor([scale, -1.6 * scale], dtype=torch.float16).view(torch.uint8)
+    if kind == "Q6_K":
+        blocks[:, 208:210] = scales[:2]
+    else:
+        blocks[:, :4] = scales if form.bytes in (20, 24, 144, 176) else torch.cat([scales[:2], blocks[0, 2:4]])
+    return blocks
+
+
+def stored_as_published(name: str, weight: torch.Tensor) -> tuple[int, tuple[int, ...], bytes]:
+    """What published files keep of a flow model in Q8_0: matrices of the blocks in it, vectors in fp32."""
+    shape, weight = tuple(weight.shape), weight.float()
+    if weight.dim() == 2 and "blocks" in name:
+        return Q8_0, shape, quantized(weight)
+    if weight.dim() == 1:
+        return F32, shape, weight.numpy().tobytes()
+    return F16, shape, weight.half().numpy().tobytes()
+
+
+def stored_in_all_formats(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, tuple[int, ...], bytes]]:
+    """Matrices of the blocks with random numbers in one format after the other, those with long rows in K formats."""
+    stored, counts = {}, Counter[int]()
+    for name, weight in weights.items():
+        stored[name] = stored_as_published(name, weight)
+        if stored[name][0] == Q8_0:
+            shape = tuple(weight.shape)
+            numbers = max(FORMATS[kind].numbers for kind in KINDS if shape[-1] % FORMATS[kind].numbers == 0)
+            fit = [kind for kind in KINDS if FORMATS[kind].numbers == numbers]
+            kind = fit[counts[numbers] % len(fit)]
+            counts[numbers] += 1
+            blocks = random_blocks(kind, weight.numel() // numbers, len(stored), 0.013 if numbers == 32 else 2e-4)
+            stored[name] = (KINDS[kind], shape, blocks.numpy().tobytes())
+    return stored

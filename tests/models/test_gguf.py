@@ -15,7 +15,7 @@ from lora_trainer.models.gguf import GgufSource
 from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
 from lora_trainer.storage import dense_weight, pack
 from tests import flux as tiny
-from tests.gguf import F32, Q8_0, quantized, write
+from tests.gguf import F32, Q8_0, quantized, random_blocks, write
 
 
 def half(data: bytes, at: int) -> float:
@@ -67,18 +67,6 @@ def by_definition(kind: str, data: bytes) -> list[float]:
             for part, value in enumerate(values):
                 out[128 * n + 32 * part + i] = d * scales[8 * n + 2 * part + i // 16] * (value - 32)
     return out
-
-
-def random_blocks(kind: str, count: int, seed: int = 0) -> torch.Tensor:
-    form = FORMATS[kind]
-    generator = torch.Generator().manual_seed(seed)
-    blocks = torch.randint(0, 256, (count, form.bytes), generator=generator, dtype=torch.uint8)
-    scale = torch.tensor([0.013, -0.021], dtype=torch.float16).view(torch.uint8)
-    if kind == "Q6_K":
-        blocks[:, 208:210] = scale[:2]
-    else:
-        blocks[:, :4] = scale if form.bytes in (20, 24, 144, 176) else torch.cat([scale[:2], blocks[0, 2:4]])
-    return blocks
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS))

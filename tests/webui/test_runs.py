@@ -29,6 +29,20 @@ def difference(one: Path, two: Path) -> float:
     return max(float((one[key].double() - two[key].double()).abs().max()) for key in one)
 
 
+def by_command_line(webui: Server, python: str, settings: dict, base: Path, out: Path) -> Path:
+    """The LoRA of the same settings without the WebUI, from a file."""
+    shutil.rmtree(out, ignore_errors=True)
+    given = settings | {"base_model": str(base), "output_dir": str(out), "output_name": "outside"}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    # The folder that yaml files beside checkpoints name text encoders relative to.
+    done = subprocess.run(
+        [python, "-m", "lora_trainer", "train", *overrides], cwd=webui.webui, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out / "outside.safetensors"
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_command_line_makes_the_same_lora(webui, settings, tmp_path, index):
     title = webui.checkpoints()[index]
@@ -38,18 +52,10 @@ def test_the_command_line_makes_the_same_lora(webui, settings, tmp_path, index):
     job = webui.submit(**settings, output_name=f"inside-{index}", base_model=title)
     assert webui.wait(job)["status"] == "finished"
     base = webui.data / "models" / "Stable-diffusion" / title.partition(" [")[0]
-    given = settings | {"base_model": str(base), "output_dir": str(tmp_path / "out"), "output_name": "outside"}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     # Another environment need not know the open_clip architecture that a tiny SDXL's .yaml names.
     for python in (webui.python, sys.executable) if index == 0 else (webui.python,):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        command = [python, "-m", "lora_trainer", "train", *overrides]
-        # The folder that yaml files beside checkpoints name text encoders relative to.
-        done = subprocess.run(
-            command, cwd=webui.webui, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        apart = difference(webui.lora(job), tmp_path / "out" / "outside.safetensors")
+        outside = by_command_line(webui, python, settings, base, tmp_path / "out")
+        apart = difference(webui.lora(job), outside)
         print(f"\n{title} against the command line with {python}: {apart:.2e}")
         assert apart <= (0 if python == webui.python else 1e-5)
 
