@@ -11,7 +11,7 @@ import torch
 
 from lora_trainer.models.gguf_blocks import FORMATS
 
-F32, F16, Q8_0 = 0, 1, 8
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30
 KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": Q8_0, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 """Numbers of ggml's types."""
 

@@ -38,6 +38,18 @@ kinds = {str(getattr(p, "gguf_cls", None) or p.dtype) for n, p in unet.diffusion
 result = [str(unet.storage_dtype), sorted(kinds)]
 """
 LOW_BITS = {"fp8": "float8-e4m3fn", "e5m2": "float8-e5m2", "scaled": "float8-e4m3fn (fp16 LoRA)"}
+T5_STORAGE = """
+t5 = shared.sd_model.forge_objects_original.clip.cond_stage_model.t5xxl
+weight = t5.transformer.encoder.block[0].layer[1].DenseReluDense.wo.weight
+result = str(getattr(weight, "gguf_cls", None) or weight.dtype)
+"""
+T5_KEPT = {"fp8": "torch.float8_e4m3fn", "gguf": "<class 'gguf.quants.Q8_0'>"}
+T5_NAMES = {
+    "encoder.block": "enc.blk", "encoder.final_layer_norm": "enc.output_norm", "shared": "token_embd",
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.": "attn_",
+    "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm", "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
+}  # fmt: skip
 KEPT = {
     "bf16": ["torch.bfloat16", ["torch.bfloat16"]],
     "fp8": ["torch.float8_e4m3fn", ["torch.float8_e4m3fn"]],
@@ -71,6 +83,7 @@ def webui(tmp_path_factory):
             parts = {"all": whole(family, parts)}
         for part, tensors in parts.items():
             save_file(tensors, str(added / f"{family}-{part}.safetensors"))
+    write_t5s(added, weights("flux")["t5xxl"])
     shutil.copyfile(Path(os.environ["LORA_TRAINER_WEBUI"], T5_TOKENIZER), models / "tokenizer.json")
     with flow_webui(folder / "webui", models, "--unet-in-bf16") as server:
         server.added = added
@@ -87,12 +100,38 @@ def scaled(transformer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stored
 
 
-def choose(webui, family: str, form: str, low_bits: str = "Automatic") -> str:
-    """Select the model in a format as a person does, and return its title. low_bits: the option of Forge for bf16 and
-    GGUF."""
+def write_t5s(folder: Path, t5: dict[str, torch.Tensor]) -> None:
+    """In fp8 and in GGUF, under the names that published ones have, and for each the fp16 weights that are meant."""
+    eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5.items()}
+    save_file(eight, str(folder / "t5-fp8.safetensors"))
+    save_file({name: tensor.half() for name, tensor in eight.items()}, str(folder / "t5-fp8-dense.safetensors"))
+    stored, dense = {}, dict(t5)
+    for name, tensor in t5.items():
+        published = name
+        for ours, theirs in T5_NAMES.items():
+            published = published.replace(ours, theirs)
+        whole_rows = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and "block" in name
+        stored[published] = gguf.stored_as_published("blocks" if whole_rows else "", tensor)
+        if whole_rows:
+            blocks = torch.frombuffer(bytearray(stored[published][2]), dtype=torch.uint8).view(-1, 34)
+            numbers = blocks[:, :2].view(torch.float16) * blocks[:, 2:].view(torch.int8)
+            dense[name] = numbers.view(tensor.shape)
+    dense["shared.weight"] = t5["shared.weight"].bfloat16().float()  # Forge takes it for quantized, whatever it is
+    words = dense["shared.weight"].bfloat16().view(torch.int16).numpy().tobytes()
+    stored["token_embd.weight"] = (gguf.BF16, tuple(t5["shared.weight"].shape), words)
+    gguf.write(folder / "t5-gguf.gguf", stored)
+    save_file(dense, str(folder / "t5-gguf-dense.safetensors"))
+
+
+def choose(webui, family: str, form: str, low_bits: str = "Automatic", t5: str = "") -> str:
+    """Select the model in a format as a person does, and return its title.
+
+    low_bits: the option of Forge for bf16 and GGUF. t5: what the name of another T5 begins with.
+    """
     file = "bf16" if form in ("fp8", "e5m2") else form
     (title,) = (one for one in webui.checkpoints() if one.startswith(f"{family}-{file}"))
     beside = sorted(map(str, webui.added.glob(f"{family}-*"))) if file in ("q8_0", "mixed") else []
+    beside += map(str, webui.added.glob(f"{t5}.*")) if t5 else []
     low_bits = LOW_BITS.get(form, low_bits)
     webui.probe(CHOOSE.format(
         options={"sd_model_checkpoint": title, "forge_additional_modules": beside, "forge_unet_storage_dtype": low_bits}
@@ -135,6 +174,23 @@ def test_a_run_that_is_stopped_and_goes_on_ends_as_one_alone(webui, settings, fa
     assert layers and taken(webui, f"{family}-{form}") == (layers, 0)
     assert np.array_equal(webui.generate("a circle", **PICTURE), plain), "taken out again"
     assert webui.sha() == before
+
+
+@pytest.mark.parametrize("form", list(T5_KEPT))
+def test_a_t5_in_fewer_bits_reads_as_the_weights_that_are_meant(webui, settings, form):
+    settings |= {"train_text_encoder": False}
+    loras = []
+    for t5 in (f"t5-{form}-dense", f"t5-{form}"):
+        title = choose(webui, "flux", "bf16", t5=t5)
+        plain, before = webui.generate("a circle", **PICTURE), webui.sha()
+        job = webui.submit(**settings, base_model=title, output_name=t5)
+        done = webui.wait(job)
+        assert done["status"] == "finished" and done["verified"], done
+        loras.append(webui.lora(job))
+        assert webui.sha() == before
+        assert np.array_equal(webui.generate("a circle", **PICTURE), plain)
+    assert webui.probe(T5_STORAGE) == T5_KEPT[form]
+    assert same(*loras)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
