@@ -220,6 +220,21 @@ def count_gathered(ranks: Any) -> None:
     Processes._gathered, ShardedBlocks.clear = counted, told
 
 
+def stop(ranks: Any, step: int) -> None:
+    """This run is stopped when so many steps are done."""
+    from lora_trainer.training.loop import Trainer
+
+    original = Trainer._obey
+
+    def obey(trainer: Trainer) -> None:
+        if trainer.step == step:
+            Trainer._obey = original
+            trainer.commands.stop_and_save()
+        original(trainer)
+
+    Trainer._obey = obey
+
+
 def interrupt(rank: int) -> None:
     """One rank is sent SIGTERM in its first step."""
     from lora_trainer.training.step import TrainingStep

@@ -13,6 +13,9 @@ from lora_trainer.training.ranks import Ranks
 ORDERED_BYTES = 16 * 2**20
 """Where all micro-batches' gradients together are no larger, they are gathered and added in the order of one process:
 the sum is then the same to the last bit."""
+_ALIGNED = 16
+"""Each parameter's gradient begins at a multiple of so many numbers (64 bytes), as torch's own memory does: MKL's dot
+product, which Prodigy computes with it, is rounded by where its operands begin."""
 
 
 class SharedGradients:
@@ -26,7 +29,7 @@ class SharedGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks, accumulation: int, exact: bool):
         self._parameters, self._ranks = parameters, ranks
-        self._sizes = [parameter.numel() for parameter in parameters]
+        self._sizes = [-(-parameter.numel() // _ALIGNED) * _ALIGNED for parameter in parameters]
         self._width = sum(self._sizes) + len(self._sizes) + 1
         own = -(-accumulation // ranks.size)
         self._penalty_row = own  # of regularisers, which rank 0 computes
@@ -48,7 +51,7 @@ class SharedGradients:
         grads = [parameter.grad for parameter in self._parameters]
         there = torch.tensor([grad is not None for grad in grads], dtype=row.dtype)
         present.add_(to_device(there, row.device))
-        found = [(piece, grad.reshape(-1)) for piece, grad in zip(pieces, grads) if grad is not None]
+        found = [(piece[: grad.numel()], grad.reshape(-1)) for piece, grad in zip(pieces, grads) if grad is not None]
         if found:
             torch._foreach_add_([piece for piece, _ in found], [grad for _, grad in found])
         for parameter in self._parameters:
@@ -73,5 +76,5 @@ class SharedGradients:
         """Give each parameter its gradient, where any process has one, and return the step's loss."""
         *pieces, present, loss = self._sum.clone().split([*self._sizes, len(self._sizes), 1])
         for parameter, piece, count in zip(self._parameters, pieces, present.tolist()):
-            parameter.grad = piece.view_as(parameter) if count else None
+            parameter.grad = piece[: parameter.numel()].view_as(parameter) if count else None
         return loss.squeeze(0)

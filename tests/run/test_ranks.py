@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 
@@ -39,6 +40,9 @@ CROPS = {"ema_decay": 0.9, "module_dropout": 0.3, "random_crop": True, "flip": T
 TEXT_ENCODERS = {"train_text_encoder": True, "max_train_steps": 2}
 CASES = [("crops", 1, 2, 3), ("crops", 1, 4, 4), ("text encoders", 1, 2, 3), ("text", 1, 2, 3), ("text", 1, 4, 4)]
 """What is trained, by how many processes it is compared, and micro-batches of a step."""
+PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "optimizer_args": {"d0": 1e-3, "d_coef": 1e4}, "epochs": 2,
+           "adapter": "lokr", "lokr_factor": 1}  # fmt: skip
+"""Its estimate grows at once, and comes of dot products with gradients of which one is a single number."""
 TIMEOUT = 10  # of collectives, in seconds
 
 
@@ -48,7 +52,7 @@ def found(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     model, rows = tiny_language_model(folder / "model"), write_rows(folder / "rows.jsonl")
     text = {"task": "text", "base_model": str(model), "train_data_dir": str(rows), "resolution": "auto", "epochs": 2}
-    changes = {"crops": CROPS, "text encoders": TEXT_ENCODERS, "text": text}
+    changes = {"crops": CROPS, "text encoders": TEXT_ENCODERS, "text": text, "prodigy": PRODIGY}
     plan: dict = {str(size): (size, []) for size in (1, 2, 4)}
 
     def add(name, size, accumulation, kind, **more):
@@ -60,7 +64,12 @@ def found(base, tmp_path_factory):
             add(f"{kind} {accumulation} by {size}", size, accumulation, kind)
     add("text 2 by 1", 1, 2, "text")
     add("text 1 by 2", 2, 1, "text")
-    for accumulation in (2, 4):
+    if importlib.util.find_spec("prodigyopt"):
+        add("prodigy by 1", 1, 3, "prodigy")
+        add("prodigy by 2", 2, 3, "prodigy")
+        add("prodigy resumed", 2, 3, "prodigy", _act=["stop", 2])
+        add("prodigy resumed", 2, 3, "prodigy")
+    for accumulation in (2, 4):  # last, as it stays so
         add(f"text {accumulation} all-reduced by 2", 2, accumulation, "text", _act=["all_reduce_alone"])
     said = runs(folder, plan)
     for ranks in said.values():
@@ -82,6 +91,18 @@ def test_several_processes_train_what_one_does(found, kind, one, several, accumu
     alone, together = (weights(found[0] / f"{kind} {accumulation} by {size}") for size in (one, several))
     assert same(alone, together)
     assert any(value.any() for name, value in alone.items() if "lora_up" in name or "lora_B" in name)
+
+
+def test_they_train_what_one_does_with_prodigy_and_go_on_from_its_state(found):
+    pytest.importorskip("prodigyopt")
+    folder, said = found
+    alone, together, resumed = (weights(folder / f"prodigy {how}") for how in ("by 1", "by 2", "resumed"))
+    assert same(alone, together) and same(alone, resumed)
+    lines = (folder / "prodigy by 2" / "logs" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in lines]
+    assert rates[2] > 10 * rates[1], "it has estimated another rate"
+    for rank in said["2"]:
+        assert [(run["status"], run["step"]) for run in rank["results"][-4:-2]] == [("stopped", 2), ("finished", 4)]
 
 
 def test_one_flat_all_reduce_gives_the_same_bytes_where_two_numbers_are_added_and_nearly_the_same_elsewhere(found):
