@@ -79,3 +79,38 @@ def stored_in_all_formats(weights: Mapping[str, torch.Tensor]) -> dict[str, tupl
             blocks = random_blocks(kind, weight.numel() // numbers, len(stored), 0.013 if numbers == 32 else 2e-4)
             stored[name] = (KINDS[kind], shape, blocks.numpy().tobytes())
     return stored
+
+
+_T5_NAMES = {
+    "encoder.block": "enc.blk", "encoder.final_layer_norm": "enc.output_norm", "shared": "token_embd",
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.": "attn_",
+    "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm", "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
+}  # fmt: skip
+
+
+def write_t5(
+    path: Path, t5: Mapping[str, torch.Tensor], scales: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """A T5 as published ones are named: matrices whose rows are whole blocks in Q8_0, words in bf16.
+
+    Returns the weights that are meant. scales: the format in which a block's scale is multiplied with its numbers.
+    """
+    stored, dense = {}, dict(t5)
+    for name, tensor in t5.items():
+        published = name
+        for ours, theirs in _T5_NAMES.items():
+            published = published.replace(ours, theirs)
+        fits = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and "block" in name
+        stored[published] = stored_as_published("blocks" if fits else "", tensor)
+        if fits:
+            blocks = torch.frombuffer(bytearray(stored[published][2]), dtype=torch.uint8).view(-1, 34)
+            numbers = blocks[:, :2].contiguous().view(torch.float16).to(scales) * blocks[:, 2:].view(torch.int8)
+            dense[name] = numbers.view(tensor.shape)
+        elif tensor.dim() == 2:
+            dense[name] = tensor.half()
+    words = t5["shared.weight"].bfloat16()
+    dense["shared.weight"] = words.float()
+    stored["token_embd.weight"] = (BF16, tuple(words.shape), words.view(torch.int16).numpy().tobytes())
+    write(path, stored)
+    return dense

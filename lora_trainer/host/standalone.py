@@ -34,7 +34,7 @@ from lora_trainer.storage import Packing, dense_weight, pack, packing_of
 from lora_trainer.training.precision import resolve
 from lora_trainer.training.preview import sample
 
-_ENDINGS = (".safetensors", ".ckpt")
+_ENDINGS = (".safetensors", ".ckpt", ".gguf")
 
 
 class StandaloneHost(Host):

@@ -103,9 +103,12 @@ class CastEmbedding(nn.Embedding):
     compute_dtype: torch.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
+        packing = packing_of(self.weight)
+        if packing is not None and packing.shape_of(self.weight) != tuple(self.weight.shape):  # blocks, not rows
+            return F.embedding(ids, dense_weight(self.weight, self.compute_dtype))
         if self.weight.element_size() == 1:  # rows of fp8 are no numbers to torch's lookup
             rows = self.weight.view(torch.uint8)[ids].view(self.weight.dtype)
-            packing = packing_of(self.weight)  # of fp8: one scale for all rows
+            # One scale for all of them.
             return rows.to(self.compute_dtype) if packing is None else packing.unpack(rows, self.compute_dtype)
         return super().forward(ids).to(self.compute_dtype)
 

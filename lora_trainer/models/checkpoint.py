@@ -1,4 +1,4 @@
-"""Lends a model from a file: one .safetensors or .ckpt, or a diffusers folder."""
+"""Lends a model from a file: one .safetensors, .ckpt or .gguf, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_trainer.models.tensors import Source, Tensors, open_source
 class FileLender(Lender):
     """See ``Lender``. Nothing else uses the weights, so a turn costs nothing.
 
-    path: a .safetensors or .ckpt file, or a diffusers folder.
+    path: a .safetensors, .ckpt or .gguf file, or a diffusers folder.
     weight_dtype: number format to keep the weights in; None keeps them as stored. On the CPU, weights that are stored
         in this format are mapped from the file instead of copied. The VAE's are kept as stored: it computes in fp32.
     base_precision: the setting; what fp8 and nf4 quantize is quantized as it is read.

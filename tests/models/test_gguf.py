@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.casting import cast_layers
@@ -15,7 +15,7 @@ from lora_trainer.models.gguf import GgufSource
 from lora_trainer.models.gguf_blocks import FORMATS, GgufPacking
 from lora_trainer.storage import dense_weight, pack
 from tests import flux as tiny
-from tests.gguf import F32, Q8_0, quantized, random_blocks, write
+from tests.gguf import F32, Q8_0, quantized, random_blocks, write, write_t5
 
 
 def half(data: bytes, at: int) -> float:
@@ -115,8 +115,6 @@ def test_a_flux_in_q8_0_computes_with_what_is_stored(tmp_path):
     options = {"vae": base["vae"], "text_encoders": base["text_encoders"]}
     latents, sigmas = torch.randn(1, 16, 4, 4), torch.tensor([0.4])
     predictions = []
-    from safetensors.torch import save_file
-
     save_file(dense, str(tmp_path / "dense.safetensors"))
     for file in (path, tmp_path / "dense.safetensors", base["base_model"]):
         with FileLender(file, **options).borrow() as model:
@@ -130,3 +128,30 @@ def test_a_flux_in_q8_0_computes_with_what_is_stored(tmp_path):
         source = GgufSource(cut)
         for name in source.shapes:
             source.read(name, torch.device("cpu"), None)
+
+
+@torch.no_grad()
+def test_a_t5_in_gguf_reads_as_the_weights_that_are_meant(tmp_path):
+    base = tiny.tiny_flux(tmp_path / "base")
+    clip, t5 = base["text_encoders"]
+    gguf_file, dense_file = tmp_path / "base" / "t5.gguf", tmp_path / "base" / "dense.safetensors"
+    save_file(write_t5(gguf_file, load_file(t5)), str(dense_file))
+    encoded = []
+    for file in (gguf_file, dense_file, t5):
+        lender = FileLender(base["base_model"], vae=base["vae"], text_encoders=[clip, file])
+        with lender.borrow() as model:
+            encoded.append(model.encode_prompts(["a red circle"]).context)
+    assert torch.equal(encoded[0], encoded[1]) and not torch.equal(encoded[0], encoded[2])
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
+def test_words_in_blocks_are_looked_up_in_the_dense_table(kind):
+    shape = (5, 256)
+    blocks = random_blocks(kind, 5 * 256 // FORMATS[kind].numbers)
+    layer = torch.nn.Embedding(*shape)
+    layer._parameters["weight"] = pack(
+        torch.nn.Parameter(blocks.flatten(), requires_grad=False), GgufPacking(kind, shape)
+    )
+    cast_layers(layer, torch.float32)
+    ids = torch.tensor([[3, 0, 3]])
+    assert torch.equal(layer(ids), dense_weight(layer.weight, torch.float32)[ids])

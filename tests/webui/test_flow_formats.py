@@ -44,12 +44,6 @@ weight = t5.transformer.encoder.block[0].layer[1].DenseReluDense.wo.weight
 result = str(getattr(weight, "gguf_cls", None) or weight.dtype)
 """
 T5_KEPT = {"fp8": "torch.float8_e4m3fn", "gguf": "<class 'gguf.quants.Q8_0'>"}
-T5_NAMES = {
-    "encoder.block": "enc.blk", "encoder.final_layer_norm": "enc.output_norm", "shared": "token_embd",
-    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.": "attn_",
-    "layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "ffn_norm", "layer.1.DenseReluDense.wi_0": "ffn_gate",
-    "layer.1.DenseReluDense.wi_1": "ffn_up", "layer.1.DenseReluDense.wo": "ffn_down",
-}  # fmt: skip
 KEPT = {
     "bf16": ["torch.bfloat16", ["torch.bfloat16"]],
     "fp8": ["torch.float8_e4m3fn", ["torch.float8_e4m3fn"]],
@@ -105,21 +99,8 @@ def write_t5s(folder: Path, t5: dict[str, torch.Tensor]) -> None:
     eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5.items()}
     save_file(eight, str(folder / "t5-fp8.safetensors"))
     save_file({name: tensor.half() for name, tensor in eight.items()}, str(folder / "t5-fp8-dense.safetensors"))
-    stored, dense = {}, dict(t5)
-    for name, tensor in t5.items():
-        published = name
-        for ours, theirs in T5_NAMES.items():
-            published = published.replace(ours, theirs)
-        whole_rows = tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and "block" in name
-        stored[published] = gguf.stored_as_published("blocks" if whole_rows else "", tensor)
-        if whole_rows:
-            blocks = torch.frombuffer(bytearray(stored[published][2]), dtype=torch.uint8).view(-1, 34)
-            numbers = blocks[:, :2].view(torch.float16) * blocks[:, 2:].view(torch.int8)
-            dense[name] = numbers.view(tensor.shape)
-    dense["shared.weight"] = t5["shared.weight"].bfloat16().float()  # Forge takes it for quantized, whatever it is
-    words = dense["shared.weight"].bfloat16().view(torch.int16).numpy().tobytes()
-    stored["token_embd.weight"] = (gguf.BF16, tuple(t5["shared.weight"].shape), words)
-    gguf.write(folder / "t5-gguf.gguf", stored)
+    # Forge multiplies in fp16, and takes the words for quantized, whatever they are.
+    dense = gguf.write_t5(folder / "t5-gguf.gguf", t5, scales=torch.float16)
     save_file(dense, str(folder / "t5-gguf-dense.safetensors"))
 
 

@@ -13,6 +13,15 @@ CLIP_G = "text_encoders.clip_g.transformer."
 T5 = "text_encoders.t5xxl.transformer."
 _CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 _T5_PARTS = ("shared.", "encoder.block.", "encoder.final_layer_norm.")
+_T5_IN_GGUF = "enc.blk."
+_FROM_GGUF = (
+    ("token_embd.", "shared."), (_T5_IN_GGUF, "encoder.block."), ("enc.output_norm.", "encoder.final_layer_norm."),
+    (".attn_norm.", ".layer.0.layer_norm."), (".attn_rel_b.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (".attn_", ".layer.0.SelfAttention."), (".ffn_norm.", ".layer.1.layer_norm."),
+    (".ffn_gate.", ".layer.1.DenseReluDense.wi_0."), (".ffn_up.", ".layer.1.DenseReluDense.wi_1."),
+    (".ffn_down.", ".layer.1.DenseReluDense.wo."),
+)  # fmt: skip
+"""Of T5's names in GGUF files, replaced in this order (llama.cpp's gguf-py/gguf/tensor_mapping.py)."""
 _DEEPER_THAN_CLIP_L = ".encoder.layers.12.mlp.fc1.weight"
 
 
@@ -34,11 +43,18 @@ def text_names(shapes: Shapes) -> dict[str, str]:
     """Each tensor of a text encoder's own file -> its name in an all-in-one file; without those that are not needed."""
     named = {}
     clip = CLIP_G if any(f".{name}".endswith(_DEEPER_THAN_CLIP_L) for name in shapes) else CLIP_L
+    in_gguf = any(name.startswith(_T5_IN_GGUF) for name in shapes)
     for name in shapes:
-        if name.startswith(_T5_PARTS):
-            named[name] = T5 + name
+        if (usual := _from_gguf(name) if in_gguf else name).startswith(_T5_PARTS):
+            named[name] = T5 + usual
         elif name.startswith(("text_model.", "text_projection.")):
             named[name] = clip + name
         elif name.startswith(_CLIP_PARTS):  # transformers 5.6 and later leave the first level out
             named[name] = f"{clip}text_model.{name}"
     return named
+
+
+def _from_gguf(name: str) -> str:
+    for theirs, ours in _FROM_GGUF:
+        name = name.replace(theirs, ours)
+    return name
