@@ -29,11 +29,13 @@ FLUX = {
 SD3_WIDTHS = {
     "context_embedder.weight": (sd3.WIDTH, 4096), "y_embedder.mlp.0.weight": (sd3.WIDTH, CLIP_L + sd3.CLIP_G),
 }  # fmt: skip
+FLUX_WIDTHS = {"vector_in.in_layer.weight": (flux.WIDTH, CLIP_L)}
 TRANSFORMERS = {
     "sd3": sd3.transformer_shapes() | SD3_WIDTHS,
     # 3.5 medium is known by its table of positions, and has a second attention in its first 13 blocks.
     "sd35": sd3.transformer_shapes(dual=2, normalized=True) | SD3_WIDTHS | {"pos_embed": (1, 384 * 384, sd3.WIDTH)},
-    "flux": flux.transformer_shapes() | {"vector_in.in_layer.weight": (flux.WIDTH, CLIP_L)},
+    "flux": flux.transformer_shapes() | FLUX_WIDTHS,
+    "schnell": flux.transformer_shapes(guidance=False) | FLUX_WIDTHS,
     "chroma": chroma.transformer_shapes(),
 }
 MAKER = {"guidance_out_dim": flux.WIDTH, "guidance_hidden_dim": chroma.MAKER, "guidance_n_layers": chroma.MAKER_LAYERS}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 medium, and in Forge 3.5 medium, FLUX.1 dev and Chroma, in a real WebUI: see ``flow``."""
+"""SD 3 medium, and in Forge SD 3.5 medium, FLUX.1 dev and schnell and Chroma, in a real WebUI: see ``flow``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.webui.flow import PICTURE, POINTERS, TRANSFORMERS, flow_webui, taken, weights, whole
 from tests.webui.server import FORGE, OVER
 
-FAMILIES = ["sd3", "sd35", "flux", "chroma"] if FORGE else ["sd3"]
+FAMILIES = ["sd3", "sd35", "flux", "schnell", "chroma"] if FORGE else ["sd3"]
 
 
 @pytest.fixture(scope="module")
