@@ -15,16 +15,16 @@ from torch import nn
 import lora_trainer
 from lora_trainer.config import TrainConfig, never_reached, to_yaml, with_trigger
 from lora_trainer.errors import RetryError, UserError
-from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentNetwork
-from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory, with_room
+from lora_trainer.out_of_memory import OutOfMemoryError, is_out_of_memory, release_memory, with_room
 from lora_trainer.processor import Stopwatch
 from lora_trainer.training.callbacks import StepReport, TrainCallbacks, TrainCommands
 from lora_trainer.training.memory import MemoryMeasures, MemoryRecovery
 from lora_trainer.training.metrics import MetricsLog, StepMetrics
 from lora_trainer.training.objectives.base import MicroBatch, Objective
-from lora_trainer.training.optim import computes_on_cpu, learning_rates
+from lora_trainer.training.optim import computes_on_cpu, learning_rates, optimizer_warnings
 from lora_trainer.training.precision import Precision, other_precision
+from lora_trainer.training.preview import draw_preview
 from lora_trainer.training.protocols import Previewer, Saver
 from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.source import Source, Turn, ahead
@@ -384,23 +384,10 @@ class Trainer:
         for index, prompt in enumerate(prompts):
             path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
             meant, seed = with_trigger(prompt, self.config.trigger_word), self.config.seed + index
-            self.adapters.eval()
-            problem = None
-            try:
-                with self.ranks.unhurried(), self.train_step.averaged():
-                    image = self.previewer.draw(meant, seed, self.step, self.adapters)
-                with atomic_path(path) as temporary:
-                    image.save(temporary, format="PNG")
-            except Exception as error:
-                # A person may interrupt a host's sampler, or take its model away: no reason to end the training.
-                if not isinstance(error, UserError) and not is_out_of_memory(error):
-                    raise
-                problem = first_line(error)
-            finally:
-                self.adapters.train()
-            if problem is not None:
-                release_memory()
-                self.callbacks.on_warning(f"No preview at step {self.step}: {problem}")
+            with self.ranks.unhurried(), self.train_step.averaged():
+                image = draw_preview(self.previewer, meant, seed, self.step, self.adapters, path)
+            if isinstance(image, str):
+                self.callbacks.on_warning(f"No preview at step {self.step}: {image}")
                 return
             self.metrics.write_preview(self.step, prompt, image)
             self.callbacks.on_preview(path, self.step, prompt)
@@ -409,14 +396,8 @@ class Trainer:
     # -- beginning and end ----------------------------------------------------------------------------------------
 
     def _warn_about_settings(self) -> None:
-        config = self.config
-        for warning in never_reached(config, self.total_steps, self.steps_per_epoch):
-            self.callbacks.on_warning(warning)
-        if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-            self.callbacks.on_warning(
-                f"learning_rate {config.learning_rate:g} scales down what Prodigy finds by itself; 1 is usual."
-            )
-        for warning in self.train_step.objective.warnings():
+        late = never_reached(self.config, self.total_steps, self.steps_per_epoch)
+        for warning in (*late, *optimizer_warnings(self.config), *self.train_step.objective.warnings()):
             self.callbacks.on_warning(warning)
 
     def _resume(self) -> None:

@@ -86,6 +86,13 @@ def computes_on_cpu(config: TrainConfig) -> bool:
     return library is not None and library.on_cpu
 
 
+def optimizer_warnings(config: TrainConfig) -> list[str]:
+    """What is unusual about the optimizer's settings."""
+    if config.optimizer != "prodigy" or config.learning_rate >= 0.1:
+        return []
+    return [f"learning_rate {config.learning_rate:g} scales down what Prodigy finds by itself; 1 is usual."]
+
+
 def check_optimizer(config: TrainConfig) -> None:
     """Raises what ``create_optimizer`` would raise of the library and of optimizer_args, before there is a model."""
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": config.learning_rate, "name": "unet"}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from lora_trainer.config import parse_prompt
+from lora_trainer.errors import UserError
+from lora_trainer.files import atomic_path
 from lora_trainer.models.base import LentModel
 from lora_trainer.models.families import get_family
+from lora_trainer.out_of_memory import first_line, is_out_of_memory, release_memory
 from lora_trainer.training.objectives.base import generator_for
+from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.sampling import guided_pred, sampler_of, told_of_guidance, usual_cfg
 from lora_trainer.training.source import Turn
 
@@ -54,6 +60,27 @@ def _to_image(pixels: Tensor) -> Image.Image:
     """(1, 3, H, W) in [-1, 1] -> RGB. What is not finite becomes black."""
     levels = ((pixels[0].float().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def draw_preview(
+    previewer: Previewer, prompt: str, seed: int, step: int, adapters: nn.Module, path: Path
+) -> Image.Image | str:
+    """The picture, written to ``path`` as PNG; or why there is none, in one line, where memory is short or the
+    previewer raises a UserError: a person may interrupt a host's sampler, or take its model away."""
+    adapters.eval()
+    try:
+        image = previewer.draw(prompt, seed, step, adapters)
+        with atomic_path(path) as temporary:
+            image.save(temporary, format="PNG")
+        return image
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
+        problem = first_line(error)
+    finally:
+        adapters.train()
+    release_memory()
+    return problem
 
 
 class ModelPreviewer:
