@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -46,7 +47,9 @@ def nodes():
 
 
 def apart(holder: subprocess.Popen) -> bool:
-    return os.readlink(f"/proc/{holder.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    with suppress(OSError):  # it has ended
+        return os.readlink(f"/proc/{holder.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    return False
 
 
 @pytest.mark.slow
