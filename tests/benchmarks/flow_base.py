@@ -2,7 +2,13 @@
 
     python -m tests.benchmarks.flow_base                   trains from scratch; goes on when it is started again
     python -m tests.benchmarks.flow_base star              scores it, trains a LoRA of stars on it, and scores that
-    python -m tests.benchmarks.flow_base star max_train_steps=100
+    python -m tests.benchmarks.flow_base star mixed_precision=bf16     faster on a CPU that computes in bf16
+
+Measured on one thread of such a CPU, with torch 2.14.1: of 24 pictures of known shapes, 11 showed the shape after 5
+minutes of the processor, 23 after 12, 24 after 12.5 (2126 steps; the first 6.8 minutes were begun with --minutes 32,
+the rest with 12.5), all in the colors that were asked for. After 500 steps of the LoRA in bf16 (430 s), in colors that
+no star was trained with: 17 stars of 24 (the base alone 0), and 24 known shapes of 24 (the base alone 22). 200 steps in
+fp32 at a learning rate of 1e-3 and a sigma_shift of 3 gave 1 star of 24.
 """
 
 from __future__ import annotations
@@ -28,7 +34,6 @@ from tests.benchmarks.flow_parts import write_parts
 from tests.benchmarks.flow_pretraining import (
     GUIDANCE,
     SIDE,
-    SIGMA_SHIFT,
     SIZE,
     Pretraining,
     asked,
@@ -65,12 +70,12 @@ def star_config(folder: Path, settings: dict[str, object], changes: Iterable[str
         "resolution": SIDE,
         "lora_rank": 16,
         "alpha": 16,
-        "learning_rate": 1e-3,
+        "learning_rate": 4e-3,
         "batch_size": 8,
-        "max_train_steps": 200,
+        "max_train_steps": 500,
         "caption_dropout": 0.1,
         "sigma_sampling": "shift",
-        "sigma_shift": SIGMA_SHIFT,
+        "sigma_shift": 5,
     }
     return from_mapping({**values, **dict(change.split("=", 1) for change in changes)})
 
@@ -119,7 +124,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("base", "star"), default="base")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the LoRA")
     parser.add_argument("--folder", type=Path, default=Path("output/flow_base"))
-    parser.add_argument("--minutes", type=float, default=60, help="of the processor, for the base")
+    parser.add_argument("--minutes", type=float, default=15, help="of the processor, for the base")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--double", type=int, default=2, help="double blocks")
     parser.add_argument("--single", type=int, default=4, help="single blocks")
