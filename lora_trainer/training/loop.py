@@ -384,8 +384,9 @@ class Trainer:
         for index, prompt in enumerate(prompts):
             path = self.output_dir / "previews" / f"{self.name}-step{self.step:08d}-{index}.png"
             meant, seed = with_trigger(prompt, self.config.trigger_word), self.config.seed + index
-            with self.ranks.unhurried(), self.train_step.averaged():
-                image = draw_preview(self.previewer, meant, seed, self.step, self.adapters, path)
+            with self.ranks.unhurried():
+                averaged = self.train_step.averaged()
+                image = draw_preview(self.previewer, meant, seed, self.step, self.adapters, averaged, path)
             if isinstance(image, str):
                 self.callbacks.on_warning(f"No preview at step {self.step}: {image}")
                 return
@@ -405,8 +406,7 @@ class Trainer:
         if state is None:
             return
         remedy = "Set resume: never, or the settings as they were; init_lora goes on from any LoRA, with any of them."
-        before = state.run_key.get("optimizer", self.config.optimizer)
-        if before != self.config.optimizer:
+        if (before := state.run_key.get("optimizer", self.config.optimizer)) != self.config.optimizer:
             message = f"The training state of step {state.step} is {before}'s, not {self.config.optimizer}'s."
             raise UserError(message, field="resume", remedy=remedy)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -63,13 +64,23 @@ def _to_image(pixels: Tensor) -> Image.Image:
 
 
 def draw_preview(
-    previewer: Previewer, prompt: str, seed: int, step: int, adapters: nn.Module, path: Path
+    previewer: Previewer,
+    prompt: str,
+    seed: int,
+    step: int,
+    adapters: nn.Module,
+    averaged: AbstractContextManager[None],
+    path: Path,
 ) -> Image.Image | str:
     """The picture, written to ``path`` as PNG; or why there is none, in one line, where memory is short or the
-    previewer raises a UserError: a person may interrupt a host's sampler, or take its model away."""
+    previewer raises a UserError: a person may interrupt a host's sampler, or take its model away.
+
+    averaged: inside, the adapters are what is to be seen.
+    """
     adapters.eval()
     try:
-        image = previewer.draw(prompt, seed, step, adapters)
+        with averaged:
+            image = previewer.draw(prompt, seed, step, adapters)
         with atomic_path(path) as temporary:
             image.save(temporary, format="PNG")
         return image
