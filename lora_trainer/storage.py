@@ -32,7 +32,7 @@ class Packing(Protocol):
 @dataclass(frozen=True)
 class Scaled:
     """fp8 whose numbers are to be multiplied by ``scale``: one number (ComfyUI's scaled fp8), or (out, 1), one for each
-    row."""
+    row. They may be kept in a wider format."""
 
     scale: Tensor
 

@@ -67,7 +67,7 @@ class CastLinear(nn.Linear):
     compute_dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == self.compute_dtype:
+        if self.weight.dtype == self.compute_dtype and packing_of(self.weight) is None:
             return super().forward(x)
         return _LinearFunction.apply(x, self.weight, self.bias, self.compute_dtype)
 

@@ -43,7 +43,7 @@ t5 = shared.sd_model.forge_objects_original.clip.cond_stage_model.t5xxl
 weight = t5.transformer.encoder.block[0].layer[1].DenseReluDense.wo.weight
 result = str(getattr(weight, "gguf_cls", None) or weight.dtype)
 """
-T5_KEPT = {"fp8": "torch.float8_e4m3fn", "gguf": "<class 'gguf.quants.Q8_0'>"}
+T5_KEPT = {"fp8": "torch.float8_e4m3fn", "scaled": "torch.float16", "gguf": "<class 'gguf.quants.Q8_0'>"}
 KEPT = {
     "bf16": ["torch.bfloat16", ["torch.bfloat16"]],
     "fp8": ["torch.float8_e4m3fn", ["torch.float8_e4m3fn"]],
@@ -95,10 +95,18 @@ def scaled(transformer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_t5s(folder: Path, t5: dict[str, torch.Tensor]) -> None:
-    """In fp8 and in GGUF, under the names that published ones have, and for each the fp16 weights that are meant."""
+    """In fp8, scaled fp8 and GGUF, under the names that published ones have, and for each the fp16 weights that are
+    meant."""
     eight = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in t5.items()}
     save_file(eight, str(folder / "t5-fp8.safetensors"))
     save_file({name: tensor.half() for name, tensor in eight.items()}, str(folder / "t5-fp8-dense.safetensors"))
+    # Scales are powers of two, by which nothing is rounded. Most tensors are fp32, for which Forge keeps all in fp16.
+    some = {name for name, tensor in t5.items() if tensor.dim() == 2 and "block" in name and "bias" not in name}
+    fewer = {name: tensor.to(torch.float8_e4m3fn) if name in some else tensor.float() for name, tensor in t5.items()}
+    fewer |= {name.replace("weight", "scale_weight"): torch.tensor([0.5]) for name in some}
+    save_file(fewer, str(folder / "t5-scaled.safetensors"))
+    dense = {name: fewer[name].half() * (0.5 if name in some else 1) for name in t5}
+    save_file(dense, str(folder / "t5-scaled-dense.safetensors"))
     # Forge multiplies in fp16, and takes the words for quantized, whatever they are.
     dense = gguf.write_t5(folder / "t5-gguf.gguf", t5, scales=torch.float16)
     save_file(dense, str(folder / "t5-gguf-dense.safetensors"))

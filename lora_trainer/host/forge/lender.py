@@ -212,10 +212,12 @@ class ForgeLender(WebuiLender):
             try:
                 with torch.inference_mode():
                     memory.load_models_gpu([objects.clip.patcher, objects.unet])
+                return
             except Exception:  # the host's code: it could not merge them for the prompt either
                 log.warning("Forge could not merge the last prompt's LoRAs again", exc_info=True)
-                original = sd_model.forge_objects_original
-                load_without_loras(memory, [original.clip.patcher, original.unet])
+            # Here, where the error keeps no memory any more.
+            original = sd_model.forge_objects_original
+            load_without_loras(memory, [original.clip.patcher, original.unet])
 
 
 @torch.no_grad()
@@ -229,10 +231,8 @@ def aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if getattr(tensor, "gguf_cls", None) is not None:
             pack(found[name], HostGguf(tensor.gguf_cls, tuple(map(int, tensor.shape)), tensor.computation_dtype))
-        elif tensor.element_size() == 1:
-            scale = found.get(f"{name.removesuffix('weight')}scale_weight")
-            if scale is not None:
-                pack(found[name], Scaled(scale.float()))
+        elif name.endswith(".weight") and (scale := found.get(name[: -len("weight")] + "scale_weight")) is not None:
+            pack(found[name], Scaled(scale.float()))  # of fp8, which Forge may keep in fp16 or bf16
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lora_trainer.errors import UserError
 from lora_trainer.host.forge.model import FLOATS
 from lora_trainer.host.lending import loaded_model
 from lora_trainer.host.loras import HostLoras, forget_prompts
@@ -61,8 +62,11 @@ class ForgeLoras(HostLoras):
     def registered(self, name: str, path: Path) -> Iterator[None]:
         self._forget_files()
         loaded, arguments = loaded_model(self._webui), self._webui.dynamic_args
-        merged = loaded is None or can_merge(loaded.forge_objects_original.unet.model)
+        unet = None if loaded is None else loaded.forge_objects_original.unet.model
+        merged = unet is None or can_merge(unet)
         if not merged:
+            if unet.storage_dtype in FLOATS:  # Forge merges nevertheless, and the picture is wrong
+                raise UserError(self.obstacle(loaded) or "")
             arguments[_ONLINE] = True
         try:
             with super().registered(name, path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,13 +72,26 @@ def kept(weights, form: str):
     return stored, dense
 
 
+def scaled(weights):
+    """Matrices as Forge keeps scaled fp8 in a wider format: an eighth of what they mean, and 8 beside them."""
+    kept = dict(weights)
+    for name, tensor in weights.items():
+        if tensor.dim() == 2 and "block" in name and "bias" not in name:
+            kept[name] = tensor / 8
+            kept[f"{name.removesuffix('weight')}scale_weight"] = torch.tensor([8.0])
+    return kept
+
+
 @pytest.fixture
 def load(files, fake_forge, forge):
     """Makes the fake load the small FLUX in a number format; returns its lender and the dense weights."""
 
     @torch.inference_mode()
     def loaded(form: str, storage):
-        stored, dense = kept(load_file(files["base_model"]), form)
+        stored, dense = kept(load_file(files["base_model"]), form.removesuffix(" scaled"))
+        t5_weights = load_file(files["text_encoders"][1])
+        if form == "bf16 scaled":
+            stored, t5_weights = scaled(stored), scaled(t5_weights)
         plain = {name: tensor.data.clone() if type(tensor) is ParameterGGUF else tensor
                  for name, tensor in stored.items()}  # fmt: skip
         unet = module_tree({f"diffusion_model.{name}": tensor for name, tensor in plain.items()})
@@ -89,10 +103,9 @@ def load(files, fake_forge, forge):
         unet.storage_dtype = storage
         vae = module_tree(load_file(files["vae"]))
         vae.config = SimpleNamespace(scaling_factor=0.3611)
-        clip_file, t5_file = files["text_encoders"]
         clip = module_tree(
-            {f"clip_l.transformer.{name}": tensor for name, tensor in load_file(clip_file).items()}
-            | {f"t5xxl.transformer.{name}": tensor for name, tensor in load_file(t5_file).items()}
+            {f"clip_l.transformer.{name}": tensor for name, tensor in load_file(files["text_encoders"][0]).items()}
+            | {f"t5xxl.transformer.{name}": tensor for name, tensor in t5_weights.items()}
         )
         t5 = SimpleNamespace(name_or_path=files["base_model"].rpartition("/")[0])
         tokenizers = SimpleNamespace(clip_l=load_tokenizer()._source, t5xxl=t5)
@@ -115,7 +128,8 @@ def load(files, fake_forge, forge):
 
 
 @pytest.mark.parametrize(
-    ("form", "storage"), [("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("gguf", "gguf")]
+    ("form", "storage"),
+    [("bf16", torch.bfloat16), ("bf16 scaled", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("gguf", "gguf")],
 )
 def test_it_is_trained_as_it_lies_and_is_the_files_model(load, fake_forge, files, tmp_path, form, storage):
     lender, dense = load(form, storage)
@@ -218,3 +232,7 @@ def test_a_preview_goes_without_merging_where_forge_cannot_merge(
     assert obstacle is None or ("Automatic" if gguf else "float8-e4m3fn") + " (fp16 LoRA)" in obstacle
     unet.storage_dtype = torch.bfloat16  # then Forge merges, whatever was chosen
     assert merges or loras.obstacle(fake_forge.model)
+    refused = nullcontext() if merges else pytest.raises(UserError, match="fp16 LoRA")
+    with refused, loras.registered("cat", tmp_path / "cat.safetensors"):
+        pass
+    assert online["online_lora"] is fp16
