@@ -62,7 +62,7 @@ class ForgeLoras(HostLoras):
     def registered(self, name: str, path: Path) -> Iterator[None]:
         self._forget_files()
         loaded, arguments = loaded_model(self._webui), self._webui.dynamic_args
-        unet = None if loaded is None else loaded.forge_objects_original.unet.model
+        unet: Any = None if loaded is None else loaded.forge_objects_original.unet.model
         merged = unet is None or can_merge(unet)
         if not merged:
             if unet.storage_dtype in FLOATS:  # Forge merges nevertheless, and the picture is wrong
