@@ -22,6 +22,7 @@ from lora_trainer.storage import pack
 MAGIC = b"GGUF"
 PREFIX = "GGUF "
 """What the names of number formats begin with here: "GGUF Q4_K"."""
+USE_READABLE = "Use the bf16, fp16, fp8 or a GGUF (Q8_0, Q6_K, Q5_…, Q4_…) version of this model."
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_trainer.errors import UserError
+from lora_trainer.models import gguf
 from lora_trainer.models.families.flow.names import TRANSFORMER, Layer, text_names
 from lora_trainer.models.families.unet.folder import add_vae, component
 from lora_trainer.models.family import Shapes
@@ -64,12 +65,19 @@ def add_text_encoders(tensors: Tensors, path: Path, kinds: Mapping[str, tuple[st
     kinds: those that the family has, by what their names start with: what each is called, and its usual file.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or in a format that is not read.
     """
     found: set[str] = set()
     for source in component(path) if path.is_dir() else [open_source(path)]:
-        usual = text_names(source.shapes).values()
-        prefixes = {prefix for name in usual for prefix in kinds if name.startswith(prefix)}
+        named = text_names(source.shapes)
+        for name in named:
+            if (form := source.dtypes[name]).startswith(gguf.PREFIX) and not gguf.can_be_read(form):
+                raise UserError(
+                    f"{path.name} has weights in {form}, which cannot be read.",
+                    field="text_encoders",
+                    remedy=gguf.USE_READABLE,
+                )
+        prefixes = {prefix for name in named.values() for prefix in kinds if name.startswith(prefix)}
         for prefix in prefixes - found:
             tensors.discard(prefix)
         found |= prefixes

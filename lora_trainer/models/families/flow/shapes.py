@@ -11,7 +11,7 @@ from lora_trainer.models.families.flow.names import CLIP_G, T5, TRANSFORMER
 from lora_trainer.models.families.unet.architecture import TextShape, VAEShape
 from lora_trainer.models.families.unet.names import VAE
 from lora_trainer.models.family import LatentFormat, Shapes
-from lora_trainer.models.gguf import can_be_read
+from lora_trainer.models.gguf import USE_READABLE, can_be_read
 from lora_trainer.models.other_files import storage
 
 
@@ -25,7 +25,7 @@ def refuse_storage(shapes: Shapes, dtypes: Mapping[str, str], source: str | Path
         raise UserError(
             f"{source} is {title}, {form}, which cannot be trained on.",
             field="base_model",
-            remedy="Use the bf16, fp16, fp8 or a GGUF (Q8_0, Q6_K, Q5_…, Q4_…) version of this model.",
+            remedy=USE_READABLE,
         )
 
 
