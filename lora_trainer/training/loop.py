@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -247,7 +247,8 @@ class Trainer:
         """Raises UserError; the state is saved where there is one that is whole."""
         self.train_step.optimizer.zero_grad(set_to_none=True)
         if self.ranks.leads and self.step and not self.train_step.updating:
-            self._save_state()
+            with suppress(RetryError):  # for which memory was short as well
+                self._save_state()
         remedy = "Lower it, or lora_rank, or close other programs that use the GPU."
         if not computes_on_cpu(self.config):  # its state stays on the GPU
             remedy = (
@@ -266,9 +267,8 @@ class Trainer:
     def _measure_when_due(self) -> None:
         if self.validator is None:
             return
-        config = self.config
-        sizes = config.batch_size, config.gradient_accumulation_steps
-        interval = config.validation_steps or self.validator.interval(self.total_steps, *sizes)
+        sizes = self.config.batch_size, self.config.gradient_accumulation_steps
+        interval = self.config.validation_steps or self.validator.interval(self.total_steps, *sizes)
         if _every(self.step, interval) or self.step >= self.total_steps:
             self._measure()
 

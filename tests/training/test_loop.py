@@ -395,6 +395,19 @@ def test_out_of_memory_saves_the_state_and_names_what_helps(tmp_path):
     assert Run(run.config).trainer.states.newest().step == 2
 
 
+def test_what_a_step_lacked_memory_for_is_said_also_where_no_memory_is_left_to_save(tmp_path, monkeypatch):
+    run = Run(configuration(tmp_path, epochs=3))
+    predict = run.model.predict
+
+    def too_large(*arguments, **named):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    run.model.predict = lambda *given: too_large() if run.trainer.step == 2 else predict(*given)
+    monkeypatch.setattr(state, "save_file", too_large)
+    with pytest.raises(UserError, match="memory does not suffice for step 3"):
+        run.trainer.run()
+
+
 def test_memory_that_is_short_while_something_is_saved_is_freed_and_it_is_saved(tmp_path, monkeypatch):
     settings = {"ema_decay": 0.5, "save_steps": 1}
     plenty, short = (Run(configuration(tmp_path / name, **settings)) for name in ("plenty", "short"))
