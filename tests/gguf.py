@@ -16,14 +16,19 @@ KINDS = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": Q8_0, "Q4_K": 12, "
 """Numbers of ggml's types."""
 
 
-def write(path: Path, tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]], alignment: int = 32) -> Path:
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]],
+    alignment: int = 32,
+    architecture: str = "flux",
+) -> Path:
     """tensors: name -> (number of ggml's type, shape, bytes)."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
 
     content = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + text("general.architecture") + struct.pack("<I", 8)
-    content += text("flux")
+    content += text(architecture)
     data = b""
     for name, (kind, shape, stored) in tensors.items():
         data += bytes(-len(data) % alignment)

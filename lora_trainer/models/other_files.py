@@ -71,7 +71,8 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"^(first_stage_model\.)?(en|de)coder\.(conv_in|mid)", "{0} is a VAE alone, without a UNet."),
     (r"^down_blocks\.\d+\.resnets", "{0} is a diffusers UNet alone, without text encoders and VAE."),
     (r"^(input_blocks|output_blocks)\.\d", "{0} is a UNet alone, without text encoders and VAE."),
-    (r"text_model\.encoder\.layers|transformer\.resblocks|encoder\.block\.\d", "{0} is a text encoder alone."),
+    (r"text_model\.encoder\.layers|transformer\.resblocks|enc(oder\.block|\.blk)\.\d",
+     "{0} is a text encoder alone."),
     (r"^(model\.layers|blk)\.\d+\.(self_attn|attn_)", "{0} is a language model."),
     (r"^(params_ema|params|conv_first|model\.0)\b|RRDB", "{0} is an upscaler."),
 )

@@ -147,11 +147,13 @@ def test_a_t5_in_gguf_reads_as_the_weights_that_are_meant(tmp_path):
 def test_a_t5_in_a_format_that_is_not_read_is_refused(tmp_path):
     base, file = tiny.tiny_flux(tmp_path / "base"), tmp_path / "t5-Q3_K_S.gguf"
     q3_k = 11
-    write(file, {"enc.blk.0.attn_q.weight": (q3_k, (1, 256), bytes(110))})
+    write(file, {"enc.blk.0.attn_q.weight": (q3_k, (1, 256), bytes(110))}, architecture="t5encoder")
     lender = FileLender(base["base_model"], vae=base["vae"], text_encoders=[base["text_encoders"][0], file])
     with pytest.raises(UserError, match="weights in GGUF Q3_K") as refused:
         lender.describe()
     assert refused.value.field == "text_encoders" and "Q4_" in refused.value.remedy
+    with pytest.raises(UserError, match="is a text encoder alone"):
+        FileLender(file).describe()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
