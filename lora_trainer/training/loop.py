@@ -342,7 +342,7 @@ class Trainer:
             with self.train_step.averaged():
                 return self.saver(self.step, self.epoch, kind)
 
-        self.lora = self._written("LoRA", write)
+        self.lora = self._written(f"Memory does not suffice to save the LoRA of step {self.step}.", write)
         self.callbacks.on_saved(self.lora, self.step, "lora")
 
     def _save_state(self, finished: bool = False) -> None:
@@ -360,18 +360,18 @@ class Trainer:
             state = TrainingState(self.step, epoch, position, self.run_key, parts, finished, versions)
             return self.states.save(state)
 
-        path = self._written("training state", write)
+        path = self._written(f"Memory does not suffice to save the training state of step {self.step}.", write)
         self._state_saved_at = time.monotonic()
         self.callbacks.on_saved(path, self.step, "state")
 
-    def _written(self, what: str, write: Callable[[], Path]) -> Path:
-        """``write()`` in a turn, once more where memory is short. Raises RetryError."""
+    def _written(self, failure: str, write: Callable[[], Path]) -> Path:
+        """``write()`` in a turn, once more where memory is short. Raises RetryError that says ``failure``."""
         try:
             with self.turn(), self.ranks.unhurried(self.train_step.bytes / SLOW_DISK):
                 return with_room(write, self.make_room)
         except OutOfMemoryError as error:
             raise RetryError(
-                f"Memory does not suffice to save the {what} of step {self.step}.",
+                failure,
                 remedy="Close other programs that use it, and start the run again: it goes on from its last state.",
             ) from error
 
