@@ -18,7 +18,7 @@ from lora_trainer.run import file_lender, train
 from lora_trainer.training.callbacks import TrainCommands
 from tests.gpu.conftest import GIB, card_of
 from tests.pictures import draw_dataset
-from tests.run.test_engine import Listener, assert_same_weights, run
+from tests.run.runs import Listener, assert_same_weights, run
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_trainer.config import from_mapping, to_yaml
 from lora_trainer.demo.base import build_base
 from tests.pictures import draw_dataset
-from tests.run.test_engine import assert_same_weights, run
+from tests.run.runs import assert_same_weights, run
 
 
 @pytest.mark.slow

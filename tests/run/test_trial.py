@@ -18,7 +18,7 @@ from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from tests.language_models import tiny_language_model, write_rows
 from tests.pictures import draw_dataset
-from tests.run.test_engine import Listener, run
+from tests.run.runs import Listener, run
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.loop import Outcome
 from lora_trainer.training.validation import Measurement, Verdict, recommended
 from tests.pictures import draw_dataset
-from tests.run.test_engine import Listener, assert_same_weights, run
+from tests.run.runs import Listener, assert_same_weights, run
 
 DIVERGES = {"learning_rate": 1.0, "early_stopping_patience": 1, "validation_steps": 2, "epochs": 8, "save_steps": 100}
 """So high a rate that all pictures are soon predicted worse than by the base."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -255,3 +258,28 @@ class Run:
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+OPTIMIZERS = [
+    "adamw",
+    "adafactor",
+    pytest.param(
+        "prodigy", marks=pytest.mark.skipif(not importlib.util.find_spec("prodigyopt"), reason="needs prodigyopt")
+    ),
+    pytest.param(
+        "lion", marks=pytest.mark.skipif(not importlib.util.find_spec("lion_pytorch"), reason="needs lion-pytorch")
+    ),
+]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run's own code gets to answer it."""
+
+
+def kill():
+    raise Killed
+
+
+def metrics(run: Run) -> list[dict]:
+    lines = (run.trainer.output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]

@@ -2,119 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import threading
 import time
 from contextlib import nullcontext
 
 import pytest
 import torch
-from PIL import Image
 
 from lora_trainer.errors import UserError
-from lora_trainer.training import loop, preview, state
-from lora_trainer.training.metrics import MetricsLog
+from lora_trainer.training import loop, state
 from lora_trainer.training.ranks import Ranks
-from tests.training.fakes import FakeModel, Run, configuration, same
-
-OPTIMIZERS = [
-    "adamw",
-    "adafactor",
-    pytest.param(
-        "prodigy", marks=pytest.mark.skipif(not importlib.util.find_spec("prodigyopt"), reason="needs prodigyopt")
-    ),
-    pytest.param(
-        "lion", marks=pytest.mark.skipif(not importlib.util.find_spec("lion_pytorch"), reason="needs lion-pytorch")
-    ),
-]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run's own code gets to answer it."""
-
-
-def kill():
-    raise Killed
-
-
-def metrics(run: Run) -> list[dict]:
-    lines = (run.trainer.output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"ema_decay": 0.9, "train_text_encoder": True, "random_crop": True, "flip": True, "rank_dropout": 0.3},
-        {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.3, "lr_scheduler": "constant", "preserve": 0.4},
-    ],
-    ids=["plain", "everything", "captions"],
-)
-def test_killed_after_any_step_and_resumed_the_result_is_the_same_to_the_bit(tmp_path, optimizer, settings):
-    settings = {"optimizer": optimizer, "epochs": 3, "save_steps": 2, "lr_warmup_steps": 2, **settings}
-    whole = Run(configuration(tmp_path / "whole", **settings))
-    outcome = whole.trainer.run()
-    assert outcome.status == "finished" and outcome.step == 6
-    for step in range(1, 7):
-        folder = tmp_path / f"killed{step}"
-        config = configuration(folder, **settings)
-        with pytest.raises(Killed):
-            Run(config, on={step: kill}).trainer.run()
-        torch.manual_seed(step)  # what the host did to the global generator meanwhile
-        resumed = Run(config)
-        assert resumed.trainer.run().loss == outcome.loss
-        assert resumed.recorder.reports[0].step == (step - 1) // 2 * 2 + 1, "it went on from the last state"
-        assert same(resumed.final, whole.final)
-        assert metrics(resumed) == metrics(whole)
-
-
-@pytest.mark.parametrize("micro", range(4))
-def test_killed_in_the_middle_of_an_accumulation(tmp_path, micro, monkeypatch):
-    settings = {"batch_size": 1, "gradient_accumulation_steps": 2, "epochs": 2, "save_steps": 1}
-    whole = Run(configuration(tmp_path / "whole", **settings))
-    whole.trainer.run()
-    config = configuration(tmp_path / "killed", **settings)
-    killed = Run(config)
-    predict, calls = killed.model.predict, iter(range(100))
-
-    def dies(*arguments):
-        if next(calls) == micro:
-            raise Killed
-        return predict(*arguments)
-
-    killed.model.predict = dies
-    with pytest.raises(Killed):
-        killed.trainer.run()
-    resumed = Run(config)
-    resumed.trainer.run()
-    assert same(resumed.final, whole.final) and metrics(resumed) == metrics(whole)
-
-
-def test_killed_while_the_state_or_the_final_lora_is_written(tmp_path, monkeypatch):
-    whole = Run(configuration(tmp_path / "whole", save_steps=1))
-    whole.trainer.run()
-    for number, victim in enumerate(["save_file", "os.replace"]):
-        for call in range(1, 5):
-            config = configuration(tmp_path / f"{number}-{call}", save_steps=1)
-            run, calls = Run(config), iter(range(1, 100))
-            with monkeypatch.context() as patch:
-                module = "lora_trainer.training.state.save_file" if victim == "save_file" else "os.replace"
-                original = __import__("safetensors.torch").torch.save_file if number == 0 else __import__("os").replace
-
-                def dies(*arguments, original=original, calls=calls, call=call, **options):
-                    if next(calls) == call:
-                        raise Killed
-                    return original(*arguments, **options)
-
-                patch.setattr(module, dies)
-                with pytest.raises(Killed):
-                    run.trainer.run()
-            resumed = Run(config)
-            resumed.trainer.run()
-            assert same(resumed.final, whole.final) and metrics(resumed) == metrics(whole)
+from tests.training.fakes import OPTIMIZERS, Killed, Run, configuration, kill, metrics, same
 
 
 @pytest.mark.parametrize("maximum", [0.0, 1e-3])
@@ -149,75 +47,6 @@ def test_max_train_steps_wins_over_epochs_both_ways(tmp_path):
         run = Run(configuration(tmp_path / str(steps), epochs=2, max_train_steps=steps))
         assert run.trainer.run().step == steps
         assert [line["step"] for line in metrics(run)] == list(range(1, steps + 1))
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path):
-    config = configuration(tmp_path)
-    first = Run(config)
-    first.trainer.run()
-    again = Run(config)
-    assert again.trainer.run().status == "finished"
-    assert not again.recorder.reports and same(again.final, first.final)
-    assert "finished before" in again.recorder.warnings[0]
-
-
-def test_other_settings_start_anew_and_leave_the_old_state(tmp_path):
-    first = Run(configuration(tmp_path), run_key={"learning_rate": 1e-2, "images": "a"})
-    first.trainer.run()
-    other = Run(configuration(tmp_path), run_key={"learning_rate": 1e-3, "images": "a"})
-    other.trainer.run()
-    assert "learning_rate" in other.recorder.warnings[0] and "images" not in other.recorder.warnings[0]
-    assert other.recorder.reports[0].step == 1
-    assert len(list((tmp_path / "out" / "state").iterdir())) == 2
-    assert (tmp_path / "out" / "logs" / "metrics-1.jsonl").exists(), "the curves of the first run are kept"
-
-
-def test_resume_never_and_resume_by_path_with_a_new_learning_rate(tmp_path):
-    first = Run(configuration(tmp_path, save_steps=2), on={3: kill})
-    with pytest.raises(Killed):
-        first.trainer.run()
-    path = first.trainer.states.path(2)
-    anew = Run(configuration(tmp_path, resume="never"))
-    anew.trainer.run()
-    assert anew.recorder.reports[0].step == 1
-    faster = configuration(tmp_path, resume=str(path), learning_rate=0.5, lr_scheduler="constant")
-    onward = Run(faster)
-    onward.trainer.run()
-    assert onward.recorder.reports[0].step == 3 and onward.recorder.reports[0].lr == 0.5
-    assert "learning_rate" in onward.recorder.warnings[0]
-
-
-@pytest.mark.parametrize("old, new", [("adamw", "adafactor"), ("adafactor", "adamw")])
-def test_a_state_of_another_optimizer_is_refused_by_its_name(tmp_path, old, new):
-    first = Run(configuration(tmp_path, optimizer=old, epochs=1), run_key={"optimizer": old})
-    first.trainer.run()
-    path = next((tmp_path / "out" / "state").glob("*.state"))
-    config = configuration(tmp_path / "new", optimizer=new, resume=str(path), epochs=3)
-    with pytest.raises(UserError, match=old) as error:
-        Run(config, run_key={"optimizer": new}).trainer.run()
-    assert error.value.field == "resume" and len(str(error.value)) < 300
-
-
-def test_the_new_settings_count_when_a_state_is_named(tmp_path):
-    first = Run(configuration(tmp_path, epochs=1, optimizer_args={"weight_decay": 0.5, "betas": [0.5, 0.6]}))
-    first.trainer.run()
-    path = next((tmp_path / "out" / "state").glob("*.state"))
-    arguments = {"optimizer_args": {"weight_decay": 0.25}, "ema_decay": 0.9}
-    run = Run(configuration(tmp_path / "new", epochs=3, resume=str(path), **arguments))
-    run.trainer._resume()
-    (group,) = run.trainer.train_step.optimizer.param_groups
-    assert (group["weight_decay"], group["betas"]) == (0.25, (0.9, 0.999))
-    with run.trainer.train_step.averaged():
-        assert same(run.adapters.state_dict(), first.final), "the average begins at the state, not at an empty LoRA"
-
-
-def test_a_state_of_another_adapter_or_optimizer_is_refused_with_the_field(tmp_path):
-    Run(configuration(tmp_path / "a")).trainer.run()
-    (path,) = (tmp_path / "a" / "out" / "state").iterdir()
-    for index, settings in enumerate([{"lora_rank": 2}, {"optimizer": "adafactor", "train_text_encoder": True}]):
-        with pytest.raises(UserError) as error:
-            Run(configuration(tmp_path / str(index), resume=str(path), **settings)).trainer.run()
-        assert error.value.field == "resume" and error.value.remedy
 
 
 def test_stop_saves_nothing_and_stop_and_save_goes_on_to_the_same_result(tmp_path):
@@ -432,85 +261,6 @@ def test_memory_that_is_short_while_something_is_saved_is_freed_and_it_is_saved(
     assert freed == [1, 1], "for the LoRA and for the state"
     assert short.recorder.saved == plenty.recorder.saved
     assert all(same(one[2], other[2]) for one, other in zip(short.saved, plenty.saved))
-
-
-class Painter:
-    """A previewer that notes in which mode and with which weights it was asked to draw."""
-
-    def __init__(self):
-        self.calls = []
-
-    def draw(self, prompt, seed, step, adapters):
-        weights = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
-        self.calls.append((prompt, seed, step, adapters.training, weights))
-        return Image.new("RGB", (8, 8))
-
-
-def test_previews_are_drawn_without_dropout_and_with_the_average(tmp_path):
-    painter = Painter()
-    config = configuration(tmp_path, preview_prompts=["a", "b"], preview_steps=2, epochs=3, ema_decay=0.5, save_steps=2)
-    run = Run(config, previewer=painter)
-    run.trainer.run()
-    assert [(prompt, seed, step) for prompt, seed, step, *_ in painter.calls] == [
-        (prompt, 42 + index, step) for step in (0, 2, 4, 6) for index, prompt in enumerate("ab")
-    ], "step 0 is what the base draws"
-    assert not any(training for _, _, _, training, _ in painter.calls) and run.adapters.training
-    assert same(painter.calls[2][4], run.saved[0][2]), "what is drawn is what is saved"
-    assert not same(run.final, dict(run.adapters.state_dict())), "the average is saved, the trained weights stay"
-    assert [path.name for path, _, _ in run.recorder.previews[:2]] == [
-        "thing-step00000000-0.png",
-        "thing-step00000000-1.png",
-    ]
-    assert not run.model.released, "a model that draws previews keeps its VAE and text encoders"
-
-
-@pytest.mark.parametrize(
-    ("prediction_type", "zero_terminal"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
-)
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_the_models_own_previewer_draws(prediction_type, zero_terminal, family):
-    model = FakeModel(family, prediction_type)
-    if zero_terminal:
-        model.schedule.alphas_cumprod[-1] = 0
-    before = torch.random.get_rng_state()
-    images = [
-        preview.sample(model, "a star", width=70, height=48, steps=4, seed=seed, cfg=cfg)
-        for seed, cfg in [(1, 7.0), (1, 7.0), (2, 7.0), (1, 1.0)]
-    ]
-    time_ids = model.time_ids[0]
-    assert images[0].size == (64, 48) and images[0].mode == "RGB"
-    assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
-    assert len(set(images[0].tobytes())) > 10, "not one color"
-    assert (time_ids is not None) == (family == "sdxl")
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_ddim_finds_the_picture_of_a_perfect_model():
-    """A model that answers the noise of one known picture is sampled back to that picture."""
-    model = FakeModel()
-    picture = torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    alphas = model.schedule.alphas_cumprod
-
-    def predict(noisy_latents, timesteps, prompts, time_ids):
-        a = alphas[timesteps].view(-1, 1, 1, 1)
-        return (noisy_latents - a.sqrt() * picture) / (1 - a).sqrt()
-
-    model.predict, seen = predict, []
-    model.decode_latents = lambda latents: seen.append(latents) or torch.zeros(1, 3, 64, 64)
-    preview.sample(model, "x", width=64, height=64, steps=20, seed=3)
-    torch.testing.assert_close(seen[0], picture, atol=1e-3, rtol=0)
-
-
-def test_the_default_previewer_takes_a_turn(tmp_path):
-    config = configuration(tmp_path, preview_prompts=["a star"], preview_steps=2)
-    run = Run(config, previewer=Painter())
-    run.trainer.previewer = preview.ModelPreviewer(run.model, run.turns, (32, 32), steps=2)
-    before = run.turns.taken
-    with MetricsLog(tmp_path / "logs", 0, False, run.recorder.on_warning) as run.trainer.metrics:
-        run.trainer._draw_previews()
-    assert run.turns.taken == before + 1
-    with Image.open(run.recorder.previews[0][0]) as image:
-        assert image.size == (32, 32)
 
 
 def test_gradient_checkpointing_is_asked_for(tmp_path):

@@ -10,19 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_trainer.config import TrainConfig
 from lora_trainer.errors import RankFailedError, UserError
 from lora_trainer.out_of_memory import is_out_of_memory, with_room
-from lora_trainer.training.memory import (
-    MemoryMeasures,
-    MemoryRecovery,
-    move_optimizer_to_cpu,
-    on_cpu,
-    parameters_on_cpu,
-)
-from lora_trainer.training.optim import computes_on_cpu, create_optimizer
-from tests.devices import pretended_gpu
-from tests.training.fakes import FakeModel, Run, configuration, draw_pictures, same
+from tests.training.fakes import FakeModel, Killed, Run, configuration, draw_pictures, kill, same
 
 ERRORS = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
@@ -311,14 +301,6 @@ def test_captions_that_cannot_be_encoded_name_the_device(tmp_path):
     assert error.value.field == "device"
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill():
-    raise Killed
-
-
 @pytest.mark.parametrize("most", ["pictures", "everything"])
 def test_a_resumed_run_keeps_what_was_changed(tmp_path, most):
     def short(folder: Path) -> Run:
@@ -392,64 +374,6 @@ def test_a_preview_without_memory_is_left_out(tmp_path):
     run = Run(config, previewer=Painter())
     assert run.trainer.run().status == "finished"
     assert run.adapters.training and "No preview at step 0" in run.recorder.warnings[0]
-
-
-# -- the optimizer on the CPU -----------------------------------------------------------------------------------------
-
-
-def test_parameters_come_back_to_their_own_memory_with_new_values():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.full((3,), 2.0)
-    home, optimizer = parameter.data_ptr(), torch.optim.AdamW([parameter], lr=0.1)
-    with parameters_on_cpu([parameter]):
-        optimizer.step()
-    assert parameter.data_ptr() == home and parameter.grad is None and not parameter.equal(torch.ones(3))
-
-
-def test_moving_the_optimizer_switches_its_kernels_off():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=None)
-    optimizer.param_groups[0]["fused"] = True
-    move_optimizer_to_cpu(optimizer)
-    assert optimizer.param_groups[0]["fused"] is False
-
-
-def test_a_copy_on_the_cpu_shares_nothing():
-    tensor = torch.ones(2)
-    copied = on_cpu({"a": [tensor, (1, tensor)], "b": None})
-    tensor.zero_()
-    assert copied["a"][0].sum() == 2 and copied["a"][1][1].sum() == 2 and copied["b"] is None
-
-
-# -- the optimizer's move from a card to the CPU ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_the_optimizers_state_leaves_the_card(optimizer):
-    with pretended_gpu() as gpu:
-        parameter = torch.nn.Parameter(torch.ones(6, 4).to(gpu.device))
-        config = TrainConfig(optimizer=optimizer, learning_rate=1e-2)
-        made = create_optimizer(config, [{"params": [parameter], "lr": 1e-2, "name": "unet"}])
-        parameter.grad = torch.ones_like(parameter)
-        made.step()
-        before = gpu.allocated
-        move_optimizer_to_cpu(made)
-        kept = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-        assert kept and {value.device.type for value in kept} == {"cpu"} and gpu.allocated < before
-        assert parameter.device == gpu.device
-
-
-@pytest.mark.parametrize("optimizer, moves", [("adamw", True), ("adamw8bit", False), ("lion", True), ("mine", False)])
-def test_an_optimizer_that_may_not_compute_on_the_cpu_stays(tmp_path, optimizer, moves):
-    """bitsandbytes' kernels are for cards, and of a plug-in nothing is known."""
-    warnings = []
-    recovery = MemoryRecovery(
-        MemoryMeasures(part_size=1, gradient_checkpointing=True), checkpointing=True,
-        may_move_optimizer=computes_on_cpu(TrainConfig(optimizer=optimizer)),
-        set_gradient_checkpointing=lambda on: None, make_room=lambda: None, on_warning=warnings.append,
-    )  # fmt: skip
-    assert recovery.take(1, 1, False), "memory is freed first, whatever the optimizer"
-    assert recovery.take(1, 1, False) == moves == recovery.measures.optimizer_on_cpu
 
 
 def test_who_keeps_his_state_on_the_card_is_told_of_one_who_need_not(tmp_path):
