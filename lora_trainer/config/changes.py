@@ -40,8 +40,12 @@ class ChangeSettings:
     more of the negative prompt."""
 
     protected_prompts: list[str] = setting([], task="words", separator="\n", given_by="steps")
-    """Prompts whose pictures are to stay as they are, one a line. Each step has as many of them as of the change. Where
-    the model is drawn with a negative prompt, the empty prompt is one of them, unless it is what changes."""
+    """Prompts whose pictures are to stay as they are, one a line. Where the model is drawn with a negative prompt, the
+    empty prompt is one of them, unless it is what changes."""
+
+    protected_batches: int = setting(1, task="words", minimum=1, maximum=16)
+    """How many batches of the protected prompts each step has beside one of the change. More keep them better, and take
+    longer: with 3 a step takes twice the time of 1."""
 
     prompt_templates: list[str] = setting([], task="words", separator="\n")
     """Whole prompts in which the prompts above stand where they have {}, one a line, such as "a photo of {} in a park".

@@ -36,7 +36,7 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
         look_at_data(config)
         steps = steps_per_epoch = config.max_train_steps or WORD_STEPS
         kept = kept_prompts(config, info.architecture is None or family.takes_negative(info.architecture))
-        visits = float(steps * each * (2 if kept else 1))
+        visits = float(steps * each * (1 + config.protected_batches if kept else 1))
         size = parse_resolution(config.resolution)
         width, height = size if isinstance(size, tuple) else (side, side)
         buckets = [{"resolution": [width, height], "images": 1}]

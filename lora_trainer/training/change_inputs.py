@@ -62,7 +62,7 @@ def kept_prompts(config: TrainConfig, takes_negative: bool) -> list[str]:
 
 
 class WordSource:
-    """The ``Source`` of runs on words. A step is one lesson, and one of what is to stay.
+    """The ``Source`` of runs on words. A step is one lesson, and ``protected_batches`` of what is to stay.
 
     size: of the pictures, (width, height) in pixels.
     """
@@ -121,19 +121,19 @@ class WordSource:
         strength, batches = 1.0 if forth else -1.0, []
         count = config.gradient_accumulation_steps * config.batch_size
         for place in range(0, count, config.batch_size):
-            first = step * count + place
-            rows = range(first, first + config.batch_size)
-            batches.append(self._batch([student] * len(rows), terms, strength, rows))
-            if self._kept:
-                chosen = [self._kept[(row + (turn - step) * count) % len(self._kept)] for row in rows]
+            first, size, times = step * count + place, config.batch_size, config.protected_batches
+            batches.append(self._batch([student] * size, terms, strength, range(first, first + size)))
+            for start in range(first * times, (first + size) * times, size) if self._kept else ():
+                rows = range(start, start + size)
+                chosen = [self._kept[(row + (turn - step) * count * times) % len(self._kept)] for row in rows]
                 batches.append(self._batch(chosen, None, strength, rows))
         return batches[share]
 
     def _batch(
         self, students: Sequence[str], terms: Sequence[tuple[float, str]] | None, strength: float, rows: range
     ) -> WordBatch:
-        """terms: None for prompts that are to be answered as the base does. rows: their numbers in the run, by which
-        templates are drawn."""
+        """terms: None for prompts that are to be answered as the base does. rows: their numbers among those of their
+        kind in the run, by which templates are drawn."""
         (width, height), empty = self._size, self._encoded[""]
         templates = [random.Random(f"{self._config.seed} template {row}").choice(self._templates) for row in rows]
 

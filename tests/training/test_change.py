@@ -156,22 +156,25 @@ def test_the_empty_prompt_stays_where_guidance_needs_it():
 
 
 @pytest.mark.parametrize("prompts", [["a ring"], ["a ring", "a star"], ["a ring", "a star", "a tree"]])
-@pytest.mark.parametrize(("batch", "accumulated"), [(1, 1), (2, 1), (2, 3)])
-def test_every_protected_prompt_is_kept_as_often_at_both_weights(prompts, batch, accumulated):
+@pytest.mark.parametrize(("batch", "accumulated", "times"), [(1, 1, 1), (2, 1, 1), (2, 3, 1), (1, 1, 3), (2, 3, 2)])
+def test_every_protected_prompt_is_kept_as_often_at_both_weights(prompts, batch, accumulated, times):
     model, config, _ = prepared(
         original_prompt="a disc", positive_prompt="old", negative_prompt="new", both_ways=True, batch_size=batch,
-        gradient_accumulation_steps=accumulated, protected_prompts=prompts,
+        gradient_accumulation_steps=accumulated, protected_prompts=prompts, protected_batches=times,
     )  # fmt: skip
     source = WordSource(config, model, (SIDE, SIDE), PRECISION, keep_model_parts=True)
     assert source.prepare(Turns(), TrainCallbacks(), TrainCommands())
     known = {prompt: model.encode_prompts([prompt]).context[0] for prompt in ["", *prompts]}
     seen = collections.Counter()
     for step in range(2 * len(known)):
-        for kept in source.micro_batches(0, step)[1::2]:
+        batches = source.micro_batches(0, step)
+        assert len(batches) == accumulated * (1 + times)
+        for kept in (batch for place, batch in enumerate(batches) if place % (1 + times)):
+            assert len(kept.student) == batch
             for row in kept.student.context:
                 (prompt,) = [one for one, context in known.items() if torch.equal(context, row)]
                 seen[prompt, kept.strength] += 1
-    assert seen == dict.fromkeys(itertools.product(known, (1, -1)), batch * accumulated)
+    assert seen == dict.fromkeys(itertools.product(known, (1, -1)), batch * accumulated * times)
 
 
 def test_of_an_erased_prompt_nothing_stays():
