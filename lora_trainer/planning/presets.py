@@ -108,7 +108,7 @@ PRESETS: dict[str, Preset] = {
             "erase",
             "Erase",
             "The model draws no longer what is named; name beside it what must stay.",
-            _WORDS,
+            {**_WORDS, "guidance": 1.25, "protected_batches": 3, "max_train_steps": 400},
             "words",
         ),
     )

@@ -161,4 +161,4 @@ def test_presets_for_words_set_nothing_that_has_no_effect(client, kind):
     wish = {"task": "words", "original_prompt": "a circle", "positive_prompt": "a square" * (kind == "words_slider"),
             "target_prompt": "a square" * (kind == "turn"), **preset(kind, 0, "sd1", 1 << 30)}  # fmt: skip
     facts = client.post("/estimate", json={"settings": wish}).json()
-    assert (facts["task"], facts["steps"], facts["warnings"]) == ("words", 300, [])
+    assert (facts["task"], facts["steps"], facts["warnings"]) == ("words", wish["max_train_steps"], [])

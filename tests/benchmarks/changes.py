@@ -47,7 +47,9 @@ TWO_PICTURES = {"lora_rank": 16, "alpha": 16, "max_train_steps": 100, "learning_
 OTHERS = shapes.KNOWN_SHAPES[1:]
 BY_WORDS = {
     "words": {**WORDS, "target_prompt": "square", "both_ways": True, "target_modules": ["attn2"], "guidance": 2},
-    "erase": {**WORDS, "protected_prompts": list(OTHERS)},
+    "erase": {
+        **WORDS, "protected_prompts": list(OTHERS), "protected_batches": 3, "guidance": 1.25, "max_train_steps": 400,
+    },
 }
 BY_PAIR = {
     "pair": {
