@@ -17,6 +17,10 @@ _VISITS_PER_EPOCH = 100  # with few pictures, repeats make an epoch about this l
 _MAX_REPEATS = 10
 
 
+_ONE_THING = {
+    "lora_rank": 12, "alpha": 24, "epochs": 12, "batch_size": 4, "learning_rate": 2e-4, "preserve": 0.3,
+}  # fmt: skip
+"""With others of its kind left as they are."""
 _WORDS = {"lora_rank": 4, "alpha": 8, "batch_size": 1, "max_train_steps": 300, "learning_rate": 5e-4}
 _PAIR = {"lora_rank": 4, "alpha": 1, "batch_size": 1, "max_train_steps": 50, "learning_rate": 5e-4}
 
@@ -46,7 +50,7 @@ PRESETS: dict[str, Preset] = {
             "character",
             "Character",
             "One person or figure. 20 or more pictures from all sides, in several clothes and places.",
-            {"lora_rank": 12, "alpha": 24, "epochs": 12, "batch_size": 4, "learning_rate": 2e-4},
+            _ONE_THING,
         ),
         Preset(
             "scene",
@@ -58,7 +62,7 @@ PRESETS: dict[str, Preset] = {
             "object",
             "Object",
             "A product or a thing, on different backgrounds.",
-            {"lora_rank": 12, "alpha": 24, "epochs": 12, "batch_size": 4, "learning_rate": 2e-4},
+            _ONE_THING,
         ),
         Preset(
             TEXT,
