@@ -37,6 +37,7 @@
         const text = control.value.trim();
         switch (control.dataset.type) {
         case "boolean": return control.checked;
+        case "switch": return scalar(text);
         case "lines": return text ? text.split("\n").map((line) => line.trim()).filter(Boolean) : [];
         case "numbers": return text ? text.split(/[\s,]+/).map(number) : null;
         case "number": return text === "" ? null : number(text);
@@ -69,8 +70,8 @@
         else if (typeof value === "object") control.value = Object.entries(value).map(([name, one]) => `${name}: ${typeof one === "string" ? one : JSON.stringify(one)}`).join("\n");
         else control.value = short(value);
         if (control.tagName !== "SELECT" || control.selectedIndex >= 0) return;
-        // A base model may be named by its path, as on the command line.
-        if (value && control === form.control("base_model")) control.append(app.el("option", {value}, value));
+        // A base model may be named by its path, as on the command line; a file may give a share instead of yes or no.
+        if (value && (control === form.control("base_model") || control.dataset.type === "switch")) control.append(app.el("option", {value}, value));
         control.selectedIndex = value ? control.options.length - 1 : 0;
     }
 

@@ -212,13 +212,13 @@ def _across_fields(config: TrainConfig) -> list[UserError]:
     )
     require(
         "offload_blocks",
-        not config.given_offload_blocks or config.gradient_checkpointing,
+        not config.given_offload_blocks or config.given_gradient_checkpointing == 1,
         "What a block computes must not be kept while its weights are elsewhere.",
         "Set gradient_checkpointing: true, or offload_blocks: auto.",
     )
     require(
         "shard_base",
-        not config.shard_base or config.gradient_checkpointing,
+        not config.shard_base or config.given_gradient_checkpointing == 1,
         "What a block computes must not be kept when its weights are let go of.",
         "Set gradient_checkpointing: true, or shard_base: false.",
     )

@@ -77,8 +77,13 @@ class ModelSettings:
     """Number format of the computation. auto: on a GPU that of the weights which a WebUI lends (fp16 or bf16), else
     bf16 where the GPU supports it and fp16 where not; on the CPU no (fp32)."""
 
-    gradient_checkpointing: bool = setting(False, decides=False, fills_memory=True)
-    """Recompute activations in the backward pass: about half the activation memory, about a quarter more time."""
+    gradient_checkpointing: Literal["auto"] | bool | float = setting(
+        False, minimum=0, maximum=1, decides=False, fills_memory=True
+    )
+    """Recompute activations in the backward pass: a third of the activation memory or less, a third more time. auto:
+    those of as many parts of an image model as must for the training to fit into the memory that is free on the NVIDIA
+    or AMD GPU when it begins, else none; not yet tried on a card. A file may give the share of the parts, such as
+    0.5."""
 
     cuda_graphs: Literal["auto", "off"] = setting("off", decides=False, fills_memory=True, sets_pace=True)
     """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a
@@ -307,6 +312,12 @@ class TrainConfig(
     def given_offload_blocks(self) -> int:
         """The number that ``offload_blocks`` gives; 0 for auto, which is decided when a run begins."""
         return 0 if self.offload_blocks == "auto" else self.offload_blocks
+
+    @property
+    def given_gradient_checkpointing(self) -> float:
+        """The share of the model's parts that ``gradient_checkpointing`` gives; 0 for auto, which is decided when a run
+        begins."""
+        return 0.0 if self.gradient_checkpointing == "auto" else float(self.gradient_checkpointing)
 
     @property
     def text_encoders_learn(self) -> bool:

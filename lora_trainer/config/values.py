@@ -57,7 +57,11 @@ def convert(value: Any, kind: Any) -> Any:
         kinds = [option for option in options if option is not type(None)]
         if typing.get_origin(kinds[0]) is typing.Literal and len(kinds) > 1:  # a word instead of a number
             word = str(value).strip().lower()
-            return word if word in typing.get_args(kinds[0]) else convert(value, kinds[1])
+            if word in typing.get_args(kinds[0]):
+                return word
+            kinds = kinds[1:]
+            if kinds[0] is bool and len(kinds) > 1 and word not in _YES | _NO:  # a number instead of yes and no
+                kinds = kinds[1:]
         return convert(value, kinds[0])
     if origin is typing.Literal:
         return _choice(value, options)
@@ -196,7 +200,8 @@ def wanted(name: str) -> str:
     optional = type(None) in typing.get_args(kind)
     if typing.get_origin(kind) in (python_types.UnionType, typing.Union):
         *others, kind = (option for option in typing.get_args(kind) if option is not type(None))
-        words = ", ".join(str(word) for option in others for word in typing.get_args(option))
+        choices = (("true", "false") if option is bool else typing.get_args(option) for option in others)
+        words = ", ".join(str(word) for option in choices for word in option)
     limits = next(field for field in dataclasses.fields(TrainConfig) if field.name == name).metadata
     if typing.get_origin(kind) is typing.Literal:
         text = f"It must be one of {', '.join(str(option) for option in typing.get_args(kind))}."

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_trainer.devices import indexed
+from lora_trainer.devices import free_memory, indexed
 from lora_trainer.errors import UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.host.base import LenderOptions
 from lora_trainer.host.snapshot import WeightSnapshot
 from lora_trainer.host.turns import Turns
-from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo
+from lora_trainer.models.base import Lender, ModelAwayError, ModelInfo, Room
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.families import get_family
 from lora_trainer.models.families.flow.model import FlowModel
@@ -143,6 +143,16 @@ class WebuiLender(Lender):
         # The WebUI has it already, unless it was told not to hash.
         return self.checkpoint.sha256 or sha256_file(Path(self.checkpoint.filename))
 
+    def room(self) -> Room | None:
+        device = self.device
+        if device.type != "cuda":
+            return None
+        with self._turns.take():
+            sd_model = self._loaded()
+            weights = [] if sd_model is None else self._weights(sd_model)
+            there = sum(one.numel() * one.element_size() for one in weights if one.device == device)
+            return Room(free_memory(device), there, self._together(sd_model))
+
     @property
     def device(self) -> torch.device:
         """Where the WebUI computes."""
@@ -155,6 +165,14 @@ class WebuiLender(Lender):
         return self._model
 
     # What WebUIs do differently -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _weights(self, sd_model: Any) -> Iterable[Tensor]:
+        """Of a model of the WebUI's."""
+
+    def _together(self, sd_model: Any) -> bool:
+        """Whether all parts of such a model, None before there is one, are on the device at once."""
+        return False
 
     @abstractmethod
     def _read(self, sd_model: Any) -> LoadedModel: ...

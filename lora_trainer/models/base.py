@@ -195,7 +195,10 @@ class LentNetwork(Protocol):
         """Where the weights lie that a step reads; other addresses mean that the lender moved them."""
         ...
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None: ...
+    def set_gradient_checkpointing(self, share: float) -> None:
+        """Compute this share of the model's parts anew in the backward pass instead of keeping what is inside them:
+        none at 0, all at 1. Between them a model may take its parts in an order of its own (``models.work.Part``)."""
+        ...
 
 
 class LentModel(LentNetwork, Protocol):
@@ -280,6 +283,19 @@ class ModelAwayError(Exception):
 ModelT = TypeVar("ModelT", bound=LentNetwork, covariant=True)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory of a device before a model is borrowed.
+
+    free: bytes that nobody has. there: bytes that a model takes which is the lent one, or makes room for it. together:
+    all parts of the lent model are always on the device; else, where memory lacks, only the one that computes is.
+    """
+
+    free: int
+    there: int = 0
+    together: bool = False
+
+
 class Lender(Protocol[ModelT]):
     """Where a model comes from: a file, or a running WebUI.
 
@@ -319,6 +335,11 @@ class Lender(Protocol[ModelT]):
 
         Called inside a turn. What was sent away comes back when it is needed, or at the end of ``borrow``.
         """
+        return None
+
+    def room(self) -> Room | None:
+        """What a training would find on the device; None where that is not known. Called before ``borrow``, outside a
+        turn."""
         return None
 
     def room_for_blocks(self) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_trainer.devices import free_memory
 from lora_trainer.errors import UserError, concerning
 from lora_trainer.files import sha256_file
-from lora_trainer.models.base import Lender, LentModel, ModelInfo
+from lora_trainer.models.base import Lender, LentModel, ModelInfo, Room
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import choose, claiming, families, get_family
 from lora_trainer.models.family import Family
@@ -120,6 +120,9 @@ class FileLender(Lender):
         """Nobody else's things are on the device, but parts of the model that a step does not need may be."""
         if self._lent is not None:
             self._lent.make_room()
+
+    def room(self) -> Room | None:
+        return Room(free_memory(self.device)) if self.device.type == "cuda" else None
 
     def room_for_blocks(self) -> int | None:
         offloads = get_family(self.describe().family).offloads and self._peers is None

@@ -270,7 +270,8 @@ class Family(ABC):
 
     @abstractmethod
     def parts(self, architecture: Any, resolution: tuple[int, int], config: TrainConfig) -> Iterator[Part]:
-        """The work of a step on one batch of pictures of ``resolution`` (width, height), part by part."""
+        """The work of a step on one batch of pictures of ``resolution`` (width, height), part by part in the order in
+        which they compute."""
 
     @abstractmethod
     def encoding_numbers(self, architecture: Any, resolution: tuple[int, int]) -> int:

@@ -8,6 +8,8 @@ pass is what autograd and our own nodes (``adapters.fused``) save.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_trainer.config.schema import TrainConfig
@@ -18,13 +20,34 @@ class Part:
     """What gradient checkpointing computes anew as a whole, or a layer that it leaves alone.
 
     forwards, backwards: operations. kept: numbers saved between them. inputs: those of them that remain when it is
-    checkpointed; None where it never is.
+    checkpointed; None where it never is. turn: where only a share of the parts is checkpointed, those with the lowest
+    come first; ``WITH_ALL`` where it takes the whole share.
     """
 
     forwards: float
     backwards: float
     kept: float
     inputs: float | None = None
+    turn: float = 0
+
+
+WITH_ALL = math.inf
+
+
+def recomputed(parts: Sequence[Part], share: float) -> set[int]:
+    """Indexes of the parts, in the order in which they compute, that gradient checkpointing of this share computes
+    anew. Of those with the same turn the first come first: when they are computed anew, most of what was kept is gone.
+    """
+    able = [index for index, part in enumerate(parts) if part.inputs is not None]
+    if share >= 1:
+        return set(able)
+    taken = round(share * count_recomputable(parts))
+    return set(sorted(able, key=lambda index: parts[index].turn)[:taken])
+
+
+def count_recomputable(parts: Sequence[Part]) -> int:
+    """The parts that a share is a share of."""
+    return sum(part.inputs is not None and part.turn < WITH_ALL for part in parts)
 
 
 class Learning:

@@ -138,18 +138,23 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
     model = _model(info.architecture, host, busy)
     if model is not None:
         choose(model.targets, config)  # which finds what selects no layer
+
+    def placed(one: TrainConfig) -> TrainConfig:
+        return one if model is None else _placed(one, model, info, _size(one, info), precision, host)
+
     alike = [
         run
         for run in past.on(host.name, architecture_mark(info.architecture))
         if _values(run.config, _PACE) == _values(config, _PACE)
     ]
-    timed = [run for run in alike if run.pace][:_COMPARED]
+    # What they decided by the memory that was free is not known: it counts as what is free now.
+    timed = [dataclasses.replace(run, config=placed(run.config)) for run in alike if run.pace][:_COMPARED]
     speed: Speed | None
     if timed:
         speed = Speed((timed[0].pace or 1.0) * _work_on_picture(timed[0].config, info))
     else:
         speed = _speed(info.architecture, precision, size, host, busy)
-    training = _training(config, info, length, timed, speed)
+    training = _training(placed(config), info, length, timed, speed)
     if training is not None:
         learns = 0 if model is None else parameter_count(model.targets, config)
         weights = 0 if model is None else model.weights * number_bytes(precision.weight_dtype)
@@ -170,20 +175,24 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None and not config.gpus:
         there, together = host.model_bytes(), host.name == "a1111"
-        config = _placed(config, model, info, size, precision, host)
-        found["memory"] = in_use + memory_needed(model, size, config, precision, there, info.stored, together)
+        found["memory"] = in_use + memory_needed(model, size, placed(config), precision, there, info.stored, together)
     return found
 
 
 def _placed(
     config: TrainConfig, model: MetaModel, info: ModelInfo, size: tuple[int, int], precision: Precision, host: Host
 ) -> TrainConfig:
-    """``config`` with as many blocks in main memory as a run that began now would keep there."""
-    from lora_trainer.training.forecast import blocks_to_offload
+    """``config`` with as many parts computed anew, and blocks in main memory, as in a run that began now."""
+    from lora_trainer.models.base import Room
+    from lora_trainer.training.forecast import blocks_to_offload, parts_to_recompute
 
-    auto = config.offload_blocks == "auto" and config.gradient_checkpointing and host.name == "standalone"
-    free = free_memory(host) if auto and model.blocks and precision.device.type == "cuda" else None
-    if free is None:
+    free = free_memory(host) if precision.device.type == "cuda" else None
+    if config.gradient_checkpointing == "auto" and free is not None:
+        room = Room(free, host.model_bytes(), host.name == "a1111")
+        parts, total = parts_to_recompute(model, size, config, precision, room, info.stored)
+        config = dataclasses.replace(config, gradient_checkpointing=parts / total)
+    auto = config.offload_blocks == "auto" and config.given_gradient_checkpointing == 1 and host.name == "standalone"
+    if free is None or not auto or not model.blocks:
         return config
     blocks = blocks_to_offload(model, size, config, precision, free, info.stored)
     return dataclasses.replace(config, offload_blocks=blocks)

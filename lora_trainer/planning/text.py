@@ -159,7 +159,8 @@ def _cost(config: TrainConfig, info: ModelInfo, work: _Work, host: Host, past: P
             return found
         times = work.visits / work.trained
         length = work.tokens / work.trained
-        operations = model.operations(work.tokens * times, work.learned * times, length, config.gradient_checkpointing)
+        checkpointing = config.given_gradient_checkpointing
+        operations = model.operations(work.tokens * times, work.learned * times, length, checkpointing)
         training = Span.within(operations / (speed * _REST), TRIED)
     loading = Span.within(_LOADING + weights / _READ_BYTES, 3.0)
     ending = Span.within(_ENDING, 3.0)
@@ -192,7 +193,7 @@ def _memory(model: MetaLanguageModel, config: TrainConfig, precision: Precision,
     if config.quantize == "nf4":
         weights = (model.weights - model.in_blocks) * stored + model.in_blocks * _NF4_BYTES
     tokens = work.longest * min(config.batch_size, work.trained * config.repeats)
-    kept = model.kept(tokens, config.gradient_checkpointing) * computed
+    kept = model.kept(tokens, config.given_gradient_checkpointing) * computed
     held, processes = weights, len(config.gpus or ())
     if config.shard_base and processes > 1:
         absent = model.blocks * (1 - 1 / processes) - WHOLE_BLOCKS

@@ -12,11 +12,12 @@ import torch
 from lora_trainer.adapters.base import weight_shape
 from lora_trainer.adapters.inject import choose, parameter_count
 from lora_trainer.config.schema import TrainConfig
-from lora_trainer.models.base import LoraTarget, ModelArchitecture
+from lora_trainer.models.base import LoraTarget, ModelArchitecture, Room
 from lora_trainer.models.families import get_family
 from lora_trainer.models.family import MetaModel
 from lora_trainer.models.offload import BUFFERS, offloaded
 from lora_trainer.models.quantize import BYTES
+from lora_trainer.models.work import count_recomputable, recomputed
 from lora_trainer.training.change_inputs import kept_prompts, lessons
 from lora_trainer.training.precision import Precision
 
@@ -46,15 +47,18 @@ class Work:
 
 def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], config: TrainConfig) -> Work:
     """The work on one batch of pictures of ``resolution`` (width, height), whatever layers of the denoiser learn."""
-    operations = kept = largest = 0.0
+    operations = kept = fullest = 0.0
     further = _further_forwards(config, get_family(architecture.family).takes_negative(architecture))
-    for part in get_family(architecture.family).parts(architecture, resolution, config):
-        inputs = part.inputs if config.gradient_checkpointing else None
-        again = inputs is not None
-        operations += part.forwards * ((2 if again else 1) + further) + part.backwards
-        kept += part.kept if inputs is None else inputs
-        largest = max(largest, part.kept if again else 0)
-    return Work(operations, kept + _ANEW * largest)
+    parts = list(get_family(architecture.family).parts(architecture, resolution, config))
+    anew = recomputed(parts, config.given_gradient_checkpointing)
+    for index, part in enumerate(parts):
+        operations += part.forwards * ((2 if index in anew else 1) + further) + part.backwards
+        if index in anew:
+            kept += part.inputs or 0
+            fullest = max(fullest, kept + _ANEW * part.kept)  # what was kept after it is gone by then
+        else:
+            kept += part.kept
+    return Work(operations, max(kept, fullest))
 
 
 def _further_forwards(config: TrainConfig, takes_negative: bool) -> float:
@@ -79,7 +83,7 @@ def memory_needed(
 ) -> int:
     """Bytes that a run takes at its fullest moment: prompts or a picture being encoded, or a step; with the base
     model's own, but for the ``weights_there`` (bytes) that are on the device already. ``offload_blocks: auto`` counts
-    as 0.
+    as 0, ``gradient_checkpointing: auto`` as false.
 
     stored: see ``ModelInfo``. together: all parts of the base model are always on the device; else, where memory lacks,
     only the one that computes is, as ``models.residency`` has it.
@@ -102,6 +106,29 @@ def memory_needed(
             for parts, beside in moments.items()
         )
     )
+
+
+def parts_to_recompute(
+    model: MetaModel,
+    resolution: tuple[int, int],
+    config: TrainConfig,
+    precision: Precision,
+    room: Room,
+    stored: Mapping[str, int] | None = None,
+) -> tuple[int, int]:
+    """How many parts have to be computed anew (gradient checkpointing), at the least, for a step to fit into ``room``,
+    and of how many; all of them where not even that suffices. stored: see ``ModelInfo``."""
+    base = base_bytes(model, config, precision, stored)
+    lasting = ("unet", "text_encoders") if config.text_encoders_learn else ("unet",)
+    weights = sum(base.values()) if room.together else sum(base[part] for part in lasting)
+    free = room.free - max(0, weights - room.there)
+    parts = get_family(model.architecture.family).parts(model.architecture, resolution, config)
+    learning, total = learning_bytes(model.targets, config), max(1, count_recomputable(list(parts)))
+    for count in range(total):
+        tried = dataclasses.replace(config, gradient_checkpointing=count / total)
+        if _MARGIN * (learning + step_bytes(model, resolution, tried, precision)) <= free:
+            return count, total
+    return total, total
 
 
 def blocks_to_offload(

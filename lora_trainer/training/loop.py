@@ -110,7 +110,7 @@ class Trainer:
         self.steps_per_epoch, self.total_steps = source.steps_per_epoch, source.total_steps
         self.recovery = MemoryRecovery(
             MemoryMeasures(),
-            checkpointing=config.gradient_checkpointing,
+            checkpointing=config.given_gradient_checkpointing,
             may_move_optimizer=computes_on_cpu(config),
             set_gradient_checkpointing=model.set_gradient_checkpointing,
             make_room=make_room,

@@ -50,16 +50,17 @@ class MemoryRecovery:
     """Takes one measure after another when memory is short, and says so.
 
     may_move_optimizer: whether the optimizer can compute on the CPU.
-    set_gradient_checkpointing: switches it for the model. make_room: see ``Lender.make_room``.
+    checkpointing: the share of the model's parts that the settings say. set_gradient_checkpointing: sets that of the
+    model. make_room: see ``Lender.make_room``.
     """
 
     def __init__(
         self,
         measures: MemoryMeasures,
         *,
-        checkpointing: bool,
+        checkpointing: float,
         may_move_optimizer: bool,
-        set_gradient_checkpointing: Callable[[bool], None],
+        set_gradient_checkpointing: Callable[[float], None],
         make_room: Callable[[], None],
         on_warning: Callable[[str], None],
     ):
@@ -72,7 +73,7 @@ class MemoryRecovery:
     def apply(self, resumed: bool = False) -> None:
         """Begin with what the settings say and what was found before. resumed: in an interrupted run, by its state."""
         measures = self.measures
-        self._set_gradient_checkpointing(self._checkpointing or measures.gradient_checkpointing)
+        self._set_gradient_checkpointing(1 if measures.gradient_checkpointing else self._checkpointing)
         if resumed and (said := str(measures)):
             self._on_warning(f"Memory was short before, so this run continues with {said}.")
 
@@ -100,9 +101,9 @@ class MemoryRecovery:
                 " once. The batch size of a step stays the same."
             )
             return True
-        if not (self._checkpointing or measures.gradient_checkpointing or in_update):
+        if not (self._checkpointing == 1 or measures.gradient_checkpointing or in_update):
             measures.gradient_checkpointing = True
-            self._set_gradient_checkpointing(True)
+            self._set_gradient_checkpointing(1)
             self._on_warning(f"Out of memory in step {step}: gradient checkpointing is on for the rest of the run.")
             return True
         if self._may_move_optimizer and not measures.optimizer_on_cpu:

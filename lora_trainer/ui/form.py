@@ -46,6 +46,9 @@ _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_pr
            "export_diffusers": "Export for diffusers", "output_name": "Name"}  # fmt: skip
 
 
+_SWITCHED = {"": "automatic", "auto": "automatic", "true": "yes", "false": "no"}
+
+
 def label(name: str) -> str:
     """``text_encoder_lr`` -> "Text encoder learning rate"."""
     words = " ".join(_WORDS.get(word, word) for word in name.split("_"))
@@ -110,6 +113,10 @@ def control(name: str, attributes: dict[str, Any], placeholder: str | None = Non
     optional = origin in (types.UnionType, typing.Union)
     if optional:
         kinds = [option for option in options if option is not type(None)]
+        if len(kinds) > 1 and bool in kinds:  # a word beside yes and no
+            words = [*typing.get_args(kinds[0]), "true", "false"]
+            return _select([(word, _SWITCHED.get(word, word)) for word in words], str(default).lower(),
+                           attributes | {"data_type": "switch"})  # fmt: skip
         if len(kinds) > 1:  # a word or a number, such as "auto", 5, or empty for none
             return _text(str(default), "number", attributes | {"inputmode": "text"}, placeholder)
         (kind,) = kinds
@@ -119,8 +126,7 @@ def control(name: str, attributes: dict[str, Any], placeholder: str | None = Non
         attributes |= {"data_type": "choice"}
         if not optional:
             return tag("input", type="checkbox", **{**attributes, "data_type": "boolean"}, checked=default)
-        words = {"": "automatic", "true": "yes", "false": "no"}
-        return _select([(option, words[option]) for option in options], "", attributes)
+        return _select([(option, _SWITCHED[option]) for option in options], "", attributes)
     if origin is typing.Literal:
         attributes |= {"data_type": "number" if isinstance(options[0], int) else "choice"}
         options = (*options, *_of_plugins(name))

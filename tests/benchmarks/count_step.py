@@ -51,6 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora dropout": {"dora": True, "dropout": 0.1},
     "loha": {"adapter": "loha"},
     "lokr": {"adapter": "lokr"},
+    "lora quarter checkpointing": {"gradient_checkpointing": 0.25},
+    "lora half checkpointing": {"gradient_checkpointing": 0.5},
     "lora checkpointing": {"gradient_checkpointing": True},
 }
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,7 +88,7 @@ def count(
 def _ours(case: Case, config: TrainConfig, counter: Count, weights: torch.dtype, compute: torch.dtype) -> None:
     model = _model(case, weights, compute)
     adapters = AdapterSet.build(model.lora_targets(), config)
-    model.set_gradient_checkpointing(config.gradient_checkpointing)
+    model.set_gradient_checkpointing(config.given_gradient_checkpointing)
     with adapters, _real_tables(model):
         adapters.train()
         objective = DiffusionObjective(config, model, model.encode_prompts)

@@ -55,7 +55,7 @@ class Work:
     device: str = "auto"
     mixed_precision: str = "auto"
     weight_dtype: torch.dtype | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: float = False
     targets: str = "all"
     changes: tuple[tuple[str, Any], ...] = ()
 

@@ -22,6 +22,7 @@ BUDGETS = {
     ("sd1", "dora"): (1210, 9100),
     ("sd1", "lokr"): (1360, 8040),
     ("sdxl", "lora"): (1106, 8970),
+    ("sdxl", "lora half checkpointing"): (1370, 2330),
 }
 """Kernels, and KiB that autograd keeps."""
 

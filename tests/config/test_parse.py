@@ -271,6 +271,23 @@ def test_a_word_may_take_a_numbers_place(value, expected):
     assert config.offload_blocks == expected and from_mapping(parse_yaml(to_yaml(config))) == config
 
 
+@pytest.mark.parametrize("value, expected", [
+    ("auto", "auto"), (True, True), ("no", False), ("1", True), (0, False), (0.5, 0.5), ("0.25", 0.25), ("1.0", 1.0),
+])  # fmt: skip
+def test_a_word_or_a_number_may_take_the_place_of_yes_and_no(value, expected):
+    config = from_mapping({"gradient_checkpointing": value})
+    found = config.gradient_checkpointing
+    assert found == expected and type(found) is type(expected)
+    assert config.given_gradient_checkpointing == (0 if expected == "auto" else expected)
+    assert from_mapping(parse_yaml(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("value", [None, [], "some", 1.5, -1])
+def test_where_it_is_neither_all_are_named(value):
+    with pytest.raises(ConfigError, match=r"number from 0 to 1\. It may also be auto, true, false\.$"):
+        from_mapping({"gradient_checkpointing": value})
+
+
 @pytest.mark.parametrize("value", [None, [], "all", 1001, 1.5])
 def test_where_a_number_or_a_word_is_wrong_both_are_named(value):
     with pytest.raises(ConfigError, match=r"from 0 to 1000\. It may also be auto\.$"):

@@ -20,6 +20,7 @@ WORKS = {
     "sd1 batch 4": Work("sd1", device="cuda", batch_size=4),
     "sd1 loha": Work("sd1", device="cuda", changes=(("adapter", "loha"),)),
     "sdxl": Work("sdxl", device="cuda", resolution=1024),
+    "sdxl half checkpointing": Work("sdxl", device="cuda", resolution=1024, gradient_checkpointing=0.5),
     "sdxl checkpointing": Work("sdxl", device="cuda", resolution=1024, gradient_checkpointing=True),
 }
 

@@ -16,6 +16,7 @@ from lora_trainer.host.standalone import StandaloneHost
 from lora_trainer.jobs.estimating import estimate_job
 from lora_trainer.jobs.execution import lender_options
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.models.base import Room
 from lora_trainer.planning.cost import precision_of
 from lora_trainer.planning.memory import free_memory
 from lora_trainer.run import file_lender, train
@@ -162,6 +163,24 @@ def test_a_device_has_its_index_from_where_it_enters(a1111, webui):
         assert a1111.device() == a1111.lender("", LenderOptions()).device == gpu.device
         for device in ("auto", "cuda", CUDA):
             assert resolve(device, "auto").device == gpu.device
+
+
+def test_the_room_for_a_training_is_what_is_free_and_what_a_model_takes_there(a1111, webui, forge, fake_forge):
+    assert a1111.lender("", LenderOptions()).room() is None, "the CPU's memory is not looked at"
+    with pretended_gpu(memory=1 << 30) as gpu:
+        webui.devices.device = CUDA
+        webui.model.to(CUDA)
+        weights = sum(weight.nbytes for weight in webui.model.parameters())
+        room = a1111.lender("", LenderOptions()).room()
+        assert room == Room(room.free, weights, True) and 0 < room.free <= (1 << 30) - weights
+        webui.model.lowvram = True
+        assert not a1111.lender("", LenderOptions()).room().together
+        webui.model.lowvram = False
+        fake_forge.device = fake_forge.devices.device = gpu.device
+        lender = forge.lender("", LenderOptions())
+        with lender.borrow():
+            room = lender.room()
+            assert room == Room(room.free, forge.model_bytes()) and room.there > 0
 
 
 def test_what_a_run_takes_is_told_before_it(a1111, webui, settings, tmp_path):

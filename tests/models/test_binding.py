@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Conditioning, ModelInfo
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family
+from lora_trainer.models.families.unet.blocks import recomputable
 from lora_trainer.models.tokenizer import load_tokenizer
+from lora_trainer.models.work import recomputed
 from tests.models.conftest import SIZE_IDS
 from tests.tiny import tiny_sd1, tiny_sd2
 
@@ -177,7 +180,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(checkpoints
         return scale.grad
 
     calls: list[int] = []
-    watched = model.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    watched = model.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     watched.register_forward_pre_hook(lambda *_: calls.append(1))
     plain, plain_text, plain_calls = gradient(), text_gradient(), len(calls)
     model.set_gradient_checkpointing(True)
@@ -190,6 +193,37 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(checkpoints
     torch.testing.assert_close(checkpointed_text, plain_text)
     assert plain_text.abs() > 0
     torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_share_of_the_parts_is_computed_anew_those_that_the_forecast_counts(checkpoints, family):
+    model = build(load_file(str(checkpoints[family])))
+    parts, ran, gradients = recomputable(model.unet), [], {}
+    hooks = [part.register_forward_pre_hook(lambda part, inputs: ran.append(part)) for part in parts]
+    with torch.no_grad():
+        run(model)
+    for hook in hooks:
+        hook.remove()
+    counted = [part for part in get_family(family).parts(model.architecture, (64, 64), TrainConfig()) if part.inputs]
+    assert len(counted) == len(ran) == len(parts)
+    for share in (0, 0.2, 0.5, 0.8, 1):
+        model.set_gradient_checkpointing(share)
+        expected = {ran[index] for index in recomputed(counted, share)}
+        assert {part for part in parts if "forward" in vars(part)} == expected
+        assert len(expected) == round(share * len(parts))
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        run(model, latents).square().mean().backward()
+        gradients[share] = latents.grad
+    assert all(torch.equal(found, gradients[0]) for found in gradients.values())
+
+
+def test_the_outermost_transformer_blocks_come_first_and_the_innermost_resnets_last(checkpoints):
+    unet = build(load_file(str(checkpoints["sd1"]))).unet
+    names = {module: name for name, module in unet.named_modules()}
+    order = [names[part] for part in recomputable(unet)]
+    assert order[0] == "down_blocks.0.attentions.0.transformer_blocks.0" and order[-1].startswith("up_blocks.0.resnets")
+    kinds = ["resnets" in name for name in order]
+    assert kinds == sorted(kinds) and True in kinds
 
 
 def test_released_parts_are_let_go(checkpoints):

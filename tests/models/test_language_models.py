@@ -132,14 +132,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(base):
     with LanguageModelLender(base).borrow() as model:
         weight = model.lora_targets()[0].module.weight.requires_grad_()
         objective, calls = CausalLmObjective(model), []
-        model.network.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-        for enabled in (False, True):
-            model.set_gradient_checkpointing(enabled)
+        layers = model.network.model.layers
+        for layer in layers:
+            layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+        for share in (0, 0.5, 1):
+            model.set_gradient_checkpointing(share)
             calls.clear()
             loss = objective.loss(objective.inputs(batch))
             found.append(torch.autograd.grad(loss, weight)[0])
-            assert len(calls) == 1 + enabled
-    assert torch.equal(*found)
+            assert len(calls) == (1 + share) * len(layers)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_rows_of_unequal_length_do_not_see_what_they_are_filled_up_with(base):

@@ -240,10 +240,16 @@ def test_blocks_that_would_wait_in_main_memory_are_not_counted(monkeypatch):
     monkeypatch.setattr(cost, "free_memory", lambda host: 1_000)
 
     def placed(config, name="standalone", precision=card):
-        return cost._placed(config, model, info, (64, 64), precision, SimpleNamespace(name=name))
+        return cost._placed(config, model, info, (64, 64), precision, SimpleNamespace(name=name, model_bytes=lambda: 0))
 
     assert placed(config).offload_blocks == 5
     for kept in (placed(config, "forge"), placed(config, precision=resolve("cpu", "no"))):
         assert kept is config
     for given in (dataclasses.replace(config, offload_blocks=2), TrainConfig()):
         assert placed(given) is given
+    auto = placed(TrainConfig(gradient_checkpointing="auto"))
+    assert (auto.given_gradient_checkpointing, auto.offload_blocks) == (1, 5), "nothing waits before all is recomputed"
+    assert placed(TrainConfig(gradient_checkpointing="auto"), "forge").given_gradient_checkpointing == 1
+    monkeypatch.setattr(cost, "free_memory", lambda host: 1 << 40)
+    auto = placed(TrainConfig(gradient_checkpointing="auto"))
+    assert (auto.gradient_checkpointing, auto.offload_blocks) == (0, "auto")

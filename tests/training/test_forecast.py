@@ -16,6 +16,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.devices import torch_version
 from lora_trainer.errors import UserError
+from lora_trainer.models.base import Room
 from lora_trainer.models.checkpoint import FileLender
 from lora_trainer.models.detect import detect
 from lora_trainer.models.families import get_family, meta_model
@@ -29,6 +30,7 @@ from lora_trainer.training.forecast import (
     blocks_to_offload,
     learning_bytes,
     memory_needed,
+    parts_to_recompute,
     step_bytes,
     work_on_batch,
 )
@@ -42,6 +44,7 @@ SIDE, BATCH = 128, 2
 KINDS = [
     {},
     {"gradient_checkpointing": True},
+    {"gradient_checkpointing": 0.4},
     {"conv_rank": 4},
     {"dora": True},
     {"train_text_encoder": True},
@@ -64,7 +67,7 @@ def bases(tmp_path_factory):
 def trained(base, config, dtype=torch.float32):
     """A model that trains: (model, one forward pass to a loss)."""
     with FileLender(base, weight_dtype=dtype).borrow() as model:
-        model.set_gradient_checkpointing(config.gradient_checkpointing)
+        model.set_gradient_checkpointing(config.given_gradient_checkpointing)
         sizes = None if model.architecture.unet.added_channels is None else torch.zeros(BATCH, 6)
         latents, times = torch.randn(BATCH, 4, SIDE // 8, SIDE // 8), torch.full((BATCH,), 500)
 
@@ -169,6 +172,29 @@ def test_large_pictures_need_most_while_they_are_encoded():
         memory_needed(model, (side, side), config, resolve("cpu", "no"), weights_there=1 << 40) for side in (512, 1024)
     ]
     assert needed[1] == 5 * 4 * 128 * 1024**2 and needed[1] == pytest.approx(4 * needed[0], rel=0.2)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_as_many_parts_are_computed_anew_as_must(together):
+    model, size = meta_model(detect(sd1_shapes(**SD1_FULL))), (512, 512)
+    config, card = TrainConfig(batch_size=4, gradient_checkpointing="auto"), CARD
+    base = base_bytes(model, config, card)
+    weights = int(sum(base.values()) if together else base["unet"])
+
+    def needed(share):
+        tried = dataclasses.replace(config, gradient_checkpointing=share)
+        return 1.2 * (learning_bytes(model.targets, config) + step_bytes(model, size, tried, card))
+
+    def parts(free, there=0):
+        return parts_to_recompute(model, size, config, card, Room(int(free), there, together))
+
+    assert parts(weights + needed(0) + 1) == (0, 38), "16 transformer blocks and 22 resnets"
+    assert parts(0) == parts(weights + needed(1) - 1e6) == (38, 38)
+    few, total = parts(weights + needed(0) - (64 << 20))
+    assert 1 <= few <= 2
+    assert parts(needed(0) - (64 << 20) + 1, there=weights) == (few, total)
+    half, total = parts(weights + (needed(0) + needed(1)) / 2)
+    assert needed(half / total) <= (needed(0) + needed(1)) / 2 < needed((half - 1) / total) and half < 10
 
 
 def test_selecting_no_layer_is_an_error():

@@ -56,6 +56,17 @@ def test_the_optimizers_state_leaves_the_card(optimizer):
         assert parameter.device == gpu.device
 
 
+def test_where_a_share_of_the_parts_is_computed_anew_all_are_when_memory_is_short():
+    shares, warnings = [], []
+    recovery = MemoryRecovery(
+        MemoryMeasures(), checkpointing=0.5, may_move_optimizer=False, set_gradient_checkpointing=shares.append,
+        make_room=lambda: None, on_warning=warnings.append,
+    )  # fmt: skip
+    recovery.apply()
+    assert [recovery.take(1, 1, False) for _ in range(3)] == [True, True, False]
+    assert shares == [0.5, 1] and warnings[-1].endswith("gradient checkpointing is on for the rest of the run.")
+
+
 @pytest.mark.parametrize("optimizer, moves", [("adamw", True), ("adamw8bit", False), ("lion", True), ("mine", False)])
 def test_an_optimizer_that_may_not_compute_on_the_cpu_stays(tmp_path, optimizer, moves):
     """bitsandbytes' kernels are for cards, and of a plug-in nothing is known."""

@@ -177,3 +177,9 @@ def test_folders_of_the_server_are_offered_only_where_they_may_be_named():
 def test_a_setting_that_is_a_word_or_a_number_takes_both():
     markup = control("min_snr_gamma", {})
     assert "<input" in markup and 'value="auto"' in markup and 'data-type="number"' in markup
+
+
+def test_a_setting_that_is_a_word_beside_yes_and_no_offers_the_three():
+    elements = read_html(control("gradient_checkpointing", {})).elements
+    options = [attributes for tag, attributes in elements if tag == "option"]
+    assert [(one["value"], "selected" in one) for one in options] == [("auto", False), ("true", False), ("false", True)]

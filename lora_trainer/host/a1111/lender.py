@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,12 @@ class A1111Lender(WebuiLender):
                 field="vae",
                 remedy=f'Choose the VAE of {family.title} here, or as "SD VAE" in the settings.',
             )
+
+    def _weights(self, sd_model: Any) -> Iterable[Tensor]:
+        return sd_model.parameters()
+
+    def _together(self, sd_model: Any) -> bool:
+        return not getattr(sd_model, "lowvram", False)
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

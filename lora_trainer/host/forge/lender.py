@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,9 @@ class ForgeLender(WebuiLender):
         given = vars(getattr(self._webui.memory_management, "args", SimpleNamespace()))
         flags = [name for name, value in given.items() if name.startswith(f"{part}_in_fp8") and value]
         return f"Start Forge without --{flags[0].replace('_', '-')}." if flags else USE_FP16
+
+    def _weights(self, sd_model: Any) -> Iterable[Tensor]:
+        return [one for patcher in patchers(sd_model).values() for one in patcher.model.parameters()]
 
     # Beginning ----------------------------------------------------------------------------------------------------
 

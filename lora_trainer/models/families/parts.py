@@ -25,6 +25,20 @@ VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through i
 # The model draws no random numbers, and their state cannot be read while a CUDA graph is recorded.
 checkpoint = partial(_torch_checkpoint, use_reentrant=False, preserve_rng_state=False)
 
+
+def compute_anew(module: nn.Module, enabled: bool) -> None:
+    """Compute ``module`` anew in the backward pass instead of keeping what is inside, or no longer."""
+    vars(module).pop("forward", None)
+    if not enabled:
+        return
+    forward = module.forward
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        return checkpoint(forward, *inputs, **named) if torch.is_grad_enabled() else forward(*inputs, **named)
+
+    module.forward = run  # type: ignore[method-assign]
+
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

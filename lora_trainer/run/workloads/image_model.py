@@ -20,7 +20,7 @@ from lora_trainer.run.outputs import Outputs
 from lora_trainer.run.saving import LoraSaver
 from lora_trainer.run.workloads.base import digest
 from lora_trainer.training.callbacks import TrainCallbacks
-from lora_trainer.training.forecast import blocks_to_offload
+from lora_trainer.training.forecast import blocks_to_offload, parts_to_recompute
 from lora_trainer.training.precision import Precision, resolve
 from lora_trainer.training.preview import ModelPreviewer
 from lora_trainer.training.ranks import Ranks
@@ -53,13 +53,15 @@ class OfImageModel:
         )
 
     def placed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
-        """``config`` with ``offload_blocks`` decided, which the lender is told."""
+        """``config`` with ``gradient_checkpointing`` and ``offload_blocks`` decided, which the lender is told."""
+        if config.gradient_checkpointing == "auto":
+            config = self._checkpointed(config, callbacks)
         free = self._lender.room_for_blocks() if config.offload_blocks == "auto" else None
         if free is None:
             return config
         precision, model = resolve(config.device, config.mixed_precision), meta_model(self._info.architecture)
         blocks = blocks_to_offload(model, self._size, config, precision, free, self._info.stored)
-        if blocks and not config.gradient_checkpointing:
+        if blocks and config.given_gradient_checkpointing < 1:
             callbacks.on_warning(
                 f"The training may need more than the {_gb(free)} that are free on the GPU. With "
                 "gradient_checkpointing: true blocks of the base model could wait in main memory."
@@ -72,6 +74,19 @@ class OfImageModel:
                 "free on the GPU (offload_blocks: auto)."
             )
         return replace(config, offload_blocks=blocks)
+
+    def _checkpointed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
+        """As many parts as must; none where the memory of the device is not known."""
+        if (room := self._lender.room()) is None:
+            return replace(config, gradient_checkpointing=False)
+        device, info = resolve(config.device, config.mixed_precision), self._info
+        parts, total = parts_to_recompute(meta_model(info.architecture), self._size, config, device, room, info.stored)
+        if parts:
+            callbacks.on_warning(
+                f"Gradient checkpointing of {parts} of {total} parts of the model, as {_gb(room.free)} are free on the "
+                "GPU (gradient_checkpointing: auto)."
+            )
+        return replace(config, gradient_checkpointing=parts / total)
 
     def run_key(self, model: LentModel) -> dict[str, Any]:
         info = model.info

@@ -96,7 +96,7 @@ class Texts:
         return cls(config, split.trained, split)
 
     def placed(self, config: TrainConfig, callbacks: TrainCallbacks) -> TrainConfig:
-        return config
+        return replace(config, gradient_checkpointing=config.given_gradient_checkpointing)
 
     def run_key(self, model: LanguageModel) -> dict[str, Any]:
         return {

@@ -59,7 +59,7 @@ class LanguageModel(LentNetwork):
         # Its name in late releases of transformers 5, and before.
         known = inspect.signature(network.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
-        self.set_gradient_checkpointing(False)
+        self.set_gradient_checkpointing(0)
         self._softcap = getattr(network.config, "final_logit_softcapping", None)
 
     @property
@@ -101,13 +101,14 @@ class LanguageModel(LentNetwork):
     def addresses(self) -> tuple[int, ...]:
         return tuple(parameter.data_ptr() for parameter in self.network.parameters())
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Ours, around whole blocks: transformers' own works in training mode only, and differs between releases."""
-        for layer in self._layers:
+    def set_gradient_checkpointing(self, share: float) -> None:
+        """Ours, around whole blocks, the first ones: transformers' own works in training mode only, and differs between
+        releases."""
+        for index, layer in enumerate(self._layers):
             vars(layer).pop("forward", None)
             if self._blocks is not None:
                 layer.forward = _recomputed(partial(self._entered, layer, layer.forward))
-            elif enabled:
+            elif index < round(share * len(self._layers)):
                 layer.forward = _recomputed(layer.forward)
 
     def _entered(self, layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -124,7 +125,7 @@ class LanguageModel(LentNetwork):
         self._blocks, blocks = None, self._blocks
         if blocks is not None:
             blocks.clear()
-        self.set_gradient_checkpointing(False)
+        self.set_gradient_checkpointing(0)
         for module in self.network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

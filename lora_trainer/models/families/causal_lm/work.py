@@ -67,14 +67,18 @@ class MetaLanguageModel:
             tuple(targets), weights, sum(a * b for a, b in shapes), blocks, width, max(last, default=width), vocabulary
         )
 
-    def operations(self, tokens: float, learned: float, length: float, checkpointing: bool) -> float:
-        """Floating-point operations of a forward and backward pass on so many tokens. length: of a row."""
+    def operations(self, tokens: float, learned: float, length: float, checkpointing: float) -> float:
+        """Floating-point operations of a forward and backward pass on so many tokens. length: of a row. checkpointing:
+        the share of the blocks that are computed anew."""
         attention = 2 * self.blocks * self.width * length  # multiplications of each token with those before it
         block = 2 * (self.in_blocks + attention)
-        passes = 3 if checkpointing else 2  # forwards, again, backwards to the inputs alone
+        passes = 2 + checkpointing  # forwards, again, backwards to the inputs alone
         return passes * block * tokens + 4 * self.vocabulary * self.width * learned
 
-    def kept(self, tokens: float, checkpointing: bool) -> float:
+    def kept(self, tokens: float, checkpointing: float) -> float:
         """Numbers in memory at the fullest moment of a step on so many tokens at once."""
         block = _PER_WIDTH * self.width + _PER_INNER * self.inner
-        return tokens * (self.blocks * self.width + _ANEW * block if checkpointing else self.blocks * block)
+        kept = self.blocks * (checkpointing * self.width + (1 - checkpointing) * block)
+        # What is computed anew comes beside what was kept before it: the first blocks.
+        anew = checkpointing * self.blocks * self.width + _ANEW * block if checkpointing else 0
+        return tokens * max(kept, anew)

@@ -77,7 +77,7 @@ class FlowModel(PartedModel, ABC):
             reload=reload,
             blocks=blocks,
         )
-        self.set_gradient_checkpointing(False)
+        self.set_gradient_checkpointing(0)
 
     def _text_salt(self) -> str:
         """What, beside the text encoders' weights, decides on an encoding."""
@@ -101,15 +101,18 @@ class FlowModel(PartedModel, ABC):
         """Every layer that an adapter can attach to: the transformer's, then those of a CLIP that was not released."""
         return self.family.targets(self.unet, self.text_encoders[:1], self.architecture)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Compute each block of the transformer anew in the backward pass instead of keeping what is inside.
+    def set_gradient_checkpointing(self, share: float) -> None:
+        """Compute the first blocks of the transformer, this share, anew in the backward pass instead of keeping what is
+        inside.
 
-        It is always so where the weights that autograd would keep are elsewhere by then.
+        It is always so with all of them where the weights that autograd would keep are elsewhere by then.
         """
         if self.blocks is not None:
             self.unet.run = partial(checkpoint, self._entered)
-        else:
-            self.unet.run = checkpoint if enabled else directly
+            return
+        blocks = blocks_of(self.unet)
+        first = set(blocks[: round(share * len(blocks))])
+        self.unet.run = lambda block, *inputs: (checkpoint if block in first else directly)(block, *inputs)
 
     def _entered(self, block: nn.Module, *inputs: Tensor) -> Any:
         assert self.blocks is not None

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lora_trainer.devices import to_device
 from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseSchedule
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.families.parts import PartedModel, checkpoint, needs
+from lora_trainer.models.families.parts import PartedModel, checkpoint, compute_anew, needs
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, build_vae, text_body
-from lora_trainer.models.families.unet.blocks import slim
+from lora_trainer.models.families.unet.blocks import recomputable, slim
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.tokenizer import Tokenizer
 from lora_trainer.storage import dense_weight
@@ -134,18 +134,22 @@ class DiffusionModel(PartedModel):
         """Every layer that an adapter can attach to: the UNet's, then those of the text encoders not released."""
         return self.family.targets(self.unet, self.text_encoders, self.architecture)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them, in the UNet and the text encoders."""
+    def set_gradient_checkpointing(self, share: float) -> None:
+        """Recompute activations in the backward pass instead of keeping them: in this share of the UNet's parts, and
+        in the text encoders at 1."""
+        parts, enabled = recomputable(self.unet), share >= 1
+        for index, part in enumerate(parts):
+            compute_anew(part, index < round(share * len(parts)))
         for hook in self._input_grad_hooks:
             hook.remove()
         # transformers before 4.35 knows only the reentrant kind, which needs an input with a gradient.
         embeddings = [text_body(encoder).embeddings for encoder in self.text_encoders] if enabled else []
         self._input_grad_hooks = [module.register_forward_hook(_require_grad) for module in embeddings]
-        # Set directly, since the libraries' own switches differ between versions and warn about each other. They
+        # Set directly, since transformers' own switches differ between versions and warn about each other. They
         # checkpoint only what is in training mode; that is set on the very modules that checkpoint and on nothing
         # below them, so that it changes nothing else.
-        for module in (self.unet, *self.text_encoders):
-            for part in module.modules():
+        for encoder in self.text_encoders:
+            for part in encoder.modules():
                 if hasattr(part, "gradient_checkpointing"):
                     part.gradient_checkpointing = part.training = enabled
                     part._gradient_checkpointing_func = checkpoint

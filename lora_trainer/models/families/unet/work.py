@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.models.families.unet.architecture import Architecture, TextShape, UNetShape
 from lora_trainer.models.family import LatentFormat
-from lora_trainer.models.work import Learning, Part, lora_work
+from lora_trainer.models.work import WITH_ALL, Learning, Part, lora_work
 
 CONTEXT_TOKENS = 77
 
@@ -93,7 +93,8 @@ class _Walk:
         low_rank = (lora_work(9 * into, out, self._conv_rank) + lora_work(9 * out, out, self._conv_rank)) * area
         # Twice a normalization, an activation and a convolution.
         kept = 2 * (into + out) + self._given(into) + self._given(out)
-        return Part(*self._learning.passes(frozen, low_rank), kept * area, into * area)
+        turn = len(self._shape.channels) + level  # see ``recomputable``
+        return Part(*self._learning.passes(frozen, low_rank), kept * area, into * area, turn)
 
     def _transformer(self, channels: int, depth: int, level: int) -> Iterator[Part]:
         if not depth:
@@ -120,7 +121,7 @@ class _Walk:
         forwards, backwards = self._learning.passes(frozen + reading, low_rank)
         backwards -= 0 if self._text_learns else reading
         for _ in range(depth):
-            yield Part(forwards + attention, backwards + 2 * attention, kept, channels * area)
+            yield Part(forwards + attention, backwards + 2 * attention, kept, channels * area, level)
 
 
 def text_layer(shape: TextShape, config: TrainConfig) -> Part:
@@ -134,4 +135,4 @@ def text_layer(shape: TextShape, config: TrainConfig) -> Part:
     # activation.
     kept = (8 * width + 3 * hidden + 6 * learning.hidden(rank)) * tokens
     forwards, backwards = learning.passes(frozen, low_rank)
-    return Part(forwards + attention, backwards + 2 * attention, kept, width * tokens)
+    return Part(forwards + attention, backwards + 2 * attention, kept, width * tokens, WITH_ALL)
