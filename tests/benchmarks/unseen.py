@@ -64,7 +64,8 @@ def add_shapes() -> None:
 
 
 def run_config(shape: str, folder: Path, count: int, **changes: object) -> TrainConfig:
-    """The demo's settings for ``count`` pictures of another shape, without pictures of what the base knows."""
+    """The demo's settings for ``count`` pictures of another shape, without pictures of what the base knows; all the
+    usual layers and the text encoder learn."""
     pictures = folder / "pictures"
     if not (pictures / "metadata.csv").is_file():
         shapes.write_dataset(pictures, count, shape)
@@ -76,6 +77,10 @@ def run_config(shape: str, folder: Path, count: int, **changes: object) -> Train
         output_dir=str(folder),
         output_name=shape,
         description="",
+        target_modules=TrainConfig().target_modules,
+        train_text_encoder=True,
+        learning_rate=2e-3,
+        text_encoder_lr=1e-3,
         **changes,
     )
 
