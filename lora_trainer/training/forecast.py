@@ -64,7 +64,8 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
 def _further_forwards(config: TrainConfig, takes_negative: bool) -> float:
     """Forward passes on a picture beside the one that learns: those whose predictions are targets."""
     if config.task == "words":
-        terms = [len(lessons(config)[0][1])] + ([1] if kept_prompts(config, takes_negative) else [])
+        kept = config.protected_batches if kept_prompts(config, takes_negative) else 0
+        terms = [len(lessons(config)[0][1]), *[1] * kept]
         denoising = (2 if takes_negative else 1) * max(0, config.denoised_steps - 1) / 2  # half of the steps
         return denoising + sum(terms) / len(terms)
     if config.task == "pair":

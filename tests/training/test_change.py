@@ -288,7 +288,8 @@ def test_words_of_a_flow_model(flux, denoised):
 @pytest.mark.parametrize("takes_negative", [True, False])
 def test_what_words_compute_beside_the_loss_is_forecast(takes_negative, flux, tiny_base):
     """Targets, and pictures that are partly denoised: in two passes a step where there is a negative prompt."""
-    steps, prompts = 4, {"original_prompt": "a red circle", "target_prompt": "a red square"}
+    steps, prompts = 4, {"original_prompt": "a red circle", "target_prompt": "a red square", "guidance": 2.0,
+                         "protected_batches": 3}  # fmt: skip
     model, configure, adapters = flux
     with contextlib.ExitStack() as stack:
         if takes_negative:
@@ -300,7 +301,7 @@ def test_what_words_compute_beside_the_loss_is_forecast(takes_negative, flux, ti
         bare = partial(adapters.enabled, False)
         objective = WordObjective(config, model, model.encode_prompts, bare, adapters.multiplied)
         batches = words(model, config)
-        assert len(batches) == 1 + takes_negative
+        assert len(batches) == (4 if takes_negative else 1)
         noise = torch.randn(1, *batches[0].shape)
         level = objective.draw(batches[0], generator_for(0)).timesteps
         with FlopCounterMode(display=False) as one, torch.no_grad():
