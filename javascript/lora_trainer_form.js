@@ -71,8 +71,9 @@
         else control.value = short(value);
         if (control.tagName !== "SELECT" || control.selectedIndex >= 0) return;
         // A base model may be named by its path, as on the command line; a file may give a share instead of yes or no.
-        if (value && (control === form.control("base_model") || control.dataset.type === "switch")) control.append(app.el("option", {value}, value));
-        control.selectedIndex = value ? control.options.length - 1 : 0;
+        const given = value || value === 0;
+        if (given && (control === form.control("base_model") || control.dataset.type === "switch")) control.append(app.el("option", {value: short(value)}, short(value)));
+        control.selectedIndex = given ? control.options.length - 1 : 0;
     }
 
     const short = (value) =>

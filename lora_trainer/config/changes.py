@@ -44,8 +44,8 @@ class ChangeSettings:
     empty prompt is one of them, unless it is what changes."""
 
     protected_batches: int = setting(1, task="words", minimum=1, maximum=16)
-    """How many batches of the protected prompts each step has beside one of the change. More keep them better, and take
-    longer: with 3 a step takes twice the time of 1."""
+    """How many batches of the protected prompts each step has beside one of the change; no more than there are such
+    prompts. More keep them better, and take longer: with 3 a step takes twice the time of 1."""
 
     prompt_templates: list[str] = setting([], task="words", separator="\n")
     """Whole prompts in which the prompts above stand where they have {}, one a line, such as "a photo of {} in a park".

@@ -81,9 +81,8 @@ class ModelSettings:
         False, minimum=0, maximum=1, decides=False, fills_memory=True
     )
     """Recompute activations in the backward pass: a third of the activation memory or less, a third more time. auto:
-    those of as many parts of an image model as must for the training to fit into the memory that is free on the NVIDIA
-    or AMD GPU when it begins, else none; not yet tried on a card. A file may give the share of the parts, such as
-    0.5."""
+    only in as many parts of an image model as are needed for the training to fit into the memory that is free on the
+    NVIDIA or AMD GPU when it begins; not yet tried on a card. A file may give the share of the parts, such as 0.5."""
 
     cuda_graphs: Literal["auto", "off"] = setting("off", decides=False, fills_memory=True, sets_pace=True)
     """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a

@@ -31,12 +31,12 @@ def estimate_change(config: TrainConfig, info: ModelInfo, host: Host, past: Past
     buckets: list[dict[str, Any]] = []
     pictures = steps_per_epoch = visits_per_epoch = 0
     if config.task == "words":
-        from lora_trainer.training.change_inputs import WORD_STEPS, kept_prompts
+        from lora_trainer.training.change_inputs import WORD_STEPS, kept_batches
 
         look_at_data(config)
         steps = steps_per_epoch = config.max_train_steps or WORD_STEPS
-        kept = kept_prompts(config, info.architecture is None or family.takes_negative(info.architecture))
-        visits = float(steps * each * (1 + config.protected_batches if kept else 1))
+        takes_negative = info.architecture is None or family.takes_negative(info.architecture)
+        visits = float(steps * each * (1 + kept_batches(config, takes_negative)))
         size = parse_resolution(config.resolution)
         width, height = size if isinstance(size, tuple) else (side, side)
         buckets = [{"resolution": [width, height], "images": 1}]

@@ -61,8 +61,13 @@ def kept_prompts(config: TrainConfig, takes_negative: bool) -> list[str]:
     return list(dict.fromkeys([*empty, *config.protected_prompts]))
 
 
+def kept_batches(config: TrainConfig, takes_negative: bool) -> int:
+    """Batches of a step of what is to stay, beside each of the change: no more than there are prompts."""
+    return min(config.protected_batches, len(kept_prompts(config, takes_negative)))
+
+
 class WordSource:
-    """The ``Source`` of runs on words. A step is one lesson, and ``protected_batches`` of what is to stay.
+    """The ``Source`` of runs on words. A step is one lesson, and ``kept_batches`` of what is to stay.
 
     size: of the pictures, (width, height) in pixels.
     """
@@ -82,7 +87,8 @@ class WordSource:
         self._family = get_family(model.info.family)
         self._size, self._keep_model_parts = size, keep_model_parts
         self._lessons, self._templates = lessons(config), templates_of(config)
-        self._kept = kept_prompts(config, model.schedule.takes_negative())
+        takes_negative = model.schedule.takes_negative()
+        self._kept, self._kept_batches = kept_prompts(config, takes_negative), kept_batches(config, takes_negative)
         self._encoded: dict[str, Conditioning] = {}
         self.total_steps = self.steps_per_epoch = config.max_train_steps or WORD_STEPS
 
@@ -121,9 +127,9 @@ class WordSource:
         strength, batches = 1.0 if forth else -1.0, []
         count = config.gradient_accumulation_steps * config.batch_size
         for place in range(0, count, config.batch_size):
-            first, size, times = step * count + place, config.batch_size, config.protected_batches
+            first, size, times = step * count + place, config.batch_size, self._kept_batches
             batches.append(self._batch([student] * size, terms, strength, range(first, first + size)))
-            for start in range(first * times, (first + size) * times, size) if self._kept else ():
+            for start in range(first * times, (first + size) * times, size):
                 rows = range(start, start + size)
                 chosen = [self._kept[(row + (turn - step) * count * times) % len(self._kept)] for row in rows]
                 batches.append(self._batch(chosen, None, strength, rows))

@@ -18,7 +18,7 @@ from lora_trainer.models.family import MetaModel
 from lora_trainer.models.offload import BUFFERS, offloaded
 from lora_trainer.models.quantize import BYTES
 from lora_trainer.models.work import count_recomputable, recomputed
-from lora_trainer.training.change_inputs import kept_prompts, lessons
+from lora_trainer.training.change_inputs import kept_batches, lessons
 from lora_trainer.training.precision import Precision
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "lion": 4, "adafactor": 0.25}
@@ -64,8 +64,7 @@ def work_on_batch(architecture: ModelArchitecture, resolution: tuple[int, int], 
 def _further_forwards(config: TrainConfig, takes_negative: bool) -> float:
     """Forward passes on a picture beside the one that learns: those whose predictions are targets."""
     if config.task == "words":
-        kept = config.protected_batches if kept_prompts(config, takes_negative) else 0
-        terms = [len(lessons(config)[0][1]), *[1] * kept]
+        terms = [len(lessons(config)[0][1]), *[1] * kept_batches(config, takes_negative)]
         denoising = (2 if takes_negative else 1) * max(0, config.denoised_steps - 1) / 2  # half of the steps
         return denoising + sum(terms) / len(terms)
     if config.task == "pair":

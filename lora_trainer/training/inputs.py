@@ -107,7 +107,7 @@ class BatchSource:
         if self.unnamed == [""]:
             callbacks.on_warning(
                 "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
-                "what is learned."
+                "what is learned, or the captions have no other words. Give both, or set preserve: 0."
             )
         whole = self._found_whole and self.ranks.size == 1  # several look together, and not at one disk
         views, how = [] if whole else self._views(), (turn, callbacks, commands)

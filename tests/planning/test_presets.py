@@ -45,6 +45,13 @@ def test_one_thing_becomes_another_in_the_layers_of_a_unet_that_read_the_prompt(
     assert "target_modules" not in preset("turn", family="flux") and "target_modules" not in preset("turn")
 
 
+def test_one_thing_is_learned_with_others_of_its_kind_left_as_they_are():
+    """Flow models learn from one picture in a step: none of those is given away."""
+    kinds = ("character", "object", "style")
+    assert [preset(kind, family="sdxl").get("preserve", 0) for kind in kinds] == [0.3, 0.3, 0]
+    assert not preset("character", family="flux")["preserve"]
+
+
 @pytest.mark.parametrize("kind", PRESETS)
 def test_every_preset_is_a_configuration(idle, settings, kind):
     assert idle.submit({**settings, **preset(kind, 12, "sd1")}).status == "queued"

@@ -101,6 +101,17 @@ def test_the_settings_of_an_earlier_run_are_a_complete_preset(advanced, files, m
     assert [value(page, name) for name in ("lora_rank", "epochs", "dropout", "batch_size")] == ["6", "7", "0", "1"]
 
 
+@pytest.mark.parametrize(("said", "shown", "sent"), [("auto", "auto", "auto"), ("true", "true", True),
+                                                     ("0.25", "0.25", 0.25), ("0.0", "0", 0)])  # fmt: skip
+def test_a_share_of_gradient_checkpointing_from_a_file_is_shown_and_sent(advanced, said, shown, sent):
+    page = advanced
+    page.fill("#lora_trainer_yaml", f"gradient_checkpointing: {said}\n")
+    page.click("text=Use these settings")
+    page.wait_for_function("() => loraTrainer.form.faithful")
+    assert value(page, "gradient_checkpointing") == shown
+    assert page.evaluate("loraTrainer.form.settings().gradient_checkpointing") == sent
+
+
 def test_a_file_that_is_no_preset_is_said_and_changes_nothing(page, manager):
     folder = manager.folders.data / "presets"
     folder.mkdir(parents=True)

@@ -55,9 +55,10 @@ class FlowFamily(Family):
     quantized = offloads = True
     assume_roomy = False
     presets: Mapping[str, Mapping[str, Any]] = {
-        kind: {"learning_rate": 1e-4, "lora_rank": 16, "alpha": 16, "batch_size": 1, "gradient_checkpointing": True}
+        kind: {"learning_rate": 1e-4, "lora_rank": 16, "alpha": 16, "batch_size": 1, "gradient_checkpointing": True,
+               "preserve": 0.0}
         for kind in _KINDS
-    }
+    }  # fmt: skip
     encoders: Mapping[str, tuple[str, str]]
     needs_t5 = True
     vae_file: str
