@@ -148,13 +148,15 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
         if _values(run.config, _PACE) == _values(config, _PACE)
     ]
     # What they decided by the memory that was free is not known: it counts as what is free now.
-    timed = [dataclasses.replace(run, config=placed(run.config)) for run in alike if run.pace][:_COMPARED]
+    compared = [run for run in alike if run.pace][:_COMPARED]
+    timed = [dataclasses.replace(run, config=placed(run.config)) for run in compared]
+    now = placed(config)
     speed: Speed | None
     if timed:
         speed = Speed((timed[0].pace or 1.0) * _work_on_picture(timed[0].config, info))
     else:
         speed = _speed(info.architecture, precision, size, host, busy)
-    training = _training(placed(config), info, length, timed, speed)
+    training = _training(now, info, length, timed, speed)
     if training is not None:
         learns = 0 if model is None else parameter_count(model.targets, config)
         weights = 0 if model is None else model.weights * number_bytes(precision.weight_dtype)
@@ -175,7 +177,7 @@ def cost(config: TrainConfig, info: ModelInfo, length: Length, host: Host, past:
     in_use = _in_use_idle.get(precision.device)
     if found["memory"] is None and model is not None and in_use is not None and not config.gpus:
         there, together = host.model_bytes(), host.name == "a1111"
-        found["memory"] = in_use + memory_needed(model, size, placed(config), precision, there, info.stored, together)
+        found["memory"] = in_use + memory_needed(model, size, now, precision, there, info.stored, together)
     return found
 
 

@@ -96,7 +96,7 @@ def memory_needed(
     trained = learning_bytes(model.targets, config)
     in_step = trained + step_bytes(model, resolution, config, precision)
     moments = {
-        ("unet", "text_encoders") if config.text_encoders_learn else ("unet",): in_step,
+        _read_in_step(config): in_step,
         ("text_encoders",): trained,
         ("vae",): pictures * number_bytes(torch.float32),
     }
@@ -106,6 +106,11 @@ def memory_needed(
             for parts, beside in moments.items()
         )
     )
+
+
+def _read_in_step(config: TrainConfig) -> tuple[str, ...]:
+    """Parts of the base model that a step reads."""
+    return ("unet", "text_encoders") if config.text_encoders_learn else ("unet",)
 
 
 def parts_to_recompute(
@@ -119,8 +124,7 @@ def parts_to_recompute(
     """How many parts have to be computed anew (gradient checkpointing), at the least, for a step to fit into ``room``,
     and of how many; all of them where not even that suffices. stored: see ``ModelInfo``."""
     base = base_bytes(model, config, precision, stored)
-    lasting = ("unet", "text_encoders") if config.text_encoders_learn else ("unet",)
-    weights = sum(base.values()) if room.together else sum(base[part] for part in lasting)
+    weights = sum(base.values() if room.together else (base[part] for part in _read_in_step(config)))
     free = room.free - max(0, weights - room.there)
     parts = get_family(model.architecture.family).parts(model.architecture, resolution, config)
     learning, total = learning_bytes(model.targets, config), max(1, count_recomputable(list(parts)))
@@ -144,7 +148,7 @@ def blocks_to_offload(
     beside = learning_bytes(model.targets, config) + step_bytes(model, resolution, config, precision)
     for count in range(len(model.blocks)):
         base = base_bytes(model, dataclasses.replace(config, offload_blocks=count), precision, stored)
-        weights = base["unet"] + (base["text_encoders"] if config.text_encoders_learn else 0)
+        weights = sum(base[part] for part in _read_in_step(config))
         if weights + _MARGIN * beside <= free:
             return count
     return len(model.blocks)
