@@ -85,7 +85,7 @@
 
     const PARTS = {
         training: "training", previews: "previews", encoding: "encoding pictures and captions", loading: "loading",
-        saving: "saving", ending: "publishing",
+        known: "drawing what the model knows", saving: "saving", ending: "publishing",
     };
 
     /** From when to when, what that rests on, and what would shorten it where it is long. */

@@ -181,6 +181,7 @@
     const PHASES = {
         starting: "Preparing …", rows: "Reading the rows", captioning: "Describing the pictures", pictures: "Looking at the pictures",
         model: "Preparing the model", trying: "Trying one step", latents: "Encoding the pictures", captions: "Encoding the captions",
+        known: "Drawing what the model knows",
         measuring: "Measuring the held-out pictures", previews: "Drawing the previews", hashing: "Computing the base model's hash", saving: "Saving",
         merging: "Merging into the base model", publishing: "Putting it into your Lora tab",
         verifying: "Loading it back and trying it",

@@ -54,7 +54,7 @@ _DEPENDENCES = (
         lambda config: config.multires_noise_iterations > 0,
         "multires_noise_iterations is 0",
     ),
-    _Dependence(("preserve_words",), lambda config: config.preserve > 0, "preserve is 0"),
+    _Dependence(("preserve_words", "preserve_pictures"), lambda config: config.preserve > 0, "preserve is 0"),
     _Dependence(("prior_loss_weight",), lambda config: config.reg_data_dir is not None, "there is no reg_data_dir"),
     _Dependence(
         ("keep_tokens",),
@@ -90,9 +90,9 @@ _UNUSED_BY_WORDS = (
     "multires_noise_iterations", "multires_noise_discount", "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_PAIRS = (
-    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "preserve_words", "loss", "huber_c",
-    "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
-    "input_perturbation", "latent_sampling",
+    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "preserve_words", "preserve_pictures", "loss",
+    "huber_c", "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations",
+    "multires_noise_discount", "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_CHANGES = (
     "validation_share", "validation_steps", "early_stopping", "early_stopping_patience",
@@ -134,12 +134,13 @@ def _of_other_tasks(config: TrainConfig, task: str) -> dict[str, str]:
         reasons |= dict.fromkeys(("pair_weight", "pair_mask", "saved_strength"), "pair_method is copier")
     if task in CHANGES:
         reasons |= dict.fromkeys(_UNUSED_BY_CHANGES, "nothing is held out of a change")
+        reasons["preserve_pictures"] = "the base model draws nothing for a change"
     return reasons
 
 
 def unused_by(task: str) -> frozenset[str]:
     """The settings of image models that change nothing in a training of this kind, whatever the other settings are."""
-    names = set(_UNUSED_BY_CHANGES) if task in CHANGES else set()
+    names = {"preserve_pictures", *_UNUSED_BY_CHANGES} if task in CHANGES else set()
     return frozenset(names | set(_UNUSED_BY_WORDS) if task == "words" else names)
 
 

@@ -47,3 +47,17 @@ def unnamed_captions(
     for _ in range(MOST if texts else 0):
         found[unnamed(rng.choice(captions), trigger_word, rng.choice(words or WORDS))] = None
     return ["", *(text for text in found if text)][: MOST + 1]
+
+
+def other_captions(
+    captions: Sequence[Caption], trigger_word: str, seed: int, words: Sequence[str], count: int
+) -> list[str]:
+    """``count`` captions, each with another thing in the place of what is learned: ``words``, or else ``WORDS``, one
+    after the other. The same one comes again where there are no more. Empty ones where it is not known what is
+    learned."""
+    rng = random.Random(f"{seed}:others")
+    words = list(words) or rng.sample(WORDS, len(WORDS))
+    order: list[Caption] = []
+    while len(order) < count:
+        order += rng.sample(captions, len(captions))
+    return [unnamed(caption, trigger_word, words[place % len(words)]) for place, caption in enumerate(order[:count])]

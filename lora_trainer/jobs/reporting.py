@@ -26,7 +26,7 @@ MIN_INTERVAL = 0.25
 """Seconds between two writes of a job's progress: four a second are more than an eye follows."""
 
 _PARTS = {
-    "captioning": "captioning", "latents": "encoding", "captions": "encoding", "previews": "previews",
+    "captioning": "captioning", "latents": "encoding", "captions": "encoding", "known": "known", "previews": "previews",
     "measuring": "measuring", "hashing": "saving", "saving": "saving", "merging": "ending", "publishing": "ending",
     "verifying": "ending",
 }  # fmt: skip
@@ -80,8 +80,8 @@ class JobReporter(TrainCallbacks):
         new = name != self._phase
         self._add(self._part, self._watch.lap())
         self._part = "" if name == "training" else _PARTS.get(name, "loading")
-        if new and self._part == "encoding":
-            self._add("encoding", count=total - done)
+        if new and self._part in ("encoding", "known"):
+            self._add(self._part, count=total - done)
         if new and self._part == "measuring":
             self._add("measuring", count=1)
         self._phase = name

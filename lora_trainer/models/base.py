@@ -224,6 +224,11 @@ class LentModel(LentNetwork, Protocol):
         """
         ...
 
+    def latent_moments(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> the moments (B, 2C, h, w) fp32 of which ``sample_latents`` makes them, to
+        1e-6."""
+        ...
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1], fp32."""
         ...

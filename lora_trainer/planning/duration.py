@@ -28,6 +28,7 @@ _DECODING = 1.2  # a preview takes so many times what its steps take
 _ENCODER_OPERATIONS = 4.2e6  # for each pixel, of a VAE whose first level has 128 channels
 _READ_BYTES, _WRITTEN_BYTES = 3e8, 1e8  # a second
 _LOADING, _SAVING, _ENDING = 5.0, 0.5, 3.0  # seconds at least
+_CACHED = ("encoding", "known")  # what an earlier run may have left in the cache
 _LEARNING_BYTES = 14  # for each number that learns: the LoRA and the state to go on from
 
 
@@ -108,10 +109,12 @@ def measured_parts(
     drawn, drawn_before = sum(_drawn(config, size)), _drawn(old, old_size)
     pixels = math.prod(size) / math.prod(old_size)
     amounts = {"loading": 1.0, "encoding": 2 * length.pictures * pixels, "saving": saves(config, length), "ending": 1.0}
+    if config.preserve:
+        amounts["known"] = config.preserve_pictures * pixels
     if drawn_before:
         amounts["previews"] = preview_times(config, length) * drawn * len(drawn_before) / sum(drawn_before)
     return {
-        name: Span.within(timings[name][0] / timings[name][1] * amount, MEASURED, may_be_saved=name == "encoding")
+        name: Span.within(timings[name][0] / timings[name][1] * amount, MEASURED, may_be_saved=name in _CACHED)
         for name, amount in amounts.items()
         if timings.get(name, (0.0, 0))[1]
     }
@@ -121,14 +124,19 @@ def forecast_parts(
     architecture: Any, config: TrainConfig, size: Size, length: Length, speed: Speed | None, to_load: float, learns: int
 ) -> dict[str, Span]:
     """All parts but the training before any run. to_load: bytes of weights. learns: numbers that learn."""
+    from lora_trainer.training.base_pictures import STEPS
+
     loading = _LOADING + to_load / _READ_BYTES
     saving = saves(config, length) * (_SAVING + learns * _LEARNING_BYTES / _WRITTEN_BYTES)
     found = {"loading": loading, "saving": saving, "ending": _ENDING}
     if speed is not None:
         drawn = preview_times(config, length) * sum(_drawn(config, size)) / math.prod(size)
-        found["previews"] = drawn * _DECODING * _guided_step(architecture, config, size, speed)
+        each = _guided_step(architecture, config, size, speed)
+        found["previews"] = drawn * _DECODING * each
+        if config.preserve and config.preserve_pictures:
+            found["known"] = config.preserve_pictures * STEPS * each
         found["encoding"] = length.pictures * _encoding_operations(architecture, size) / speed.operations
-    return {name: Span.within(one, _GUESSED, may_be_saved=name == "encoding") for name, one in found.items()}
+    return {name: Span.within(one, _GUESSED, may_be_saved=name in _CACHED) for name, one in found.items()}
 
 
 def _guided_step(architecture: Any, config: TrainConfig, size: Size, speed: Speed) -> float:

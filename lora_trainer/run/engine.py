@@ -238,8 +238,8 @@ def _refuse_other_data(run_key: Mapping[str, Any], ranks: Ranks) -> None:
             )
 
 
-_LATER = {"prompt_templates": [], "preserve_words": [], "base_precision": "stored", "min_scale": 1.0,
-          "protected_batches": 1}  # fmt: skip
+_LATER = {"prompt_templates": [], "preserve_words": [], "preserve_pictures": 0, "base_precision": "stored",
+          "min_scale": 1.0, "protected_batches": 1}  # fmt: skip
 """Settings that runs of before did not have, with what these did: such a run goes on."""
 
 

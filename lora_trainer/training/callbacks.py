@@ -41,9 +41,9 @@ class TrainCallbacks:
     def on_phase(self, name: str, done: int, total: int) -> None:
         """What the run is doing, and how far it is; total 0 where that is not counted.
 
-        Before the steps: "captioning", "pictures", "model", "trying", "latents", "captions". Around them: "measuring",
-        "previews", "hashing", "saving", and "training" (counted in steps) as the steps begin or go on. At the end:
-        "merging".
+        Before the steps: "captioning", "pictures", "model", "trying", "latents", "captions", "known". Around them:
+        "measuring", "previews", "hashing", "saving", and "training" (counted in steps) as the steps begin or go on. At
+        the end: "merging".
         """
 
     def on_step(self, report: StepReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,20 +18,20 @@ from lora_trainer.config.schema import TrainConfig
 from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
 from lora_trainer.dataset.caption_files import some
-from lora_trainer.dataset.captions import one_of, train_text
 from lora_trainer.dataset.images import load_mask, load_view
 from lora_trainer.dataset.samples import Dataset, View
-from lora_trainer.dataset.unnamed import unnamed_captions
 from lora_trainer.devices import to_device
 from lora_trainer.errors import RetryError, UserError
 from lora_trainer.files import sha256_file
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.out_of_memory import OutOfMemoryError, with_room
+from lora_trainer.training.base_pictures import BasePictures
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.ranks import ALONE, Ranks
+from lora_trainer.training.run_captions import RunCaptions
 from lora_trainer.training.sharing import Item, shared_out
 from lora_trainer.training.source import WHOLE, Turn, ahead
 
@@ -74,14 +75,13 @@ class BatchSource:
         self._pictures_vary = config.random_crop or config.min_scale < 1 or bool(config.augmentations)
         self._vae_key = plugins.marked(model.vae_key, "family", model.info.family)
         self._text_key = plugins.marked(model.text_key, "family", model.info.family)
-        captions_vary = config.shuffle_tags or config.tag_dropout > 0 or config.wildcards
-        self.caches_prompts = not captions_vary and not config.train_text_encoder
-        self.unnamed = self._unnamed_captions() if config.preserve else []
-        self._known_texts: list[str] = []
+        self.captions = RunCaptions(config, dataset)
+        self.caches_prompts = not self.captions.vary and not config.train_text_encoder
         self._found_whole = False  # the cache has all that the run reads, so prepare need not look again
         self._epoch_batches = lru_cache(maxsize=2)(plan.epoch)
         self._visits_before = lru_cache(maxsize=2)(self._count_visits)
         self._mask_digest = lru_cache(maxsize=None)(sha256_file)
+        self.base_pictures = self._base_pictures() if config.preserve and config.preserve_pictures else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,9 +102,10 @@ class BatchSource:
         Raises:
             UserError: a picture cannot be read, or not even one fits into the device's memory.
         """
-        texts, self._known_texts = self._texts(), []
+        texts = self.captions.texts
+        self.captions.forget()
         self._tell_cut_captions(texts, callbacks)
-        if self.unnamed == [""]:
+        if set(self.captions.unnamed) == {""}:
             callbacks.on_warning(
                 "preserve keeps only what the empty caption gives: no trigger_word and no bold part of a caption says "
                 "what is learned, or the captions have no other words. Give both, or set preserve: 0."
@@ -122,17 +123,31 @@ class BatchSource:
                 return False
             if not self.keep_model_parts:
                 self.model.release("text_encoders")
-        return True
+        pictures = self.base_pictures
+        if pictures is None or whole:
+            return True
+        return self._shared_out(pictures.all, lambda some: pictures.draw(some, *how))
 
-    def _texts(self) -> list[str]:
-        """Of each sample its caption as it is where nothing is drawn; kept until ``prepare`` has read them."""
-        if not self._known_texts:
-            self._known_texts = [self._text(index, None) for index in range(len(self.dataset.samples))]
-        return self._known_texts
+    def _base_pictures(self) -> BasePictures:
+        own = (view for batch in self._epoch_batches(0) for view in batch if not self._regularizes(view))
+        return BasePictures(
+            self.config,
+            self.model,
+            self.cache,
+            self.captions.unnamed[1:],
+            Counter(view.bucket for view in own),
+            f"{self.model.network_key}:{self._text_key}:{self.precision.name}",
+            self._read_conditioning if self.caches_prompts else self.encode_prompts,
+            self.make_room,
+            self.ranks,
+        )
+
+    def _regularizes(self, view: View) -> bool:
+        return self.dataset.samples[view.sample].is_regularization
 
     def _captions(self, views: Sequence[View], texts: Sequence[str]) -> list[str]:
         """All that are encoded before the steps."""
-        return sorted({"", *(texts[view.sample] for view in views), *self.unnamed})
+        return sorted({"", *(texts[view.sample] for view in views), *self.captions.unnamed})
 
     def _shared_out(self, items: Sequence[Item], encode: Callable[[Sequence[Item]], bool]) -> bool:
         return shared_out(items, encode, self.cache, self.ranks)
@@ -269,7 +284,9 @@ class BatchSource:
         views = self._views()
         if any(self._latent_key(view) not in self.cache for view in views):
             return True
-        captions = self._captions(views, self._texts()) if self.caches_prompts else []
+        if self.base_pictures is not None and self.base_pictures.missing:
+            return True
+        captions = self._captions(views, self.captions.texts) if self.caches_prompts else []
         self._found_whole = all(self._prompt_key(caption) in self.cache for caption in captions)
         return not self._found_whole
 
@@ -286,7 +303,7 @@ class BatchSource:
         views, silent = batches[order[number]], TrainCallbacks()
         if not self._encode_latents(views, turn, silent, commands):
             return None
-        texts = [self._text(view.sample, None) for view in views]
+        texts = [self.captions.text(view.sample) for view in views]
         if self.caches_prompts and not self._encode_captions(["", *texts], turn, silent, commands):
             return None
         return self._batch(views, 0, self._visits_before(0)[order[number]], preserves=False)
@@ -317,16 +334,17 @@ class BatchSource:
         """
         samples = [self.dataset.samples[view.sample] for view in views]
         preserved = self._preserved(views, epoch, visit) if preserves and self.config.preserve else None
-        captions = tuple(
-            self._caption(view.sample, epoch, visit + offset, offset in (preserved or ()))
+        shown = [
+            self._shown(view, f"{self.config.seed}:{epoch}:{visit + offset}", offset in (preserved or ()))
             for offset, view in enumerate(views)
-        )
+        ]
+        captions = tuple(caption for _, caption, _ in shown)
         prior = self.config.prior_loss_weight
         return Batch(
-            moments=torch.stack([self._read(self._latent_key(view))["moments"] for view in views]),
+            moments=torch.stack([self._read(key)["moments"] for key, _, _ in shown]),
             captions=captions,
             conditioning=self._read_conditioning(captions) if self.caches_prompts else None,
-            time_ids=self.family.time_ids([view.time_ids for view in views]),
+            time_ids=self.family.time_ids([time_ids for _, _, time_ids in shown]),
             mask=torch.stack([self._mask(view) for view in views]) if self.config.use_masks else None,
             weights=torch.tensor([prior if sample.is_regularization else 1.0 for sample in samples]),
             preserved=None if preserved is None else torch.tensor([at in preserved for at in range(len(views))]),
@@ -335,41 +353,18 @@ class BatchSource:
     def _preserved(self, views: Sequence[View], epoch: int, visit: int) -> set[int]:
         """Places in the batch that keep what the base knows: ``preserve`` of them, chance rounds up or down."""
         rng = random.Random(f"{self.config.seed}:{epoch}:{visit}:preserve")
-        own = [at for at, view in enumerate(views) if not self.dataset.samples[view.sample].is_regularization]
+        own = [at for at, view in enumerate(views) if not self._regularizes(view)]
         return set(rng.sample(own, int(self.config.preserve * len(own) + rng.random())))
 
-    def _caption(self, index: int, epoch: int, visit: int, preserved: bool = False) -> str:
-        rng = random.Random(f"{self.config.seed}:{epoch}:{visit}")
-        if preserved:
-            return rng.choice(self.unnamed)
-        if rng.random() < self.config.caption_dropout:
-            return ""
-        return self._text(index, rng)
-
-    def _unnamed_captions(self) -> list[str]:
-        captions = [
-            one_of(sample.caption, self.config.wildcards, None)
-            for sample in self.dataset.samples
-            if not sample.is_regularization
-        ]
-        return unnamed_captions(
-            captions, self.config.trigger_word, self.config.seed, self.config.preserve_words
-        )
-
-    def _text(self, index: int, rng: random.Random | None) -> str:
-        sample = self.dataset.samples[index]
-        text = train_text(
-            one_of(sample.caption, self.config.wildcards, rng),
-            trigger_word="" if sample.is_regularization else self.config.trigger_word,
-            keep_tokens=self.config.keep_tokens,
-            shuffle=self.config.shuffle_tags,
-            tag_dropout=self.config.tag_dropout,
-            rng=rng,
-            weighted=self.config.weighted_captions,
-        )
-        if not (separator := self.config.secondary_separator):
-            return text
-        return ", ".join(part for piece in text.split(separator) if (part := piece.strip(" ,")))
+    def _shown(self, view: View, dice: str, preserved: bool) -> tuple[str, str, tuple[int, ...]]:
+        """Key of the moments, caption and time_ids of a picture. dice: names those of its caption."""
+        rng = random.Random(dice)
+        if not preserved:
+            return self._latent_key(view), self.captions.shown(view.sample, rng), view.time_ids
+        if self.base_pictures is None:
+            return self._latent_key(view), rng.choice(self.captions.unnamed), view.time_ids
+        picture, caption = self.base_pictures.choose(view.bucket, rng)
+        return picture.key, caption, self.base_pictures.time_ids(picture.size)
 
     def _read_conditioning(self, captions: Sequence[str]) -> Conditioning:
         def read(caption: str) -> Conditioning:

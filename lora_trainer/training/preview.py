@@ -17,7 +17,7 @@ from lora_trainer.models.families import get_family
 from lora_trainer.out_of_memory import first_line, is_out_of_memory, release_memory
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.protocols import Previewer
-from lora_trainer.training.sampling import guided_pred, sampler_of, told_of_guidance, usual_cfg
+from lora_trainer.training.sampling import denoise, usual_cfg
 from lora_trainer.training.source import Turn
 
 
@@ -43,17 +43,12 @@ def sample(
     latent_format = family.latents
     width, height = (side - side % latent_format.multiple for side in (width, height))
     schedule = model.schedule
-    sampler = sampler_of(schedule, steps)
     cfg = usual_cfg(schedule) if cfg is None else cfg
     prompts = [negative, prompt] if schedule.takes_negative(cfg) else [prompt]
-    conditioning = told_of_guidance(schedule, model.encode_prompts(prompts).to(model.device), cfg)
     time_ids = family.time_ids([(height, width, 0, 0, height, width)] * len(prompts))
-    time_ids = None if time_ids is None else time_ids.to(model.device)
-
     shape = (1, latent_format.channels, *reversed(latent_format.size(width, height)))
-    latents = torch.randn(shape, generator=generator_for(seed, "preview")).to(model.device)
-    for index, level in enumerate(sampler.levels):
-        latents = sampler.step(guided_pred(model, latents, level, conditioning, time_ids, cfg), index, latents)
+    noise = torch.randn(shape, generator=generator_for(seed, "preview"))
+    latents = denoise(model, model.encode_prompts(prompts), noise, time_ids, steps, cfg)
     return _to_image(model.decode_latents(latents))
 
 

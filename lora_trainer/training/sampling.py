@@ -1,4 +1,4 @@
-"""Steps of a sampler on the lent model: for previews, and for latents that are half denoised."""
+"""Steps of a sampler on the lent model: for pictures, and for latents that are half denoised."""
 
 from __future__ import annotations
 
@@ -89,6 +89,21 @@ def guided_pred(
         return model_pred
     negative, positive = model_pred.chunk(2)
     return negative + cfg * (positive - negative)
+
+
+@torch.no_grad()
+def denoise(
+    model: LentModel, conditioning: Conditioning, latents: Tensor, time_ids: Tensor | None, steps: int, cfg: float
+) -> Tensor:
+    """Noise -> scaled latents of pictures (B, C, h, w), on the model's device. conditioning, time_ids: see
+    ``guided_pred``. Call it in a turn."""
+    sampler = sampler_of(model.schedule, steps)
+    conditioning = told_of_guidance(model.schedule, conditioning.to(model.device), cfg)
+    time_ids = None if time_ids is None else time_ids.to(model.device)
+    latents = latents.to(model.device)
+    for index, level in enumerate(sampler.levels):
+        latents = sampler.step(guided_pred(model, latents, level, conditioning, time_ids, cfg), index, latents)
+    return latents
 
 
 def _ddim_scheduler(schedule: NoiseSchedule) -> Any:

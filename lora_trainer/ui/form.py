@@ -37,7 +37,7 @@ _LABELS = {"min_snr_gamma": "Min-SNR gamma", "cuda_graphs": "CUDA graphs", "v_pr
            "gpus": "GPUs", "shard_base": "Shard the base model",
            "optimizer_args": "Optimizer arguments", "init_lora": "Start from a LoRA", "tensorboard": "TensorBoard",
            "reg_data_dir": "Regularization folder", "preserve": "Keep what the model knows",
-           "preserve_words": "Words to preserve",
+           "preserve_words": "Words to preserve", "preserve_pictures": "Pictures to preserve",
            "merge_into_base": "Merge into base model",
            "block_lr_weights": "Block learning rate weights", "cache_dir": "Cache folder", "flip": "Mirror",
            "multires_noise_iterations": "Multi-resolution noise iterations", "lora_rank": "Rank",

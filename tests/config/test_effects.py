@@ -25,6 +25,7 @@ from lora_trainer.models.families import get_family
         ("multires_noise_discount", 0.2, {"multires_noise_iterations": 6}),
         ("prior_loss_weight", 0.5, {"reg_data_dir": "reg"}),
         ("preserve_words", ["a dog"], {"preserve": 0.3}),
+        ("preserve_pictures", 8, {"preserve": 0.3}),
         ("keep_tokens", 1, {"shuffle_tags": True}),
         ("keep_tokens", 1, {"tag_dropout": 0.1}),
         ("min_bucket_resolution", 320, {"enable_bucket": True}),

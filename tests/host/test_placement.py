@@ -30,7 +30,8 @@ ADAPTERS = {
     "lora": {"conv_rank": 2, "dropout": 0.1},
     "loha": {"adapter": "loha"},
     "text": {"train_text_encoder": True, "gradient_checkpointing": True, "dora": True},
-    "preserve": {"preserve": 0.5, "trigger_word": "zwx", "shuffle_tags": True, "cuda_graphs": "auto"},
+    "preserve": {"preserve": 0.5, "trigger_word": "zwx", "shuffle_tags": True, "cuda_graphs": "auto",
+                 "preserve_pictures": 2},
     "words": {"task": "words", "original_prompt": "a disc", "target_prompt": "a ring", "denoised_steps": 3,
               "train_data_dir": "", "preview_prompts": ["a disc --s 1"]},
 }

@@ -53,6 +53,8 @@ def test_each_part_gets_its_seconds_and_counts(reporter, tmp_path):
     after(8).on_phase("latents", 6, 6)
     after(0).on_phase("captions", 0, 6)
     after(2).on_phase("captions", 6, 6)
+    after(0).on_phase("known", 2, 5)
+    after(4).on_phase("known", 5, 5)
     after(7).on_preview(tmp_path / "a.png", 0, "x")
     after(9)
     step(1, 4.0)
@@ -68,7 +70,7 @@ def test_each_part_gets_its_seconds_and_counts(reporter, tmp_path):
     after(3)
     assert reporter.timings() == {
         "loading": [10.0, 1], "encoding": [10.0, 10], "previews": [13.0, 2], "training": [2.5, 6],
-        "saving": [3.0, 1], "ending": [3.0, 1],
+        "saving": [3.0, 1], "ending": [3.0, 1], "known": [4.0, 3],
     }  # fmt: skip
 
 

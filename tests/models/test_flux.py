@@ -172,6 +172,8 @@ def test_latents_have_flux_scale_and_shift(base):
         moments = torch.randn(1, 32, 4, 4)
         latents = model.sample_latents(moments, None)
         torch.testing.assert_close(latents, (moments[:, :16] - 0.1159) * 0.3611)
+        again = model.sample_latents(model.latent_moments(latents), torch.Generator().manual_seed(1))
+        torch.testing.assert_close(again, latents, rtol=1e-5, atol=1e-5)
         decoded = model.decode_latents(latents)
         assert decoded.shape == (1, 3, 32, 32)
 

@@ -57,6 +57,7 @@ def test_latents_are_the_scaled_posterior(checkpoints):
         noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
         drawn = model.sample_latents(moments, torch.Generator().manual_seed(5))
         close(drawn, 0.13025 * (mean + torch.exp(log_variance / 2) * noise))
+        close(model.sample_latents(model.latent_moments(drawn), torch.Generator().manual_seed(1)), drawn)
 
 
 def test_a_clip_skip_beyond_the_layers_is_said(checkpoints):

@@ -222,6 +222,22 @@ def test_a_forecast_has_a_wide_range_with_previews_loading_and_saving(idle, host
     assert fewer["parts"]["previews"] == pytest.approx(facts["parts"]["previews"] * 2 / 6)
 
 
+def test_the_pictures_that_the_base_draws_take_their_time(idle, host, settings, known):
+    wanted = {**settings, "max_train_steps": 50, "preserve": 0.3, "preview_prompts": ["a cat"]}
+    own = estimate_job(wanted, host, idle.store)
+    drawn = estimate_job({**wanted, "preserve_pictures": 24}, host, idle.store)
+    assert "known" not in own["parts"] and drawn["parts"]["training"] == own["parts"]["training"]
+    assert drawn["parts"]["known"] == pytest.approx(24 * own["parts"]["previews"] / 2 / 1.2)
+    assert drawn["minutes_low"] == pytest.approx(own["minutes_low"]), "they may be there already"
+    assert "known" not in estimate_job({**wanted, "preserve": 0, "preserve_pictures": 24}, host, idle.store)["parts"]
+
+
+def test_the_pictures_that_the_base_drew_before_say_how_long_others_take(manager, host, settings, known, trained):
+    manager.store.update(trained, timings={**TIMINGS, "known": [12.0, 4]})
+    wanted = {**settings, "preserve": 0.3, "preserve_pictures": 24}
+    assert estimate_job(wanted, host, manager.store)["parts"]["known"] == pytest.approx(24 * 3 / 60)
+
+
 def test_what_would_shorten_a_long_run_on_a_processor_is_said(idle, host, settings, known):
     wanted = {**settings, "epochs": 3000, "resolution": "512"}
     facts = estimate_job(wanted, host, idle.store)

@@ -177,7 +177,7 @@ def test_on_a_base_in_nf4_it_stops_and_resumes_to_the_same_bits_and_says_so(sett
     assert train(config, file_lender(config), callbacks=callbacks, commands=commands).status == "stopped"
     keys = [named_state(str(next((tmp_path / name).rglob("*.state")))).run_key for name in ("stopped", "stored")]
     assert keys[0].pop("base_precision") == "nf4" and keys[0].keys() == keys[1].keys(), "older runs go on as well"
-    assert not {"prompt_templates", "preserve_words", "min_scale"} & keys[0].keys(), "likewise"
+    assert not {"prompt_templates", "preserve_words", "preserve_pictures", "min_scale"} & keys[0].keys(), "likewise"
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["base_model"]
     resumed = train(config, file_lender(config))
     assert resumed.status == "finished"

@@ -102,13 +102,16 @@ def test_a_change_is_learned_on_a_gpu_as_on_the_cpu(settings, tmp_path, name):
 
 
 KEPT = {"preserve": 0.5, "trigger_word": "zwx", "validation_share": 0.3, "validation_steps": 1, "shuffle_tags": True}
+DRAWN = {"preserve": 0.5, "trigger_word": "zwx", "preserve_pictures": 2}
 
 
-@pytest.mark.parametrize("device", ["mps", pytest.param("cuda:0", marks=pytest.mark.slow)])
-def test_what_is_preserved_and_measured_on_a_gpu(settings, tmp_path, device):
+@pytest.mark.parametrize(
+    ("device", "kept"), [("mps", KEPT), ("mps", DRAWN), pytest.param("cuda:0", KEPT, marks=pytest.mark.slow)]
+)
+def test_what_is_preserved_and_measured_on_a_gpu(settings, tmp_path, device, kept):
     with pretended_gpu(device):
-        there = run(settings, tmp_path / "gpu", mixed_precision="no", device=device, **KEPT)
-    assert_alike(there, run(settings, tmp_path / "cpu", device="cpu", **KEPT))
+        there = run(settings, tmp_path / "gpu", mixed_precision="no", device=device, **kept)
+    assert_alike(there, run(settings, tmp_path / "cpu", device="cpu", **kept))
 
 
 @pytest.mark.slow

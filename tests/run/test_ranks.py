@@ -36,7 +36,8 @@ def base(tmp_path_factory, tiny_base):
     }
 
 
-CROPS = {"ema_decay": 0.9, "module_dropout": 0.3, "random_crop": True, "flip": True, "epochs": 2}
+CROPS = {"ema_decay": 0.9, "module_dropout": 0.3, "random_crop": True, "flip": True, "epochs": 2,
+         "preserve": 0.5, "trigger_word": "zwx", "preserve_pictures": 3}  # fmt: skip
 TEXT_ENCODERS = {"train_text_encoder": True, "max_train_steps": 2}
 CASES = [("crops", 1, 2, 3), ("crops", 1, 4, 4), ("text encoders", 1, 2, 3), ("text", 1, 2, 3), ("text", 1, 4, 4)]
 """What is trained, by how many processes it is compared, and micro-batches of a step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,27 @@ def test_stopped_after_any_step_and_resumed_it_is_bit_identical(settings, tmp_pa
             break
     assert result.step == undisturbed.step
     assert_same_weights(undisturbed.lora, result.lora)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_base_draws_what_it_knows_without_the_lora_that_goes_on(settings, tmp_path, text):
+    """Of a run that begins with a LoRA, and of one that is resumed after its cache was lost."""
+    drawn = {"preserve": 0.5, "preserve_pictures": 3, "trigger_word": "zwx", "train_text_encoder": text}
+    folders = {name: {"output_dir": str(tmp_path / name)} for name in ("first", "second", "third")}
+
+    def cached(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "cache").rglob("*.cache")}
+
+    first = run(settings, learning_rate=1e-2, **folders["first"], **drawn)
+    run(settings, init_lora=str(first.lora), **folders["second"], **drawn)
+    assert cached("second") == cached("first")
+    commands = TrainCommands()
+    stopping = Listener(lambda report: report.step == 2 and commands.stop_and_save())
+    run(settings, stopping, commands, learning_rate=1e-2, **folders["third"], **drawn)
+    shutil.rmtree(tmp_path / "third" / "cache")
+    resumed = run(settings, learning_rate=1e-2, **folders["third"], **drawn)
+    assert cached("third") == cached("first")
+    assert_same_weights(first.lora, resumed.lora)
 
 
 def test_a_finished_run_started_again_trains_no_step_and_says_where_the_file_is(settings):

@@ -31,11 +31,12 @@ PICTURES = {
     "target_modules": ["attention", "feed_forward"],
 }
 KINDS = {
-    "plain": {"preview_prompts": ["a red circle --s 2"], "preview_steps": 2, "validation_share": 0.2},
+    "plain": {"preview_prompts": ["a red circle --s 2"], "preview_steps": 2, "validation_share": 0.2,
+              "preserve": 0.5, "trigger_word": "zwx", "preserve_pictures": 2},
     "nf4, LoKr": {"base_precision": "nf4", "adapter": "lokr"},
     "fp8, DoRA, text encoder": {"base_precision": "fp8", "dora": True, "train_text_encoder": True},
     "text": {},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

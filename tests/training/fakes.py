@@ -81,6 +81,9 @@ class FakeModel:
             mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         return mean * 0.18215
 
+    def latent_moments(self, latents: Tensor) -> Tensor:
+        return torch.cat([latents / 0.18215, torch.full_like(latents, -30.0)], dim=1)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         assert "vae" not in self.released
         return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8).clamp(-1, 1)

@@ -16,8 +16,9 @@ from tests.training.fakes import OPTIMIZERS, Killed, Run, configuration, kill, m
         {},
         {"ema_decay": 0.9, "train_text_encoder": True, "random_crop": True, "flip": True, "rank_dropout": 0.3},
         {"shuffle_tags": True, "tag_dropout": 0.3, "caption_dropout": 0.3, "lr_scheduler": "constant", "preserve": 0.4},
+        {"preserve": 0.5, "preserve_pictures": 3, "trigger_word": "zwx"},
     ],
-    ids=["plain", "everything", "captions"],
+    ids=["plain", "everything", "captions", "base pictures"],
 )
 def test_killed_after_any_step_and_resumed_the_result_is_the_same_to_the_bit(tmp_path, optimizer, settings):
     settings = {"optimizer": optimizer, "epochs": 3, "save_steps": 2, "lr_warmup_steps": 2, **settings}

@@ -20,6 +20,8 @@ from lora_trainer.models.residency import Residency
 from lora_trainer.models.sharding import ShardedBlocks
 
 PARTS = ("unet", "vae", "text_encoders")
+LEAST_LOG_VARIANCE = -30.0
+"""Of a latent; diffusers' ``DiagonalGaussianDistribution`` has the same limit."""
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
 
 # The model draws no random numbers, and their state cannot be read while a CUDA graph is recorded.
@@ -216,9 +218,19 @@ class PartedModel:
         mean, log_variance = moments.float().chunk(2, dim=1)
         if generator is not None:
             noise = to_device(torch.randn(mean.shape, generator=generator), mean.device)
-            mean = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
+            mean = mean + torch.exp(0.5 * log_variance.clamp(LEAST_LOG_VARIANCE, 20)) * noise
         shape = self.architecture.own_vae
         return (mean - shape.shift if shape.shift else mean) * shape.scaling_factor
+
+    def latent_moments(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> the moments (B, 2C, h, w) fp32 of which ``sample_latents`` makes them, to
+        1e-6."""
+        mean = self._unscaled(latents.float())
+        return torch.cat([mean, torch.full_like(mean, LEAST_LOG_VARIANCE)], dim=1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        shape = self.architecture.own_vae
+        return latents / shape.scaling_factor + shape.shift
 
     @torch.no_grad()
     @needs("vae")
@@ -227,8 +239,7 @@ class PartedModel:
         vae = self._needed(self.vae, "vae")
         # The decoder's own forward would cast to the dtype of its weights.
         with without_autocast(self.device):
-            shape = self.architecture.own_vae
-            latents = latents.to(self.device, VAE_DTYPE) / shape.scaling_factor + shape.shift
+            latents = self._unscaled(latents.to(self.device, VAE_DTYPE))
             if vae.post_quant_conv is not None:
                 latents = vae.post_quant_conv(latents)
             x = vae.decoder.mid_block(vae.decoder.conv_in(latents))

@@ -127,7 +127,7 @@ class TwoDatasets(OfImageModel):
         self, model: LentModel, precision: Precision, keep_model_parts: bool, **changes: Any
     ) -> tuple[BatchSource, BatchSource]:
         """Of both folders. changes: settings that these take otherwise than the run says."""
-        config = replace(self._config, **changes)
+        config = replace(self._config, preserve_pictures=0, **changes)
         cache = cache_of(config, self._on_warning)
         first, second = (
             BatchSource(config, model, dataset, plan, cache, precision, keep_model_parts, self._lender.make_room)

@@ -112,7 +112,10 @@ class Pictures(OfImageModel):
         facts = run_facts(config, self._info, self._dataset, plan, precision.name, source.total_steps)
 
         def objective(adapters: AdapterSet) -> PictureObjective:
-            return picture_objective(config, model, source.encode_prompts, partial(adapters.enabled, False))
+            bare = partial(adapters.enabled, False)
+            if source.base_pictures is not None:
+                source.base_pictures.bare = bare
+            return picture_objective(config, model, source.encode_prompts, bare)
 
         def targets() -> list[LoraTarget]:
             if config.text_encoders_learn:
@@ -141,6 +144,7 @@ class Pictures(OfImageModel):
             caption_dropout=0.0,
             wildcards=False,
             preserve=0.0,
+            preserve_pictures=0,
         )
 
         def source(dataset: Dataset, config: TrainConfig) -> BatchSource:
