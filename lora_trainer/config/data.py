@@ -36,8 +36,9 @@ class DataSettings:
     which are to stay as they are. Empty takes ordinary things."""
 
     preserve_pictures: int = setting(0, task="image", minimum=0, maximum=1000)
-    """Pictures that the base model draws of these other things before the training, which preserve then shows in place
-    of yours: it keeps more and disturbs less. Each takes 20 steps of a sampler. 0 shows your pictures."""
+    """Pictures of other things that the base model draws before the training, which preserve then shows in place of
+    yours: it keeps more and disturbs less. Each takes 20 steps of a sampler, and each size of your pictures gets one at
+    least. 0 shows your pictures."""
 
     resolution: str = setting("auto", task="image")
     """Training size in pixels: 512, or 768x512. auto: 1024 for SDXL, 768 for SD 2 v-prediction, else 512."""

@@ -90,9 +90,9 @@ _UNUSED_BY_WORDS = (
     "multires_noise_iterations", "multires_noise_discount", "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_PAIRS = (
-    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "preserve_words", "preserve_pictures", "loss",
-    "huber_c", "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations",
-    "multires_noise_discount", "input_perturbation", "latent_sampling",
+    "more_folders", "reg_data_dir", "prior_loss_weight", "preserve", "preserve_words", "loss", "huber_c",
+    "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
+    "input_perturbation", "latent_sampling",
 )  # fmt: skip
 _UNUSED_BY_CHANGES = (
     "validation_share", "validation_steps", "early_stopping", "early_stopping_patience",
@@ -134,7 +134,7 @@ def _of_other_tasks(config: TrainConfig, task: str) -> dict[str, str]:
         reasons |= dict.fromkeys(("pair_weight", "pair_mask", "saved_strength"), "pair_method is copier")
     if task in CHANGES:
         reasons |= dict.fromkeys(_UNUSED_BY_CHANGES, "nothing is held out of a change")
-        reasons["preserve_pictures"] = "the base model draws nothing for a change"
+        reasons.setdefault("preserve_pictures", "the base model draws nothing for a change")
     return reasons
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lora_trainer.dataset.captions import Caption, Span, train_text, without_word
+from lora_trainer.dataset.captions import Caption, Span, contains_word, train_text, without_word
 
 WORDS = (
     "apple", "baby", "bag", "ball", "bear", "bicycle", "bird", "boat", "book", "bottle", "bowl", "boy", "bridge", "bus",
@@ -19,17 +19,22 @@ MOST = 64
 """So many different captions are enough, and take little time and room to encode."""
 
 
-def unnamed(caption: Caption, trigger_word: str = "", instead: str = "") -> str:
+def unnamed(caption: Caption, trigger_word: str = "", instead: str = "", weighted: bool = False) -> str:
     """The training text without the core (the **bold** parts) and the trigger word; ``instead`` takes their place.
 
     Empty where the caption has neither of them: then it is not known which of its words name what is learned.
+    weighted: see ``train_text``.
     """
-    named = any(item.is_core for item in caption.items)
     items = [replace(item, spans=tuple(_plain(span, instead) for span in item.spans)) for item in caption.items]
-    text = train_text(replace(caption, items=tuple(items)))
+    text = train_text(replace(caption, items=tuple(items)), weighted=weighted)
     if trigger_word.strip():
-        named, text = True, without_word(text, trigger_word, instead)
-    return text if named else ""
+        text = without_word(text, trigger_word, instead)
+    return text if _names(caption, trigger_word) else ""
+
+
+def _names(caption: Caption, trigger_word: str) -> bool:
+    """Whether it is known which of its words name what is learned. The trigger word is put first where it lacks."""
+    return bool(trigger_word.strip()) or any(item.is_core for item in caption.items)
 
 
 def _plain(span: Span, instead: str) -> Span:
@@ -50,14 +55,27 @@ def unnamed_captions(
 
 
 def other_captions(
-    captions: Sequence[Caption], trigger_word: str, seed: int, words: Sequence[str], count: int
+    captions: Sequence[Caption],
+    trigger_word: str,
+    seed: int,
+    words: Sequence[str],
+    count: int,
+    weighted: bool = False,
 ) -> list[str]:
     """``count`` captions, each with another thing in the place of what is learned: ``words``, or else ``WORDS``, one
-    after the other. The same one comes again where there are no more. Empty ones where it is not known what is
-    learned."""
+    after the other. The same one comes again where there are no more. They are empty where no caption says what is
+    learned. weighted: see ``train_text``.
+    """
     rng = random.Random(f"{seed}:others")
+    known = [caption for caption in captions if _names(caption, trigger_word)]
+    if not known:
+        return [""] * count
     words = list(words) or rng.sample(WORDS, len(WORDS))
-    order: list[Caption] = []
-    while len(order) < count:
-        order += rng.sample(captions, len(captions))
-    return [unnamed(caption, trigger_word, words[place % len(words)]) for place, caption in enumerate(order[:count])]
+    found: list[str] = []
+    while len(found) < count:
+        for caption in rng.sample(known, len(known)):
+            word = words[len(found) % len(words)]
+            text = unnamed(caption, trigger_word, word, weighted)
+            # As the trigger word, it is put first where the caption has no place for it.
+            found.append(text if contains_word(text, word) else ", ".join(filter(None, (word, text))))
+    return found[:count]

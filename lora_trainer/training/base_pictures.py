@@ -1,14 +1,14 @@
 """Pictures that the base model draws of what it knows, before the training: preserve shows them in place of yours.
 
-Where the base's answer is the target, a picture of what is learned works against it at low noise: the base answers with
-what it sees. Its own pictures agree with its answers. Noisy pictures of the base's are also what a sampler comes to.
+Where the base's answer is the target, a picture of what is learned works against the learning: at low noise it is still
+to be seen, and is to be answered as something else. The base's own pictures show what their captions say.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,10 @@ from lora_trainer.training.source import Turn
 VERSION = 1
 """Raised whenever the same settings give other pictures."""
 STEPS = 20
+GUIDANCE = 4.0
+"""At most: less than in previews, which gives weaker contrasts and more kinds of pictures."""
 EMPTY_SHARE = 0.1
-"""So often one is shown with the empty caption, from which guidance draws away."""
+"""So often one is shown with the empty caption, from which guidance draws away; never where there is no guidance."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class BasePictures:
     of the captions, one at least. salt: what the pictures depend on beside settings of their own. conditioning: encodes
     captions, all to one length.
 
-    bare: inside, the model is the base: without its adapters.
+    bare: inside, the model is the base: without its adapters. Set it before anything is drawn.
     """
 
     def __init__(
@@ -67,12 +69,13 @@ class BasePictures:
         self._config, self._model, self._cache, self._ranks = config, model, cache, ranks
         self._family = get_family(model.info.family)
         self._conditioning, self._make_room = conditioning, make_room
-        self._cfg = usual_cfg(model.schedule)
-        self.bare: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._cfg = min(usual_cfg(model.schedule), GUIDANCE)
+        self._takes_negative = model.schedule.takes_negative(self._cfg)
+        self.bare: Callable[[], AbstractContextManager[None]] | None = None
         self.all: list[BasePicture] = []
         self._by_size: dict[Size, list[BasePicture]] = {}
         for size, shown in sorted(visits.items()):
-            for _ in range(-(-len(captions) * shown // sum(visits.values()))):
+            for _ in range(max(1, round(len(captions) * shown / sum(visits.values())))):
                 number = len(self.all)
                 caption = captions[number % len(captions)]
                 self.all.append(BasePicture(number, caption, size, self._key(number, caption, size, salt)))
@@ -84,7 +87,7 @@ class BasePictures:
             kind="base picture",
             version=VERSION,
             salt=salt,
-            schedule=[schedule.prediction_type, schedule.key],
+            schedule=[schedule.prediction_type, schedule.key, getattr(schedule, "mu", None)],
             weights=self._config.base_precision,
             caption=caption,
             tokens=self._config.max_token_length,
@@ -101,7 +104,7 @@ class BasePictures:
     def choose(self, size: Size, rng: random.Random) -> tuple[BasePicture, str]:
         """One of this size, and the caption that it is shown with."""
         chosen = rng.choice(self._by_size[size])
-        return chosen, "" if rng.random() < EMPTY_SHARE else chosen.caption
+        return chosen, "" if self._takes_negative and rng.random() < EMPTY_SHARE else chosen.caption
 
     def time_ids(self, size: Size) -> tuple[int, ...]:
         """See ``View.time_ids``."""
@@ -114,7 +117,7 @@ class BasePictures:
         """Those of ``pictures`` that the cache lacks, each in a turn of its own. Returns False when it was stopped.
 
         Raises:
-            UserError: not even one fits into the device's memory.
+            UserError: one does not fit into the device's memory, or holds numbers that are not finite.
         """
         missing = [one for one in pictures if one.key not in self._cache]
         found = len(pictures) - len(missing)
@@ -131,18 +134,19 @@ class BasePictures:
     def _draw(self, picture: BasePicture, turn: Turn) -> Tensor:
         """Its moments (2C, h, w) on the CPU. One at a time, as their number would change the last bit."""
         model, latent_format = self._model, self._family.latents
-        prompts = ["", picture.caption] if model.schedule.takes_negative(self._cfg) else [picture.caption]
+        prompts = ["", picture.caption] if self._takes_negative else [picture.caption]
         shape = (1, latent_format.channels, *reversed(latent_format.size(*picture.size)))
         noise = torch.randn(shape, generator=generator_for(self._config.seed, "base picture", picture.number))
         time_ids = self._family.time_ids([self.time_ids(picture.size)] * len(prompts))
 
-        def draw() -> Tensor:
+        def moments() -> Tensor:
             latents = denoise(model, self._conditioning(prompts), noise, time_ids, STEPS, self._cfg)
             return model.latent_moments(latents)[0].cpu()
 
+        assert self.bare is not None, "whoever attaches the adapters says how they are switched off"
         try:
-            with turn(), torch.no_grad(), self.bare():
-                return with_room(draw, self._make_room)
+            with self._ranks.unhurried(), turn(), torch.no_grad(), self.bare():
+                drawn = with_room(moments, self._make_room)
         except OutOfMemoryError as error:
             width, height = picture.size
             raise UserError(
@@ -150,3 +154,10 @@ class BasePictures:
                 field="preserve_pictures",
                 remedy="Set it to 0, lower resolution, or close other programs that use the GPU.",
             ) from error
+        if not drawn.isfinite().all():
+            raise UserError(
+                f'The base model draws a picture of "{picture.caption}" that is not finite (NaN).',
+                field="preserve_pictures",
+                remedy="Set it to 0, or choose another mixed_precision or base_model.",
+            )
+        return drawn

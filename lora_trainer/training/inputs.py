@@ -118,7 +118,7 @@ class BatchSource:
             if not self.keep_model_parts:
                 self.model.release("vae")
         if self.caches_prompts:
-            captions = [] if whole else self._captions(views, texts)
+            captions = [] if whole else self._to_encode(views, texts)
             if not whole and not self._shared_out(captions, lambda some: self._encode_captions(some, *how)):
                 return False
             if not self.keep_model_parts:
@@ -137,7 +137,7 @@ class BatchSource:
             self.captions.unnamed[1:],
             Counter(view.bucket for view in own),
             f"{self.model.network_key}:{self._text_key}:{self.precision.name}",
-            self._read_conditioning if self.caches_prompts else self.encode_prompts,
+            self._read_conditioning if self.caches_prompts else self._encode_each,
             self.make_room,
             self.ranks,
         )
@@ -145,7 +145,7 @@ class BatchSource:
     def _regularizes(self, view: View) -> bool:
         return self.dataset.samples[view.sample].is_regularization
 
-    def _captions(self, views: Sequence[View], texts: Sequence[str]) -> list[str]:
+    def _to_encode(self, views: Sequence[View], texts: Sequence[str]) -> list[str]:
         """All that are encoded before the steps."""
         return sorted({"", *(texts[view.sample] for view in views), *self.captions.unnamed})
 
@@ -270,6 +270,13 @@ class BatchSource:
                 remedy="Close other programs that use the GPU.",
             ) from error
 
+    def _encode_each(self, captions: Sequence[str]) -> Conditioning:
+        """As the cache would have them: captions that are encoded together differ in the last bit."""
+        empty, *encoded = (
+            self.encode_prompts([caption]).to("cpu", self.precision.compute_dtype) for caption in ("", *captions)
+        )
+        return self.family.collate(encoded, empty)
+
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
         """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained.
 
@@ -286,7 +293,7 @@ class BatchSource:
             return True
         if self.base_pictures is not None and self.base_pictures.missing:
             return True
-        captions = self._captions(views, self.captions.texts) if self.caches_prompts else []
+        captions = self._to_encode(views, self.captions.texts) if self.caches_prompts else []
         self._found_whole = all(self._prompt_key(caption) in self.cache for caption in captions)
         return not self._found_whole
 

@@ -42,9 +42,7 @@ class RunCaptions:
             rng=rng,
             weighted=config.weighted_captions,
         )
-        if not (separator := config.secondary_separator):
-            return text
-        return ", ".join(part for piece in text.split(separator) if (part := piece.strip(" ,")))
+        return self._joined(text)
 
     def shown(self, index: int, rng: random.Random) -> str:
         """What a step reads of a sample that is learned."""
@@ -56,6 +54,19 @@ class RunCaptions:
             one_of(sample.caption, config.wildcards, None) for sample in self._samples if not sample.is_regularization
         ]
         if config.preserve_pictures:
-            words, count = config.preserve_words, config.preserve_pictures
-            return ["", *other_captions(captions, config.trigger_word, config.seed, words, count)]
+            others = other_captions(
+                captions,
+                config.trigger_word,
+                config.seed,
+                config.preserve_words,
+                config.preserve_pictures,
+                config.weighted_captions,
+            )
+            return ["", *map(self._joined, others)]
         return unnamed_captions(captions, config.trigger_word, config.seed, config.preserve_words)
+
+    def _joined(self, text: str) -> str:
+        """Without the separator of parts that are kept together."""
+        if not (separator := self._config.secondary_separator):
+            return text
+        return ", ".join(part for piece in text.split(separator) if (part := piece.strip(" ,")))

@@ -100,6 +100,10 @@ class ToyModel:
             mean = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         return (mean - self.latents.shift) * self.latents.scale
 
+    def latent_moments(self, latents: Tensor) -> Tensor:
+        mean = latents / self.latents.scale + self.latents.shift
+        return torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         pixels = latents / self.latents.scale + self.latents.shift
         return F.interpolate(pixels, scale_factor=self.latents.factor).clamp(-1, 1)

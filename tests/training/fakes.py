@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +231,8 @@ class Run:
         self.precision = Precision(torch.device("cpu"), torch.float32, None)
         cache, keep = TensorCache(out / "cache"), previewer is not None
         self.source = BatchSource(config, self.model, self.dataset, self.plan, cache, self.precision, keep)
+        if self.source.base_pictures is not None:
+            self.source.base_pictures.bare = nullcontext  # no adapters are attached yet
         assert self.source.prepare(self.turns, self.recorder, self.commands)
         self.adapters = AdapterSet.build(self.model.lora_targets(), config)
         bare = partial(self.adapters.enabled, False)

@@ -144,7 +144,6 @@ class Pictures(OfImageModel):
             caption_dropout=0.0,
             wildcards=False,
             preserve=0.0,
-            preserve_pictures=0,
         )
 
         def source(dataset: Dataset, config: TrainConfig) -> BatchSource:
