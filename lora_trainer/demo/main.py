@@ -52,9 +52,9 @@ def demo_config(folder: Path, base: Path) -> TrainConfig:
             "base_model": str(base),
             "train_data_dir": str(pictures),
             # All that this base knows is of the same kind, and near to what is new: more of it has to be kept.
-            "preserve": 0.6,
+            "preserve": 0.65,
             "preserve_words": list(KNOWN_SHAPES),
-            "preserve_pictures": 64,
+            "preserve_pictures": 72,
             "output_dir": str(folder),
             "output_name": NEW_SHAPE,
             "resolution": SIDE,
@@ -63,7 +63,7 @@ def demo_config(folder: Path, base: Path) -> TrainConfig:
             "conv_rank": 16,  # a new outline is for the convolutions to learn
             "learning_rate": 3e-3,
             "batch_size": 16,
-            "max_train_steps": 600,
+            "max_train_steps": 650,
             # As the base was trained.
             "min_snr_gamma": None,
             "debiased_estimation": True,

@@ -21,7 +21,7 @@ from lora_trainer.models.base import NoiseSchedule
 from lora_trainer.training.base_pictures import EMPTY_SHARE, GUIDANCE, STEPS
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.inputs import BatchSource
-from lora_trainer.training.precision import resolve
+from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import sample
 from lora_trainer.training.run_captions import RunCaptions
 from tests.adapters.layers import randomize
@@ -245,7 +245,7 @@ def test_what_changes_a_picture_changes_its_name(tmp_path, changes):
     of_model = {name: value for name, value in changes.items() if hasattr(run.model, name)}
     settings = {name: value for name, value in changes.items() if name not in of_model}
     config = dataclasses.replace(run.config, **settings)
-    precision = resolve("cpu", config.mixed_precision) if "mixed_precision" in changes else run.precision
+    precision = Precision(torch.device("cpu"), torch.float32, torch.bfloat16 if "mixed_precision" in changes else None)
     cache, model = run.source.cache, of_base(FakeModel(), **of_model)
     other = BatchSource(config, model, run.dataset, run.plan, cache, precision).base_pictures
     assert not {one.key for one in other.all} & {one.key for one in run.source.base_pictures.all}
