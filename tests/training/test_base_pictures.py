@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -23,6 +23,7 @@ from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.inputs import BatchSource
 from lora_trainer.training.precision import Precision
 from lora_trainer.training.preview import sample
+from lora_trainer.training.ranks import ALONE
 from lora_trainer.training.run_captions import RunCaptions
 from tests.adapters.layers import randomize
 from tests.training.fakes import FakeModel, Recorder, Run, Turns, configuration, draw_pictures
@@ -53,9 +54,10 @@ def moments_of(run):
     return [run.source.cache.get(picture.key)["moments"] for picture in run.source.base_pictures.all]
 
 
-def remake(run, cache):
+def remake(run, cache, ranks=ALONE):
     """A source like that of ``run``, on another cache."""
-    source = BatchSource(run.config, FakeModel(), run.dataset, run.plan, TensorCache(cache), run.precision)
+    cache = TensorCache(cache)
+    source = BatchSource(run.config, FakeModel(), run.dataset, run.plan, cache, run.precision, ranks=ranks)
     source.base_pictures.bare = nullcontext
     return source
 
@@ -283,3 +285,28 @@ def test_a_size_that_is_seldom_shown_has_one_as_well(tmp_path):
     pictures = drawing(tmp_path, preserve_pictures=1).source.base_pictures
     assert Counter(one.size for one in pictures.all) == {(64, 64): 1, (96, 32): 1}
     assert pictures.choose((96, 32), random.Random(0))[0].size == (96, 32)
+
+
+def test_captions_that_vary_are_encoded_as_the_cache_has_them(tmp_path):
+    kept, varying = drawing(tmp_path / "kept"), drawing(tmp_path / "varying", shuffle_tags=True)
+    assert kept.source.caches_prompts and not varying.source.caches_prompts
+    assert [one.key for one in kept.source.base_pictures.all] == [one.key for one in varying.source.base_pictures.all]
+    assert all(torch.equal(one, other) for one, other in zip(moments_of(kept), moments_of(varying)))
+
+
+def test_a_slow_picture_is_no_process_that_hangs(tmp_path):
+    class Watched(type(ALONE)):
+        inside = False
+
+        @contextmanager
+        def unhurried(self, seconds=None):
+            self.inside = True
+            yield
+            self.inside = False
+
+    run, ranks = drawing(tmp_path), Watched()
+    source, drawn = remake(run, tmp_path / "again", ranks), []
+    predict = source.model.predict
+    source.model.predict = lambda *arguments: drawn.append(ranks.inside) or predict(*arguments)
+    assert source.prepare(Turns(), Recorder(), TrainCommands())
+    assert len(drawn) == 4 * STEPS and all(drawn)
