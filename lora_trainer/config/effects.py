@@ -94,9 +94,14 @@ _UNUSED_BY_PAIRS = (
     "min_snr_gamma", "debiased_estimation", "noise_offset", "multires_noise_iterations", "multires_noise_discount",
     "input_perturbation", "latent_sampling",
 )  # fmt: skip
-_UNUSED_BY_CHANGES = (
-    "validation_share", "validation_steps", "early_stopping", "early_stopping_patience",
-)
+_UNUSED_BY_CHANGES = {
+    "preserve_pictures": "the base model draws nothing for a change",
+    **dict.fromkeys(
+        ("validation_share", "validation_steps", "early_stopping", "early_stopping_patience"),
+        "nothing is held out of a change",
+    ),
+}
+"""Settings, each with the reason."""
 
 
 def without_effect(
@@ -133,14 +138,13 @@ def _of_other_tasks(config: TrainConfig, task: str) -> dict[str, str]:
     elif task == "pair":
         reasons |= dict.fromkeys(("pair_weight", "pair_mask", "saved_strength"), "pair_method is copier")
     if task in CHANGES:
-        reasons |= dict.fromkeys(_UNUSED_BY_CHANGES, "nothing is held out of a change")
-        reasons.setdefault("preserve_pictures", "the base model draws nothing for a change")
+        reasons = _UNUSED_BY_CHANGES | reasons
     return reasons
 
 
 def unused_by(task: str) -> frozenset[str]:
     """The settings of image models that change nothing in a training of this kind, whatever the other settings are."""
-    names = {"preserve_pictures", *_UNUSED_BY_CHANGES} if task in CHANGES else set()
+    names = set(_UNUSED_BY_CHANGES) if task in CHANGES else set()
     return frozenset(names | set(_UNUSED_BY_WORDS) if task == "words" else names)
 
 

@@ -59,6 +59,12 @@ class Dataset:
     warnings: tuple[str, ...] = ()
 
 
+def uncut(size: Size) -> tuple[int, ...]:
+    """The ``View.time_ids`` of a picture of this (width, height) that is neither scaled nor cropped."""
+    width, height = size
+    return height, width, 0, 0, height, width
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """One picture as it is shown once in an epoch.

@@ -33,7 +33,7 @@ def unnamed(caption: Caption, trigger_word: str = "", instead: str = "", weighte
 
 
 def _names(caption: Caption, trigger_word: str) -> bool:
-    """Whether it is known which of its words name what is learned. The trigger word is put first where it lacks."""
+    """Whether it is known which of its words name what is learned: ``train_text`` puts the trigger word into each."""
     return bool(trigger_word.strip()) or any(item.is_core for item in caption.items)
 
 

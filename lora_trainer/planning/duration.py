@@ -124,8 +124,6 @@ def forecast_parts(
     architecture: Any, config: TrainConfig, size: Size, length: Length, speed: Speed | None, to_load: float, learns: int
 ) -> dict[str, Span]:
     """All parts but the training before any run. to_load: bytes of weights. learns: numbers that learn."""
-    from lora_trainer.training.base_pictures import STEPS
-
     loading = _LOADING + to_load / _READ_BYTES
     saving = saves(config, length) * (_SAVING + learns * _LEARNING_BYTES / _WRITTEN_BYTES)
     found = {"loading": loading, "saving": saving, "ending": _ENDING}
@@ -134,6 +132,8 @@ def forecast_parts(
         each = _guided_step(architecture, config, size, speed)
         found["previews"] = drawn * _DECODING * each
         if config.preserve and config.preserve_pictures:
+            from lora_trainer.training.base_pictures import STEPS
+
             found["known"] = config.preserve_pictures * STEPS * each
         found["encoding"] = length.pictures * _encoding_operations(architecture, size) / speed.operations
     return {name: Span.within(one, _GUESSED, may_be_saved=name in _CACHED) for name, one in found.items()}

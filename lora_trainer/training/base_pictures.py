@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lora_trainer.config.schema import TrainConfig
@@ -19,21 +18,20 @@ from lora_trainer.dataset.cache import TensorCache, cache_key
 from lora_trainer.dataset.samples import Size
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import Conditioning, LentModel
-from lora_trainer.models.families import get_family
 from lora_trainer.out_of_memory import OutOfMemoryError, with_room
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.ranks import Ranks
-from lora_trainer.training.sampling import denoise, usual_cfg
+from lora_trainer.training.sampling import draw_latents, usual_cfg
 from lora_trainer.training.source import Turn
 
 VERSION = 1
 """Raised whenever the same settings give other pictures."""
 STEPS = 20
 GUIDANCE = 4.0
-"""At most: less than in previews, which gives weaker contrasts and more kinds of pictures."""
+"""Of these pictures, where usual previews have no less. A weaker guidance draws weaker contrasts."""
 EMPTY_SHARE = 0.1
-"""So often one is shown with the empty caption, from which guidance draws away; never where there is no guidance."""
+"""Share of the times that one is shown with the empty caption, which guidance predicts as well; 0 without guidance."""
 
 
 @dataclass(frozen=True)
@@ -67,33 +65,33 @@ class BasePictures:
         ranks: Ranks,
     ):
         self._config, self._model, self._cache, self._ranks = config, model, cache, ranks
-        self._family = get_family(model.info.family)
         self._conditioning, self._make_room = conditioning, make_room
         self._cfg = min(usual_cfg(model.schedule), GUIDANCE)
         self._takes_negative = model.schedule.takes_negative(self._cfg)
         self.bare: Callable[[], AbstractContextManager[None]] | None = None
         self.all: list[BasePicture] = []
         self._by_size: dict[Size, list[BasePicture]] = {}
+        of_all, total = self._key(salt), sum(visits.values())
         for size, shown in sorted(visits.items()):
-            for _ in range(max(1, round(len(captions) * shown / sum(visits.values())))):
+            for _ in range(max(1, round(len(captions) * shown / total))):
                 number = len(self.all)
                 caption = captions[number % len(captions)]
-                self.all.append(BasePicture(number, caption, size, self._key(number, caption, size, salt)))
+                key = cache_key(kind="base picture", of=of_all, caption=caption, size=list(size), number=number)
+                self.all.append(BasePicture(number, caption, size, key))
                 self._by_size.setdefault(size, []).append(self.all[-1])
 
-    def _key(self, number: int, caption: str, size: Size, salt: str) -> str:
-        schedule = self._model.schedule
+    def _key(self, salt: str) -> str:
+        """Of what they have in common."""
+        config, schedule = self._config, self._model.schedule
         return cache_key(
-            kind="base picture",
+            kind="base pictures",
             version=VERSION,
             salt=salt,
             schedule=[schedule.prediction_type, schedule.key, getattr(schedule, "mu", None)],
-            weights=self._config.base_precision,
-            caption=caption,
-            tokens=self._config.max_token_length,
-            weighted=self._config.weighted_captions,
-            size=list(size),
-            seed=[self._config.seed, number],
+            weights=config.base_precision,
+            tokens=config.max_token_length,
+            weighted=config.weighted_captions,
+            seed=config.seed,
             sampler=[STEPS, self._cfg],
         )
 
@@ -105,11 +103,6 @@ class BasePictures:
         """One of this size, and the caption that it is shown with."""
         chosen = rng.choice(self._by_size[size])
         return chosen, "" if self._takes_negative and rng.random() < EMPTY_SHARE else chosen.caption
-
-    def time_ids(self, size: Size) -> tuple[int, ...]:
-        """See ``View.time_ids``."""
-        width, height = size
-        return height, width, 0, 0, height, width
 
     def draw(
         self, pictures: Sequence[BasePicture], turn: Turn, callbacks: TrainCallbacks, commands: TrainCommands
@@ -133,19 +126,17 @@ class BasePictures:
 
     def _draw(self, picture: BasePicture, turn: Turn) -> Tensor:
         """Its moments (2C, h, w) on the CPU. One at a time, as their number would change the last bit."""
-        model, latent_format = self._model, self._family.latents
-        prompts = ["", picture.caption] if self._takes_negative else [picture.caption]
-        shape = (1, latent_format.channels, *reversed(latent_format.size(*picture.size)))
-        noise = torch.randn(shape, generator=generator_for(self._config.seed, "base picture", picture.number))
-        time_ids = self._family.time_ids([self.time_ids(picture.size)] * len(prompts))
 
         def moments() -> Tensor:
-            latents = denoise(model, self._conditioning(prompts), noise, time_ids, STEPS, self._cfg)
-            return model.latent_moments(latents)[0].cpu()
+            noise = generator_for(self._config.seed, "base picture", picture.number)
+            latents = draw_latents(
+                self._model, self._conditioning, picture.caption, "", picture.size, noise, STEPS, self._cfg
+            )
+            return self._model.latent_moments(latents)[0].cpu()
 
         assert self.bare is not None, "whoever attaches the adapters says how they are switched off"
         try:
-            with self._ranks.unhurried(), turn(), torch.no_grad(), self.bare():
+            with self._ranks.unhurried(), turn(), self.bare():
                 drawn = with_room(moments, self._make_room)
         except OutOfMemoryError as error:
             width, height = picture.size

@@ -10,6 +10,7 @@ import torch
 
 from lora_trainer.config.changes import PLACE, filled
 from lora_trainer.config.schema import TrainConfig
+from lora_trainer.dataset.samples import uncut
 from lora_trainer.models.base import Conditioning, LentModel
 from lora_trainer.models.families import get_family
 from lora_trainer.training.callbacks import TrainCallbacks, TrainCommands
@@ -140,7 +141,7 @@ class WordSource:
     ) -> WordBatch:
         """terms: None for prompts that are to be answered as the base does. rows: their numbers among those of their
         kind in the run, by which templates are drawn."""
-        (width, height), empty = self._size, self._encoded[""]
+        empty = self._encoded[""]
         templates = [random.Random(f"{self._config.seed} template {row}").choice(self._templates) for row in rows]
 
         def collated(prompts: Sequence[str], beside: Sequence[str] = ()) -> Conditioning:
@@ -150,7 +151,7 @@ class WordSource:
 
         seen = [filled(*one) for one in zip(templates, students)]
         latent_format, student = self._family.latents, collated(seen)
-        across, down = latent_format.size(width, height)
+        across, down = latent_format.size(*self._size)
         target = [(1.0, student)]
         if terms is not None:
             target = [(weight, collated([filled(one, prompt) for one in templates])) for weight, prompt in terms]
@@ -158,7 +159,7 @@ class WordSource:
             (latent_format.channels, down, across),
             student,
             tuple(target),
-            self._family.time_ids([(height, width, 0, 0, height, width)] * len(rows)),
+            self._family.time_ids([uncut(self._size)] * len(rows)),
             strength,
             collated([""] * len(rows), seen),
         )

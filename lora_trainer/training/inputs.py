@@ -19,7 +19,7 @@ from lora_trainer.dataset.buckets import BatchPlan
 from lora_trainer.dataset.cache import PIXELS_VERSION, TensorCache, cache_key, latent_key, prompt_key
 from lora_trainer.dataset.caption_files import some
 from lora_trainer.dataset.images import load_mask, load_view
-from lora_trainer.dataset.samples import Dataset, View
+from lora_trainer.dataset.samples import Dataset, View, uncut
 from lora_trainer.devices import to_device
 from lora_trainer.errors import RetryError, UserError
 from lora_trainer.files import sha256_file
@@ -272,10 +272,11 @@ class BatchSource:
 
     def _encode_each(self, captions: Sequence[str]) -> Conditioning:
         """As the cache would have them: captions that are encoded together differ in the last bit."""
-        empty, *encoded = (
-            self.encode_prompts([caption]).to("cpu", self.precision.compute_dtype) for caption in ("", *captions)
-        )
-        return self.family.collate(encoded, empty)
+        encoded = {
+            caption: self.encode_prompts([caption]).to("cpu", self.precision.compute_dtype)
+            for caption in {"", *captions}
+        }
+        return self.family.collate([encoded[caption] for caption in captions], encoded[""])
 
     def encode_prompts(self, captions: Sequence[str], rows: slice = slice(None)) -> Conditioning:
         """Captions as this run reads them, (B, 77·chunks, D); with gradients when the text encoders are trained.
@@ -371,7 +372,7 @@ class BatchSource:
         if self.base_pictures is None:
             return self._latent_key(view), rng.choice(self.captions.unnamed), view.time_ids
         picture, caption = self.base_pictures.choose(view.bucket, rng)
-        return picture.key, caption, self.base_pictures.time_ids(picture.size)
+        return picture.key, caption, uncut(picture.size)
 
     def _read_conditioning(self, captions: Sequence[str]) -> Conditioning:
         def read(caption: str) -> Conditioning:

@@ -17,7 +17,7 @@ from lora_trainer.models.families import get_family
 from lora_trainer.out_of_memory import first_line, is_out_of_memory, release_memory
 from lora_trainer.training.objectives.base import generator_for
 from lora_trainer.training.protocols import Previewer
-from lora_trainer.training.sampling import denoise, usual_cfg
+from lora_trainer.training.sampling import draw_latents, usual_cfg
 from lora_trainer.training.source import Turn
 
 
@@ -39,16 +39,11 @@ def sample(
     ``width`` and ``height`` in pixels are cut to multiples that the model can draw. The first noise depends on ``seed``
     alone. cfg: None for what is usual. Call it in a turn.
     """
-    family = get_family(model.info.family)
-    latent_format = family.latents
-    width, height = (side - side % latent_format.multiple for side in (width, height))
-    schedule = model.schedule
-    cfg = usual_cfg(schedule) if cfg is None else cfg
-    prompts = [negative, prompt] if schedule.takes_negative(cfg) else [prompt]
-    time_ids = family.time_ids([(height, width, 0, 0, height, width)] * len(prompts))
-    shape = (1, latent_format.channels, *reversed(latent_format.size(width, height)))
-    noise = torch.randn(shape, generator=generator_for(seed, "preview"))
-    latents = denoise(model, model.encode_prompts(prompts), noise, time_ids, steps, cfg)
+    multiple = get_family(model.info.family).latents.multiple
+    size = (width - width % multiple, height - height % multiple)
+    cfg = usual_cfg(model.schedule) if cfg is None else cfg
+    noise = generator_for(seed, "preview")
+    latents = draw_latents(model, model.encode_prompts, prompt, negative, size, noise, steps, cfg)
     return _to_image(model.decode_latents(latents))
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lora_trainer.dataset.samples import Size, uncut
 from lora_trainer.models.base import Conditioning, FlowSchedule, LentModel, NoiseSchedule
+from lora_trainer.models.families import get_family
 from lora_trainer.training.objectives.flow import shifted
 
 CFG = 7.0
@@ -92,15 +94,25 @@ def guided_pred(
 
 
 @torch.no_grad()
-def denoise(
-    model: LentModel, conditioning: Conditioning, latents: Tensor, time_ids: Tensor | None, steps: int, cfg: float
+def draw_latents(
+    model: LentModel,
+    encode: Callable[[Sequence[str]], Conditioning],
+    prompt: str,
+    negative: str,
+    size: Size,
+    generator: torch.Generator,
+    steps: int,
+    cfg: float,
 ) -> Tensor:
-    """Noise -> scaled latents of pictures (B, C, h, w), on the model's device. conditioning, time_ids: see
-    ``guided_pred``. Call it in a turn."""
-    sampler = sampler_of(model.schedule, steps)
-    conditioning = told_of_guidance(model.schedule, conditioning.to(model.device), cfg)
+    """Scaled latents of one picture (1, C, h, w), on the model's device. size: (width, height) in pixels, multiples of
+    the family's. generator: of the first noise, on the CPU. Call it in a turn."""
+    family, schedule = get_family(model.info.family), model.schedule
+    prompts = [negative, prompt] if schedule.takes_negative(cfg) else [prompt]
+    conditioning = told_of_guidance(schedule, encode(prompts).to(model.device), cfg)
+    time_ids = family.time_ids([uncut(size)] * len(prompts))
     time_ids = None if time_ids is None else time_ids.to(model.device)
-    latents = latents.to(model.device)
+    shape = (1, family.latents.channels, *reversed(family.latents.size(*size)))
+    latents, sampler = torch.randn(shape, generator=generator).to(model.device), sampler_of(schedule, steps)
     for index, level in enumerate(sampler.levels):
         latents = sampler.step(guided_pred(model, latents, level, conditioning, time_ids, cfg), index, latents)
     return latents

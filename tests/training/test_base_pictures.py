@@ -18,6 +18,7 @@ from lora_trainer.dataset.folder import scan
 from lora_trainer.dataset.unnamed import WORDS, other_captions
 from lora_trainer.errors import UserError
 from lora_trainer.models.base import NoiseSchedule
+from lora_trainer.training import preview
 from lora_trainer.training.base_pictures import EMPTY_SHARE, GUIDANCE, STEPS
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.training.inputs import BatchSource
@@ -122,8 +123,6 @@ def test_a_picture_is_what_a_preview_with_the_same_noise_shows(tmp_path, monkeyp
     picture, model = run.source.base_pictures.all[-1], FakeModel(prediction_type=prediction_type)
     shown = []
     model.decode_latents = lambda latents: shown.append(latents) or torch.zeros(1, 3, 8, 8)
-    from lora_trainer.training import preview
-
     generator_for = preview.generator_for
     monkeypatch.setattr(
         preview, "generator_for", lambda seed, purpose: generator_for(seed, "base picture", picture.number)
@@ -227,12 +226,6 @@ def test_a_picture_that_is_not_finite_is_refused_and_not_kept(tmp_path):
     assert not any(one.key in source.cache for one in source.base_pictures.all)
 
 
-def of_base(model, **changes):
-    for name, value in changes.items():
-        setattr(model, name, value)
-    return model
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -248,7 +241,8 @@ def test_what_changes_a_picture_changes_its_name(tmp_path, changes):
     settings = {name: value for name, value in changes.items() if name not in of_model}
     config = dataclasses.replace(run.config, **settings)
     precision = Precision(torch.device("cpu"), torch.float32, torch.bfloat16 if "mixed_precision" in changes else None)
-    cache, model = run.source.cache, of_base(FakeModel(), **of_model)
+    cache, model = run.source.cache, FakeModel()
+    vars(model).update(of_model)
     other = BatchSource(config, model, run.dataset, run.plan, cache, precision).base_pictures
     assert not {one.key for one in other.all} & {one.key for one in run.source.base_pictures.all}
 
