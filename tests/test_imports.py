@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lora_trainer"
-LEAVES = {"config", "curves", "devices", "errors", "files", "out_of_memory", "patterns", "plugins", "processor",
-          "run_files", "storage", "__init__"}  # fmt: skip
+LEAVES = {"config", "convolution", "curves", "devices", "errors", "files", "out_of_memory", "patterns", "plugins",
+          "processor", "run_files", "storage", "__init__"}  # fmt: skip
 MAY_IMPORT = {
+    "convolution": set(),
     "curves": set(),
     "devices": set(),
     "storage": set(),

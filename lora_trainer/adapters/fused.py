@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
+from lora_trainer.convolution import convolve, input_gradient
 from lora_trainer.devices import without_autocast
 from lora_trainer.storage import as_stored, dense_weight, form_of
 
@@ -191,7 +192,7 @@ class LoraConv2d(torch.autograd.Function):
         ctx.gain_dtype, gain = (None, None) if gain is None else (gain.dtype, gain.to(dtype))
         scaled = x if gain is None else x * gain
         bias = None if bias is None else bias.to(dtype)
-        output = functional.conv2d(scaled, dense_weight(weight, dtype), bias, *options)
+        output = convolve(scaled, dense_weight(weight, dtype), bias, *options)
         hidden = functional.conv2d(scaled, down.to(dtype), None, *options)
         if keep is not None:
             hidden.mul_(keep)
@@ -213,8 +214,8 @@ class LoraConv2d(torch.autograd.Function):
             grad_hidden.mul_(ctx.scale)
         grad_x = grad_down = grad_up = grad_gain = None
         if needed[0] or needed[5]:
-            grad_x = conv2d_input(x.shape, dense_weight(weight, dtype), grad, *options)
-            grad_x.add_(conv2d_input(x.shape, low_down, grad_hidden, *options))
+            grad_x = input_gradient(x.shape, dense_weight(weight, dtype), grad, *options)
+            grad_x.add_(input_gradient(x.shape, low_down, grad_hidden, *options))
         if needed[3]:
             grad_down = conv2d_weight(x, down.shape, grad_hidden, *options)
             grad_down = (grad_down if gain is None else grad_down.mul_(gain)).to(down.dtype)
@@ -265,7 +266,7 @@ class ChangedLayer(torch.autograd.Function):
             ctx.save_for_backward(x)
             if convolution is None:
                 return functional.linear(x, weight, bias)
-            return functional.conv2d(x, weight, bias, *convolution)
+            return convolve(x, weight, bias, *convolution)
 
     @staticmethod
     @once_differentiable
@@ -282,7 +283,7 @@ class ChangedLayer(torch.autograd.Function):
                 grad_weight = grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
             else:
                 if ctx.needs_input_grad[0]:
-                    grad_x = conv2d_input(x.shape, frozen, grad, *ctx.convolution)
+                    grad_x = input_gradient(x.shape, frozen, grad, *ctx.convolution)
                 grad_weight = conv2d_weight(x, frozen.shape, grad, *ctx.convolution)
             found = iter(torch.autograd.grad(weight, learning, grad_weight.to(weight.dtype)) if learning else ())
         grads = [next(found) if needed else None for needed in ctx.needs_input_grad[5:]]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
+from lora_trainer.convolution import convolve, input_gradient
 from lora_trainer.storage import as_stored, dense_weight, form_of, packing_of
 
 
@@ -53,13 +53,13 @@ class _Conv2dFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, options: tuple) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtypes, ctx.options, ctx.shape = (x.dtype, dtype), options, x.shape
-        return F.conv2d(x.to(dtype), dense_weight(weight, dtype), None if bias is None else bias.to(dtype), *options)
+        return convolve(x.to(dtype), dense_weight(weight, dtype), None if bias is None else bias.to(dtype), *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
         x_dtype, dtype = ctx.dtypes
-        grad_x = conv2d_input(ctx.shape, dense_weight(weight, dtype), grad.to(dtype), *ctx.options)
+        grad_x = input_gradient(ctx.shape, dense_weight(weight, dtype), grad.to(dtype), *ctx.options)
         return grad_x.to(x_dtype), None, None, None, None
 
 
@@ -77,9 +77,9 @@ class CastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if self.weight.dtype == self.compute_dtype == x.dtype and not needs_gradient:
-            return super().forward(x)
         options = (self.stride, self.padding, self.dilation, self.groups)
+        if self.weight.dtype == self.compute_dtype == x.dtype and not needs_gradient:
+            return convolve(x, self.weight, self.bias, *options)
         return _Conv2dFunction.apply(x, self.weight, self.bias, self.compute_dtype, options)
 
 
