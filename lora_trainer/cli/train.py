@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.config import TrainConfig, Translation, load, settings_where, with_folder
 from lora_trainer.config.parse import from_own, parse_overrides
 from lora_trainer.errors import ConfigError, UserError
@@ -61,7 +62,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         config = load(path, overrides, print_report(path)) if path else from_own(parse_overrides(overrides))
     except ConfigError as error:
-        from lora_trainer.run import with_all_others  # torch is slow to import
+        with uncollected():  # torch is slow to import
+            from lora_trainer.run import with_all_others
 
         raise with_all_others(error, home_settings(error.config)) or error from None
     if config.gpus and not is_one_of_several():
@@ -93,10 +95,11 @@ def run_training(config: TrainConfig, progress: str = "bar", listens: bool = Fal
 
     progress: "bar", or "json" for lines that a program reads. listens: commands are read from standard input.
     """
-    from lora_trainer import run as engine  # torch is slow to import: not for --help
-    from lora_trainer.cli.progress import ProgressBar, Silence
-    from lora_trainer.run.lines import ProgressLines, obey
-    from lora_trainer.training.callbacks import TrainCommands
+    with uncollected():  # torch is slow to import: not for --help
+        from lora_trainer import run as engine
+        from lora_trainer.cli.progress import ProgressBar, Silence
+        from lora_trainer.run.lines import ProgressLines, obey
+        from lora_trainer.training.callbacks import TrainCommands
 
     with joined(config) as ranks:
         commands = TrainCommands()
