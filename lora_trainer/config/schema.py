@@ -88,6 +88,13 @@ class ModelSettings:
     """auto: launch a step's kernels as one CUDA graph where memory is free for it and it is faster. Not yet tried on a
     card, therefore off."""
 
+    channels_last: Literal["auto", "off"] = setting(
+        "off", task="image", decides=False, sets_pace=True, given_by="file"
+    )
+    """auto: on the command line, bring the weights of an SD or SDXL model's convolutions into channels last in memory,
+    in those levels that are measured to be faster so. A resumed run keeps the choice; another may be made for an equal
+    run, which then differs in last bits. Not yet tried on a card, therefore off."""
+
     exact: bool = setting(False, decides=False, given_by="file")
     """Several processes (torchrun) add even large gradients in the order of one: the same LoRA to the last bit."""
 

@@ -27,6 +27,7 @@ from lora_trainer.run.beginning import (
     with_work_for_all,
 )
 from lora_trainer.run.environment import write_environment
+from lora_trainer.run.layout import Layout
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.passes import Passes, first_pass, second_pass
 from lora_trainer.run.waiting import StoppedWhileWaiting, patient_turns
@@ -40,7 +41,7 @@ from lora_trainer.training.precision import resolve
 from lora_trainer.training.protocols import Previewer
 from lora_trainer.training.ranks import ALONE, Ranks
 from lora_trainer.training.state import StateStore, differences, named_state, run_digest
-from lora_trainer.training.trial import try_one_step
+from lora_trainer.training.trial import resumes, try_one_step
 from lora_trainer.training.validation import Measurable, Validator
 
 
@@ -180,6 +181,10 @@ def _train(
                 # Their passes copy tables from main memory. A recording that fails is no way out: before torch 2.12 the
                 # allocator then takes it for one that goes on (pytorch/pytorch#180395).
                 trainer.train_step.graphs.give_up("this kind of model cannot be recorded.")
+            trainer.train_step.layout = layout = Layout(config, model, ranks, callbacks.on_warning)
+            if not resumes(trainer):
+                with turn():
+                    layout.choose()
             if ranks.leads:
                 _save_configuration(config, outputs)
                 write_environment(outputs, model.device, precision.name)

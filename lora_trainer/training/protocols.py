@@ -1,9 +1,10 @@
-"""What a run hands to the training loop: who writes the LoRA, and who draws with it."""
+"""What a run hands to the training loop: who writes the LoRA, who draws with it, and what belongs to the state."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import nn
@@ -26,3 +27,11 @@ class Previewer(Protocol):
     """Draws one picture with the adapters as they are now. Called outside a turn; takes one itself."""
 
     def draw(self, prompt: str, seed: int, step: int, adapters: nn.Module) -> Image.Image: ...
+
+
+class Resumable(Protocol):
+    """A part of the training state. ``load_state_dict`` is called inside a turn."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -36,6 +36,7 @@ from lora_trainer.training.optim import (
     step_scheduler,
 )
 from lora_trainer.training.precision import Precision
+from lora_trainer.training.protocols import Resumable
 from lora_trainer.training.ranks import ALONE, Ranks
 
 Loss = TypeVar("Loss", float, "float | None")
@@ -50,6 +51,7 @@ class TrainingStep:
     recovery: says what to change when memory is short; without it the step fails.
     ranks: the processes that compute a step together, each some of its micro-batches.
     grad_norm: of the last step, before it was clipped; None where it was not finite. samples: in the last step.
+    layout: of the base model's weights, kept with the run where something chooses it.
     updating: true while the weights are being changed, so that an error then leaves them half changed.
     computed: this process has computed a micro-batch before, which takes longest the first time.
     on_first_gradients: called once, with the loss, in the first step whose loss is finite and not 0, before its update.
@@ -94,6 +96,7 @@ class TrainingStep:
             self.graphs.give_up("there are regularisers.")
         self.recovery = recovery
         self.measures = MemoryMeasures() if recovery is None else recovery.measures
+        self.layout: Resumable | None = None
         self.updating = self.computed = False
         self.grad_norm: float | None = None
         self.samples = 0
@@ -345,6 +348,7 @@ class TrainingStep:
             "scaler": self.scaler,
             "ema": self.ema,
             "memory": self.measures,
+            "layout": self.layout,
         }
         return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
 
@@ -352,6 +356,8 @@ class TrainingStep:
         """Raises ValueError, KeyError or RuntimeError when the state belongs to other adapters or another optimizer."""
         self.adapters.load_state_dict(state["adapters"])
         self.measures.load_state_dict(state.get("memory", {}))
+        if self.layout is not None and "layout" in state:
+            self.layout.load_state_dict(state["layout"])
         if self.measures != MemoryMeasures():
             self.graphs.give_up("memory was short before.")
         with parameters_on_cpu(self.parameters) if self.measures.optimizer_on_cpu else nullcontext():

@@ -35,7 +35,7 @@ def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     Raises:
         UserError: memory does not suffice, no loss is finite, nothing gets a gradient, or a plug-in fails.
     """
-    if trainer.ranks.first(lambda: trainer.states.has_one(trainer.config.resume)):
+    if resumes(trainer):
         return True
     if not (trainer.source.worth_trying() or _begins_with_the_base(trainer) or _plugins_used(trainer.config)):
         trainer.train_step.on_first_gradients = lambda loss: _judge_gradients(
@@ -74,6 +74,11 @@ def try_one_step(trainer: Trainer, adapters: AdapterSet) -> bool:
     if losses:
         _judge(trainer, adapters, losses, silent)
     return True
+
+
+def resumes(trainer: Trainer) -> bool:
+    """Whether there is a state of this run to go on from. All processes ask at once."""
+    return trainer.ranks.first(lambda: trainer.states.has_one(trainer.config.resume))
 
 
 def _begins_with_the_base(trainer: Trainer) -> bool:

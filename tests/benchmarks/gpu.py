@@ -51,6 +51,8 @@ OURS = {
     "sd1 512 b1 dropout": Work("sd1", changes=(("dropout", 0.1),)),
     "sd1 512 b1 CUDA graphs": Work("sd1", changes=(("cuda_graphs", "auto"),)),
     "sdxl 1024 b1 CUDA graphs": Work("sdxl", resolution=1024, changes=(("cuda_graphs", "auto"),)),
+    "sd1 512 b1 channels_last": Work("sd1", changes=(("channels_last", "auto"),)),
+    "sdxl 1024 b1 channels_last": Work("sdxl", resolution=1024, changes=(("channels_last", "auto"),)),
     "sdxl 1024 b1 fp16 lent, bf16 computed": Work("sdxl", resolution=1024, weight_dtype=torch.float16),
     "sdxl 1024 b1 DoRA": Work("sdxl", resolution=1024, changes=(("dora", True),)),
 }

@@ -22,9 +22,11 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.demo.base import build_base
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.run.layout import Layout
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import Precision, resolve
+from lora_trainer.training.ranks import ALONE
 from lora_trainer.training.step import TrainingStep
 from tests.tiny import SD1_FULL, SDXL_FULL, tiny_sd1, tiny_sdxl
 
@@ -120,6 +122,8 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
     """A ``TrainingStep`` over a lent base, its adapters attached."""
     precision = work.precision
     config = TrainConfig(
+        resolution=str(work.resolution),
+        batch_size=work.batch_size,
         lora_rank=RANK,
         target_modules=work.our_targets,
         gradient_checkpointing=work.gradient_checkpointing,
@@ -134,6 +138,7 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
     with lender.borrow() as model:
         model.release("vae", "text_encoders")
         model.set_gradient_checkpointing(work.gradient_checkpointing)
+        Layout(config, model, ALONE, print).choose()
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
             objective = DiffusionObjective(config, model, model.encode_prompts)

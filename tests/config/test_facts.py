@@ -47,7 +47,7 @@ def test_what_names_a_place_or_concerns_the_files_does_not_decide():
         "caption_mapping", "cache_dir", "init_lora", "output_dir", "output_name", "overwrite", "save_steps",
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",
         "preview_prompts", "preview_steps", "description", "tensorboard", "gradient_checkpointing", "plugins",
-        "offload_blocks", "shard_base",
+        "offload_blocks", "shard_base", "channels_last",
         "cuda_graphs", "exact", "gpus", "task", "text_encoders", "trust_remote_code", "copied_lora", "opposite_dir",
         "validation_steps", "early_stopping", "early_stopping_patience",
     }  # fmt: skip

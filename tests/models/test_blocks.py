@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,8 +28,8 @@ def model(request, tmp_path):
         yield model
 
 
-def answer(unet: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output for some input, and the input's gradient."""
+def answer(unet: torch.nn.Module, learning: Sequence[torch.nn.Parameter] = ()) -> tuple[torch.Tensor, ...]:
+    """The output for some input, the input's gradient, and those of what learns."""
     generator, config = torch.Generator().manual_seed(0), unet.config
     latents = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
     context = torch.randn(2, 77, config.cross_attention_dim, generator=generator)
@@ -36,7 +38,7 @@ def answer(unet: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         pooled = torch.randn(2, config.projection_class_embeddings_input_dim - 6 * 256, generator=generator)
         added = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
     output = unet(latents, torch.tensor([3, 700]), context, added_cond_kwargs=added, return_dict=False)[0]
-    return output.detach(), torch.autograd.grad(output.square().sum(), latents)[0]
+    return output.detach(), *torch.autograd.grad(output.square().sum(), [latents, *learning])
 
 
 def test_the_answer_is_diffusers_own(model):

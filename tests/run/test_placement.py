@@ -24,7 +24,7 @@ from tests.flux import tiny_flux
 from tests.pictures import draw_dataset
 
 ADAPTERS = {
-    "lora": {"conv_rank": 2, "dropout": 0.1, "rank_dropout": 0.1, "ema_decay": 0.9},
+    "lora": {"conv_rank": 2, "dropout": 0.1, "rank_dropout": 0.1, "ema_decay": 0.9, "channels_last": "auto"},
     "dora": {"dora": True, "conv_rank": 2, "min_snr_gamma": 5.0, "loss": "huber"},
     "loha": {"adapter": "loha", "noise_offset": 0.1, "multires_noise_iterations": 2, "input_perturbation": 0.1},
     "lokr": {"adapter": "lokr", "dropout": 0.1, "use_masks": True},

@@ -15,6 +15,7 @@ from lora_trainer.devices import to_device, without_autocast
 from lora_trainer.models.base import ModelInfo
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.unet.binding import Binding
+from lora_trainer.models.families.unet.layout import LayoutTimes
 from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.residency import Residency
 from lora_trainer.models.sharding import ShardedBlocks
@@ -109,6 +110,24 @@ class PartedModel:
             self.hold("unet")  # other processes compute with what this one has of it
         bring = None if sharded is None else sharded.enter_block_of
         self.network_key = weights_digest(self._unet_bindings, f"{architecture.family} unet", bring)
+
+    # Layout in memory ---------------------------------------------------------------------------------------------
+
+    channels_last: Sequence[int] = ()
+    """Levels whose convolutions lie so."""
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether the methods below do anything."""
+        return False
+
+    def layout_times(self, size: tuple[int, int], batch_size: int) -> list[LayoutTimes]:
+        """Of each level, on ``batch_size`` latents of ``size`` (width, height). Raises RuntimeError where memory is
+        short."""
+        return []
+
+    def use_channels_last(self, levels: Sequence[int]) -> None:
+        """Bring the weights of these levels' convolutions into channels last; they come back to the device so."""
 
     # Weights ------------------------------------------------------------------------------------------------------
 

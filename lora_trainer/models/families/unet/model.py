@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lora_trainer.devices import to_device
 from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseSchedule
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.families.parts import PartedModel, checkpoint, compute_anew, needs
+from lora_trainer.models.families.parts import PARTS, PartedModel, checkpoint, compute_anew, needs
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, build_vae, text_body
 from lora_trainer.models.families.unet.blocks import recomputable, slim
+from lora_trainer.models.families.unet.layout import LayoutTimes, lay_out, layout_times, levels_of
 from lora_trainer.models.prompts import Chunk, chunks_of, token_ids, token_weights, weigh
 from lora_trainer.models.tokenizer import Tokenizer
 from lora_trainer.storage import dense_weight
@@ -65,6 +66,31 @@ class DiffusionModel(PartedModel):
             text_salt=f"clip_skip={clip_skip}",
             reload=reload,
         )
+
+    # Layout in memory ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_layouts(self) -> bool:
+        return self.residency is not None and self.device.type in ("cpu", "cuda")
+
+    @needs("unet")
+    def layout_times(self, size: tuple[int, int], batch_size: int) -> list[LayoutTimes]:
+        return layout_times(self.unet, size, batch_size, self.device, self.compute_dtype)
+
+    @needs("unet")
+    def use_channels_last(self, levels: Sequence[int]) -> None:
+        if self.has_layouts:
+            self.channels_last = levels
+            self._lay_out()
+
+    def bind(self, tensors: Mapping[str, Tensor], parts: Sequence[str] = PARTS, move: bool = True) -> None:
+        super().bind(tensors, parts, move)
+        if "unet" in parts:
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        levels = levels_of(self.unet)
+        lay_out([part for number in self.channels_last for part in levels[number]])
 
     # Captions -----------------------------------------------------------------------------------------------------
 
