@@ -98,12 +98,18 @@ def _import_problem() -> str | None:
     transformers do, fails in every thread that imports it at the same time, which may be another extension's.
     """
     try:
-        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
+        import_networks()
+        from transformers import CLIPTokenizer  # noqa: F401
     except Exception as error:  # noqa: BLE001 - a broken package may raise anything while it is imported
         reason = " ".join(str(error).split())[:300]
         return f"diffusers is installed but cannot be imported ({type(error).__name__}: {reason}). {remedy()}"
     return None
+
+
+def import_networks() -> None:
+    """Import what the models are built of, which takes seconds, at a moment of the caller's choice."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModelWithProjection  # noqa: F401
 
 
 def problem_after(error: Exception) -> str:

@@ -69,12 +69,13 @@ def free_port() -> int:
 
 def _main() -> None:
     import diffusers.optimization  # noqa: F401
-    import transformers  # noqa: F401
 
     import lora_trainer.cli.train
     import lora_trainer.run
     import lora_trainer.training.processes  # noqa: F401
+    from lora_trainer.requirements import import_networks
 
+    import_networks()
     gc.freeze()  # or whoever frees memory in a fork goes through all that was imported, and copies it
     for line in sys.stdin:
         path = Path(line.rstrip("\n"))

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "comparison": LEAVES | {"models", "host"},
     "workspace": LEAVES | {"dataset", "captioning", "adapters", "models", "run", "host", "loras", "planning"},
     "jobs": LEAVES
-    | {"dataset", "adapters", "models", "training", "run", "host", "planning", "comparison", "workspace"},
+    | {"dataset", "adapters", "models", "training", "run", "host", "planning", "comparison", "workspace"}
+    | {"requirements"},
 }
 # cli, api and ui are the outside: they may know everything but each other.
 OUTSIDE = {"cli", "api", "ui"}
@@ -95,3 +96,10 @@ def test_a_person_can_read_the_file_in_one_sitting(path):
 def test_the_package_and_its_command_line_start_without_torch_or_a_host():
     code = "import sys, lora_trainer.cli, lora_trainer.config; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_what_builds_no_model_starts_without_diffusers():
+    parts = "run", "report", "planning.estimate", "loras.convert", "jobs"
+    code = f"import sys; import {', '.join(f'lora_trainer.{part}' for part in parts)}; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=PACKAGE.parent, text=True).split()
+    assert "torch" in modules and not {"diffusers", "transformers"} & set(modules)

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.errors import UserError
 
 DONE, INTERRUPTED = 0, 130
@@ -46,12 +47,13 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Describe the pictures of a folder. Captions that are there stay, unless --mode says otherwise; what is changed is
     kept in a numbered backup. Nothing is downloaded without --download."""
-    from lora_trainer.captioning.base import Settings
-    from lora_trainer.captioning.postprocess import CaptionOptions
-    from lora_trainer.captioning.registry import Sources
-    from lora_trainer.dataset.writing import CaptionFolder
-    from lora_trainer.run.captioning import CaptionJob, caption_folder
-    from lora_trainer.training.precision import resolve
+    with uncollected():
+        from lora_trainer.captioning.base import Settings
+        from lora_trainer.captioning.postprocess import CaptionOptions
+        from lora_trainer.captioning.registry import Sources
+        from lora_trainer.dataset.writing import CaptionFolder
+        from lora_trainer.run.captioning import CaptionJob, caption_folder
+        from lora_trainer.training.precision import resolve
 
     if options.batch_size < 1:
         raise UserError("--batch-size must be 1 or more.", field="batch_size", remedy="Use 8.")

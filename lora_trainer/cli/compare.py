@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.errors import UserError
+from lora_trainer.requirements import import_networks
 
 DONE = 0
 Number = TypeVar("Number", int, float)
@@ -29,14 +31,17 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw every saved LoRA of a run at several weights, the base model in the first column, with the same noise, into
     RUN/compare: one picture with labels, and each by itself. Ctrl-C keeps what was drawn up to then."""
-    from lora_trainer.cli.train import INTERRUPTED, interruptible
-    from lora_trainer.comparison.drawing import draw
-    from lora_trainer.comparison.plan import Wish, make_plan
-    from lora_trainer.comparison.runs import find_run, saved_loras
-    from lora_trainer.host.standalone import StandaloneHost
-    from lora_trainer.jobs.execution import drawing_options
-    from lora_trainer.run.workloads import task_of
-    from lora_trainer.run_files import GRID
+    with uncollected():
+        from lora_trainer.cli.train import INTERRUPTED, interruptible
+        from lora_trainer.comparison.drawing import draw
+        from lora_trainer.comparison.plan import Wish, make_plan
+        from lora_trainer.comparison.runs import find_run, saved_loras
+        from lora_trainer.host.standalone import StandaloneHost
+        from lora_trainer.jobs.execution import drawing_options
+        from lora_trainer.run.workloads import task_of
+        from lora_trainer.run_files import GRID
+
+        import_networks()
 
     wish = Wish(_numbers(options.steps, int, "steps"), _numbers(options.weights, float, "weights"), options.prompts)
     folder, config = find_run(options.run_folder)

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.cli.train import run_training
+from lora_trainer.requirements import import_networks
 
 
 def add_parser(commands: Any) -> None:
@@ -18,8 +20,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Teach a small embedded model a shape that it has never seen, and draw it before and after. Needs no weights, no
     GPU and a few minutes."""
-    from lora_trainer.demo import main as demo
+    with uncollected():
+        from lora_trainer.demo import main as demo
 
+        import_networks()
     config = demo.prepare(options.output)
     code, result = run_training(config)
     if result.status == "finished":

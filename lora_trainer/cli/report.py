@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.errors import UserError
 from lora_trainer.files import atomic_write
 
@@ -23,8 +24,9 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write settings, curves, previews, data set, files and environment of a run as one HTML page that needs nothing
     else and names no place of this machine."""
-    from lora_trainer.report import RunFolder, report_of
-    from lora_trainer.report.words import find, languages
+    with uncollected():
+        from lora_trainer.report import RunFolder, report_of
+        from lora_trainer.report.words import find, languages
 
     if options.language != "en" and find(options.language) is None:
         known = ", ".join(["en", *languages()])

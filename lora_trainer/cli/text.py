@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.errors import UserError
 
 DONE = 0
@@ -62,8 +63,9 @@ def add_generate(commands: Any) -> None:
 
 def generate(options: argparse.Namespace) -> int:
     """Print the answer of the base model and, with --adapter, below it that of the base with the LoRA."""
-    from lora_trainer.config import from_mapping
-    from lora_trainer.run.generating import Wish, answers
+    with uncollected():
+        from lora_trainer.config import from_mapping
+        from lora_trainer.run.generating import Wish, answers
 
     config = from_mapping(
         {

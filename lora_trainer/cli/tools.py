@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.cli.imports import uncollected
 from lora_trainer.errors import ConfigError, Problem, UserError
 
 DONE, STOPS_TRAINING = 0, 2
@@ -50,13 +51,14 @@ def check(options: argparse.Namespace) -> int:
 
 def _check_training(options: argparse.Namespace) -> int:
     """The settings, the base model and the data of a training, in one report."""
-    from lora_trainer.cli.train import home_settings, print_report
-    from lora_trainer.config import Problems, load, parse_resolution
-    from lora_trainer.dataset.checks import check_folder
-    from lora_trainer.dataset.text.checks import check_rows
-    from lora_trainer.run import with_all_others
-    from lora_trainer.run.workloads import task_of
-    from lora_trainer.run.workloads.text import encoder_for
+    with uncollected():
+        from lora_trainer.cli.train import home_settings, print_report
+        from lora_trainer.config import Problems, load, parse_resolution
+        from lora_trainer.dataset.checks import check_folder
+        from lora_trainer.dataset.text.checks import check_rows
+        from lora_trainer.run import with_all_others
+        from lora_trainer.run.workloads import task_of
+        from lora_trainer.run.workloads.text import encoder_for
 
     found: UserError | None = None
     try:
@@ -147,11 +149,12 @@ def add_merge(commands: Any) -> None:
 
 def merge(options: argparse.Namespace) -> int:
     """Write a model that works like the base with the LoRA at this strength. Neither input is changed."""
-    from lora_trainer.adapters.lora_file import read_lora
-    from lora_trainer.adapters.merge import merge as merge_files
-    from lora_trainer.models.checkpoint import FileLender
-    from lora_trainer.models.families import refuse_other_family, targets_of
-    from lora_trainer.models.families.causal_lm.folder import is_language_model
+    with uncollected():
+        from lora_trainer.adapters.lora_file import read_lora
+        from lora_trainer.adapters.merge import merge as merge_files
+        from lora_trainer.models.checkpoint import FileLender
+        from lora_trainer.models.families import refuse_other_family, targets_of
+        from lora_trainer.models.families.causal_lm.folder import is_language_model
 
     if is_language_model(options.base):
         return _merge_language_model(options)

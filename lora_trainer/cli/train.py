@@ -17,6 +17,7 @@ from lora_trainer.cli.imports import uncollected
 from lora_trainer.config import TrainConfig, Translation, load, settings_where, with_folder
 from lora_trainer.config.parse import from_own, parse_overrides
 from lora_trainer.errors import ConfigError, UserError
+from lora_trainer.requirements import import_networks
 
 if TYPE_CHECKING:
     from lora_trainer.training.ranks import Ranks
@@ -99,7 +100,11 @@ def run_training(config: TrainConfig, progress: str = "bar", listens: bool = Fal
         from lora_trainer import run as engine
         from lora_trainer.cli.progress import ProgressBar, Silence
         from lora_trainer.run.lines import ProgressLines, obey
+        from lora_trainer.run.workloads import task_of
         from lora_trainer.training.callbacks import TrainCommands
+
+        if task_of(config) != "text":
+            import_networks()
 
     with joined(config) as ranks:
         commands = TrainCommands()

@@ -30,6 +30,7 @@ from lora_trainer.jobs.publishing import check_weight, publish
 from lora_trainer.jobs.reporting import JobReporter
 from lora_trainer.jobs.results import JobResults
 from lora_trainer.jobs.store import JobStore
+from lora_trainer.requirements import import_networks
 from lora_trainer.training.callbacks import TrainCommands
 from lora_trainer.workspace.lora_tools import LoraTools
 from lora_trainer.workspace.paths import check_name
@@ -91,6 +92,7 @@ class JobManager:
 
     def start_worker(self) -> None:
         """Start the thread unless it runs. It is a daemon: a WebUI that ends does not wait for it."""
+        import_networks()  # in this thread, before two others import them at the same time
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._closing.clear()

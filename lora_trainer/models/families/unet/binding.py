@@ -1,19 +1,24 @@
-"""Modules built on the meta device, and the lender's tensors bound to their parameters without a copy."""
+"""Modules built on the meta device, and the lender's tensors bound to their parameters without a copy.
+
+diffusers and transformers are slow to import: what builds no model does without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_trainer.errors import UserError
 from lora_trainer.models.families.unet.architecture import TextShape, UNetShape, VAEShape
 from lora_trainer.models.families.unet.names import UNET, VAE, Table, open_clip_table, rename, unet_table, vae_table
 from lora_trainer.storage import Packing, pack, packing_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 View = Callable[[Tensor], Tensor]
 
@@ -70,6 +75,8 @@ class Binding:
 
 def build_unet(shape: UNetShape) -> tuple[UNet2DConditionModel, list[Binding]]:
     """The UNet on meta, and what binds it."""
+    from diffusers import UNet2DConditionModel
+
     levels = range(len(shape.channels))
     depths = [depth or shape.mid_depth for depth in shape.depths]  # the last one also counts for the middle block
     added = shape.added_channels
@@ -95,6 +102,8 @@ def build_unet(shape: UNetShape) -> tuple[UNet2DConditionModel, list[Binding]]:
 
 def build_vae(shape: VAEShape) -> tuple[AutoencoderKL, list[Binding]]:
     """The VAE on meta, and what binds it."""
+    from diffusers import AutoencoderKL
+
     levels = len(shape.channels)
     with torch.device("meta"):
         vae = AutoencoderKL(
@@ -113,6 +122,8 @@ def build_vae(shape: VAEShape) -> tuple[AutoencoderKL, list[Binding]]:
 
 def build_text_encoder(shape: TextShape) -> tuple[nn.Module, list[Binding]]:
     """A CLIPTextModel (with projection where the shape has one) on meta, and what binds it."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     config = CLIPTextConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from lora_trainer.models.families.unet import folder as files
 from lora_trainer.models.families.unet import shapes as reading
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, build_vae
-from lora_trainer.models.families.unet.model import DiffusionModel
 from lora_trainer.models.families.unet.names import VAE, block_of_diffusers_name
 from lora_trainer.models.families.unet.targets import lora_targets
-from lora_trainer.models.families.unet.trial import trial
 from lora_trainer.models.families.unet.work import parts
 from lora_trainer.models.family import Family, LatentFormat, MetaModel, Shapes, Trial, count_weights
 from lora_trainer.models.hints import Hints, file_hints
@@ -29,6 +27,9 @@ from lora_trainer.models.schedule import rescale_zero_terminal_snr, scaled_linea
 from lora_trainer.models.tensors import Tensors
 from lora_trainer.models.tokenizer import Tokenizer, load_tokenizer
 from lora_trainer.models.work import Part
+
+if TYPE_CHECKING:
+    from lora_trainer.models.families.unet.model import DiffusionModel
 
 _ENCODER_COPIES = 5
 """Pictures of the VAE's first width that are there at once while one is encoded (measured)."""
@@ -128,6 +129,8 @@ class UNetFamily(Family):
             to them.
         clip_skip: SD 1 reads the text encoder's layer this far from the end; SD 2 and XL are fixed to the last but one.
         """
+        from lora_trainer.models.families.unet.model import DiffusionModel  # diffusers is slow to import
+
         self.check_complete(architecture, info.name)
         if alphas_cumprod is None:
             alphas_cumprod = scaled_linear_alphas_cumprod()
@@ -194,4 +197,6 @@ class UNetFamily(Family):
     def trial(
         self, architecture: Architecture, resolution: tuple[int, int], device: torch.device, dtype: torch.dtype
     ) -> Trial:
+        from lora_trainer.models.families.unet.trial import trial  # diffusers is slow to import
+
         return trial(architecture.unet, self.latents, resolution, device, dtype)
