@@ -16,6 +16,11 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing what is called."""
+    return hasattr(torch.compiler, "is_compiling") and torch.compiler.is_compiling()
+
+
 def gpu_count() -> int:
     """How many GPUs torch sees that several processes can share the work of a run on. Asking initializes nothing."""
     return torch.cuda.device_count()

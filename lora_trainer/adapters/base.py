@@ -136,6 +136,7 @@ class Adapter(nn.Module):
         self.rank_dropout = rank_dropout
         self.module_dropout = module_dropout
         self.masks = DropoutMasks()
+        self._masks: dict[tuple, Tensor] = {}
         self.shape = weight_shape(layer)
         self.generator = torch.Generator().manual_seed(seed_from(seed, "adapter", name))
         self.dora_scale = self.parameter(column_norm(self.base_weight())) if dora else None
@@ -176,8 +177,29 @@ class Adapter(nn.Module):
     def keep_module(self, dimensions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """1, or 0 where the whole change is switched off in this step; nothing is scaled up for it."""
         probability = self.module_dropout
-        keep = self.masks.keep([1] * dimensions, probability, f"{self.name} module", device, dtype)
-        return keep * (1 - probability)
+        return self.keep((1,) * dimensions, probability, "module", device, dtype) * (1 - probability)
+
+    def keep(
+        self,
+        shape: Sequence[int],
+        probability: float,
+        what: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        by_sample: bool = False,
+    ) -> Tensor:
+        """See ``DropoutMasks.keep``. what: a name for the mask that no other of the layer has.
+
+        A mask is a view of numbers that are drawn anew in place, so it is looked for once and then found by its shape
+        alone: a compiled block can do that.
+        """
+        key = (what, tuple(shape), device, dtype, self.masks.part)
+        found = self._masks.get(key)
+        if found is None:
+            place = f"{self.name} {what}"
+            found = self.masks.keep(shape, probability, place, device, dtype, by_sample=by_sample)
+            self._masks[key] = found
+        return found
 
     @torch.no_grad()
     def limit_norm(self, maximum: float) -> None:

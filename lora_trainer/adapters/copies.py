@@ -23,20 +23,17 @@ from lora_trainer.adapters.lora import LoraAdapter
 class WorkingCopies:
     """The copies of ``adapters``; ``joints`` among them get one tensor of all their downs, and one of all their ups.
 
-    live: whether the copies hold what the parameters hold, and are to be computed with.
-
     The parameters must keep their memory: what changes them writes into them.
     """
 
     def __init__(self, adapters: Sequence[Adapter], joints: Sequence[Joint], dtype: torch.dtype):
-        self.live = False
-        self._leaves: dict[int, list[Tensor]] = {}
+        self._leaves: dict[LoraAdapter | Joint, list[Tensor]] = {}
         self._parts: list[_Part] = []
         owners = _owners(adapters, joints) if dtype != torch.float32 else []
+        self._inverse: Tensor | None = None  # of ``_inverse_norms``, in this step
         if not owners:
             return
         self._dora = dora.groups([owner for owner in owners if isinstance(owner, LoraAdapter)])
-        self._inverse: Tensor | None = None  # of ``_inverse_norms``, in this step
         pieces = _arranged(owners, self._dora)
         self._masters = [master for _, _, masters in pieces for master in masters]
         count, device = sum(master.numel() for master in self._masters), self._masters[0].device
@@ -47,20 +44,10 @@ class WorkingCopies:
             part = _Part(masters, shape, start, self._flat)
             start += part.leaf.numel()
             self._parts.append(part)
-            self._leaves.setdefault(id(owner), []).append(part.leaf)
-            owner.copies = self
+            self._leaves.setdefault(owner, []).append(part.leaf)
         self._gains_start = count - sum(adapter.shape[1] for group in self._dora for adapter in group)
         self._part_of = [part for part in self._parts for _ in part.masters]
         self._sizes = [master.numel() for master in self._masters]
-
-    def of(self, owner: LoraAdapter | Joint) -> tuple[Tensor, Tensor]:
-        """The copies of down and up, or of all downs and all ups."""
-        down, up, *_ = self._leaves[id(owner)]
-        return down, up
-
-    def gain_of(self, owner: LoraAdapter) -> Tensor | None:
-        """DoRA's factor for each input, (1, in[, 1, 1]); None where the layer has to find it by itself."""
-        return None if self._inverse is None else self._leaves[id(owner)][2]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -71,10 +58,14 @@ class WorkingCopies:
     def computing(self) -> Iterator[None]:
         """Inside, the layers compute with the copies as the parameters are now; ``gather`` after each backward pass."""
         self._refresh()
+        for owner, leaves in self._leaves.items():
+            # DoRA's factor is left out where the layer has to find it by itself.
+            owner.working = tuple(leaves[: 2 if self._inverse is None else 3])
         try:
             yield
         finally:
-            self.live = False
+            for owner in self._leaves:
+                owner.working = ()
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -87,7 +78,6 @@ class WorkingCopies:
             self._flat[start:].copy_(values[start:].mul_(self._inverse))
         for part in self._parts:
             part.leaf.grad = None
-        self.live = True
 
     def _inverse_norms(self, values: Tensor) -> Tensor | None:
         """1 / ‖W + ΔW‖ of all DoRA layers, one behind the other, fp32; None where there are none, or a host keeps

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
 from lora_trainer.convolution import convolve, input_gradient
-from lora_trainer.devices import without_autocast
+from lora_trainer.devices import is_compiling, without_autocast
 from lora_trainer.storage import as_stored, dense_weight, form_of
 
 
@@ -132,8 +132,11 @@ class LoraLinears(torch.autograd.Function):
         weights, factors = list(map(as_stored, tensors[: ctx.count], ctx.forms)), tensors[ctx.count :]
         down, up = _stacked(factors, ctx.dtype)
         grad = torch.stack([grad.reshape(len(rows), -1) for grad in grad_outputs]).to(ctx.dtype)  # (n, tokens, out)
-        grad_hidden = torch.empty_like(hidden)
-        torch.bmm(grad, up, out=_by_layer(grad_hidden, ctx.count))
+        if is_compiling():  # torch.compile takes no view as ``out``
+            grad_hidden = grad.bmm(up).transpose(0, 1).reshape(hidden.shape)
+        else:
+            grad_hidden = torch.empty_like(hidden)
+            torch.bmm(grad, up, out=_by_layer(grad_hidden, ctx.count))
         grad_hidden = _masked(grad_hidden, keep, ctx.input_shape, ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:

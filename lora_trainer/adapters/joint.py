@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
 from lora_trainer.adapters.base import Adapter, Target
 from lora_trainer.adapters.fused import LoraLinears
 from lora_trainer.adapters.lora import LoraAdapter
-
-if TYPE_CHECKING:
-    from lora_trainer.adapters.copies import WorkingCopies
 
 _TOGETHER = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 """By diffusers' names: self-attention, and attention to the text."""
@@ -21,13 +18,13 @@ _TOGETHER = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 class Joint:
     """The adapters of ``layers``, for who has the input of all: attention's forward, which finds it as ``joint``.
 
-    copies: of the parameters in the format of the computation, as ``LoraAdapter`` has them.
+    working: copies of all downs and of all ups in the format of the computation, as ``LoraAdapter`` has them.
     """
 
     def __init__(self, adapters: Sequence[LoraAdapter]):
         self.adapters = tuple(adapters)
         self.layers: tuple[nn.Module, ...] = tuple(adapter.layer for adapter in adapters)
-        self.copies: WorkingCopies | None = None
+        self.working: tuple[Tensor, ...] = ()
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """One output a layer: those of the layers' own forwards, within rounding."""
@@ -40,8 +37,8 @@ class Joint:
         return LoraLinears.apply(x, keep, first.scale * first.multiplier, dtype, count, *weights, *self.factors_now())
 
     def factors_now(self) -> Sequence[Tensor]:
-        if self.copies is not None and self.copies.live:
-            return self.copies.of(self)
+        if self.working:
+            return self.working
         return [adapter.lora_down for adapter in self.adapters] + [adapter.lora_up for adapter in self.adapters]
 
     @property
@@ -56,7 +53,7 @@ def _is_in_place(adapter: LoraAdapter) -> bool:
     """Whether calling the layer would do nothing but what its adapter does."""
     layer = adapter.layer
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return adapter.active and not hooked and vars(layer).get("forward") == adapter.forward
+    return adapter.active and not hooked and getattr(vars(layer).get("forward"), "__self__", None) is adapter
 
 
 def joints(pairs: Sequence[tuple[Target, Adapter]]) -> list[Joint]:

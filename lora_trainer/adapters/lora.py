@@ -6,7 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from lora_trainer.adapters.base import Adapter, kaiming_uniform
 from lora_trainer.adapters.fused import LoraConv2d, LoraLinear
 from lora_trainer.devices import without_autocast
 from lora_trainer.storage import dense_weight, mark_of
-
-if TYPE_CHECKING:
-    from lora_trainer.adapters.copies import WorkingCopies
 
 
 class LoraAdapter(Adapter):
@@ -34,7 +31,8 @@ class LoraAdapter(Adapter):
     ``(W + ΔW)·diag(g) x`` is computed as ``(W + ΔW)(g ⊙ x)``. The lengths, through which no gradient goes (section
     4.3 of the paper), do not need the changed weight either (``algebra.changed_norm_squared``).
 
-    copies: of the parameters in the format of the computation, where a training step keeps some.
+    working: copies of down and up in the format of the computation, and DoRA's factor for each input (1, in[, 1, 1]),
+        while a training step computes with some; see ``WorkingCopies``.
     """
 
     kind = "lora"
@@ -46,7 +44,7 @@ class LoraAdapter(Adapter):
         self.lora_up = self.parameter(torch.zeros(out_width, rank, *[1] * len(kernel)))
         self.is_conv = bool(kernel)
         self.is_pointwise = self.is_conv and self.lora_down[0, 0].numel() == 1 and self._options[:2] == ((1, 1), (0, 0))
-        self.copies: WorkingCopies | None = None
+        self.working: tuple[Tensor, ...] = ()
         self._base_norm: tuple[weakref.ref, Tensor, Tensor] | None = None
         # The forward of torch's own classes can be taken apart, and that of a layer which only casts its weight (it
         # says so by its compute_dtype); any other, a host's perhaps, is called as it is.
@@ -113,21 +111,19 @@ class LoraAdapter(Adapter):
 
     def factors_now(self) -> tuple[Tensor, Tensor]:
         """down and up to compute with: the parameters, or their copies while a step computes with those."""
-        copies = self.copies
-        return (self.lora_down, self.lora_up) if copies is None or not copies.live else copies.of(self)
+        return (self.working[0], self.working[1]) if self.working else (self.lora_down, self.lora_up)
 
     @property
     def masters(self) -> list[tuple[tuple[int, ...], list[nn.Parameter]]]:
-        """What ``copies`` are of, each with its shape."""
+        """What down and up in ``working`` are copies of, each with its shape."""
         return [(tuple(factor.shape), [factor]) for factor in (self.lora_down, self.lora_up)]
 
     # -- DoRA --------------------------------------------------------------------------------------------------
 
     def _gain(self, x: Tensor) -> Tensor:
         """DoRA's factor for each input: (in) for a Linear, (1, in, 1, 1) for a convolution."""
-        copies = self.copies
-        if copies is not None and copies.live and (gain := copies.gain_of(self)) is not None:
-            return gain if self.is_conv else gain.flatten()
+        if len(self.working) > 2:
+            return self.working[2] if self.is_conv else self.working[2].flatten()
         with torch.no_grad(), without_autocast(x.device):
             dtype = self.compute_dtype(x)
             weight = dense_weight(self.layer.weight, dtype, self.shape, x.device)
@@ -176,11 +172,9 @@ class LoraAdapter(Adapter):
     ) -> Tensor:
         masks, by_sample = [], len(elements) > 1
         if self.dropout:
-            place = f"{self.name} elements"
-            masks.append(self.masks.keep(elements, self.dropout, place, device, dtype, by_sample=by_sample))
+            masks.append(self.keep(elements, self.dropout, "elements", device, dtype, by_sample))
         if self.rank_dropout:
-            place = f"{self.name} ranks"
-            masks.append(self.masks.keep(ranks, self.rank_dropout, place, device, dtype, by_sample=by_sample))
+            masks.append(self.keep(ranks, self.rank_dropout, "ranks", device, dtype, by_sample))
         if self.module_dropout:
             masks.append(self.keep_module(len(elements), device, dtype))
         return functools.reduce(torch.mul, masks)

@@ -41,11 +41,15 @@ class MicroBatchPart(NamedTuple):
 
 
 class DropoutMasks:
-    """``begin`` names what all masks depend on; ``keep`` gives the mask of one layer."""
+    """``begin`` names what all masks depend on; ``keep`` gives the mask of one layer, a view of numbers that ``begin``
+    draws anew in place.
+
+    part: what of the micro-batch is computed; None for the whole.
+    """
 
     def __init__(self) -> None:
         self._seed: int | None = None
-        self._part: MicroBatchPart | None = None
+        self.part: MicroBatchPart | None = None
         # Of each kind the banks that were made so far, of growing length. All of them are kept and written to: a CUDA
         # graph reads the one that was there when it was recorded.
         self._banks: dict[_Kind, list[Tensor]] = {}
@@ -53,7 +57,7 @@ class DropoutMasks:
 
     def begin(self, seed: int, part: MicroBatchPart | None = None) -> None:
         """From now on the masks are those of this seed. ``part``: what of the micro-batch is computed, if not all."""
-        self._seed, self._part = seed, part
+        self._seed, self.part = seed, part
         numbers = self._numbers() if self._banks else None
         for kind, banks in self._banks.items():
             factors = _factors(numbers, kind)
@@ -79,8 +83,8 @@ class DropoutMasks:
             raise RuntimeError("Dropout needs AdapterSet.begin_step before each step.")
         count, kind = math.prod(shape), (probability, device, dtype)
         start = seed_from("place", layer) % (_BLOCK // _ALIGNMENT) * _ALIGNMENT
-        if by_sample and self._part is not None:
-            start += count // (self._part.stop - self._part.start) * self._part.start
+        if by_sample and self.part is not None:
+            start += count // (self.part.stop - self.part.start) * self.part.start
         banks = self._banks.setdefault(kind, [])
         if not banks or len(banks[-1]) < start + count:
             self._blocks = max(self._blocks, -(-(start + count) // _BLOCK))

@@ -95,6 +95,13 @@ class ModelSettings:
     in those levels that are measured to be faster so. A resumed run keeps the choice; another may be made for an equal
     run, which then differs in last bits. Not yet tried on a card, therefore off."""
 
+    compile: Literal["auto", "off"] = setting(
+        "off", task="image", decides=False, fills_memory=True, sets_pace=True, given_by="file"
+    )
+    """auto: on the command line, compile the blocks of an SD or SDXL model with torch.compile in a run that has ten
+    minutes left, and use them compiled where that is faster. Sums are rounded otherwise: a resumed run is not the same
+    to the last bit. Needs torch 2.5, and Triton on a GPU. Not yet tried on a card, therefore off."""
+
     exact: bool = setting(False, decides=False, given_by="file")
     """Several processes (torchrun) add even large gradients in the order of one: the same LoRA to the last bit."""
 

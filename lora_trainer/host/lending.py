@@ -69,6 +69,7 @@ class WebuiLender(Lender):
     checkpoint: entry of the WebUI's list (a ``CheckpointInfo``), which need not be the loaded one.
     """
 
+    is_shared = True
     _choices: tuple[str, ...] = ()
     """The WebUI's options that decide on the form in which the model is there."""
 

@@ -305,7 +305,11 @@ class Lender(Protocol[ModelT]):
     """Where a model comes from: a file, or a running WebUI.
 
     Lenders derive from it. What has a body here is right for one that shares its device with nobody.
+
+    is_shared: somebody waits while a turn lasts, as the users of a WebUI do.
     """
+
+    is_shared: bool = False
 
     def describe(self) -> ModelInfo:
         """Says what would be lent, without loading weights. Raises UserError when it cannot be trained."""

@@ -27,6 +27,7 @@ from lora_trainer.run.beginning import (
     with_work_for_all,
 )
 from lora_trainer.run.environment import write_environment
+from lora_trainer.run.faster import make_faster
 from lora_trainer.run.layout import Layout
 from lora_trainer.run.outputs import Outputs, output_name
 from lora_trainer.run.passes import Passes, first_pass, second_pass
@@ -177,10 +178,7 @@ def _train(
                 make_room=lender.make_room,
                 ranks=ranks,
             )
-            if model.info.prediction_type in ("flow", "next_token"):
-                # Their passes copy tables from main memory. A recording that fails is no way out: before torch 2.12 the
-                # allocator then takes it for one that goes on (pytorch/pytorch#180395).
-                trainer.train_step.graphs.give_up("this kind of model cannot be recorded.")
+            make_faster(trainer.train_step, config, lender, model, ranks)
             trainer.train_step.layout = layout = Layout(config, model, ranks, callbacks.on_warning)
             if not resumes(trainer):
                 with turn():

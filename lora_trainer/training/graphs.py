@@ -50,6 +50,7 @@ class MicroBatchGraphs:
     them at the end of a step (``finish``).
 
     parameters: that learn. addresses: says where the frozen weights lie; graphs recorded at others are dropped.
+    is_settled: says of a shape whether ``compute`` does the same with it from now on; none is recorded before.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class MicroBatchGraphs:
         parameters: Sequence[nn.Parameter],
         addresses: Callable[[], tuple[int, ...]],
         device: torch.device,
+        is_settled: Callable[[Any], bool] = lambda shape: True,
     ):
         self._compute, self._parameters, self._addresses, self._device = compute, parameters, addresses, device
+        self._is_settled = is_settled
         self.enabled = device.type == "cuda"
         self.min_gain, self.spare_bytes = MIN_GAIN, SPARE_BYTES
         self._sums: list[Tensor] = []
@@ -94,7 +97,7 @@ class MicroBatchGraphs:
         """The detached loss of a micro-batch, whose gradients are added up."""
         if not self.enabled:
             return self._compute(inputs, divisor)
-        shape = _shape(inputs)
+        shape = shape_of(inputs)
         self._used.append(shape)
         # The weights may have left since, for the text encoders that read this micro-batch's captions, say. They come
         # back in ``compute``, which can be recorded once they stay.
@@ -189,6 +192,8 @@ class MicroBatchGraphs:
     def _judge(self, seconds: float) -> None:
         """Take the time of a step; give graphs up where they do not pay."""
         shapes = tuple(self._used)
+        if not all(map(self._is_settled, shapes)):
+            return
         with_graphs = all(shape in self._recorded for shape in shapes)
         if not with_graphs and any(shape in self._recorded for shape in shapes):
             return  # mixed, which says nothing of either
@@ -228,7 +233,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _shape(inputs: Any) -> tuple | None:
+def shape_of(inputs: Any) -> tuple | None:
     """By which a recording is found; None for inputs that hold something other than tensors."""
     leaves = list(_leaves(inputs))
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):

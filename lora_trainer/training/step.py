@@ -17,6 +17,7 @@ from lora_trainer.adapters.copies import WorkingCopies
 from lora_trainer.config.schema import TrainConfig
 from lora_trainer.errors import UserError
 from lora_trainer.out_of_memory import OutOfMemoryError, first_line, is_out_of_memory, release_memory
+from lora_trainer.training.compiling import CompiledBlocks, CompilingFailedError
 from lora_trainer.training.ema import ExponentialMovingAverage
 from lora_trainer.training.gradients import SharedGradients
 from lora_trainer.training.graphs import Compute, MicroBatchGraphs
@@ -79,8 +80,12 @@ class TrainingStep:
         ]
         self.scaler = precision.create_scaler()
         self.ema = ExponentialMovingAverage(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.total_steps = total_steps
+        self.compiled = CompiledBlocks(
+            self._forward_backward, self.parameters, precision.device, precision.compute_dtype
+        )
         self.graphs = MicroBatchGraphs(
-            self._forward_backward, self.parameters, objective.addresses, precision.device
+            self.compiled, self.parameters, objective.addresses, precision.device, self.compiled.is_settled
         )
         accumulation = config.gradient_accumulation_steps
         self.shared = None
@@ -128,6 +133,7 @@ class TrainingStep:
         moved = self.measures.optimizer_on_cpu
         count, samples, all_moved = self.ranks.total(_count(drawn), sum(map(len, drawn)), moved)
         self.samples = int(samples)
+        self.compiled.begin_step(self.total_steps - step)
         if 0 < all_moved < self.ranks.size:
             self._move_optimizer_like_others(step)
         if self.shared is None:
@@ -187,6 +193,9 @@ class TrainingStep:
         while True:
             try:
                 return compute(step, drawn)
+            except CompilingFailedError:
+                self.optimizer.zero_grad(set_to_none=True)
+                continue
             except Exception as error:  # each library has an exception of its own for memory
                 if self.recovery is None or not is_out_of_memory(error):
                     raise
@@ -307,8 +316,9 @@ class TrainingStep:
 
     def _undo(self) -> bool:
         """Put back what it was before a step that failed. False when the weights are half changed."""
-        if self.graphs.enabled:
-            self.graphs.give_up("memory is short.")
+        for faster in (self.graphs, self.compiled):
+            if faster.enabled:
+                faster.give_up("memory is short.")
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None and self._in_update:
             self.scaler.update(self.scaler.get_scale())  # forgets that the gradients were unscaled
@@ -360,6 +370,7 @@ class TrainingStep:
             self.layout.load_state_dict(state["layout"])
         if self.measures != MemoryMeasures():
             self.graphs.give_up("memory was short before.")
+            self.compiled.give_up("memory was short before.")
         with parameters_on_cpu(self.parameters) if self.measures.optimizer_on_cpu else nullcontext():
             load_optimizer(self.optimizer, state["optimizer"])
         if self.measures.optimizer_on_cpu:

@@ -26,12 +26,12 @@ from lora_trainer.config import TrainConfig
 from lora_trainer.models import block_bytes, offload, pinned
 from lora_trainer.models import quantize as quantizing
 from lora_trainer.models.base import Conditioning, ModelInfo
+from lora_trainer.models.blocks import checkpoint
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families import get_family
 from lora_trainer.models.families.flow.model import blocks_of
 from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.models.families.flux.model import FluxModel
-from lora_trainer.models.families.parts import checkpoint
 from lora_trainer.models.quantize import quantize
 from lora_trainer.storage import pack, packing_of
 from lora_trainer.training.objectives.flow import FlowObjective

@@ -48,7 +48,8 @@ def test_what_names_a_place_or_concerns_the_files_does_not_decide():
         "save_epochs", "keep_checkpoints", "save_precision", "export_diffusers", "merge_into_base", "resume",
         "preview_prompts", "preview_steps", "description", "tensorboard", "gradient_checkpointing", "plugins",
         "offload_blocks", "shard_base", "channels_last",
-        "cuda_graphs", "exact", "gpus", "task", "text_encoders", "trust_remote_code", "copied_lora", "opposite_dir",
+        "cuda_graphs", "compile", "exact", "gpus", "task", "text_encoders", "trust_remote_code", "copied_lora",
+        "opposite_dir",
         "validation_steps", "early_stopping", "early_stopping_patience",
     }  # fmt: skip
     assert not [name for name, facts in FACTS.items() if facts.path and facts.decides]

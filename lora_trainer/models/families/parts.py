@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 
 from lora_trainer.devices import to_device, without_autocast
 from lora_trainer.models.base import ModelInfo
@@ -24,24 +23,6 @@ PARTS = ("unet", "vae", "text_encoders")
 LEAST_LOG_VARIANCE = -30.0
 """Of a latent; diffusers' ``DiagonalGaussianDistribution`` has the same limit."""
 VAE_DTYPE = torch.float32  # SDXL's gives NaN in fp16; the pictures go through it once, so the others get the same
-
-# The model draws no random numbers, and their state cannot be read while a CUDA graph is recorded.
-checkpoint = partial(_torch_checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-def compute_anew(module: nn.Module, enabled: bool) -> None:
-    """Compute ``module`` anew in the backward pass instead of keeping what is inside, or no longer."""
-    vars(module).pop("forward", None)
-    if not enabled:
-        return
-    forward = module.forward
-
-    def run(*inputs: Any, **named: Any) -> Any:
-        return checkpoint(forward, *inputs, **named) if torch.is_grad_enabled() else forward(*inputs, **named)
-
-    module.forward = run  # type: ignore[method-assign]
-
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -110,6 +91,10 @@ class PartedModel:
             self.hold("unet")  # other processes compute with what this one has of it
         bring = None if sharded is None else sharded.enter_block_of
         self.network_key = weights_digest(self._unet_bindings, f"{architecture.family} unet", bring)
+
+    def compilable(self) -> list[nn.Module]:
+        """The blocks that torch.compile takes one by one, without a break; none of a model for which that is not so."""
+        return []
 
     # Layout in memory ---------------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo
+from lora_trainer.models.blocks import checkpoint
 from lora_trainer.models.casting import cast_layers
 from lora_trainer.models.families.flow.architecture import FlowArchitecture
 from lora_trainer.models.families.flow.names import TRANSFORMER
 from lora_trainer.models.families.flow.network import directly
 from lora_trainer.models.families.flow.t5 import T5Encoder
 from lora_trainer.models.families.flow.tokenizer import FlowTokenizer
-from lora_trainer.models.families.parts import PartedModel, checkpoint
+from lora_trainer.models.families.parts import PartedModel
 from lora_trainer.models.families.unet.binding import Binding, build_text_encoder, build_vae, parameters_of
 from lora_trainer.models.offload import BlockOffload
 from lora_trainer.models.prompts import parse_weights

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_trainer.devices import is_compiling
+
 
 def slim(module: nn.Module) -> None:
     """Give the blocks under ``module`` the shorter computations below. Adapters may be attached before or after."""
@@ -157,7 +159,11 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 
 class SlimGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _Gated.apply(self.proj(hidden_states))
+        x = self.proj(hidden_states)
+        if is_compiling():  # the compiler chooses what to make again for the backward pass
+            hidden, gate = x.chunk(2, dim=-1)
+            return hidden * functional.gelu(gate)
+        return _Gated.apply(x)
 
 
 class _Gated(torch.autograd.Function):

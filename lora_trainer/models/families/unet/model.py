@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lora_trainer.devices import to_device
 from lora_trainer.models.base import Conditioning, LoraTarget, ModelInfo, NoiseSchedule
+from lora_trainer.models.blocks import block_forward, checkpoint
 from lora_trainer.models.casting import cast_layers
-from lora_trainer.models.families.parts import PARTS, PartedModel, checkpoint, compute_anew, needs
+from lora_trainer.models.families.parts import PARTS, PartedModel, needs
 from lora_trainer.models.families.unet.architecture import Architecture
 from lora_trainer.models.families.unet.binding import build_text_encoder, build_unet, build_vae, text_body
 from lora_trainer.models.families.unet.blocks import recomputable, slim
@@ -160,12 +161,15 @@ class DiffusionModel(PartedModel):
         """Every layer that an adapter can attach to: the UNet's, then those of the text encoders not released."""
         return self.family.targets(self.unet, self.text_encoders, self.architecture)
 
+    def compilable(self) -> list[nn.Module]:
+        return recomputable(self.unet)
+
     def set_gradient_checkpointing(self, share: float) -> None:
         """Recompute activations in the backward pass instead of keeping them: in this share of the UNet's parts, and
         in the text encoders at 1."""
         parts, enabled = recomputable(self.unet), share >= 1
         for index, part in enumerate(parts):
-            compute_anew(part, index < round(share * len(parts)))
+            block_forward(part).anew = index < round(share * len(parts))
         for hook in self._input_grad_hooks:
             hook.remove()
         # transformers before 4.35 knows only the reentrant kind, which needs an input with a gradient.
