@@ -1,6 +1,7 @@
 """What a card answers: time, memory and kernels of one training step, ours beside diffusers + PEFT and sd-scripts.
 
     python -m tests.benchmarks.gpu --json FILE [--sd-scripts CHECKOUT] [--only NAME ...]
+    python -m tests.benchmarks.gpu --json FILE --compiled blocks compiled by torch.compile, minutes more
     python -m tests.benchmarks.gpu --json FILE --dry      tiny models on the CPU: does every line of it run?
 
 All sides hold the same weights and stand in one process. Their steps alternate; the median counts, and the ratio of
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from lora_trainer.training.compiling import TIMED_PASSES
 from tests.benchmarks.sides import Step, Work, diffusers_step, our_step, sd_scripts_step
 
 WARMUP = 3  # steps, of which the last one's end is where the peak is read
@@ -57,6 +59,12 @@ OURS = {
     "sdxl 1024 b1 DoRA": Work("sdxl", resolution=1024, changes=(("dora", True),)),
 }
 """Ours alone."""
+COMPILED = {
+    "sd1 512 b1 compiled": Work("sd1", changes=(("compile", "auto"),)),
+    "sd1 512 b1 compiled, CUDA graphs": Work("sd1", changes=(("compile", "auto"), ("cuda_graphs", "auto"))),
+    "sdxl 1024 b1 compiled": Work("sdxl", resolution=1024, changes=(("compile", "auto"),)),
+}
+"""Ours alone, which takes minutes to compile."""
 
 
 def compare(name: str, works: dict[str, Work], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -99,8 +107,10 @@ def _prepare(
     _empty()
     if on_card:  # loading may have taken more for a moment; a step is what is compared
         torch.cuda.reset_peak_memory_stats()
-    # A graph is recorded in the step after the eager ones; the peak and the kernels are those with it.
-    losses = [step(number) for number in range(WARMUP + 2 * (("cuda_graphs", "auto") in work.changes))]
+    # A graph is recorded in the step after the eager ones; the peak and the kernels are those with it. So are those
+    # after compiled blocks were tried and timed.
+    more = 2 * (("cuda_graphs", "auto") in work.changes) + (1 + 2 * TIMED_PASSES) * (("compile", "auto") in work.changes)
+    losses = [step(number) for number in range(WARMUP + more)]
     figures: dict[str, Any] = {"losses": losses}
     if on_card:
         figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -171,6 +181,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the figures are written")
     parser.add_argument("--sd-scripts", type=Path, help="a checkout of kohya's sd-scripts, to compare with it too")
     parser.add_argument("--only", nargs="*", help="names of the lines to run (the beginnings of them)")
+    parser.add_argument("--compiled", action="store_true", help="only the lines with compiled blocks")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--dry", action="store_true", help="tiny models on the CPU, two steps")
     options = parser.parse_args()
@@ -180,7 +191,7 @@ def main() -> None:
         parser.error("there is no CUDA GPU here; --dry shows that it would run")
     results: dict[str, Any] = {"machine": machine(), "lines": {}}
     with tempfile.TemporaryDirectory() as temporary:
-        for name, work in {**COMPARED, **OURS}.items():
+        for name, work in (COMPILED if options.compiled else {**COMPARED, **OURS}).items():
             if options.only and not any(name.startswith(start) for start in options.only):
                 continue
             if options.dry:

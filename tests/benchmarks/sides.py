@@ -6,6 +6,7 @@ compared. sd-scripts is no package: its own checkout is named by its folder, and
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -142,7 +143,11 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
             objective = DiffusionObjective(config, model, model.encode_prompts)
-            yield TrainingStep(config, objective, adapters, precision, total_steps=1000)
+            step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
+            if config.compile == "auto":  # whatever it costs and brings
+                step.compiled.least_seconds, step.compiled.min_gain = 0.0, math.inf
+                step.compiled.use(model.compilable())
+            yield step
 
 
 @contextmanager
