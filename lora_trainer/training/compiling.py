@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import time
 import types
@@ -202,7 +203,7 @@ class CompiledBlocks:
         self._take()
         self._put(before, plain)
         self._cost += time.perf_counter() - started
-        if difference is not None and difference > self._largest_difference:
+        if difference is not None and not difference <= self._largest_difference:  # or NaN
             reason = f"the gradients of a compiled pass differ by {difference:.2g} of their length."
         if reason:
             self.give_up(reason)
@@ -248,8 +249,8 @@ def _difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
     One that only one of the two has counts as all different.
     """
     if any((one is None) != (other is None) for one, other in zip(found, expected)):
-        return float("inf")
-    pairs = [(one.float(), other.float()) for one, other in zip(found, expected) if one is not None]
-    lengths = torch.stack([torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs]).sum(0).sqrt()
-    apart, length = lengths.tolist()
-    return apart / length if 0 < length < float("inf") else None
+        return math.inf
+    pairs = [(one, other) for one, other in zip(found, expected) if one is not None and other is not None]
+    squares = [torch.stack([(one - other).square().sum(), other.square().sum()]) for one, other in pairs]
+    apart, length = torch.stack(squares).sum(0).sqrt().tolist()
+    return apart / length if 0 < length < math.inf else None

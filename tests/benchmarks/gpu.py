@@ -109,8 +109,8 @@ def _prepare(
         torch.cuda.reset_peak_memory_stats()
     # A graph is recorded in the step after the eager ones; the peak and the kernels are those with it. So are those
     # after compiled blocks were tried and timed.
-    more = 2 * (("cuda_graphs", "auto") in work.changes) + (1 + 2 * TIMED_PASSES) * (("compile", "auto") in work.changes)
-    losses = [step(number) for number in range(WARMUP + more)]
+    graphs, compiled = ((setting, "auto") in work.changes for setting in ("cuda_graphs", "compile"))
+    losses = [step(number) for number in range(WARMUP + 2 * graphs + (1 + 2 * TIMED_PASSES) * compiled)]
     figures: dict[str, Any] = {"losses": losses}
     if on_card:
         figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -118,14 +119,22 @@ def failing_backwards():
     return aot_autograd(fw_compiler=lambda module, inputs: module.forward, bw_compiler=failing_forwards)
 
 
-def wrong(module, inputs):
-    return lambda *given: tuple(
-        one * 1.5 if isinstance(one, torch.Tensor) and one.requires_grad else one for one in module.forward(*given)
-    )
+def times(factor):
+    def wrong(module, inputs):
+        return lambda *given: tuple(
+            one * factor if isinstance(one, torch.Tensor) and one.requires_grad else one
+            for one in module.forward(*given)
+        )
+
+    return wrong
 
 
 @compiles
-@pytest.mark.parametrize("backend", [lambda: failing_forwards, failing_backwards, lambda: wrong])
+@pytest.mark.parametrize(
+    "backend",
+    [lambda: failing_forwards, failing_backwards, lambda: times(1.5), lambda: times(math.nan)],
+    ids=["fails", "fails backwards", "wrong", "not finite"],
+)
 def test_what_cannot_be_compiled_or_computes_something_else_is_given_up(tmp_path, monkeypatch, caplog, backend):
     """The pass that tried it counts as the plain one that it was, gradients of the micro-batch before included."""
     caplog.set_level("INFO", "lora_trainer")
