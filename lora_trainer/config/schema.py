@@ -98,9 +98,9 @@ class ModelSettings:
     compile: Literal["auto", "off"] = setting(
         "off", task="image", decides=False, fills_memory=True, sets_pace=True, given_by="file"
     )
-    """auto: on the command line, compile the blocks of an SD or SDXL model with torch.compile in a run that has ten
-    minutes left, and use them compiled where that is faster. Sums are rounded otherwise: a resumed run is not the same
-    to the last bit. Needs torch 2.5, and Triton on a GPU. Not yet tried on a card, therefore off."""
+    """auto: on the command line, compile the model's blocks with torch.compile in a run that has ten minutes left, and
+    use them compiled where that is faster. Sums are rounded otherwise: a resumed run is not the same to the last bit.
+    Needs torch 2.5, and Triton on a GPU. Not yet tried on a card, therefore off."""
 
     exact: bool = setting(False, decides=False, given_by="file")
     """Several processes (torchrun) add even large gradients in the order of one: the same LoRA to the last bit."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -31,6 +32,7 @@ from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Conditioning
 from lora_trainer.models.checkpoint import FileLender
+from lora_trainer.training.compiling import TIMED_PASSES
 from lora_trainer.training.objectives.diffusion import DiffusionObjective
 from lora_trainer.training.objectives.pictures import Batch
 from lora_trainer.training.precision import resolve
@@ -67,6 +69,9 @@ def our_step(options: argparse.Namespace, folder: Path) -> Iterator[Step]:
             adapters.train()
             objective = DiffusionObjective(config, model, model.encode_prompts)
             step = TrainingStep(config, objective, adapters, precision, total_steps=1000)
+            if options.compile:  # whatever it costs and brings
+                step.compiled.least_seconds, step.compiled.min_gain = 0.0, math.inf
+                step.compiled.use(model.compilable())
             batch = batch_of(options, model.unet.config.cross_attention_dim)
             yield lambda number: step(number, [batch])
 
@@ -211,9 +216,12 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="our blocks compiled, which happens in the warm-up")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile:
+        options.warmup = max(options.warmup, 2 * (1 + TIMED_PASSES))
     if options.measure:
         measure(options)
         return

@@ -55,7 +55,7 @@ def test_the_layers_of_a_run_compute_with_copies_in_its_format(settings, monkeyp
     begin = AdapterSet.begin_step
 
     def look(adapters, *arguments):
-        found.append([joint.copies is not None for joint in adapters.joints])
+        found.append([bool(joint.working) for joint in adapters.joints])
         return begin(adapters, *arguments)
 
     monkeypatch.setattr(AdapterSet, "begin_step", look)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_trainer.adapters.inject import AdapterSet
 from lora_trainer.config import TrainConfig
 from lora_trainer.devices import torch_version
 from lora_trainer.host.lending import WebuiLender
@@ -18,6 +19,7 @@ from lora_trainer.run.faster import make_faster
 from lora_trainer.training import compiling
 from lora_trainer.training.compiling import LEAST_TORCH, TIMED_PASSES, CompiledBlocks
 from lora_trainer.training.ranks import ALONE
+from tests import chroma, flux, sd3
 from tests.benchmarks.sides import Work, batch_of, our_training
 
 COMPILES = torch_version() >= LEAST_TORCH
@@ -95,6 +97,35 @@ def test_blocks_of_one_kind_and_width_share_what_is_compiled(tmp_path, monkeypat
     assert graphs() <= 16 < 38, "of 38 blocks; some kinds stand at two sizes of the picture"
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-4, atol=0)
     assert torch.cosine_similarity(weights, compiled_weights, dim=0) > 0.9999
+
+
+@compiles
+@pytest.mark.parametrize("tiny", [flux.tiny_flux, chroma.tiny_chroma, sd3.tiny_sd3])
+def test_flow_models(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    base, config = tiny(tmp_path), TrainConfig(lora_rank=4, target_modules=["attention", "feed_forward"], dropout=0.1)
+    lender = FileLender(base["base_model"], vae=base.get("vae"), text_encoders=base.get("text_encoders", ()))
+    with lender.borrow() as model, AdapterSet.build(model.lora_targets(), config) as adapters:
+        told = model.encode_prompts(["a cat", "a dog"]).map(torch.Tensor.detach)
+        latents = torch.randn(2, 16, 6, 4, generator=torch.Generator().manual_seed(0))
+        for parameter in adapters.parameters():
+            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+
+        def compute(inputs, divisor):
+            loss = model.predict(inputs["latents"], torch.tensor([0.3, 0.7]), told, None).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        compiled = CompiledBlocks(compute, list(adapters.parameters()), torch.device("cpu"), torch.float32)
+        compiled.use(model.compilable())
+        compiled.least_seconds = 0.0
+        adapters.begin_step(0)
+        losses = []
+        for _ in range(TIMED_PASSES + 2):
+            compiled.begin_step(10)
+            losses.append(compiled({"latents": latents}, torch.ones(())))
+    assert compiled.enabled and graphs() >= 2
+    torch.testing.assert_close(losses[-1], losses[0])
 
 
 @compiles

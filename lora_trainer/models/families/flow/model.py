@@ -102,6 +102,9 @@ class FlowModel(PartedModel, ABC):
         """Every layer that an adapter can attach to: the transformer's, then those of a CLIP that was not released."""
         return self.family.targets(self.unet, self.text_encoders[:1], self.architecture)
 
+    def compilable(self) -> list[nn.Module]:
+        return blocks_of(self.unet) if self.blocks is None else []
+
     def set_gradient_checkpointing(self, share: float) -> None:
         """Compute the first blocks of the transformer, this share, anew in the backward pass instead of keeping what is
         inside.
