@@ -178,7 +178,7 @@ def _train(
                 make_room=lender.make_room,
                 ranks=ranks,
             )
-            make_faster(trainer.train_step, config, lender, model, ranks)
+            make_faster(trainer.train_step, config, lender, model, ranks, callbacks.on_warning)
             trainer.train_step.layout = layout = Layout(config, model, ranks, callbacks.on_warning)
             if not resumes(trainer):
                 with turn():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lora_trainer.config import TrainConfig
 from lora_trainer.models.base import Lender, LentNetwork
 from lora_trainer.models.families.parts import PartedModel
@@ -9,14 +11,25 @@ from lora_trainer.training.ranks import Ranks
 from lora_trainer.training.step import TrainingStep
 
 
-def make_faster(step: TrainingStep, config: TrainConfig, lender: Lender, model: LentNetwork, ranks: Ranks) -> None:
-    """Have ``step`` use what the settings ask for and what this model takes; the log says what is not used and why."""
+def make_faster(
+    step: TrainingStep,
+    config: TrainConfig,
+    lender: Lender,
+    model: LentNetwork,
+    ranks: Ranks,
+    say: Callable[[str], None],
+) -> None:
+    """Have ``step`` use what the settings ask for and what this model takes.
+
+    say: is told what comes of ``compile: auto``.
+    """
     if model.info.prediction_type in ("flow", "next_token"):
         # Their passes copy tables from main memory. A recording that fails is no way out: before torch 2.12 the
         # allocator then takes it for one that goes on (pytorch/pytorch#180395).
         step.graphs.give_up("this kind of model cannot be recorded.")
     if config.compile == "off":
         return
+    step.compiled.say = say
     blocks = model.compilable() if isinstance(model, PartedModel) else []
     if lender.is_shared:
         step.compiled.give_up("the WebUI would wait for it for minutes.")

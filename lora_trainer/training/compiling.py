@@ -39,7 +39,7 @@ MIN_GAIN = 0.95
 MAX_SHAPES = 4
 """That are compiled; any other is computed plain."""
 MOST_VARIANTS = 64
-"""Of a block's code: a torch.compile that has more of them computes plain without a word."""
+"""Of a block's code, by the shapes that it meets; torch.compile takes eight where it is told nothing."""
 LARGEST_DIFFERENCE = {torch.float32: 1e-3}
 """Between the gradients of a compiled and a plain pass, relative to their length, by the format of the computation."""
 LARGEST_DIFFERENCE_LOW = 0.1
@@ -51,11 +51,13 @@ class CompilingFailedError(Exception):
 
 @dataclasses.dataclass
 class _Pace:
-    """Of one shape. seen: micro-batches. plain, compiled: seconds of those that were timed. wins: None while open."""
+    """Of one shape. seen: micro-batches. plain, compiled: seconds of those that were timed. cost: of compiling, in
+    seconds. wins: None while open."""
 
     seen: int = 0
     plain: list[float] = dataclasses.field(default_factory=list)
     compiled: list[float] = dataclasses.field(default_factory=list)
+    cost: float = 0.0
     tried: bool = False
     wins: bool | None = None
 
@@ -66,7 +68,7 @@ class CompiledBlocks:
     The first compiled pass of a shape also has to give the gradients of the plain one.
 
     parameters: that learn. dtype: of the computation. steps_left: until the end of the run, those in hand included; to
-    be set before each step.
+    be set before each step. say: is told what is used or not, and why.
     """
 
     def __init__(self, compute: Compute, parameters: Sequence[nn.Parameter], device: torch.device, dtype: torch.dtype):
@@ -74,11 +76,11 @@ class CompiledBlocks:
         self._largest_difference = LARGEST_DIFFERENCE.get(dtype, LARGEST_DIFFERENCE_LOW)
         self._blocks: list[BlockForward] = []
         self._paces: dict[Any, _Pace] = {}
-        self._cost = 0.0  # seconds that compiling has taken for one shape
         self._gain = 0.0  # share of its time that a compiled micro-batch takes, as far as that is known
         self._on = False
         self.steps_left, self._steps = 0, 0
         self.least_seconds, self.min_gain = float(LEAST_SECONDS), MIN_GAIN
+        self.say: Callable[[str], None] = log.info
 
     @property
     def enabled(self) -> bool:
@@ -108,8 +110,11 @@ class CompiledBlocks:
         Raises:
             CompilingFailedError: the gradients are half done.
         """
-        shape = shape_of(inputs) if self.enabled else None
+        if not self.enabled:
+            return self._compute(inputs, divisor)
+        shape = shape_of(inputs)
         if shape is None:
+            self.give_up("the text encoders learn, or the strength of the LoRA changes.")
             return self._compute(inputs, divisor)
         pace = self._paces.setdefault(shape, _Pace())
         pace.seen += 1
@@ -134,7 +139,7 @@ class CompiledBlocks:
 
     def give_up(self, reason: str) -> None:
         """Nothing compiled for the rest of the run."""
-        log.info("torch.compile is not used: %s", reason)
+        self.say(f"torch.compile is not used: {reason}")
         for forward in self._blocks:
             forward.compiled = None
         self._blocks.clear()
@@ -181,9 +186,8 @@ class CompiledBlocks:
         if sum(other.tried for other in self._paces.values()) >= MAX_SHAPES:
             return False
         seconds_left = statistics.median(pace.plain) * self.steps_left * pace.seen / max(1, self._steps)
-        if not self._cost:
-            return seconds_left >= self.least_seconds
-        return seconds_left * (1 - self._gain) >= self._cost
+        cost = max(other.cost for other in self._paces.values())
+        return seconds_left * (1 - self._gain) >= cost if cost else seconds_left >= self.least_seconds
 
     def _try(self, pace: _Pace, inputs: Any, divisor: Tensor) -> Tensor:
         """A plain pass, which counts, and a compiled one, which has to give the same gradients."""
@@ -202,7 +206,7 @@ class CompiledBlocks:
             reason = "too little memory is free."
         self._take()
         self._put(before, plain)
-        self._cost += time.perf_counter() - started
+        pace.cost += time.perf_counter() - started
         if difference is not None and not difference <= self._largest_difference:  # or NaN
             reason = f"the gradients of a compiled pass differ by {difference:.2g} of their length."
         if reason:
@@ -224,11 +228,12 @@ class CompiledBlocks:
 
     def _judge(self, pace: _Pace) -> None:
         gain = statistics.median(pace.compiled) / statistics.median(pace.plain[1:])
-        if gain > self.min_gain:
+        pace.wins = gain <= self.min_gain
+        if pace.wins:
+            self._gain = max(self._gain, gain)
+            self.say(f"Compiled blocks: a micro-batch takes {gain:.2f} of its time; compiling took {pace.cost:.0f} s.")
+        elif not any(other.wins for other in self._paces.values()):
             self.give_up(f"a compiled micro-batch takes {gain:.2f} of its time.")
-            return
-        log.info("Compiled blocks: a micro-batch takes %.2f of its time; compiling took %.0f s.", gain, self._cost)
-        pace.wins, self._gain = True, max(self._gain, gain)
 
 
 def _own_code(function: Callable) -> Callable:

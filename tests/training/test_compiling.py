@@ -209,13 +209,56 @@ def test_a_run_that_is_soon_over_and_blocks_that_are_no_faster_stay_plain(tmp_pa
     torch.testing.assert_close(same_weights, weights, rtol=1e-3, atol=1e-5)
 
 
+@compiles
+def test_each_shape_is_judged_by_itself(monkeypatch):
+    """One that is no faster does not cost another its gain, and the cost is that of one shape."""
+    now, used, told = [0.0], [], []
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiling, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    block, seconds = nn.Linear(4, 4), {1: (10, 5), 2: (10, 11), 3: (10, 5)}  # plain, compiled
+
+    def compute(inputs, divisor):
+        used.append(compiled._on)
+        now[0] += seconds[len(inputs["x"])][compiled._on]
+        loss = block(inputs["x"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    compiled = CompiledBlocks(compute, list(block.parameters()), torch.device("cpu"), torch.float32)
+    compiled.use([block])
+    compiled.say, compiled.least_seconds = told.append, 0.0
+
+    def passes(size, count, steps_left=1000):
+        for _ in range(count):
+            compiled.begin_step(steps_left)
+            compiled({"x": torch.ones(size, 4)}, torch.ones(()))
+        return used[-1]
+
+    assert passes(1, PASSES) and not passes(2, PASSES) and passes(1, 1)
+    assert [text for text in told if "0.50" in text] == told
+    # 16 · 4 of 25 micro-batches of 10 seconds, of which half are saved: more than the 11 seconds of one shape.
+    assert passes(3, TIMED_PASSES + 1, steps_left=16)
+
+
+@compiles
+def test_what_can_never_be_compiled_is_said():
+    compiled = CompiledBlocks(lambda inputs, divisor: divisor, [], torch.device("cpu"), torch.float32)
+    compiled.use([nn.Linear(2, 2)])
+    told = []
+    compiled.say = told.append
+    assert compiled({"captions": ("a cat",)}, torch.ones(())) == 1
+    assert not compiled.enabled and "text encoders learn" in told[0]
+
+
 def blocks_for(model=None, lender=FileLender, adapter="lora", processes=1):
     """Whether blocks are compiled."""
     parameter = nn.Parameter(torch.zeros(1))
     compiled = CompiledBlocks(lambda inputs, divisor: divisor, [parameter], torch.device("cpu"), torch.float32)
     config = TrainConfig(compile="auto", adapter=adapter)
     ranks = ALONE if processes == 1 else SimpleNamespace(size=processes)
-    make_faster(SimpleNamespace(compiled=compiled), config, lender, model, ranks)
+    told = []
+    make_faster(SimpleNamespace(compiled=compiled), config, lender, model, ranks, told.append)
+    assert compiled.enabled != bool(told), "why not"
     return compiled.enabled
 
 
