@@ -161,13 +161,17 @@ class CompiledBlocks:
             with torch._dynamo.config.patch(cache_size_limit=MOST_VARIANTS):
                 return self._compute(inputs, divisor)
         except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, UserError):
+            if is_out_of_memory(error) or isinstance(error, UserError) or self._is_recorded():
                 raise
             reason = first_line(getattr(error, "inner_exception", error))  # that of the compiler
         finally:
             self._on = False
         self.give_up(reason)
         raise CompilingFailedError(reason)
+
+    def _is_recorded(self) -> bool:
+        """Whether a CUDA graph is made of the pass: where that fails, the graph is at fault."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _timed(self, seconds: list[float], inputs: Any, divisor: Tensor, on: bool = False) -> Tensor:
         self._wait()
