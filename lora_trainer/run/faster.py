@@ -32,12 +32,12 @@ def make_faster(
     step.compiled.say = say
     blocks = model.compilable() if isinstance(model, PartedModel) else []
     if lender.is_shared:
-        step.compiled.give_up("the WebUI would wait for it for minutes.")
+        step.compiled.leave("torch.compile is not used: the WebUI would wait for it for minutes.")
     elif ranks.size > 1:
-        step.compiled.give_up("several processes train together.")
+        step.compiled.leave("torch.compile is not used: several processes train together.")
     elif not blocks:
-        step.compiled.give_up("blocks of this kind of model cannot be compiled.")
+        step.compiled.leave("torch.compile is not used: blocks of this kind of model cannot be compiled.")
     elif config.adapter != "lora":
-        step.compiled.give_up(f"layers with {config.adapter} cannot be compiled.")
+        step.compiled.leave(f"torch.compile is not used: layers with {config.adapter} cannot be compiled.")
     else:
         step.compiled.use(blocks)

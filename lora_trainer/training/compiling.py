@@ -89,7 +89,7 @@ class CompiledBlocks:
     def use(self, blocks: Sequence[nn.Module]) -> None:
         """Compile these, once it pays."""
         if torch_version() < LEAST_TORCH:
-            self.give_up(f"torch {torch.__version__} would compile each block by itself.")
+            self.leave(f"torch.compile is not used: torch {torch.__version__} would compile each block by itself.")
             return
         functions: dict[Any, Callable] = {}
         for block in blocks:
@@ -114,7 +114,7 @@ class CompiledBlocks:
             return self._compute(inputs, divisor)
         shape = shape_of(inputs)
         if shape is None:
-            self.give_up("the text encoders learn, or the strength of the LoRA changes.")
+            self.leave("torch.compile is not used: the text encoders learn, or the strength of the LoRA changes.")
             return self._compute(inputs, divisor)
         pace = self._paces.setdefault(shape, _Pace())
         pace.seen += 1
@@ -137,9 +137,9 @@ class CompiledBlocks:
         stays_plain = len(pace.plain) == TIMED_PASSES and not pace.tried and not self._may_pay(pace)
         return pace.wins is not None or stays_plain
 
-    def give_up(self, reason: str) -> None:
-        """Nothing compiled for the rest of the run."""
-        self.say(f"torch.compile is not used: {reason}")
+    def leave(self, why: str) -> None:
+        """Nothing compiled for the rest of the run. why: a sentence, which is said."""
+        self.say(why)
         for forward in self._blocks:
             forward.compiled = None
         self._blocks.clear()
@@ -166,7 +166,7 @@ class CompiledBlocks:
             reason = first_line(getattr(error, "inner_exception", error))  # that of the compiler
         finally:
             self._on = False
-        self.give_up(reason)
+        self.leave(f"torch.compile is not used: {reason}")
         raise CompilingFailedError(reason)
 
     def _is_recorded(self) -> bool:
@@ -198,7 +198,7 @@ class CompiledBlocks:
         before = self._take()
         loss = self._compute(inputs, divisor)
         plain = self._take()
-        started, difference, reason = time.perf_counter(), None, ""
+        started, difference, why = time.perf_counter(), None, ""
         try:
             self._run(inputs, divisor, on=True)
             difference = _difference(self._take(), plain)
@@ -207,14 +207,17 @@ class CompiledBlocks:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = "too little memory is free."
+            why = "torch.compile is not used: too little memory is free."
         self._take()
         self._put(before, plain)
         pace.cost += time.perf_counter() - started
         if difference is not None and not difference <= self._largest_difference:  # or NaN
-            reason = f"the gradients of a compiled pass differ by {difference:.2g} of their length."
-        if reason:
-            self.give_up(reason)
+            why = (
+                "torch.compile is not used: the gradients of a compiled pass differ by"
+                f" {difference:.2g} of their length."
+            )
+        if why:
+            self.leave(why)
             release_memory()
         pace.tried = difference is not None  # else again, with gradients that are finite
         return loss
@@ -237,7 +240,7 @@ class CompiledBlocks:
             self._gain = max(self._gain, gain)
             self.say(f"Compiled blocks: a micro-batch takes {gain:.2f} of its time; compiling took {pace.cost:.0f} s.")
         elif not any(other.wins for other in self._paces.values()):
-            self.give_up(f"a compiled micro-batch takes {gain:.2f} of its time.")
+            self.leave(f"torch.compile is not used: a compiled micro-batch takes {gain:.2f} of its time.")
 
 
 def _own_code(function: Callable) -> Callable:

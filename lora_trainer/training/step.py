@@ -316,7 +316,7 @@ class TrainingStep:
 
     def _undo(self) -> bool:
         """Put back what it was before a step that failed. False when the weights are half changed."""
-        self._save_memory("memory is short.")
+        self._save_memory()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None and self._in_update:
             self.scaler.update(self.scaler.get_scale())  # forgets that the gradients were unscaled
@@ -337,11 +337,12 @@ class TrainingStep:
         self.updating, self._before = False, None
         return True
 
-    def _save_memory(self, reason: str) -> None:
+    def _save_memory(self) -> None:
         """Nothing that is faster and takes more memory for the rest of the run."""
-        for faster in (self.graphs, self.compiled):
-            if faster.enabled:
-                faster.give_up(reason)
+        if self.graphs.enabled:
+            self.graphs.give_up("memory is short.")
+        if self.compiled.enabled:
+            self.compiled.leave("torch.compile is not used: memory is short.")
 
     @property
     def bytes(self) -> int:
@@ -373,7 +374,7 @@ class TrainingStep:
         if self.layout is not None and "layout" in state:
             self.layout.load_state_dict(state["layout"])
         if self.measures != MemoryMeasures():
-            self._save_memory("memory was short before.")
+            self._save_memory()
         with parameters_on_cpu(self.parameters) if self.measures.optimizer_on_cpu else nullcontext():
             load_optimizer(self.optimizer, state["optimizer"])
         if self.measures.optimizer_on_cpu:

@@ -132,9 +132,6 @@ NOT_FOR_THE_PAGE = {
         "Trained on {0} with {1}.", "{0} steps, batch {1}, {2}, {3}.",
         "{0}, learning rate {1}, {2}, seed {3}.", "Last loss {0}.",
     },
-    "training/compiling.py": {
-        "too little memory is free.", "the gradients of a compiled pass differ by {0} of their length.",
-    },
     "training/graphs.py": {"too little memory is free for their activations."},
 }  # fmt: skip
 """For programmers, the log, the API's documentation and the LoRA's card."""
