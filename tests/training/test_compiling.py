@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import sysconfig
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from tests import chroma, flux, sd3
 from tests.benchmarks.sides import Work, batch_of, our_training
 
 COMPILES = torch_version() >= LEAST_TORCH
+COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
 compiles = pytest.mark.skipif(not COMPILES, reason="torch compiles each block by itself")
 TINY = Work(size="tiny", device="cpu", mixed_precision="no", resolution=64)
 PASSES = TIMED_PASSES + 1 + TIMED_PASSES + 3  # plain, tried, compiled while it is timed, compiled
@@ -130,7 +133,7 @@ def test_flow_models(tmp_path, monkeypatch, tiny):
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler, or not Python's headers")
 def test_the_compiler_that_is_used(tmp_path):
     assert compiling.BACKEND == "inductor"
     losses, weights, _ = train(tmp_path)
