@@ -180,7 +180,7 @@ def _train(
             )
             make_faster(trainer.train_step, config, lender, model, ranks, callbacks.on_warning)
             trainer.train_step.layout = layout = Layout(config, model, ranks, callbacks.on_warning)
-            if not resumes(trainer):
+            if config.channels_last == "auto" and not resumes(trainer):
                 with turn():
                     layout.choose()
             if ranks.leads:

@@ -27,10 +27,8 @@ class Layout:
         self._model = model if isinstance(model, PartedModel) and model.has_layouts else None
 
     def choose(self) -> None:
-        """Measure on the device which levels are faster so, and bring these into it. To be called in a turn, before
-        adapters are attached."""
-        if self._config.channels_last == "off":
-            return
+        """Measure on the device which levels are faster so, and bring these into it. To be called where the setting is
+        "auto", in a turn, before adapters are attached."""
         if self._model is None:
             self._say("channels_last is not used: it is for SD and SDXL models from a file, on a CUDA GPU or the CPU.")
         elif not self._alone:

@@ -40,9 +40,8 @@ MAX_SHAPES = 4
 """That are compiled; any other is computed plain."""
 MOST_VARIANTS = 64
 """Of a block's code, by the shapes that it meets; torch.compile takes eight where it is told nothing."""
-LARGEST_DIFFERENCE = {torch.float32: 1e-3}
-"""Between the gradients of a compiled and a plain pass, relative to their length, by the format of the computation."""
-LARGEST_DIFFERENCE_LOW = 0.1
+LARGEST_DIFFERENCE, LARGEST_DIFFERENCE_LOW = 1e-3, 0.1
+"""Between the gradients of a compiled and a plain pass, relative to their length: in fp32, and in fp16 or bf16."""
 
 
 class CompilingFailedError(Exception):
@@ -67,18 +66,17 @@ class CompiledBlocks:
 
     The first compiled pass of a shape also has to give the gradients of the plain one.
 
-    parameters: that learn. dtype: of the computation. steps_left: until the end of the run, those in hand included; to
-    be set before each step. say: is told what is used or not, and why.
+    parameters: that learn. dtype: of the computation. say: is told what is used or not, and why.
     """
 
     def __init__(self, compute: Compute, parameters: Sequence[nn.Parameter], device: torch.device, dtype: torch.dtype):
         self._compute, self._parameters, self._device = compute, parameters, device
-        self._largest_difference = LARGEST_DIFFERENCE.get(dtype, LARGEST_DIFFERENCE_LOW)
+        self._largest_difference = LARGEST_DIFFERENCE if dtype == torch.float32 else LARGEST_DIFFERENCE_LOW
         self._blocks: list[BlockForward] = []
         self._paces: dict[Any, _Pace] = {}
         self._gain = 0.0  # share of its time that a compiled micro-batch takes, as far as that is known
         self._on = False
-        self.steps_left, self._steps = 0, 0
+        self._steps_left, self._steps = 0, 0
         self.least_seconds, self.min_gain = float(LEAST_SECONDS), MIN_GAIN
         self.say: Callable[[str], None] = log.info
 
@@ -101,7 +99,8 @@ class CompiledBlocks:
             self._blocks.append(forward)
 
     def begin_step(self, steps_left: int) -> None:
-        self.steps_left = steps_left
+        """To be called before each optimizer step. steps_left: until the end of the run, with this one."""
+        self._steps_left = steps_left
         self._steps += 1
 
     def __call__(self, inputs: Any, divisor: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ class CompiledBlocks:
         """Whether what a compiled pass may save until the end of the run is more than what compiling costs."""
         if sum(other.tried for other in self._paces.values()) >= MAX_SHAPES:
             return False
-        seconds_left = statistics.median(pace.plain) * self.steps_left * pace.seen / max(1, self._steps)
+        seconds_left = statistics.median(pace.plain) * self._steps_left * pace.seen / max(1, self._steps)
         cost = max(other.cost for other in self._paces.values())
         return seconds_left * (1 - self._gain) >= cost if cost else seconds_left >= self.least_seconds
 

@@ -234,7 +234,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def shape_of(inputs: Any) -> tuple | None:
-    """By which a recording is found; None for inputs that hold something other than tensors."""
+    """Shapes and formats, by which a recording or the pace of compiled blocks is found; None for inputs that hold
+    something other than tensors."""
     leaves = list(_leaves(inputs))
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
         return None

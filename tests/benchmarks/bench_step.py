@@ -4,7 +4,7 @@
     python -m tests.benchmarks.bench_step --size full --device cpu --resolution 256
 
 Timed in one process, one step of each in turn, so that both see the same machine. diffusers' own loop would encode the
-pictures and captions anew in every step; we never do: only what both do is compared. Peak memory is that of three steps
+pictures and captions anew in every step; we never do: only what both do is compared. Peak memory is that of the warm-up
 in a process of each side's own: of the GPU's allocator, or on the CPU of the whole process. A ratio below 1 is in our
 favor.
 """
@@ -68,7 +68,7 @@ def _synchronize(work: Work) -> None:
 
 
 def peak_memory(side: str, folder: Path) -> int:
-    """Bytes at the peak of three steps in a process of its own."""
+    """Bytes at the peak of the warm-up's steps in a process of its own."""
     arguments = [*sys.argv[1:], "--measure", side, "--folder", str(folder)]
     command = [sys.executable, "-m", "tests.benchmarks.bench_step", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> None:
     with MAKERS[options.measure](work, Path(options.folder)) as step:
         gc.collect()  # loading may have taken more for a moment
         torch.cuda.reset_peak_memory_stats() if on_gpu else Path("/proc/self/clear_refs").write_text("5")
-        for number in range(3):
+        for number in range(options.warmup):
             step(number)
     print(json.dumps({"bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_resident()}))
 

@@ -139,7 +139,8 @@ def our_training(work: Work, folder: Path) -> Iterator[TrainingStep]:
     with lender.borrow() as model:
         model.release("vae", "text_encoders")
         model.set_gradient_checkpointing(work.gradient_checkpointing)
-        Layout(config, model, ALONE, print).choose()
+        if config.channels_last == "auto":
+            Layout(config, model, ALONE, print).choose()
         with AdapterSet.build(model.lora_targets(), config) as adapters:
             adapters.train()
             objective = DiffusionObjective(config, model, model.encode_prompts)
